@@ -1,0 +1,362 @@
+"""LoRA and DoRA: the mathematics once, as functions; the modules only hold parameters.
+
+    W [out, in] frozen, A [r, in], B [out, r], m [out], s = alpha / r (alpha / sqrt(r) with rsLoRA), x [tokens, in]
+    LoRA (arXiv:2106.09685)   y = x Wt + s (x At) Bt + bias
+    DoRA (arXiv:2402.09353)   y = g * (x Wt + s (x At) Bt) + bias,   g = m / n,   n_j = ||W_j + s B_j A||, constant in the graph
+                              (section 4.3); m starts at ||W_j|| of the weight really used, so a fresh adapter is the base
+    norm without a dense B A  n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
+    row fold                  where NF4 blocks lie inside rows, diag(g) W has the same codes with scaled constants, so
+                              y = x (gW)t + s (x At) (gB)t costs the matrix products of LoRA. Backward, with v = dy (gB):
+                              dx = dy (gW) + s v A,  dA = s vt x,  dB = s g (dyt (x At)),  dm_j = sum_t dy_tj y_tj / m_j
+Where blocks cross rows, or the base is dense, dy * g takes the place of the fold: the same values by one more pass over [tokens, out].
+
+n changes only when A, B or W do, so it is computed once per optimizer step, not per micro-batch nor in the recomputation of a
+checkpointed layer. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on the low-rank path alone.
+The alternative, PEFT's sum of a base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
+
+from qlora.errors import UserError, problem
+from qlora.linear import FrozenWeight, NF4Linear, autocast
+
+METHODS = ("lora", "dora")
+LINEAR = (nn.Linear, NF4Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What `attach_adapters` was asked for, with the module names that `targets` meant in this model."""
+
+    method: str
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    modules: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        """s: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """n [out] = ||W_j + s B_j A||, in the dtype of A (float32, or float64 in tests), by the three sums of the module head.
+
+    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely.
+    W is decoded a chunk of rows at a time.
+    """
+    gram = A @ A.t()
+    n = torch.empty(weight.shape[0], dtype=A.dtype, device=A.device)
+    for part, W in weight.chunks(A.dtype):
+        b = B[part]
+        own = torch.linalg.vector_norm(W, dim=1).square_()
+        squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
+        lost = (squared < 1e-3 * own).nonzero().squeeze(1)
+        if lost.numel():
+            squared[lost] = (W[lost] + scaling * (b[lost] @ A)).square().sum(1)
+        n[part] = squared.sqrt()
+    return n
+
+
+def magnitude_init(weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """m0 [out] = ||W_j||: computed as `row_norms` does with B = 0, so that g is exactly 1 in a fresh adapter."""
+    zero = torch.zeros(weight.shape[0], 1, dtype=dtype, device=_device(weight))
+    return row_norms(weight, torch.zeros(1, weight.shape[1], dtype=dtype, device=zero.device), zero, 1.0)
+
+
+def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
+    n = n.clamp(min=1e-12)
+    m = torch.where(m < 0, -1.0, 1.0) * torch.maximum(m.abs(), 1e-6 * n)
+    return m, n
+
+
+def merged_rows(W: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float) -> Tensor:
+    """Rows of the merged weight, g (W + s B A) or W + s B A, from rows of W, B, m and n. For merging only: it is dense."""
+    merged = torch.addmm(W, B, A, alpha=scaling)
+    if m is not None and n is not None:
+        m, n = guarded(m, n)
+        merged *= (m / n).unsqueeze(1)
+    return merged
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and a given n.
+
+    Saves x, u = x At, and for DoRA y before the bias; the base weight is decoded again in the backward pass.
+    A, B and m are float32 and are cast to the dtype of x for the products; their gradients come back in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float):
+        dtype = x.dtype
+        gain = folded = None
+        if m is not None:
+            m, n = guarded(m, n)
+            gain = m / n
+            folded = gain if weight.folds else None
+        u = x_adapter @ A.to(dtype).t()
+        up = B.to(dtype) if folded is None else (gain.unsqueeze(1) * B).to(dtype)
+        y = torch.nn.functional.linear(x, weight.dense(dtype, folded))
+        y.addmm_(u, up.t(), alpha=scaling)
+        if m is not None and folded is None:
+            y *= gain.to(dtype)
+        ctx.weight, ctx.scaling, ctx.shared = weight, scaling, x_adapter is x
+        ctx.save_for_backward(x_adapter, A, B, u, y if m is not None else None, m, gain)
+        return y if bias is None else y + bias.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x_adapter, A, B, u, y, m, gain = ctx.saved_tensors
+        weight, s, dtype = ctx.weight, ctx.scaling, dy.dtype
+        need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
+        dx = dxa = dA = dB = dm = None
+        if need_m and m is not None:
+            dm = (dy * y).sum(0, dtype=m.dtype) / m
+        folded = None
+        up = B
+        if gain is not None:
+            if weight.folds:
+                folded = gain
+                up = gain.unsqueeze(1) * B
+            else:
+                dy = dy * gain.to(dtype)
+        v = dy @ up.to(dtype)
+        if need_A:
+            dA = (v.t() @ x_adapter).to(A.dtype).mul_(s)
+        if need_B:
+            dB = (dy.t() @ u).to(B.dtype).mul_(s)
+            if folded is not None:
+                dB *= gain.unsqueeze(1)
+        if need_x:
+            dx = dy @ weight.dense(dtype, folded)
+            if ctx.shared:
+                dx.addmm_(v, A.to(dtype), alpha=s)
+        if need_xa and not ctx.shared:
+            dxa = (v @ A.to(dtype)).mul_(s)
+        return dx, dxa, dA, dB, dm, None, None, None, None
+
+
+# ---------------------------------------------------------------- the module
+
+_optimizer_steps = 0  # steps of any optimizer in this process: see AdaptedLinear.norm
+
+
+def _count_step(optimizer, args, kwargs) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
+
+    `lora_A` [r, in] starts Kaiming-uniform, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all float32.
+    """
+
+    def __init__(self, base: nn.Module, spec: AdapterSpec):
+        super().__init__()
+        weight = FrozenWeight(base)
+        device = _device(weight)
+        dtype = torch.float64 if _dtype(base) == torch.float64 else torch.float32
+        self.base = base
+        self.scaling, self.dropout_p = spec.scaling, spec.dropout
+        self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.magnitude = nn.Parameter(magnitude_init(weight, dtype)) if spec.method == "dora" else None
+        self._norm: Tensor | None = None
+        self._norm_key: tuple | None = None
+        self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
+
+    def norm(self) -> Tensor:
+        """n [out], kept until A, B or the base may have changed.
+
+        Counted as a change: any optimizer's step (the fused AdamW does not bump `Tensor._version`), an in-place write that
+        torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
+        through `.data`) need `refresh_norms(model)`.
+        """
+        key = (_optimizer_steps, *((t._version, t.data_ptr()) for t in (self.lora_A, self.lora_B, self.base.weight)))
+        if self._norm is None or key != self._norm_key:
+            with torch.no_grad():
+                self._norm = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling)
+            self._norm_key = key
+        return self._norm
+
+    def forget_norm(self) -> None:
+        """Compute n anew at the next use."""
+        self._norm = self._norm_key = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
+        flat = x.reshape(-1, x.shape[-1])
+        adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
+        norm = None if self.magnitude is None else self.norm()
+        y = AdaptedProduct.apply(
+            flat, adapter_input, self.lora_A, self.lora_B, self.magnitude, norm, self.base.bias, FrozenWeight(self.base), self.scaling
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(bfloat16)` must not round the trainable parameters, so they are cast back to what they were.
+        kept = {name: p.dtype for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, dtype in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        self.forget_norm()
+        return self
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_norm": None, "_norm_key": None}
+
+    def extra_repr(self) -> str:
+        return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
+
+
+def _device(weight: FrozenWeight) -> torch.device:
+    return weight.nf4.packed.device if weight.nf4 is not None else weight.weight.device
+
+
+def _dtype(base: nn.Module) -> torch.dtype:
+    return torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+
+
+# ---------------------------------------------------------------- attaching to a model
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The layers that `all-linear` means: every linear layer but the output head, in model order."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+
+
+def match_targets(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> list[str]:
+    """The linear layers that `targets` names, in model order.
+
+    "all-linear"; names ("q_proj,v_proj" or a list), each a whole module name or its end after a dot; or one regular
+    expression that must match a whole module name.
+
+    Raises:
+        UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a head
+            tied to the embedding, whose merge would change the embedding as well.
+    """
+    if targets == "all-linear":
+        return linear_names(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    found: dict[str, None] = {}
+    problems = []
+    remedy = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
+    if len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]) or isinstance(targets, str) and not all(re.fullmatch(r"[\w.]+", n) for n in names):
+        try:
+            pattern = re.compile(targets if isinstance(targets, str) else names[0])
+        except re.error as error:
+            raise UserError(problem("targets", targets, f"is no valid regular expression ({error})", remedy)) from None
+        found = {name: None for name in modules if pattern.fullmatch(name) and isinstance(modules[name], LINEAR)}
+        if not found:
+            problems.append(problem("targets", targets, "matches no linear layer", remedy + f". Layers: {_examples(model)}"))
+    else:
+        for target in names:
+            matches = [name for name in modules if name == target or name.endswith("." + target)]
+            if not matches:
+                endings = sorted({n.split(".")[-1] for n in linear_names(model)} | set(linear_names(model)))
+                near = difflib.get_close_matches(target, endings, n=3, cutoff=0.4) or _examples(model).split(", ")
+                problems.append(problem("targets", target, f"matches no layer; the nearest names are {', '.join(near)}", remedy))
+            for name in matches:
+                if not isinstance(modules[name], LINEAR):
+                    problems.append(problem("targets", target, f"{name} is a {type(modules[name]).__name__}, not a linear layer", remedy))
+                    break
+            found.update(dict.fromkeys(matches))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name in found:
+        if modules[name] is head and embedding is not None and head.weight is embedding.weight:
+            problems.append(problem("targets", name, "the head shares its weight with the embedding, which a merge would change too", "Leave the head out"))
+    if problems:
+        raise UserError(problems)
+    return [name for name in modules if name in found]
+
+
+def _examples(model: nn.Module) -> str:
+    return ", ".join(sorted({n.split(".")[-1] for n in linear_names(model)})[:12])
+
+
+def attach_adapters(
+    model: nn.Module,
+    *,
+    method: str = "dora",
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: str | list[str] | tuple[str, ...] = "all-linear",
+    rslora: bool = False,
+) -> nn.Module:
+    """Freeze `model` and put trainable adapters on the layers that `targets` names, in place; returns the model.
+
+    A is drawn from torch's global random state: seed before. The fresh model computes exactly what the base computes.
+
+    Raises:
+        UserError: everything wrong with the arguments at once; adapters are already attached.
+    """
+    problems = []
+    if method not in METHODS:
+        problems.append(problem("method", method, f"must be one of {', '.join(METHODS)}", "dora is the default"))
+    if not (isinstance(rank, int) and rank >= 1):
+        problems.append(problem("rank", rank, "must be a whole number of at least 1", "16 is a usual choice"))
+    if not (alpha > 0 and math.isfinite(alpha)):
+        problems.append(problem("alpha", alpha, "must be a positive number", "Twice the rank is a usual choice"))
+    if not 0 <= dropout < 1:
+        problems.append(problem("dropout", dropout, "must be at least 0 and below 1", "0 is a usual choice"))
+    if any(True for _ in named_adapters(model)):
+        problems.append(problem("model", type(model).__name__, "has adapters already", "Load a fresh base, or merge the first adapter"))
+    try:
+        modules = match_targets(model, targets)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    spec = AdapterSpec(method, rank, float(alpha), float(dropout), rslora, tuple(modules))
+    model.requires_grad_(False)
+    for name in modules:
+        layer = model.get_submodule(name)
+        model.set_submodule(name, AdaptedLinear(layer, spec).train(layer.training))
+    model.qlora_adapter = spec
+    return model
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """(module name, adapter) in model order. Adapters are known by their type, never by a name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every trainable parameter of the adapters: what an optimizer needs."""
+    return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
+
+
+def refresh_norms(model: nn.Module) -> None:
+    """Forget every kept n: needed only after writes to A, B or a base weight that torch cannot see."""
+    for _, adapter in named_adapters(model):
+        adapter.forget_norm()

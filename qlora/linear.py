@@ -1,0 +1,122 @@
+"""Linear layers over a frozen weight that may be NF4.
+
+    y = x Wt + bias        dx = dy W        (W is frozen: nothing flows into it)
+
+`FrozenWeight` is the one view that the mathematics of `adapters.py` has of a base layer: its shape, and its dense values for
+the time of one product. `NF4Linear` keeps the packed codes as buffers; its autograd Function remembers the codes, never a dense
+weight, and decodes again in the backward pass. The alternative, a tensor subclass, hides the decoding inside every torch
+function and made `.to()`, `state_dict` and compile each a special case; plain buffers need one: `_apply` must not cast the
+float32 constants when a model is cast to bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from qlora import nf4
+from qlora.nf4 import NF4Weight
+
+
+class NF4Linear(nn.Module):
+    """`nn.Linear` with a frozen NF4 weight. Input [..., in], output [..., out] in the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, blocksize: int = 64, double_quant: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.blocksize = blocksize
+        elements = in_features * out_features
+        blocks = -(-elements // blocksize)
+        self.register_buffer("weight", torch.empty((elements + 1) // 2, 1, dtype=torch.uint8))
+        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32))
+        nested = -(-blocks // nf4.NESTED_BLOCKSIZE)
+        self.register_buffer("nested_absmax", torch.empty(nested) if double_quant else None)
+        self.register_buffer("nested_offset", torch.empty(()) if double_quant else None)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    @property
+    def nf4(self) -> NF4Weight:
+        """The weight; shares the buffers' memory."""
+        shape = (self.out_features, self.in_features)
+        return NF4Weight(self.weight, self.absmax, self.nested_absmax, self.nested_offset, shape, self.blocksize)
+
+    @nf4.setter
+    def nf4(self, weight: NF4Weight) -> None:
+        self.weight, self.absmax = weight.packed, weight.absmax
+        self.nested_absmax, self.nested_offset = weight.nested_absmax, weight.nested_offset
+        self.blocksize = weight.blocksize
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(bfloat16)` casts floating buffers. The constants must stay float32, so they pass through as bytes.
+        constants = {name: b for name, b in self._buffers.items() if b is not None and b.dtype == torch.float32}
+        for name, buffer in constants.items():
+            self._buffers[name] = buffer.reshape(-1).view(torch.uint8)
+        super()._apply(fn, recurse)
+        for name, buffer in constants.items():
+            self._buffers[name] = self._buffers[name].view(torch.float32).view(buffer.shape)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenProduct.apply(autocast(x), FrozenWeight(self), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, blocksize={self.blocksize}"
+
+
+class FrozenWeight:
+    """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed."""
+
+    def __init__(self, layer: nn.Module):
+        self.nf4 = layer.nf4 if isinstance(layer, NF4Linear) else None
+        if self.nf4 is not None:
+            self.shape = self.nf4.shape
+        else:
+            weight = layer.weight.detach()
+            self.weight = weight.t() if isinstance(layer, Conv1D) else weight
+            self.shape = (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def folds(self) -> bool:
+        """Whether a gain per row costs nothing: NF4 whose blocks lie inside rows, so that it goes into the block scales."""
+        return self.nf4 is not None and self.shape[1] % self.nf4.blocksize == 0
+
+    def dense(self, dtype: torch.dtype, row_gain: Tensor | None = None) -> Tensor:
+        """W, or diag(row_gain) W where `folds`, in `dtype`."""
+        if self.nf4 is not None:
+            return nf4.dequantize(self.nf4, dtype, row_gain)
+        assert row_gain is None
+        return self.weight.to(dtype)
+
+    def chunks(self, dtype: torch.dtype = torch.float32, elements: int = 1 << 22) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, W[rows] in `dtype`) in chunks of about `elements` values: a whole weight is never held in float32."""
+        out, columns = self.shape
+        step = nf4.row_chunk(self.nf4, elements) if self.nf4 is not None else max(1, elements // columns)
+        for start in range(0, out, step):
+            part = slice(start, min(start + step, out))
+            if self.nf4 is not None:
+                yield part, nf4.dequantize(nf4.rows(self.nf4, part.start, part.stop), dtype)
+            else:
+                yield part, self.weight[part].to(dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        dx = dy @ ctx.weight.dense(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the autocast dtype where autocast is on (custom Functions are not on its list), else unchanged."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
