@@ -62,7 +62,7 @@ def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True, nam
         problems.append(problem(name, weight.dtype, "must be float32, bfloat16 or float16", "Convert it first"))
     if problems:
         raise UserError(problems)
-    packed, absmax = ops.quantize_nf4(weight, blocksize)
+    packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
     # A NaN or inf always reaches the largest magnitude of its block, so the block maxima tell for the whole weight.
     if not bool(torch.isfinite(absmax).all()):
         raise UserError(problem(name, "NaN or inf", "a weight to quantize must be finite", "The checkpoint is damaged or diverged; load another"))

@@ -120,12 +120,12 @@ def dequantize_nf4(
     nested_blocksize: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """-> dense [rows, columns] in `dtype`. `row_gain` float32 [rows] multiplies the block scales of its row before the level
-    is applied; where a block crosses rows it multiplies the decoded float32 value instead."""
+    """-> dense [rows, columns] in `dtype`. `row_gain` [rows] multiplies the block scales of its row before the level is
+    applied; where a block crosses rows, or in float64, it multiplies the decoded float32 value instead."""
     n = rows * columns
     scales = decode_absmax(absmax, nested_absmax, nested_offset, nested_blocksize)
-    blocks_in_rows = columns % blocksize == 0
-    if row_gain is not None and blocks_in_rows:
+    gain_in_scales = columns % blocksize == 0 and dtype != torch.float64
+    if row_gain is not None and gain_in_scales:
         scales = (scales.view(rows, -1) * row_gain.float().unsqueeze(1)).view(-1)
     table = _byte_table(packed.device)
     flat = packed.view(-1)
@@ -137,8 +137,8 @@ def dequantize_nf4(
         short = -values.numel() % blocksize
         values = torch.nn.functional.pad(values, (0, short)).view(-1, blocksize) * scale
         values = values.view(-1)[: stop - start]
-        if row_gain is not None and not blocks_in_rows:
+        if row_gain is not None and not gain_in_scales:
             row = torch.arange(start, stop, device=packed.device) // columns
-            values = values * row_gain.float()[row]
+            values = values * row_gain[row]
         out[start:stop] = values
     return out.view(rows, columns)
