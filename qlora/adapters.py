@@ -77,7 +77,7 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
 
 def magnitude_init(weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """m0 [out] = ||W_j||: computed as `row_norms` does with B = 0, so that g is exactly 1 in a fresh adapter."""
-    zero = torch.zeros(weight.shape[0], 1, dtype=dtype, device=_device(weight))
+    zero = torch.zeros(weight.shape[0], 1, dtype=dtype, device=weight.device)
     return row_norms(weight, torch.zeros(1, weight.shape[1], dtype=dtype, device=zero.device), zero, 1.0)
 
 
@@ -88,12 +88,16 @@ def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return m, n
 
 
-def merged_rows(W: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float) -> Tensor:
-    """Rows of the merged weight, g (W + s B A) or W + s B A, from rows of W, B, m and n. For merging only: it is dense."""
-    merged = torch.addmm(W, B, A, alpha=scaling)
-    if m is not None and n is not None:
-        m, n = guarded(m, n)
-        merged *= (m / n).unsqueeze(1)
+def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W + s B A, or g (W + s B A) where m is given: dense [out, in] in `dtype`, computed in float32 a chunk of rows at a time."""
+    gain = None
+    if m is not None:
+        m, n = guarded(m, row_norms(weight, A, B, scaling))
+        gain = (m / n).unsqueeze(1)
+    merged = torch.empty(weight.shape, dtype=dtype, device=A.device)
+    for part, W in weight.chunks(A.dtype):
+        rows = torch.addmm(W, B[part], A, alpha=scaling)
+        merged[part] = rows if gain is None else rows * gain[part]
     return merged
 
 
@@ -177,12 +181,11 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, spec: AdapterSpec):
         super().__init__()
         weight = FrozenWeight(base)
-        device = _device(weight)
         dtype = torch.float64 if _dtype(base) == torch.float64 else torch.float32
         self.base = base
         self.scaling, self.dropout_p = spec.scaling, spec.dropout
-        self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=device, dtype=dtype))
+        self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = nn.Parameter(magnitude_init(weight, dtype)) if spec.method == "dora" else None
         self._norm: Tensor | None = None
@@ -233,10 +236,6 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
-
-
-def _device(weight: FrozenWeight) -> torch.device:
-    return weight.nf4.packed.device if weight.nf4 is not None else weight.weight.device
 
 
 def _dtype(base: nn.Module) -> torch.dtype:

@@ -68,16 +68,23 @@ class NF4Linear(nn.Module):
 
 
 class FrozenWeight:
-    """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed."""
+    """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed.
 
-    def __init__(self, layer: nn.Module):
-        self.nf4 = layer.nf4 if isinstance(layer, NF4Linear) else None
+    Also of a weight without a layer: an `NF4Weight`, or a matrix [out, in].
+    """
+
+    def __init__(self, layer: nn.Module | NF4Weight | Tensor):
+        self.nf4 = layer.nf4 if isinstance(layer, NF4Linear) else layer if isinstance(layer, NF4Weight) else None
         if self.nf4 is not None:
             self.shape = self.nf4.shape
         else:
-            weight = layer.weight.detach()
+            weight = layer if isinstance(layer, Tensor) else layer.weight.detach()
             self.weight = weight.t() if isinstance(layer, Conv1D) else weight
             self.shape = (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device if self.nf4 is None else self.nf4.packed.device
 
     @property
     def folds(self) -> bool:

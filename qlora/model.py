@@ -367,17 +367,22 @@ class LinearLayers:
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}
 
-    def prepare(self, model: nn.Module) -> None:
-        """Note the linear layers of the empty model; with 4 bits put NF4Linear in their places."""
-        names = linear_names(model) if self.packed is None else self.packed
-        self.names = set(names)
-        for name in names:
+    def note(self, model: nn.Module) -> None:
+        """Note the linear layers of the empty model."""
+        self.names = set(linear_names(model) if self.packed is None else self.packed)
+        for name in self.names:
             layer = model.get_submodule(name)
             if not isinstance(layer, LINEAR):
                 raise UserError(problem("model", name, "is quantized in the checkpoint but is no linear layer of the model", "Use the 16-bit original"))
             if isinstance(layer, Conv1D):
                 self.transposed.add(name)
-            if self.bits == 4:
+
+    def prepare(self, model: nn.Module) -> None:
+        """Note them and, with 4 bits, put NF4Linear in their places."""
+        self.note(model)
+        if self.bits == 4:
+            for name in self.names:
+                layer = model.get_submodule(name)
                 out, columns = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
                 with torch.device("meta"):
                     replacement = NF4Linear(columns, out, layer.bias is not None, self.blocksize, self.double_quant)
