@@ -1,0 +1,43 @@
+"""Fine-tuning in 4 bits with LoRA and DoRA. The names below are the Python interface; each loads its module when used.
+
+`import qlora` itself imports nothing, so that `qlora --help` need not wait for torch. The functions `finetune` and
+`merge` live in modules of other names (recipe, merging): importing a submodule sets it as an attribute of the package,
+which would put the module in the function's place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "FinetuneConfig": "config",
+    "UserError": "errors",
+    "load_base": "model",
+    "load_tokenizer": "model",
+    "attach_adapters": "adapters",
+    "adapter_parameters": "adapters",
+    "named_adapters": "adapters",
+    "save_adapter": "checkpoint",
+    "load_adapter": "checkpoint",
+    "finetune": "recipe",
+    "merge": "merging",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        try:
+            return metadata.version("qlora-trainer")
+        except metadata.PackageNotFoundError:  # run from a checkout
+            return "0+unknown"
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qlora.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

