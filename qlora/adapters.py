@@ -118,13 +118,16 @@ class AdaptedProduct(torch.autograd.Function):
             folded = gain if weight.folds else None
         u = x_adapter @ A.to(dtype).t()
         up = B.to(dtype) if folded is None else (gain.unsqueeze(1) * B).to(dtype)
-        y = torch.nn.functional.linear(x, weight.dense(dtype, folded))
+        if bias is not None:
+            bias = bias.to(dtype)
+        # LoRA adds the bias inside the product, one rounding; DoRA needs y before it in the backward pass.
+        y = torch.nn.functional.linear(x, weight.dense(dtype, folded), bias if m is None else None)
         y.addmm_(u, up.t(), alpha=scaling)
         if m is not None and folded is None:
             y *= gain.to(dtype)
         ctx.weight, ctx.scaling, ctx.shared = weight, scaling, x_adapter is x
         ctx.save_for_backward(x_adapter, A, B, u, y if m is not None else None, m, gain)
-        return y if bias is None else y + bias.to(dtype)
+        return y if bias is None or m is None else y + bias
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,121 @@
+"""Peak anonymous memory of loading and of merging, beside what the README promises.
+
+    python scripts/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
+
+    loading   the quantized model + about two of its largest tensors
+    merging   one output shard (1 GB) + about two tensors
+
+Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as in
+Llama 3.2 1B). Each measurement runs in a process of its own: RssAnon is sampled every few milliseconds by a thread, the baseline
+is read after the imports. RssAnon leaves out pages mapped from the checkpoint's files, which the system can drop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "135M": (576, 1536, 30, 9, 3, 49152),
+    "1B": (2048, 8192, 16, 32, 8, 128256),
+    "3B": (3072, 8192, 28, 24, 8, 128256),
+}
+
+
+def write_random_llama(folder: Path, shape: str) -> None:
+    """A checkpoint of random bf16 weights in shards of about 1 GB, written without holding the model."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from qlora.merging import ShardWriter
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    writer = ShardWriter(folder, 10**9)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in skeleton.named_parameters():
+        if "norm" in name:
+            writer.add(name, torch.ones(parameter.shape, dtype=torch.bfloat16))
+        else:
+            writer.add(name, torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
+    writer.close()
+    config.save_pretrained(folder)
+    from qlora.model import load_tokenizer
+
+    load_tokenizer("smollm2-135m").save_pretrained(folder)
+
+
+def measure(task: str, folder: str, adapter: str, output: str) -> dict:
+    """Run one task in this process and return its figures in bytes and seconds."""
+    import torch
+
+    import qlora
+    from qlora.train import PeakMemory, anonymous_memory
+
+    torch.zeros(1)  # the first tensor starts the thread pool
+    from transformers import AutoModelForCausalLM  # noqa: F401  part of the baseline
+    import qlora.merging
+
+    baseline = anonymous_memory()
+    started = time.perf_counter()
+    with PeakMemory(torch.device("cpu")) as memory:
+        if task == "merge":
+            qlora.merging.merge(adapter, output)
+            held = 0
+        else:
+            model = qlora.load_base(folder, bits=4, dtype="bf16")
+            seconds = time.perf_counter() - started
+            held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+            peak = memory.peak() if callable(memory.peak) else memory.peak
+            largest = max(p.numel() * p.element_size() for p in model.parameters())
+            if task == "adapter":
+                qlora.attach_adapters(model, method="dora", rank=16)
+                qlora.save_adapter(model, adapter, qlora.load_tokenizer(folder))
+            return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "model": held, "largest_tensor": largest, "seconds": round(seconds, 1)}
+        seconds = time.perf_counter() - started
+        peak = memory.peak() if callable(memory.peak) else memory.peak
+    return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parameters", choices=SHAPES, default="1B")
+    parser.add_argument("--model", help="measure this model instead of random weights")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--task", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        print(json.dumps(measure(*arguments.task)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.model or str(Path(scratch) / "model")
+        if not arguments.model:
+            write_random_llama(Path(folder), arguments.parameters)
+        rows = []
+        for task in ("load", "adapter", "merge"):
+            command = [sys.executable, __file__, "--task", task, folder, f"{scratch}/adapter", f"{scratch}/merged"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        load, _, merge = rows
+        for row in (load, merge):
+            print(f"{row['task']:6} peak {row['peak_over_baseline'] / 1e6:8.0f} MB over a baseline of {row['baseline'] / 1e6:.0f} MB, {row['seconds']} s")
+        bound = load["model"] + 2 * load["largest_tensor"]
+        print(f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed")
+        print(f"merging: 1000 MB of shard + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {1000 + 2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

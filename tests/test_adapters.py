@@ -1,0 +1,360 @@
+"""LoRA and DoRA against their dense definition, and everything that must not be stored, stale or silent."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import TOLERANCE, adapted, random_model, relative
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from qlora import UserError, adapter_parameters, attach_adapters, named_adapters, nf4
+from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, merged_weight, refresh_norms, row_norms
+from qlora.linear import NF4Linear
+
+SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
+
+
+class OneLayer(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def one_layer(kind: str, columns: int, out: int, bias: bool = True, dtype=torch.float64) -> tuple[OneLayer, torch.Tensor]:
+    """A model of one linear layer, and its dense weight in float64."""
+    W = torch.randn(out, columns)
+    if kind == "nf4":
+        layer = NF4Linear(columns, out, bias)
+        layer.nf4 = nf4.quantize(W)
+        W = nf4.dequantize(layer.nf4, torch.float64)
+    elif kind == "conv1d":
+        layer = Conv1D(out, columns)
+        layer.weight.data = W.t().contiguous()
+        layer = layer.to(dtype)
+    else:
+        layer = nn.Linear(columns, out, bias)
+        layer.weight.data = W
+        layer = layer.to(dtype)
+    if layer.bias is not None:
+        layer.bias.data = torch.randn(out, dtype=dtype)
+    return OneLayer(layer), W.double()
+
+
+def in_float64(model: OneLayer) -> OneLayer:
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.double()
+    return model
+
+
+def dense_definition(model: OneLayer, W: torch.Tensor, x: torch.Tensor):
+    """y of the papers' formulas on fresh copies of the parameters, and the copies."""
+    adapter = model.layer
+    copies = {n: p.detach().double().clone().requires_grad_() for n, p in adapter.named_parameters(recurse=False)}
+    V = W + adapter.scaling * copies["lora_B"] @ copies["lora_A"]
+    if adapter.magnitude is not None:
+        V = (copies["magnitude"] / V.norm(dim=1).detach()).unsqueeze(1) * V
+    bias = 0 if adapter.base.bias is None else adapter.base.bias.double()
+    return x @ V.t() + bias, copies
+
+
+@pytest.mark.parametrize("method,kind,size,bias", itertools.product(("lora", "dora"), ("nf4", "linear", "conv1d"), SIZES, (True, False)))
+def test_equals_the_dense_definition(method, kind, size, bias):
+    """Forward and the gradients of A, B, m and x, in float64."""
+    columns, out = size
+    model, W = one_layer(kind, columns, out, bias)
+    in_float64(adapted(model, method))
+    x = torch.randn(2, 11, columns, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    y = model(x)
+    expected, copies = dense_definition(model, W, x2)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    assert relative(y.detach(), expected.detach()) < TOLERANCE[torch.float64]
+    assert relative(x.grad, x2.grad) < TOLERANCE[torch.float64]
+    for name, copy in copies.items():
+        assert relative(getattr(model.layer, name).grad, copy.grad) < TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precision(method, dtype):
+    model, W = one_layer("nf4", 128, 70, dtype=torch.float32)
+    adapted(model, method)
+    x = torch.randn(40, 128).to(dtype).requires_grad_()
+    x2 = x.detach().double().requires_grad_()
+    expected, copies = dense_definition(model, W, x2)
+    y = model(x)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    expected.backward(dy.double())
+    assert relative(y.detach(), expected.detach()) < TOLERANCE[dtype]
+    for name, copy in copies.items():
+        gradient = getattr(model.layer, name).grad
+        assert gradient.dtype == torch.float32 and relative(gradient, copy.grad) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("kind,size,dora,shared", itertools.product(("nf4", "linear"), SIZES[::2], (True, False), (True, False)))
+def test_gradcheck(kind, size, dora, shared):
+    """n is an argument, since it is a constant in DoRA's graph."""
+    columns, out = size
+    model, _ = one_layer(kind, columns, out)
+    weight = FrozenWeight(model.layer)
+    x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(2, columns, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(out, 2, dtype=torch.float64, requires_grad=True)
+    m = (torch.rand(out, dtype=torch.float64) + 0.5).requires_grad_() if dora else None
+    n = row_norms(weight, A.detach(), B.detach(), 0.7) if dora else None
+
+    def product(x, other, A, B, *m):
+        return AdaptedProduct.apply(x, x if shared else other, A, B, m[0] if m else None, n, model.layer.bias, weight, 0.7)
+
+    inputs = (x, other, A, B) + ((m,) if dora else ())
+    assert torch.autograd.gradcheck(product, inputs, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["nf4", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fresh_adapter_is_the_base(method, kind, dtype):
+    model, _ = one_layer(kind, 128, 70, dtype=torch.float32)
+    if kind == "linear":
+        model.to(dtype)
+    x = torch.randn(5, 128, dtype=dtype)
+    before = model(x)
+    attach_adapters(model, method=method, rank=4)
+    if method == "dora" and dtype == torch.bfloat16:  # the bias is added after the product, with a rounding of its own
+        assert relative(model(x), before) < TOLERANCE[dtype]
+        model.layer.base.bias = None
+        layer, adapter = model.layer.base, model.layer
+        before, model.layer = layer(x), adapter
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_row_norms_never_cancel(size):
+    """Rows where s B A nearly undoes W lose their digits in the three sums and are computed densely."""
+    columns, out = size
+    W = torch.randn(out, columns)
+    A = torch.linalg.qr(torch.randn(columns, out if out < columns else columns))[0].t().contiguous()
+    B = -(W @ A.t()) * (1 - 1e-4)  # W + B A is what lies outside the rows of A, and a ten-thousandth of the rest
+    expected = (W.double() + B.double() @ A.double()).norm(dim=1)
+    assert relative(row_norms(FrozenWeight(W), A, B, 1.0), expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_rows_and_zero_magnitudes(dtype):
+    """No NaN or inf forward or backward; m = 0 gives a row of the size 1e-6, with a gradient that can move it."""
+    model, _ = one_layer("linear", 64, 9)
+    model.layer.weight.data[2] = 0
+    in_float64(attach_adapters(model, method="dora", rank=2))
+    model.layer.magnitude.data[4] = 0
+    model.layer.magnitude.data[5] *= -1
+    x = torch.randn(7, 64, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    plain = x.detach() @ model.layer.base.weight.t()
+    assert torch.allclose(y[:, 5] - model.layer.base.bias[5], -plain[:, 5])
+    assert (y[:, 4] - model.layer.base.bias[4]).abs().max() < 1e-4
+    for tensor in (y, x.grad, *(p.grad for p in adapter_parameters(model))):
+        assert torch.isfinite(tensor).all()
+    assert model.layer.magnitude.grad[4] != 0
+
+
+def test_bias_is_outside_the_scaling():
+    model, _ = one_layer("linear", 64, 9)
+    in_float64(attach_adapters(model, method="dora", rank=2))
+    y = model(x := torch.randn(3, 64, dtype=torch.float64))
+    model.layer.magnitude.data *= 2
+    refresh_norms(model)
+    bias = model.layer.base.bias
+    assert torch.allclose(model(x) - bias, 2 * (y - bias))
+
+
+def test_scaling():
+    spec = dict(method="lora", rank=9, alpha=6.0, dropout=0.0, modules=())
+    assert AdapterSpec(rslora=False, **spec).scaling == pytest.approx(6 / 9)
+    assert AdapterSpec(rslora=True, **spec).scaling == pytest.approx(6 / 3)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dropout_acts_on_the_low_rank_path_in_training_only(method):
+    model, W = one_layer("nf4", 64, 9, dtype=torch.float32)
+    adapted(model, method, dropout=0.5).train()
+    x = torch.randn(1000, 64)
+    assert not torch.equal(model(x), model(x))
+    # in the mean over many draws the low-rank path is what it is without dropout
+    mean = torch.stack([model(x) for _ in range(200)]).mean(0)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    assert relative(mean, model(x)) < 0.05
+    with torch.no_grad():
+        model.layer.lora_B.zero_()
+    model.train()
+    assert torch.equal(model(x), model(x))
+
+
+# ---------------------------------------------------------------- memory
+
+
+class SizeWatch(TorchDispatchMode):
+    """Names every operation whose result has as many elements as the watched weight."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.elements, self.seen = elements, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements:
+                self.seen.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_nothing_dense_is_saved_or_built(method):
+    """Saved for backward: x, u, the parameters and for DoRA y. Of the size of W there is only W itself, decoded."""
+    columns, out, tokens, rank = 256, 192, 10, 3
+    model, _ = one_layer("nf4", columns, out, dtype=torch.float32)
+    adapted(model, method)
+    x = torch.randn(tokens, columns, requires_grad=True)
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with SizeWatch(columns * out) as watch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x).sum().backward()
+    parameters = rank * (columns + out) + (2 * out if method == "dora" else 0)  # m and g
+    activations = tokens * (columns + rank) + (tokens * out if method == "dora" else 0)
+    assert sum(saved.values()) == parameters + activations
+    allowed = ("dequantize_nf4", "aten.t.", "aten.detach", "aten.slice", "aten.view", "aten.transpose", "aten.alias")
+    assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
+
+
+# ---------------------------------------------------------------- stale norms
+
+
+def expected_norm(adapter) -> torch.Tensor:
+    return row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}], ids=str)
+def test_norm_follows_every_optimizer(options):
+    """The fused AdamW, transformers.Trainer's default, does not bump Tensor._version."""
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.05, **options)
+    for _ in range(4):
+        model(torch.randn(5, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model.layer.norm(), expected_norm(model.layer))
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "base", "refresh"])
+def test_norm_follows_other_changes(change):
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    adapter, before = model.layer, model.layer.norm()
+    if change == "in place":
+        with torch.no_grad():
+            adapter.lora_B.mul_(2)
+    elif change == "data":
+        adapter.lora_B.data = adapter.lora_B.data * 2
+    elif change == "load_state_dict":
+        model.load_state_dict({k: v * 2 if k.endswith("lora_B") else v for k, v in model.state_dict().items()})
+    elif change == "base":
+        adapter.base.nf4 = nf4.quantize(torch.randn(48, 64))
+    else:
+        adapter.lora_B.detach().numpy()[:] *= 2
+        refresh_norms(model)
+    assert not torch.equal(adapter.norm(), before)
+    assert torch.equal(adapter.norm(), expected_norm(adapter))
+
+
+def test_norm_is_computed_once_per_optimizer_step(monkeypatch):
+    """Not per micro-batch, and not in the recomputation of a checkpointed layer."""
+    import qlora.adapters as module
+
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    calls = []
+    monkeypatch.setattr(module, "row_norms", lambda *a: calls.append(1) or row_norms(*a))
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
+    for _ in range(3):
+        for _ in range(4):
+            checkpoint(model, torch.randn(5, 64, requires_grad=True), use_reentrant=False).sum().backward()
+        optimizer.step()
+    assert len(calls) == 3
+
+
+# ---------------------------------------------------------------- targets and attaching
+
+
+def test_targets():
+    def names(targets):
+        model = random_model("llama")
+        attach_adapters(model, targets=targets)
+        return [name for name, _ in named_adapters(model)]
+
+    assert len(names("all-linear")) == 14 and "lm_head" not in names("all-linear")
+    assert names("q_proj,v_proj") == names(["q_proj", "v_proj"]) == names(r".*\.(q|v)_proj")
+    assert names("layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert names(r"model\.layers\.1\..*") == [n for n in names("all-linear") if ".1." in n]
+
+
+@pytest.mark.parametrize("targets,text", [
+    ("q_prj", "q_proj"), ("mlp", "LlamaMLP, not a linear layer"), (r".*nothing.*", "matches no linear layer"),
+    (r"(", "no valid regular expression"), ("lm_head", "shares its weight with the embedding"), (["q_proj", "upp_proj"], "up_proj"),
+])  # fmt: skip
+def test_a_target_that_cannot_be_is_an_error(targets, text):
+    model = random_model("llama")
+    with pytest.raises(UserError, match="targets="):
+        try:
+            attach_adapters(model, targets=targets)
+        except UserError as error:
+            assert text in str(error)
+            raise
+    assert list(named_adapters(model)) == []
+
+
+def test_all_problems_at_once():
+    with pytest.raises(UserError) as error:
+        attach_adapters(random_model("llama"), method="lokr", rank=0, alpha=-1, dropout=1.0, targets="nothing_here")
+    assert len(error.value.problems) == 5
+
+
+def test_attaching_twice_is_refused():
+    model = attach_adapters(random_model("llama"))
+    with pytest.raises(UserError, match="has adapters already"):
+        attach_adapters(model)
+
+
+def test_only_the_adapters_train_and_stay_float32():
+    model = attach_adapters(random_model("llama").to(torch.bfloat16))
+    model.to(torch.bfloat16)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
+    assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_merged_weight(method):
+    model, W = one_layer("nf4", 96, 40, bias=False, dtype=torch.float32)
+    adapted(model, method)
+    adapter = model.layer
+    merged = merged_weight(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(),
+                           None if adapter.magnitude is None else adapter.magnitude.detach(), adapter.scaling, torch.float32)  # fmt: skip
+    x = torch.randn(4, 96)
+    assert relative(x @ merged.t(), model(x).detach()) < TOLERANCE[torch.float32]
