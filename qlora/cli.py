@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import shlex
@@ -32,9 +33,9 @@ from qlora.errors import UserError, problem
 
 
 def _finetune(config: FinetuneConfig) -> None:
+    _quiet()
     from qlora.recipe import finetune
 
-    _quiet()
     finetune(config)
     adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
     print(f"\nTry it:    qlora generate --adapter {adapter} --prompt \"...\"\n"
@@ -42,9 +43,9 @@ def _finetune(config: FinetuneConfig) -> None:
 
 
 def _merge(config: MergeConfig) -> None:
+    _quiet()
     from qlora.merging import merge
 
-    _quiet()
     merge(**asdict(config))
     folder = shlex.quote(config.output)
     print(f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
@@ -52,16 +53,16 @@ def _merge(config: MergeConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
+    _quiet()
     from qlora.generate import generate_text
 
-    _quiet()
     print(generate_text(config))
 
 
 def _eval(config: EvalConfig) -> None:
+    _quiet()
     from qlora.evaluate import evaluate_command
 
-    _quiet()
     result = evaluate_command(config)
     if config.json:  # JSON has no infinity
         infinite = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -73,9 +74,9 @@ def _eval(config: EvalConfig) -> None:
 
 
 def _quantize(config: QuantizeConfig) -> None:
+    _quiet()
     from qlora.merging import quantize_checkpoint
 
-    _quiet()
     quantize_checkpoint(**asdict(config))
     print(f"\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt \"...\"")
 
@@ -190,13 +191,14 @@ def _unknown_flag(name: str, word: str) -> str:
 def _quiet() -> None:
     """Keeps other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
     from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels it could not download
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()
 
@@ -247,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # finetune has said how to go on, and its exception says where it stopped
-        print(f"\nqlora {argv[0]}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"\nqlora {argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, is gone; 141 is what a shell reports then
         _drop_stdout()
