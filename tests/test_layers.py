@@ -18,7 +18,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
     ("config",),
-    ("nf4", "loss"),
+    ("nf4", "loss", "files"),
     ("linear",),
     ("adapters",),
     ("records", "chat"),

@@ -1,0 +1,80 @@
+"""Loss, perplexity and token accuracy on held-out examples.
+
+    loss = sum of token losses / target tokens,  perplexity = exp(loss),  accuracy = targets that the largest logit names / targets
+
+Examples of like length share a batch, which pads less; the sums do not care. The model comes back in the mode it was in, and
+the random states are the caller's: a run that evaluates more often is the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlora.checkpoint import load_adapted, random_states, set_random_states
+from qlora.config import EvalConfig
+from qlora.data import Example, collate, read_records, tokenize
+from qlora.errors import UserError, problem
+from qlora.loss import target_logits
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over `target_tokens` tokens."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    target_tokens: int
+
+
+def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4, pad_id: int = 0) -> EvalResult:
+    """Evaluate `model` on `examples`.
+
+    Raises:
+        UserError: there is nothing to evaluate on.
+    """
+    if not any(any(example.targets) for example in examples):
+        raise UserError(problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers"))
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    training, states = model.training, random_states()
+    model.eval()
+    device = next(model.parameters()).device
+    loss, right = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    targets = 0
+    try:
+        # Not inference_mode: norms that adapters keep from here are used in training.
+        with torch.no_grad():
+            for start in range(0, len(ordered), batch_size):
+                logits, tokens = target_logits(model, collate(ordered[start : start + batch_size], pad_id))
+                loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
+                right += (logits.argmax(-1) == tokens).sum()
+                targets += len(tokens)
+    finally:
+        model.train(training)
+        set_random_states(states)
+    mean = loss.item() / targets
+    return EvalResult(mean, math.exp(mean) if mean < 700 else math.inf, right.item() / targets, targets)
+
+
+def evaluate_command(config: EvalConfig) -> dict[str, Any]:
+    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`. What the EvalResult holds, and what was evaluated.
+
+    Raises:
+        UserError: data, model or adapter cannot be read.
+    """
+    records = read_records(config.data)
+    model, tokenizer = load_adapted(
+        config.adapter, model=config.model, bits=config.bits, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+    data = tokenize(records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt)
+    result = evaluate(model, data.examples, config.batch_size)
+    about = {"model": model.qlora_base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
+    return {**dataclasses.asdict(result), **about, "examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
