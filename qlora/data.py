@@ -232,7 +232,7 @@ def tokenize(records: Sequence[dict], tokenizer, *, format: str | None = None, m
     special, eos, shared, longest = set(tokenizer.all_special_ids), tokenizer.eos_token_id, {}, 0
     encoded = _encode(rendered, tokenizer, add_special_tokens=not templated, offsets=not everything)
     for number, (item, (ids, offsets)) in enumerate(zip(rendered, encoded), 1):
-        if item.eos and ids and ids[-1] == eos:  # written by the tokenizer, or in the text: it comes back below
+        while item.eos and ids and ids[-1] == eos:  # the tokenizer's or the text's own; one comes back below
             ids, offsets = ids[:-1], offsets and offsets[:-1]
         if everything:
             targets = [True] * len(ids)

@@ -1,8 +1,8 @@
 """Text from a model: the prompt that training wrote, greedy or sampled, up to the end of the turn.
 
 Batches are padded on the left, so that every answer begins in the same column; what is padding follows from length.
-Generation is transformers' own `generate` (caches of every architecture), with every knob set here: a model's
-generation_config may carry a repetition penalty, and then "greedy" would not be greedy.
+Generation is transformers' own `generate`, which knows every architecture's cache. Of the model's generation_config
+only the end tokens are used: it may carry a repetition penalty, and then "greedy" would not be greedy.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from qlora.errors import UserError, problem
 def generate_text(config: GenerateConfig) -> str:
     """`qlora generate`: what the model answers to `config.prompt`, with the base and recipe that the adapter names.
 
-    Raises UserError if neither model nor adapter is given, or one of them cannot be loaded.
+    Raises UserError if model or adapter cannot be loaded, or the prompt does not fit.
     """
-    if config.model is None and config.adapter is None:
-        raise UserError(problem("model", None, "a model or an adapter is needed", "Give --adapter or --model"))
     model, tokenizer = load_adapted(config.adapter, model=config.model, bits=config.bits, dtype=config.dtype,
                                     device=config.device, trust_remote_code=config.trust_remote_code)
     return generate_batch(model, tokenizer, [config.prompt], max_new_tokens=config.max_new_tokens, seed=config.seed,
@@ -39,7 +37,7 @@ def generate_batch(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_n
     """The answers to a batch of prompts, without prompt and end-of-turn token.
 
     Temperature 0 is greedy and needs no seed; sampling leaves the global random state as it was. `raw` continues the
-    prompts as they stand, otherwise they are rendered as training rendered them. The model's mode (train, eval) is kept.
+    prompts as they stand, otherwise they are rendered as in training. The model's mode (train, eval) is kept.
 
     Raises UserError: an empty prompt, one the chat template refuses, or one longer than the model's positions.
     """
@@ -50,8 +48,8 @@ def generate_batch(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_n
         if not ids:
             problems.append(problem("prompt", repr(prompt), "has no tokens", "Write a prompt"))
         elif room is not None and len(ids) >= room:
-            problems.append(problem("prompt", repr(prompt[:40]) + "...", f"has {len(ids)} tokens where the model has "
-                                    f"{room} positions", "Shorten it"))
+            rule = f"has {len(ids)} tokens, and the model {room} positions"
+            problems.append(problem("prompt", repr(prompt)[:60], rule, "Shorten it"))
     if problems:
         raise UserError(problems)
 
@@ -62,20 +60,22 @@ def generate_batch(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_n
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)
     if room is not None:
         max_new_tokens = min(max_new_tokens, room - width)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {
-        "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=1, repetition_penalty=1.0, use_cache=True,
-                              no_repeat_ngram_size=0, pad_token_id=pad, eos_token_id=stops or None, **sampling)
-    training = model.training
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad,
+                              eos_token_id=stops or None, **sampling)
+    training, own = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()  # or `generate` would fill in from the model's what ours leaves open
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
             output = model.generate(input_ids, attention_mask=mask, generation_config=config)
     finally:
+        model.generation_config = own
         model.train(training)
-    return [tokenizer.decode(_before_stop(ids, set(stops)), skip_special_tokens=True).strip()
-            for ids in output[:, width:].tolist()]
+    rows = [_before_stop(ids, stops) for ids in output[:, width:].tolist()]
+    answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+    return answers if raw else [answer.strip() for answer in answers]
 
 
 def _stops_of(model: nn.Module) -> list[int]:
@@ -84,5 +84,5 @@ def _stops_of(model: nn.Module) -> list[int]:
     return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
-def _before_stop(ids: list[int], stops: set[int]) -> list[int]:
+def _before_stop(ids: list[int], stops: list[int]) -> list[int]:
     return next((ids[:position] for position, token in enumerate(ids) if token in stops), ids)

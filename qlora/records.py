@@ -176,7 +176,7 @@ def _read_jsonl(path: Path, problems: list[str]) -> list[dict]:
         if not line.strip():
             continue
         try:
-            value = _parse(line)
+            value = _parse(line.rstrip("\r\n"))
         except ValueError as error:
             rule = f"line {number} is not JSON ({_why(error)})"
             problems.append(problem("data", path, rule, "Write one complete object on each line"))
@@ -251,7 +251,8 @@ _ENDINGS = ", ".join(_READERS)
 
 
 def _read_hub(source: str, nearby: str) -> list[dict]:
-    import httpx
+    import httpx2  # what huggingface_hub speaks with
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
 
     name, *rest = source.split(":")
@@ -262,7 +263,7 @@ def _read_hub(source: str, nearby: str) -> list[dict]:
         with tempfile.TemporaryDirectory(prefix="qlora-data-") as cache:
             rows = load_with_datasets(name, config, split, cache)
             return [Record(row, source, f"row {number}") for number, row in enumerate(rows, 1)]
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, httpx2.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(problem("data", source, f"there is no such file, and no hub dataset could be read ({reason})",
                                 f"{nearby}. If it is a hub dataset, check name, split and network")) from error
@@ -272,6 +273,9 @@ def load_with_datasets(name: str, config: str | None, split: str, cache: str) ->
     """Rows of a hub dataset (a local folder is read in the same way). CSV stays text; `cache` takes the Arrow copy."""
     import datasets
 
-    builder = datasets.load_dataset_builder(name, config, cache_dir=cache)
-    as_text = {"dtype": str, "keep_default_na": False} if hasattr(builder.config, "keep_default_na") else {}
-    return datasets.load_dataset(name, config, split=split, cache_dir=cache, **as_text)
+    options = {"split": split, "cache_dir": cache}
+    if hasattr(datasets.load_dataset_builder(name, config, cache_dir=cache).config, "keep_default_na"):
+        head = datasets.load_dataset(name, config, nrows=1, **options)  # the column names, before the types are guessed
+        as_text = datasets.Features({column: datasets.Value("string") for column in head.column_names})
+        options |= {"features": as_text, "keep_default_na": False}
+    return datasets.load_dataset(name, config, **options)
