@@ -39,6 +39,8 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         yield part
         for path in sorted(part.rglob("*"), reverse=True):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
             _sync(path)
         _sync(part)
         if final.exists():
@@ -78,6 +80,12 @@ def disk_problem(path: Path, error: BaseException) -> str:
     if disk_full(error):
         return problem("output", path, "the disk is full; nothing was left half written", "Free some space and run it again, a finetune with --resume")
     return problem("output", path, f"cannot be written ({getattr(error, 'strerror', None) or error})", "Choose a folder you may write to")
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -173,9 +173,9 @@ def test_every_default_of_peft_passes(tmp_path):
 def test_all_mismatches_are_told_at_once(tmp_path):
     folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
     path, prefix = folder / "adapter_model.safetensors", "base_model.model.model.layers."
-    tensors = load_file(path)
+    tensors, wide = load_file(path), tiny.llama().config.intermediate_size
     del tensors[f"{prefix}0.mlp.up_proj.lora_B.weight"]
-    tensors[f"{prefix}0.mlp.down_proj.lora_A.weight"] = torch.zeros(7, 160)
+    tensors[f"{prefix}0.mlp.down_proj.lora_A.weight"] = torch.zeros(7, wide)
     tensors[f"{prefix}1.mlp.up_proj.lora_A.weight"][0, 0] = torch.nan
     tensors[f"{prefix}9.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 64)
     tensors["something.else"] = torch.zeros(2)
@@ -185,8 +185,8 @@ def test_all_mismatches_are_told_at_once(tmp_path):
         with pytest.raises(UserError) as error:
             load_adapter(model, folder)
         problems = {line.split("=")[0]: line for line in error.value.problems}
-        assert "(missing)" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"] and "[160, 4]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
-        assert "[7, 160]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"] and "[4, 160]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
+        assert "(missing)" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"] and f"[{wide}, 4]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
+        assert f"[7, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"] and f"[4, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
         assert "finite" in problems[f"{prefix}1.mlp.up_proj.lora_A.weight"]
         assert "nearest" in problems[f"{prefix}9.mlp.up_proj.lora_A.weight"]
         assert len(problems) == 5 and "something.else" in problems
@@ -283,6 +283,8 @@ def test_files_and_card(tmp_path, folders):
     assert "QDoRA, rank 4, alpha 8" in card and "| loss | 1.2346 |" in card and "sums.jsonl" in card and "PeftModel.from_pretrained" in card
     header = (folder / "adapter_model.safetensors").read_bytes()
     assert header == (save_adapter(model, tmp_path / "again") / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "ordinary").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
     assert set(tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()) == {torch.float32}
 
 
