@@ -17,4 +17,5 @@ class UserError(ValueError):
 
 def problem(name: str, value: object, rule: str, remedy: str) -> str:
     """One line in the form every error of ours has: `name=value: rule. What to do.`"""
-    return f"{name}={value}: {rule.rstrip('.')}. {remedy.rstrip('.')}."
+    end = "" if remedy.endswith("?") else "."
+    return f"{name}={value}: {rule.rstrip('.')}. {remedy.rstrip('.')}{end}"

@@ -129,15 +129,15 @@ def merge(
 
         def visit(parameter: str, value) -> dict[str, Tensor]:
             layer = parameter.removesuffix(".weight")
-            if parameter == layer or layer not in layers.names and layer not in parts:
+            if parameter == layer or layer not in layers.shapes and layer not in parts:
                 writer.add(parameter, value.to(target))
                 return {parameter: _placeholder(value)}
             transposed = layer in layers.transposed
-            if quantized and layer in layers.names:
+            if quantized and layer in layers.shapes:
                 weight = FrozenWeight(layers.quantized(parameter, value))
             else:
                 weight = FrozenWeight(value.t() if transposed else value)
-                if layer in layers.names:
+                if layer in layers.shapes:
                     layers.sample(layer, weight.weight)
             if layer in parts:
                 unmerged.discard(layer)
@@ -193,14 +193,14 @@ def quantize_checkpoint(
 
     def note(empty: torch.nn.Module) -> None:
         layers.note(empty)
-        skipped.extend(name for name, module in empty.named_modules() if isinstance(module, LINEAR) and name not in layers.names)
+        skipped.extend(name for name, module in empty.named_modules() if isinstance(module, LINEAR) and name not in layers.shapes)
 
     with whole_folder(folder) as part:
         writer = ShardWriter(part, shard_size)
 
         def visit(parameter: str, value: Tensor) -> dict[str, Tensor]:
             layer = parameter.removesuffix(".weight")
-            if layer in layers.names and parameter != layer:
+            if layer in layers.shapes and parameter != layer:
                 for suffix, tensor in nf4.to_bitsandbytes(layers.quantized(parameter, value), target).items():
                     writer.add(parameter + suffix, tensor)
             else:

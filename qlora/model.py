@@ -267,6 +267,7 @@ def stream(
         device_map={"": device},
         quantization_config=_StreamConfig(prepare, wants, guarded),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they come back in the info and are refused below, all of them with the rest
         trust_remote_code=trust_remote_code,
     )
     lazy = _lazy_tensors(source, config, dtype)
@@ -362,30 +363,31 @@ class LinearLayers:
 
     def __init__(self, source: Source, bits: int, blocksize: int, double_quant: bool):
         self.bits, self.blocksize, self.double_quant = bits, blocksize, double_quant
-        self.packed = _packed_names(source) if source.packed else None
-        self.names: set[str] = set()
+        self.packed = _packed_layers(source) if source.packed else None
+        self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}
 
     def note(self, model: nn.Module) -> None:
         """Note the linear layers of the empty model."""
-        self.names = set(linear_names(model) if self.packed is None else self.packed)
-        for name in self.names:
+        for name in linear_names(model) if self.packed is None else self.packed:
             layer = model.get_submodule(name)
             if not isinstance(layer, LINEAR):
                 raise UserError(problem("model", name, "is quantized in the checkpoint but is no linear layer of the model", "Use the 16-bit original"))
+            self.shapes[name] = (layer.weight.shape[0], layer.weight.shape[1])
             if isinstance(layer, Conv1D):
                 self.transposed.add(name)
+                self.shapes[name] = self.shapes[name][::-1]
 
     def prepare(self, model: nn.Module) -> None:
         """Note them and, with 4 bits, put NF4Linear in their places."""
         self.note(model)
         if self.bits == 4:
-            for name in self.names:
+            for name, (out, columns) in self.shapes.items():
                 layer = model.get_submodule(name)
-                out, columns = reversed(layer.weight.shape) if isinstance(layer, Conv1D) else layer.weight.shape
+                double_quant = self.double_quant if self.packed is None else self.packed[name]
                 with torch.device("meta"):
-                    replacement = NF4Linear(columns, out, layer.bias is not None, self.blocksize, self.double_quant)
+                    replacement = NF4Linear(columns, out, layer.bias is not None, self.blocksize, double_quant)
                 if layer.bias is not None:
                     replacement.bias = layer.bias
                 model.set_submodule(name, replacement)
@@ -393,7 +395,7 @@ class LinearLayers:
     def wants(self, name: str) -> bool:
         """Whether the parameter `name` belongs to a layer noted here (its weight or, once quantized, a constant of it)."""
         layer, _, part = name.rpartition(".")
-        return layer in self.names and part != "bias"
+        return layer in self.shapes and part != "bias"
 
     def quantized(self, name: str, value) -> NF4Weight:
         """The NF4 form of the weight parameter `name`; records its sample."""
@@ -404,6 +406,8 @@ class LinearLayers:
             self.sample(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
             return weight
         oriented = value.t().contiguous() if layer in self.transposed else value
+        if oriented.shape != self.shapes[layer]:
+            raise UserError(problem(name, tuple(oriented.shape), f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"))
         self.sample(layer, oriented)
         return nf4.quantize(oriented, self.blocksize, self.double_quant, name=name)
 
@@ -447,15 +451,16 @@ def _safetensors(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _packed_names(source: Source) -> list[str]:
-    """Layers that a bitsandbytes checkpoint holds in 4 bits."""
+def _packed_layers(source: Source) -> dict[str, bool]:
+    """Layers that a bitsandbytes checkpoint holds in 4 bits, and whether their scales are double-quantized."""
     from safetensors import safe_open
 
-    names = []
+    keys: set[str] = set()
     for path in _safetensors(source.folder):
         with safe_open(path, "pt") as file:
-            names += [key.split(".weight.quant_state.")[0] for key in file.keys() if ".weight.quant_state." in key]
-    return names
+            keys |= set(file.keys())
+    names = sorted(key.split(".weight.quant_state.")[0] for key in keys if ".weight.quant_state." in key)
+    return {name: f"{name}.weight.nested_absmax" in keys for name in names}
 
 
 class _PackedTensor:
@@ -482,7 +487,7 @@ def _packed_tensors(source: Source) -> dict[str, object]:
         file = safe_open(path, "pt")  # stays open as long as its slices live
         slices |= {key: file.get_slice(key) for key in file.keys()}
     tensors: dict[str, object] = {}
-    for name in _packed_names(source):
+    for name in _packed_layers(source):
         weight = f"{name}.weight"
         parts = {"": slices.pop(weight)}
         parts |= {key.removeprefix(weight): slices.pop(key) for key in [k for k in slices if k.startswith(weight + ".")]}

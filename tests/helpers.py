@@ -13,8 +13,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 
 _SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**_SMALL, intermediate_size=160, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**_SMALL, intermediate_size=150, num_key_value_heads=2),  # odd blocks, q/k/v biases
+    "llama": lambda: transformers.LlamaConfig(**_SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**_SMALL, intermediate_size=150, num_key_value_heads=2),  # blocks across rows, biases
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**_SMALL, intermediate_size=160, num_key_value_heads=2),
     "gemma": lambda: transformers.GemmaConfig(**_SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
@@ -22,7 +22,7 @@ CONFIGS = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**_SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
     "phi": lambda: transformers.PhiConfig(**_SMALL, intermediate_size=160),
     "phi3": lambda: transformers.Phi3Config(**_SMALL, intermediate_size=160, pad_token_id=0),
-    "gpt2": lambda: transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=320),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
 }
 
 
@@ -37,14 +37,14 @@ def random_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def disturb(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Move every adapter away from its start: random B, magnitude between 0.5 and 1.5 of the row norm."""
+def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: float = 0.5) -> nn.Module:
+    """Move every adapter away from its start: random B, magnitudes up to half of the row norm away from it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, adapter in named_adapters(model):
-            adapter.lora_B.normal_(0, 0.05, generator=generator)
+            adapter.lora_B.normal_(0, spread, generator=generator)
             if adapter.magnitude is not None:
-                adapter.magnitude *= 0.5 + torch.rand(adapter.magnitude.shape, generator=generator)
+                adapter.magnitude *= 1 + magnitudes * (2 * torch.rand(adapter.magnitude.shape, generator=generator) - 1)
     refresh_norms(model)
     return model
 
@@ -58,3 +58,11 @@ def adapted(model: nn.Module, method: str, **options) -> nn.Module:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference over the largest magnitude of `b`."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def without_quantized_gemm(model: nn.Module) -> nn.Module:
+    """bitsandbytes repacks its weights at the first forward on a CPU with AVX512-BF16, and computes something else then."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

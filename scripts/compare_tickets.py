@@ -1,0 +1,57 @@
+"""What the quickstart learned: answers of the base and of the adapter side by side, and exact match on tickets not trained on.
+
+    python scripts/compare_tickets.py --model smollm2-135m --adapter runs/quickstart/adapter --data scripts/data/tickets_test.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import qlora
+from qlora.data import read_records
+from qlora.generate import generate_batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--data", required=True, help="records with prompt and completion")
+    parser.add_argument("--show", type=int, default=4, help="how many answers to print")
+    parser.add_argument("--json", help="write the figures here")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+
+    records = read_records(arguments.data)
+    prompts = [record["prompt"] for record in records]
+    wanted = [record["completion"] for record in records]
+    longest = max(len(text) for text in wanted)
+    tokenizer = qlora.load_tokenizer(arguments.model)
+    model = qlora.load_base(arguments.model, bits=4)
+    before = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
+    qlora.load_adapter(model, arguments.adapter)
+    after = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
+
+    console = Console(width=150)
+    table = Table("ticket", "before", "after", title="Held-out tickets", show_lines=True)
+    for i in range(min(arguments.show, len(prompts))):
+        table.add_row(prompts[i], before[i].strip()[:300], after[i].strip())
+    console.print(table)
+
+    def matches(answers: list[str]) -> float:
+        return sum(a.strip() == w for a, w in zip(answers, wanted, strict=True)) / len(wanted)
+
+    figures = {"exact_match_before": matches(before), "exact_match_after": matches(after), "tickets": len(prompts)}
+    console.print(f"exact match on {len(prompts)} held-out tickets: {figures['exact_match_before']:.0%} before, {figures['exact_match_after']:.0%} after")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

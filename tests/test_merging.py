@@ -1,0 +1,172 @@
+"""Merged equals adapted, in every architecture, and a merge never replaces or half-writes anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import CONFIGS, TOLERANCE, adapted, relative
+
+from qlora import UserError, attach_adapters, load_base, merge, named_adapters, save_adapter
+from qlora.checkpoint import read_adapter_recipe
+from qlora.merging import ShardWriter, quantize_checkpoint
+
+TICKETS = Path(__file__).parents[1] / "scripts" / "data" / "tickets_test.jsonl"
+IDS = torch.arange(2, 20).view(2, 9)
+
+
+def trained(folder, out, method="dora", bits=4, dtype="fp32", **options):
+    """A base with disturbed adapters and the adapter's folder."""
+    model = adapted(load_base(str(folder), bits=bits, dtype=dtype), method, **options)
+    save_adapter(model, out / "adapter")
+    return model, out / "adapter"
+
+
+def plain(folder, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_merged_equals_adapted(saved_models, tmp_path, name, method):
+    model, adapter = trained(saved_models(name), tmp_path, method)
+    merge(adapter, tmp_path / "merged", dtype="fp32")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, expected) < TOLERANCE[torch.float32]
+        unchanged = load_base(str(saved_models(name)), dtype="fp32")(input_ids=IDS).logits
+        assert relative(unchanged, expected) > 0.01  # the adapter does something
+
+
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_sixteen_bit_bases(saved_models, tmp_path, name, base):
+    model, adapter = trained(saved_models(name), tmp_path, bits=16)
+    merge(adapter, tmp_path / "merged", dtype="fp32", base=base)
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+
+
+def test_onto_the_original(saved_models, tmp_path):
+    """The update of the adapter on the 16-bit weights: what the same adapter gives on a 16-bit base."""
+    _, adapter = trained(saved_models("llama"), tmp_path, "lora")
+    merge(adapter, tmp_path / "merged", dtype="fp32", base="original")
+    sixteen = adapted(load_base(str(saved_models("llama")), bits=16, dtype="fp32"), "lora")
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, sixteen(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+
+
+def test_a_bitsandbytes_base(saved_models, tmp_path):
+    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", dtype="fp32")
+    model, adapter = trained(tmp_path / "base", tmp_path)
+    merge(adapter, tmp_path / "merged", dtype="fp32")
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+    with pytest.raises(UserError, match="holds no original weights"):
+        merge(adapter, tmp_path / "other", base="original")
+
+
+def test_layers_without_an_adapter_are_dequantized_too(saved_models, tmp_path):
+    model, adapter = trained(saved_models("llama"), tmp_path, targets="q_proj")
+    merge(adapter, tmp_path / "merged", dtype="fp32")
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+
+
+def test_bf16_on_the_real_model(tmp_path, tokenizer):
+    """Weights rounded to bf16 and computed in float32: top-1 agreement at least 99.5 %, KL at most 1e-3 (issue 2)."""
+    exact = attach_adapters(load_base("smollm2-135m", dtype="bf16").float(), method="dora", rank=16)
+    with torch.no_grad():  # an update of the size that training makes, so that the model still speaks
+        for _, layer in named_adapters(exact):
+            layer.lora_B.normal_(0, 0.003)
+            layer.magnitude *= 1 + 0.03 * torch.randn_like(layer.magnitude)
+    save_adapter(exact, tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype="bf16")
+    assert {p.dtype for p in plain(tmp_path / "merged", "auto").parameters()} == {torch.bfloat16}
+    text = "\n".join(json.loads(line)["prompt"] for line in TICKETS.read_text().splitlines())
+    ids = torch.tensor(tokenizer(text)["input_ids"][:1024]).view(8, 128)
+    with torch.no_grad():
+        expected = exact(input_ids=ids).logits.flatten(0, 1)
+        merged = plain(tmp_path / "merged")(input_ids=ids).logits.flatten(0, 1)
+    kl = torch.nn.functional.kl_div(merged.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean")
+    agreement = (merged.argmax(-1) == expected.argmax(-1)).double().mean()
+    print(f"merged in bf16: top-1 agreement {agreement:.4f}, KL {kl:.2e}")
+    assert agreement >= 0.995 and kl <= 1e-3
+
+
+def test_loads_without_this_package(saved_models, tmp_path):
+    _, adapter = trained(saved_models("llama"), tmp_path)
+    merge(adapter, tmp_path / "merged")
+    code = (
+        "import sys; sys.modules['qlora'] = None; sys.modules['qlora_kernels'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'merged')!r}); AutoTokenizer.from_pretrained({str(tmp_path / 'merged')!r})\n"
+        "print(m.dtype)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "torch.bfloat16", done.stderr
+
+
+def test_shards(saved_models, tmp_path):
+    model, adapter = trained(saved_models("mistral"), tmp_path)
+    merge(adapter, tmp_path / "merged", dtype="fp32", shard_size=100_000)
+    shards = sorted(p.name for p in (tmp_path / "merged").glob("*.safetensors"))
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert sorted(set(index["weight_map"].values())) == shards
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+
+
+def test_a_shard_holds_no_more_than_its_size(tmp_path):
+    writer = ShardWriter(tmp_path, 1000)
+    for i, size in enumerate((100, 120, 240, 20, 3000, 8)):
+        writer.add(f"t{i}", torch.zeros(size // 4))
+        assert writer.pending_bytes <= 1000 or len(writer.pending) == 1
+    writer.close()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_another_base_is_refused(saved_models, tmp_path):
+    """Same shapes, other weights: the fingerprint tells, and nothing is left behind."""
+    _, adapter = trained(saved_models("llama"), tmp_path)
+    other = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="not those the adapter was trained on"):
+        merge(adapter, tmp_path / "merged", model=str(tmp_path / "other"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "other"]
+
+
+def test_a_base_of_another_shape_is_refused(saved_models, tmp_path):
+    _, adapter = trained(saved_models("llama"), tmp_path)
+    with pytest.raises(UserError, match="the adapter|adapter="):
+        merge(adapter, tmp_path / "merged", model=str(saved_models("gpt2")))
+
+
+def test_an_output_in_use_is_refused(saved_models, tmp_path):
+    _, adapter = trained(saved_models("llama"), tmp_path)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError) as error:
+        merge(adapter, tmp_path / "merged", base="nearest", dtype="int8")
+    assert len(error.value.problems) == 3
+    assert (tmp_path / "merged" / "mine.txt").read_text() == "mine"
+
+
+def test_an_adapter_without_our_recipe(saved_models, tmp_path):
+    """A PEFT adapter does not say how its base was quantized: only the original is a base we know."""
+    model, adapter = trained(saved_models("llama"), tmp_path, bits=16)
+    (adapter / "qlora.json").unlink()
+    assert read_adapter_recipe(adapter)[0].bits is None
+    with pytest.raises(UserError, match="--base original"):
+        merge(adapter, tmp_path / "merged")
+    merge(adapter, tmp_path / "merged", base="original", dtype="fp32", model=str(saved_models("llama")))
+    with torch.no_grad():
+        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
