@@ -6,6 +6,7 @@ NF4 (QLoRA, arXiv:2305.14314, section 3 and appendix E), byte for byte as bitsan
     absmax   largest magnitude of a block, float32; a block of zeros has absmax 0 and code 7 throughout
     nested   offset = mean(absmax); (absmax - offset) in blocks of 256 to the signed 8-bit dynamic map (arXiv:1511.04561)
     decode   level[code] * (map[q] * nested_absmax + offset), two roundings to float32 in that order, then one to `dtype`
+DoRA (arXiv:2402.09353) adds two reductions: `column_dots`, and the row norms of W + s B A without a dense B A (`row_norms`).
 Work goes by chunks of whole blocks, so that the float32 temporaries stay at a few tens of MB whatever the size of the weight.
 The alternative, decoding through an int64 index of every element, costs sixteen times the memory of the result.
 """
@@ -13,11 +14,12 @@ The alternative, decoding through an int64 index of every element, costs sixteen
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 21  # a multiple of every block size; float32 temporaries of 8 MB
+CHUNK_ELEMENTS = 1 << 18  # a multiple of every block size; float32 temporaries of 1 MB stay in the cache
 TINY = 1e-38  # smaller block maxima are treated as this one, so that 1 / absmax stays finite
 
 # Quantiles of N(0, 1) between 1 - 0.9677083 and 0.9677083, scaled to [-1, 1], with an exact zero. tests derive them.
@@ -108,6 +110,14 @@ def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: T
     return torch.nn.functional.embedding(absmax.int(), dynamic_map(absmax.device).unsqueeze(1)).squeeze(1) * scale + nested_offset
 
 
+def _decode(flat: Tensor, scales: Tensor, start: int, stop: int, blocksize: int) -> Tensor:
+    """Elements start..stop as float32; `start` on the border of a block."""
+    values = torch.nn.functional.embedding(flat[start // 2 : (stop + 1) // 2].int(), _byte_table(flat.device)).view(-1)
+    scale = scales[start // blocksize : -(-stop // blocksize)].unsqueeze(1)
+    values = torch.nn.functional.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize) * scale
+    return values.view(-1)[: stop - start]
+
+
 def dequantize_nf4(
     packed: Tensor,
     absmax: Tensor,
@@ -124,21 +134,80 @@ def dequantize_nf4(
     applied; where a block crosses rows, or in float64, it multiplies the decoded float32 value instead."""
     n = rows * columns
     scales = decode_absmax(absmax, nested_absmax, nested_offset, nested_blocksize)
+    if row_gain is not None and dtype != torch.float64:
+        row_gain = row_gain.float()
     gain_in_scales = columns % blocksize == 0 and dtype != torch.float64
     if row_gain is not None and gain_in_scales:
-        scales = (scales.view(rows, -1) * row_gain.float().unsqueeze(1)).view(-1)
-    table = _byte_table(packed.device)
-    flat = packed.view(-1)
+        scales = (scales.view(rows, -1) * row_gain.unsqueeze(1)).view(-1)
     out = torch.empty(n, dtype=dtype, device=packed.device)
     for start in range(0, n, CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, n)
-        values = torch.nn.functional.embedding(flat[start // 2 : (stop + 1) // 2].int(), table).view(-1)
-        scale = scales[start // blocksize : -(-stop // blocksize)].unsqueeze(1)
-        short = -values.numel() % blocksize
-        values = torch.nn.functional.pad(values, (0, short)).view(-1, blocksize) * scale
-        values = values.view(-1)[: stop - start]
+        values = _decode(packed.view(-1), scales, start, stop, blocksize)
         if row_gain is not None and not gain_in_scales:
-            row = torch.arange(start, stop, device=packed.device) // columns
-            values = values * row_gain[row]
+            values = values * row_gain[torch.arange(start, stop, device=packed.device) // columns]
         out[start:stop] = values
     return out.view(rows, columns)
+
+
+def count_write(out: Tensor) -> None:
+    """Tell autograd that `out` was written: below its dispatch level torch no longer does so by itself."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """a, b [tokens, out] -> sum over tokens of a * b, [out]: summed in float32, or in float64 where one of them is float64."""
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    total = torch.zeros(a.shape[1], dtype=wide, device=a.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, a.shape[1]))
+    for start in range(0, a.shape[0], step):
+        total += (a[start : start + step].to(wide) * b[start : start + step].to(wide)).sum(0)
+    return total
+
+
+def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """n [out] with n_j = ||W_j + s B_j A||, from W as (rows, W[rows]) in the dtype of A:
+
+        n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
+
+    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely.
+    """
+    gram = A @ A.t()
+    n = torch.empty(B.shape[0], dtype=A.dtype, device=A.device)
+    for part, W in chunks:
+        b = B[part]
+        own = torch.linalg.vector_norm(W, dim=1).square_()
+        squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
+        lost = (squared < 1e-3 * own).nonzero().squeeze(1)
+        if lost.numel():
+            squared[lost] = (W[lost] + scaling * (b[lost] @ A)).square().sum(1)
+        n[part] = squared.sqrt()
+    return n
+
+
+def row_norms_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Tensor:
+    """`row_norms` of an NF4 weight [rows, columns]: A [r, columns], B [rows, r] float32 or float64 -> n [rows] in that dtype."""
+    scales = decode_absmax(absmax, nested_absmax, nested_offset, nested_blocksize)
+
+    def chunks() -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for row in range(0, rows, step):
+            part = slice(row, min(row + step, rows))
+            start, stop = part.start * columns, part.stop * columns
+            before = start % blocksize
+            values = _decode(packed.view(-1), scales, start - before, stop, blocksize)[before:]
+            yield part, values.view(-1, columns).to(A.dtype)
+
+    return row_norms(chunks(), A, B, scaling)

@@ -1,0 +1,163 @@
+// The primitives of kernels.h for AVX-512 (F, BW, DQ, VL: every processor with AVX-512 since 2017).
+#include "nf4.h"
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace qlora {
+namespace {
+
+constexpr int kPanelRows = 12, kDotVectors = 8;
+
+struct F16 {
+  __m512 v;
+  static F16 zero() { return {_mm512_setzero_ps()}; }
+  static F16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  float sum() const {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+
+inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 madd(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline __m512 widen(__m256i bits, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline __m512 widen(__m256i bits, FP16) { return _mm512_cvtph_ps(bits); }
+
+template <class T>
+inline F16 load16(const T* p) {
+  return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T())};
+}
+template <>
+inline F16 load16<float>(const float* p) {
+  return F16::load(p);
+}
+
+// The first n < 16 values, zeros behind them.
+template <class T>
+inline __m512 load_some(const T* p, int64_t n) {
+  return widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), T());
+}
+template <>
+inline __m512 load_some<float>(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+
+inline __m512 scaled_levels(float scale, float gain) {
+  return _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(tables.levels), _mm512_set1_ps(scale)), _mm512_set1_ps(gain));
+}
+
+inline __m256i rounded(__m512 x, FP16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline __m256i rounded(__m512 x, BF16) {  // by integers: the instruction for it takes subnormals for zero
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+template <class T>
+struct Table {
+  __m512i values;  // the 16 values twice, so that bit 4 of an index does not matter
+  Table(float scale, float gain) : values(_mm512_broadcast_i64x4(rounded(scaled_levels(scale, gain), T()))) {}
+  T operator[](int code) const {
+    alignas(64) T all[32];
+    _mm512_store_si512(all, values);
+    return all[code];
+  }
+};
+
+template <>
+struct Table<float> {
+  __m512 values;
+  Table(float scale, float gain) : values(scaled_levels(scale, gain)) {}
+  float operator[](int code) const {
+    alignas(64) float all[16];
+    _mm512_store_ps(all, values);
+    return all[code];
+  }
+};
+
+inline __m512i expand32(__m128i bytes, __m512i values) {  // 16 bytes -> 32 values
+  const __m512i wide = _mm512_cvtepu8_epi32(bytes);
+  return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), values);
+}
+
+template <class T>
+inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_si512(out + 2 * i, expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
+  if (i < n) {
+    const __mmask16 some = __mmask16((1u << (n - i)) - 1);
+    const __m512i rest = expand32(_mm_maskz_loadu_epi8(some, bytes + i), table.values);
+    _mm512_mask_storeu_epi32(out + 2 * i, some, rest);
+  }
+}
+
+inline __m512 expand16(__m128i bytes, __m512 values) {  // 8 bytes -> 16 values
+  const __m512i wide = _mm512_cvtepu8_epi64(bytes);
+  return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32)), values);
+}
+
+template <>
+inline void expand<float>(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm512_storeu_ps(out + 2 * i, expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
+  if (i < n) {
+    const __mmask8 some = __mmask8((1u << (n - i)) - 1);
+    const __m512 rest = expand16(_mm_maskz_loadu_epi8(some, bytes + i), table.values);
+    _mm512_mask_storeu_epi64(out + 2 * i, some, _mm512_castps_si512(rest));
+  }
+}
+
+template <class T>
+inline uint32_t absmax_bits(const T* in, int64_t n) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load16(in + i).v), magnitude));
+  if (i < n) largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(in + i, n - i)), magnitude));
+  return _mm512_reduce_max_epu32(largest);
+}
+
+inline __m128i eight_bytes(__m512 x) {  // 16 scaled values -> 8 bytes of codes
+  const __m512i cell = _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(kCells), _mm512_set1_ps(kRounder)));
+  const __m512 threshold = _mm512_permutex2var_ps(_mm512_load_ps(tables.cell_threshold), cell, _mm512_load_ps(tables.cell_threshold + 16));
+  const __m512i code = _mm512_permutex2var_epi32(_mm512_load_si512(tables.cell_code), cell, _mm512_load_si512(tables.cell_code + 16));
+  const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
+  const __m512i exact = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+  return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(exact, 4), _mm512_srli_epi64(exact, 32)));
+}
+
+template <class T>
+inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), eight_bytes(_mm512_mul_ps(load16(in + i).v, scale)));
+  if (i < n) {  // the zeros behind the last value take code 7, which is what the pad nibble must be
+    const __m128i rest = eight_bytes(_mm512_mul_ps(load_some(in + i, n - i), scale));
+    _mm_mask_storeu_epi8(out + i / 2, __mmask16((1u << ((n - i + 1) / 2)) - 1), rest);
+  }
+}
+
+}  // namespace
+}  // namespace qlora
+
+#include "kernels.h"
+
+namespace qlora {
+const Kernels avx512_kernels = {"AVX-512", decode, encode, dots, norms};
+}  // namespace qlora
+#endif

@@ -1,0 +1,211 @@
+// The kernels once, over the vector primitives that the including file defines for its instruction set:
+//
+//   F16                            16 float32 lanes; F16::zero, load, store, broadcast, madd(a, b, c) = a * b + c, add, mul, sum
+//   load16(const T*) -> F16        16 values of float, BF16 or FP16
+//   Table<T>(scale, gain)          the 16 decoded values of a block: round_to<T>((level * scale) * gain)
+//   expand(table, bytes, n, out)   2n values from n bytes of codes
+//   absmax_bits(in, n)             largest |x| of n values, as the bits of a float: NaN outranks infinity outranks the rest
+//   codes(in, n, inverse, out)     (n + 1) / 2 bytes of codes of in[i] * inverse
+//
+// A block has one scale and a code has 16 values, so a block needs 16 multiplications and 16 roundings, whatever its size; the
+// rest is a table lookup in registers, two bytes an element. The alternative, to look up the float level and then multiply, round
+// and pack each element, does four times the work and needs care with bf16 subnormals, which vcvtneps2bf16 flushes.
+//
+// Everything here is in an anonymous namespace: each instruction set must keep its own copy.
+#pragma once
+
+namespace qlora {
+namespace {
+
+inline float block_scale(const Weight& w, int64_t block) {
+  if (w.nested == nullptr) return static_cast<const float*>(w.absmax)[block];
+  const float part = tables.dynamic[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested[block >> w.nested_shift];
+  return part + *w.offset;  // two roundings: the build forbids contraction
+}
+
+template <class T>
+void decode_as(const Weight& w, int64_t start, int64_t stop, T* out) {
+  const int64_t block_size = int64_t(1) << w.block_shift;
+  const bool in_scale = w.gain != nullptr && w.columns % block_size == 0;  // the gain goes into the scale
+  int64_t row = 0, row_end = stop;
+  if (w.gain != nullptr) {
+    row = start / w.columns;
+    row_end = (row + 1) * w.columns;
+  }
+  for (int64_t position = start; position < stop;) {
+    const int64_t block = position >> w.block_shift;
+    int64_t end = (block + 1) << w.block_shift;
+    if (end > stop) end = stop;
+    float scale = block_scale(w, block), gain = 1.0f;
+    if (w.gain != nullptr) {
+      while (position >= row_end) ++row, row_end += w.columns;
+      if (in_scale) {
+        scale *= w.gain[row];
+      } else {
+        gain = w.gain[row];
+        if (end > row_end) end = row_end;
+      }
+    }
+    const Table<T> table(scale, gain);
+    if (position & 1) {
+      *out++ = table[w.packed[position >> 1] & 15];
+      ++position;
+    }
+    const int64_t bytes = (end - position) >> 1;
+    expand(table, w.packed + (position >> 1), bytes, out);
+    out += 2 * bytes;
+    position += 2 * bytes;
+    if (position < end) {
+      *out++ = table[w.packed[position >> 1] >> 4];
+      ++position;
+    }
+  }
+}
+
+void decode(const Weight& w, int64_t start, int64_t stop, Dtype dtype, void* out) {
+  if (dtype == kFloat32) decode_as(w, start, stop, static_cast<float*>(out));
+  if (dtype == kBFloat16) decode_as(w, start, stop, static_cast<BF16*>(out));
+  if (dtype == kFloat16) decode_as(w, start, stop, static_cast<FP16*>(out));
+}
+
+template <class T>
+void encode_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, uint8_t* packed, float* absmax) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block << shift, size = int64_t(1) << shift;
+    const int64_t count = n - start < size ? n - start : size;
+    const uint32_t bits = absmax_bits(in + start, count);
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    absmax[block] = largest;
+    codes(in + start, count, 1.0f / (largest > kTiny ? largest : kTiny), packed + (start >> 1));
+  }
+}
+
+void encode(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, uint8_t* packed, float* absmax) {
+  if (dtype == kFloat32) encode_as(static_cast<const float*>(in), n, first, last, shift, packed, absmax);
+  if (dtype == kBFloat16) encode_as(static_cast<const BF16*>(in), n, first, last, shift, packed, absmax);
+  if (dtype == kFloat16) encode_as(static_cast<const FP16*>(in), n, first, last, shift, packed, absmax);
+}
+
+// Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction set.
+template <class T>
+void dots_as(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {
+  constexpr int kLanes = 16, kVectors = kDotVectors;
+  int64_t c = 0;
+  for (; c + kLanes * kVectors <= columns; c += kLanes * kVectors) {
+    F16 sum[kVectors];
+    for (int v = 0; v < kVectors; ++v) sum[v] = F16::zero();
+    for (int64_t t = 0; t < rows; ++t) {
+      const T *pa = a + t * lda + c, *pb = b + t * ldb + c;
+      for (int v = 0; v < kVectors; ++v) sum[v] = add(sum[v], mul(load16(pa + kLanes * v), load16(pb + kLanes * v)));
+    }
+    for (int v = 0; v < kVectors; ++v) sum[v].store(out + c + kLanes * v);
+  }
+  for (; c + kLanes <= columns; c += kLanes) {
+    F16 sum = F16::zero();
+    for (int64_t t = 0; t < rows; ++t) sum = add(sum, mul(load16(a + t * lda + c), load16(b + t * ldb + c)));
+    sum.store(out + c);
+  }
+  for (; c < columns; ++c) {
+    float sum = 0.0f;
+    for (int64_t t = 0; t < rows; ++t) sum += to_float(a[t * lda + c]) * to_float(b[t * ldb + c]);
+    out[c] = sum;
+  }
+}
+
+void dots(Dtype dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {
+  if (dtype == kFloat32) dots_as(static_cast<const float*>(a), lda, static_cast<const float*>(b), ldb, rows, columns, out);
+  if (dtype == kBFloat16) dots_as(static_cast<const BF16*>(a), lda, static_cast<const BF16*>(b), ldb, rows, columns, out);
+  if (dtype == kFloat16) dots_as(static_cast<const FP16*>(a), lda, static_cast<const FP16*>(b), ldb, rows, columns, out);
+}
+
+// n_j = sqrt(||W_j||^2 + 2 s sum_k P_jk B_jk + s^2 sum_k (B gram)_jk B_jk) with P = W At and gram = A At; W is decoded a panel of
+// kPanelRows x kDepth at a time and lives in L1 only. The rank is a multiple of 16 (padded with zeros); A comes as tiles
+// [rank / 16, columns, 16], and kGroup tiles are multiplied per decoding of W. Where the three sums cancel (below 1e-3 of
+// ||W_j||^2) they have lost their digits and the row is computed densely.
+constexpr int64_t kDepth = 256, kGroup = 4;
+
+inline void panel_product(const float* panel, int64_t depth, int64_t rows, const float* tile, float* product, int64_t stride) {
+  F16 sum[kPanelRows];
+  for (int m = 0; m < kPanelRows; ++m) sum[m] = F16::zero();
+  for (int64_t i = 0; i < depth; ++i) {
+    const F16 a = F16::load(tile + 16 * i);
+    for (int m = 0; m < kPanelRows; ++m) sum[m] = madd(F16::broadcast(panel[m * kDepth + i]), a, sum[m]);
+  }
+  for (int m = 0; m < rows; ++m) add(F16::load(product + m * stride), sum[m]).store(product + m * stride);
+}
+
+inline double squares(const float* values, int64_t count) {
+  F16 sum = F16::zero();
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const F16 v = F16::load(values + i);
+    sum = madd(v, v, sum);
+  }
+  double total = sum.sum();
+  for (; i < count; ++i) total += values[i] * values[i];
+  return total;
+}
+
+float dense_norm_squared(const Weight& w, const float* tiles, const float* b, int64_t rank, float scaling, int64_t row) {
+  float values[kDepth];
+  double total = 0.0;
+  for (int64_t i0 = 0; i0 < w.columns; i0 += kDepth) {
+    const int64_t depth = w.columns - i0 < kDepth ? w.columns - i0 : kDepth;
+    decode_as(w, row * w.columns + i0, row * w.columns + i0 + depth, values);
+    for (int64_t k = 0; k < rank; k += 16) {
+      const F16 part = F16::load(b + k);
+      for (int64_t i = 0; i < depth; ++i) values[i] += scaling * mul(part, F16::load(tiles + k * w.columns + 16 * (i0 + i))).sum();
+    }
+    total += squares(values, depth);
+  }
+  return float(total);
+}
+
+void norms(const Weight& w, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first,
+           int64_t last, float* n) {
+  alignas(64) float panel[kPanelRows * kDepth];
+  alignas(64) float product[kNormRows * kGroup * 16];
+  double own[kNormRows], cross[kNormRows];
+  for (int64_t j = 0; j < last - first; ++j) own[j] = cross[j] = 0.0;
+  for (int64_t m = 0; m < kPanelRows * kDepth; ++m) panel[m] = 0.0f;  // rows past the last are multiplied too
+
+  for (int64_t k0 = 0; k0 < rank; k0 += 16 * kGroup) {
+    const int64_t group = (rank - k0) / 16 < kGroup ? (rank - k0) / 16 : kGroup;
+    for (int64_t i = 0; i < kNormRows * kGroup * 16; ++i) product[i] = 0.0f;
+    for (int64_t i0 = 0; i0 < w.columns; i0 += kDepth) {
+      const int64_t depth = w.columns - i0 < kDepth ? w.columns - i0 : kDepth;
+      for (int64_t j0 = first; j0 < last; j0 += kPanelRows) {
+        const int64_t rows = last - j0 < kPanelRows ? last - j0 : kPanelRows;
+        for (int64_t m = 0; m < rows; ++m) {
+          const int64_t at = (j0 + m) * w.columns + i0;
+          decode_as(w, at, at + depth, panel + m * kDepth);
+          if (k0 == 0) own[j0 + m - first] += squares(panel + m * kDepth, depth);
+        }
+        for (int64_t g = 0; g < group; ++g)
+          panel_product(panel, depth, rows, tiles + (k0 + 16 * g) * w.columns + 16 * i0,
+                        product + ((j0 - first) * kGroup + g) * 16, kGroup * 16);
+      }
+    }
+    for (int64_t j = first; j < last; ++j)
+      for (int64_t g = 0; g < group; ++g)
+        cross[j - first] += mul(F16::load(product + ((j - first) * kGroup + g) * 16), F16::load(B + j * rank + k0 + 16 * g)).sum();
+  }
+
+  for (int64_t j = first; j < last; ++j) {
+    const float* b = B + j * rank;
+    double update = 0.0;
+    for (int64_t k = 0; k < rank; k += 16) {
+      F16 part = F16::zero();
+      for (int64_t l = 0; l < rank; ++l) part = madd(F16::broadcast(b[l]), F16::load(gram + l * rank + k), part);
+      update += mul(part, F16::load(b + k)).sum();
+    }
+    const double s = scaling;
+    float squared = float(own[j - first] + 2.0 * s * cross[j - first] + s * s * update);
+    if (squared < 1e-3f * float(own[j - first])) squared = dense_norm_squared(w, tiles, b, rank, scaling, j);
+    n[j] = __builtin_sqrtf(squared);
+  }
+}
+
+}  // namespace
+}  // namespace qlora

@@ -1,0 +1,222 @@
+"""The native CPU kernels as functions of tensors: finds the library, checks it, and calls it through ctypes.
+
+The library is found by the spec of the module `qlora_kernels.cpu._native`, so an editable checkout, a wheel and a plain source
+tree behave alike. What it cannot do (float64, foreign block sizes, mixed dtypes) goes to `reference.py`, whose results it equals:
+codes, constants and decoded values bit for bit, sums to float32 rounding.
+
+    QLORA_BACKEND=reference              run everything on the reference
+    QLORA_CPU_ISA=portable|avx2|avx512   force an instruction set; otherwise the best that the processor has
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_kernels import reference
+from qlora_kernels.cpu import build
+
+ISAS = ("portable", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
+
+
+
+class StaleLibrary(RuntimeError):
+    """The library was built from other sources than those beside it."""
+
+
+def load() -> tuple[Native | None, str]:
+    """The native kernels or None, and in words what runs on the CPU.
+
+    Raises:
+        StaleLibrary: the library does not match the sources beside it.
+        RuntimeError: QLORA_BACKEND or QLORA_CPU_ISA holds what this machine cannot give.
+    """
+    backend = os.environ.get("QLORA_BACKEND", "")
+    if backend not in ("", "reference"):
+        raise RuntimeError(f"QLORA_BACKEND={backend}: must be reference, or unset for the fastest there is")
+    if backend == "reference":
+        return None, "reference (plain PyTorch), because QLORA_BACKEND=reference"
+    spec = importlib.util.find_spec("qlora_kernels.cpu._native")
+    if spec is None or spec.origin is None:
+        return None, f"reference (plain PyTorch), because the native kernels are not built: run {build.COMMAND}"
+    library = Path(spec.origin)
+    if not build.is_fresh(library):
+        raise StaleLibrary(f"{library} was built from other sources than those beside it: run {build.COMMAND}, or delete it")
+    native = Native(ctypes.CDLL(str(library)))
+    return native, native.describe()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Native:
+    """The operators of `ops.py`, same arguments and results, on CPU tensors."""
+
+    def __init__(self, library: ctypes.CDLL):
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        weight = [pointer] * 4
+        signatures = {
+            "qlora_initialize": [pointer] * 2,
+            "qlora_select": [integer],
+            "qlora_threaded": [],
+            "qlora_quantize_nf4": [pointer, integer, size, size, pointer, pointer, integer],
+            "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
+            "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
+            "qlora_column_dots_partials": [size],
+            "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
+            "qlora_row_norms_nf4": [*weight, *[size] * 4, pointer, pointer, pointer, size, ctypes.c_float, pointer, integer],
+        }
+        results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_column_dots_partials": size}
+        for name, arguments in signatures.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, results.get(name)
+        self.library = library
+        cpu = torch.device("cpu")
+        library.qlora_initialize(reference.nf4_levels(cpu).data_ptr(), reference.dynamic_map(cpu).data_ptr())
+        self.select(os.environ.get("QLORA_CPU_ISA", ""))
+
+    def select(self, isa: str = "") -> None:
+        """Use the instruction set of that name from `ISAS`, or the best one ("").
+
+        Raises:
+            RuntimeError: no such name, or this processor lacks it.
+        """
+        if isa and isa not in ISAS:
+            raise RuntimeError(f"QLORA_CPU_ISA={isa}: must be one of {', '.join(ISAS)}, or unset for the best")
+        names = (self.library.qlora_select(ISAS.index(name)) for name in ([isa] if isa else reversed(ISAS)))
+        name = next((name for name in names if name), None)
+        if name is None:
+            raise RuntimeError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
+        self.isa = name.decode()
+
+    def describe(self) -> str:
+        """Such as "native (AVX-512, 2 threads)"."""
+        threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
+        return f"native ({self.isa}, {threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
+
+    def quantize_nf4(self, weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+        if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES:
+            return reference.quantize_nf4(weight, blocksize)
+        weight = weight.contiguous()
+        n = weight.numel()
+        packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+        absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
+        self.library.qlora_quantize_nf4(
+            weight.data_ptr(), DTYPES[weight.dtype], n, blocksize, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+        )
+        return packed, absmax
+
+    def quantize_absmax(self, absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+        if absmax.dtype != torch.float32 or absmax.dim() != 1:
+            return reference.quantize_absmax(absmax, nested_blocksize)
+        absmax = absmax.contiguous()
+        offset = absmax.mean()  # torch's own, since another order of summation gives another float
+        codes = torch.empty_like(absmax, dtype=torch.uint8)
+        nested = torch.empty(-(-absmax.numel() // nested_blocksize), dtype=torch.float32)
+        self.library.qlora_quantize_absmax(
+            absmax.data_ptr(), offset.data_ptr(), absmax.numel(), nested_blocksize, codes.data_ptr(), nested.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return codes, nested, offset
+
+    def dequantize_nf4(
+        self, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        out = torch.empty(rows, columns, dtype=dtype)
+        self.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
+        return out
+
+    def dequantize_nf4_into(self, out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int) -> None:
+        rows, columns = out.shape
+        reference.count_write(out)
+        if (
+            out.dtype not in DTYPES
+            or not out.is_contiguous()
+            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+        ):
+            arguments = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, out.dtype)
+            out.copy_(reference.dequantize_nf4(*arguments))
+            return
+        if row_gain is not None:
+            if row_gain.numel() != rows:
+                raise ValueError(f"row_gain holds {row_gain.numel()} values for {rows} rows")
+            row_gain = row_gain.float().contiguous()
+        self.library.qlora_dequantize_nf4(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(row_gain),
+            rows, columns, blocksize, nested_blocksize, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def row_norms_nf4(
+        self, packed, absmax, nested_absmax, nested_offset, A: Tensor, B: Tensor, scaling: float, rows: int, columns: int,
+        blocksize: int, nested_blocksize: int,
+    ) -> Tensor:  # fmt: skip
+        rank = A.shape[0]
+        if (
+            A.dtype != torch.float32
+            or B.dtype != torch.float32
+            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+        ):
+            return reference.row_norms_nf4(
+                packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize
+            )
+        if A.shape != (rank, columns) or B.shape != (rows, rank):
+            raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
+        pad = -rank % 16
+        if pad:
+            A = torch.nn.functional.pad(A, (0, 0, 0, pad))
+            B = torch.nn.functional.pad(B, (0, pad))
+        tiles = A.view(-1, 16, columns).transpose(1, 2).contiguous()
+        B, gram = B.contiguous(), A @ A.t()
+        n = torch.empty(rows, dtype=torch.float32)
+        self.library.qlora_row_norms_nf4(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize,
+            nested_blocksize, tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank + pad, scaling, n.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return n
+
+    def column_dots(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2:
+            return reference.column_dots(a, b)
+        rows, columns = a.shape
+        if columns and a.stride(1) != 1:
+            a = a.contiguous()
+        if columns and b.stride(1) != 1:
+            b = b.contiguous()
+        out = torch.empty(columns, dtype=torch.float32)
+        partials = self.library.qlora_column_dots_partials(rows)
+        partial = torch.empty(partials, columns, dtype=torch.float32) if partials else None
+        self.library.qlora_column_dots(
+            DTYPES[a.dtype], a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, columns, _pointer(partial), out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def _takes(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int) -> bool:
+        """Whether the kernels read these parts: the sizes are checked, since C code would read past a tensor that is too short."""
+        nested = nested_absmax is not None
+        parts = [packed, absmax, *([nested_absmax, nested_offset] if nested else [])]
+        blocks = -(-n // blocksize)
+        return (
+            blocksize in BLOCKSIZES
+            and all(part.is_contiguous() and part.device.type == "cpu" for part in parts)
+            and packed.dtype == torch.uint8
+            and packed.numel() >= (n + 1) // 2
+            and absmax.dtype == (torch.uint8 if nested else torch.float32)
+            and absmax.numel() >= blocks
+            and (
+                not nested
+                or nested_blocksize in BLOCKSIZES
+                and nested_absmax.dtype == nested_offset.dtype == torch.float32
+                and nested_absmax.numel() >= -(-blocks // nested_blocksize)
+            )
+        )

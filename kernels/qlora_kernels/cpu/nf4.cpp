@@ -1,0 +1,220 @@
+// The C interface of the native CPU kernels: tables, choice of the instruction set, and the split over threads.
+//
+// Threads are OpenMP's, at most as many as the caller says (torch's own number: both use one libgomp, so its setting rules), and
+// none for small work. Work is cut into pieces whose size does not depend on the number of threads, so neither does any result.
+// After a fork the threads of libgomp are gone and a parallel region would wait for them for ever: there everything runs on
+// one thread. The alternative, torch's own at::parallel_for, would tie the library to one build of torch.
+#include <stdio.h>
+#include <unistd.h>
+
+#include "nf4.h"
+#include "types.h"
+
+namespace qlora {
+
+Tables tables;
+
+namespace {
+
+// The nearest of the 256 values of the dynamic map. Sign, exponent and six bits of the mantissa of x name a cell that holds one
+// midpoint at most, so code = code of the cell + (x > its threshold). Cells below 2^-22, where no midpoint lies, are one.
+struct DynamicCells {
+  static constexpr int kShift = 17, kFirst = (127 - 22) << (23 - kShift), kCount = (22 << (23 - kShift)) + 1;
+  float threshold[2][kCount];
+  uint8_t code[2][kCount];
+
+  static int cell(float x) {
+    const int key = int((bits_of(x) & 0x7fffffff) >> kShift) - kFirst;
+    return key < 0 ? 0 : key < kCount ? key : kCount - 1;
+  }
+  void fill(const float* map) {
+    for (int negative = 0; negative < 2; ++negative)
+      for (int k = 0; k < kCount; ++k) threshold[negative][k] = __builtin_inff(), code[negative][k] = 0;
+    for (int i = 0; i < 255; ++i) {
+      const float midpoint = (map[i] + map[i + 1]) / 2;
+      const int negative = midpoint < 0.0f, k = cell(midpoint);
+      threshold[negative][k] = midpoint;
+      // Every cell of larger numbers counts one midpoint more below it.
+      if (negative)
+        for (int j = 0; j < k; ++j) ++code[1][j];
+      for (int j = negative ? 0 : k + 1; j < kCount; ++j) ++code[0][j];
+    }
+  }
+  uint8_t nearest(float x) const {
+    const int negative = int(bits_of(x) >> 31), k = cell(x);
+    return uint8_t(code[negative][k] + (x > threshold[negative][k]));
+  }
+};
+DynamicCells dynamic_cells;
+
+const Kernels* kernels = &portable_kernels;
+pid_t home = 0;  // the process whose threads we may use
+
+// PF_FORKNOEXEC in /proc/self/stat: this process is a fork, so threads may have been lost before the library was loaded.
+bool is_fork() {
+#if defined(__linux__)
+  FILE* file = fopen("/proc/self/stat", "r");
+  if (file == nullptr) return false;
+  char line[1024];
+  const size_t length = fread(line, 1, sizeof line - 1, file);
+  fclose(file);
+  line[length] = 0;
+  const char* after = line;
+  for (const char* p = line; *p; ++p)
+    if (*p == ')') after = p + 1;  // the command may contain anything, but ends at the last parenthesis
+  unsigned flags = 0;
+  return sscanf(after, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & 0x40);
+#else
+  return false;
+#endif
+}
+
+const Kernels* named(int isa) {
+  if (isa == 0) return &portable_kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2_kernels;
+  if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return &avx512_kernels;
+#endif
+  return nullptr;
+}
+
+int threads_for(int64_t pieces, int wanted) {
+  if (wanted > pieces) wanted = int(pieces);
+  return wanted > 1 && getpid() == home ? wanted : 1;
+}
+
+template <class F>
+void parallel(int64_t pieces, int wanted, F piece) {
+  const int threads = threads_for(pieces, wanted);
+  if (threads == 1) {
+    for (int64_t i = 0; i < pieces; ++i) piece(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) piece(i);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+Weight weight_of(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain, int64_t rows,
+                 int64_t columns, int64_t blocksize, int64_t nested_blocksize) {
+  return Weight{packed,  absmax,  nested, offset, gain, rows, columns, __builtin_ctzll(uint64_t(blocksize)), __builtin_ctzll(uint64_t(nested_blocksize))};
+}
+
+constexpr int64_t kPiece = 1 << 15;     // elements decoded or encoded in one go; a multiple of every block size
+constexpr int64_t kDotRows = 128;       // rows of one partial sum
+constexpr int64_t kDotColumns = 1024;   // columns of one piece
+
+}  // namespace
+}  // namespace qlora
+
+using namespace qlora;
+
+extern "C" {
+
+// Which source this was built from; found in the file's bytes by native.py.
+__attribute__((used)) const char qlora_source[] = "qlora-source-hash:" QLORA_SOURCE_HASH;
+
+// levels [16], dynamic [256]: the tables of reference.py.
+void qlora_initialize(const float* levels, const float* dynamic) {
+  home = is_fork() ? 0 : getpid();
+  const float infinity = __builtin_inff();
+  for (int i = 0; i < 16; ++i) tables.levels[i] = levels[i];
+  for (int i = 0; i < 256; ++i) tables.dynamic[i] = dynamic[i];
+  dynamic_cells.fill(dynamic);
+  for (int cell = -15, below = 0; cell <= 15; ++cell) {
+    tables.cell_code[cell & 31] = below;
+    tables.cell_threshold[cell & 31] = infinity;
+    const float midpoint = below < 15 ? (levels[below] + levels[below + 1]) / 2 : infinity;
+    if (midpoint * kCells < float(cell) + 0.5f) {
+      tables.cell_threshold[cell & 31] = midpoint;
+      ++below;
+    }
+  }
+}
+
+// 0 portable, 1 AVX2, 2 AVX-512. The name of the set now in use, or null where this processor lacks it.
+const char* qlora_select(int isa) {
+  const Kernels* found = named(isa);
+  if (found == nullptr) return nullptr;
+  kernels = found;
+  return found->name;
+}
+
+// Whether threads are used at all in this process.
+int qlora_threaded() { return getpid() == home; }
+
+void qlora_quantize_nf4(const void* weight, int dtype, int64_t n, int64_t blocksize, uint8_t* packed, float* absmax, int threads) {
+  const int shift = __builtin_ctzll(uint64_t(blocksize));
+  const int64_t blocks = ceil_div(n, blocksize), step = kPiece / blocksize;
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    kernels->encode(weight, Dtype(dtype), n, i * step, minimum(blocks, (i + 1) * step), shift, packed, absmax);
+  });
+}
+
+// absmax [count] -> codes [count], nested [ceil(count / blocksize)]; offset is their mean, summed by torch.
+void qlora_quantize_absmax(const float* absmax, const float* offset, int64_t count, int64_t blocksize, uint8_t* codes, float* nested, int threads) {
+  const int64_t blocks = ceil_div(count, blocksize), step = ceil_div(4096, blocksize);
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    for (int64_t block = i * step; block < minimum(blocks, (i + 1) * step); ++block) {
+      const int64_t start = block * blocksize, stop = minimum(count, start + blocksize);
+      uint32_t bits = 0;  // as integers a NaN is larger than any number
+      for (int64_t k = start; k < stop; ++k) {
+        const uint32_t magnitude = bits_of(absmax[k] - *offset) & 0x7fffffff;
+        bits = magnitude > bits ? magnitude : bits;
+      }
+      const float largest = nested[block] = float_of(bits);
+      const float inverse = 1.0f / (largest > kTiny ? largest : kTiny);
+      for (int64_t k = start; k < stop; ++k) codes[k] = dynamic_cells.nearest((absmax[k] - *offset) * inverse);
+    }
+  });
+}
+
+void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain,
+                          int64_t rows, int64_t columns, int64_t blocksize, int64_t nested_blocksize, int dtype, void* out, int threads) {
+  const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
+  const int64_t n = rows * columns, width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
+    kernels->decode(w, i * kPiece, minimum(n, (i + 1) * kPiece), Dtype(dtype), static_cast<char*>(out) + i * kPiece * width);
+  });
+}
+
+// How many partial sums qlora_column_dots wants room for: [partials, columns] floats. 0: none, it writes the result directly.
+int64_t qlora_column_dots_partials(int64_t rows) { return rows <= kDotRows ? 0 : ceil_div(rows, kDotRows); }
+
+void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* partial,
+                       float* out, int threads) {
+  const int64_t parts = ceil_div(rows, kDotRows), tiles = ceil_div(columns, kDotColumns), width = dtype == kFloat32 ? 4 : 2;
+  if (rows * columns < kPiece) threads = 1;
+  parallel(parts * tiles, threads, [&](int64_t i) {
+    const int64_t row = i / tiles * kDotRows, column = i % tiles * kDotColumns;
+    float* to = (parts > 1 ? partial + i / tiles * columns : out) + column;
+    kernels->dots(Dtype(dtype), static_cast<const char*>(a) + (row * lda + column) * width, lda,
+                  static_cast<const char*>(b) + (row * ldb + column) * width, ldb, minimum(kDotRows, rows - row),
+                  minimum(kDotColumns, columns - column), to);
+  });
+  if (parts <= 1) return;
+  parallel(tiles, threads, [&](int64_t i) {
+    for (int64_t c = i * kDotColumns; c < minimum(columns, (i + 1) * kDotColumns); ++c) {
+      float sum = partial[c];
+      for (int64_t p = 1; p < parts; ++p) sum += partial[p * columns + c];
+      out[c] = sum;
+    }
+  });
+}
+
+void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns,
+                         int64_t blocksize, int64_t nested_blocksize, const float* tiles, const float* B, const float* gram, int64_t rank,
+                         float scaling, float* n, int threads) {
+  const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
+  parallel(ceil_div(rows, kNormRows), threads, [&](int64_t i) {
+    kernels->norms(w, tiles, B, gram, rank, scaling, i * kNormRows, minimum(rows, (i + 1) * kNormRows), n);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// What the kernels of every instruction set agree on: the operands, the tables, and the list of functions each set provides.
+//
+// Included by files that are compiled for different instruction sets. Nothing inline from the C++ library may appear in
+// those: the linker keeps one copy of an inline function, and it could be the one that needs AVX-512.
+#pragma once
+
+#include <stdint.h>
+
+namespace qlora {
+
+enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A quantized matrix [rows, columns], and optionally one gain per row. Sizes of blocks are powers of two, given as shifts.
+struct Weight {
+  const uint8_t* packed;   // two codes a byte, the even element in the high nibble
+  const void* absmax;      // uint8 codes if nested, else the float32 scales
+  const float* nested;     // float32 scale of 1 << nested_shift codes, or null
+  const float* offset;     // float32 scalar, with nested
+  const float* gain;       // [rows] or null
+  int64_t rows, columns;
+  int32_t block_shift, nested_shift;
+};
+
+// Filled once by qlora_initialize from the tables of reference.py, so that no level is written down twice.
+struct Tables {
+  alignas(64) float levels[16];
+  alignas(64) float cell_threshold[32];  // see kCells
+  alignas(64) int32_t cell_code[32];
+  alignas(64) float dynamic[256];
+};
+extern Tables tables;
+
+struct Kernels {
+  const char* name;
+  // Elements start..stop of the flat weight to out[0..stop-start).
+  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, void* out);
+  // Blocks first..last of n flat values: their codes and their maxima.
+  void (*encode)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, uint8_t* packed, float* absmax);
+  // out[c] = sum over rows t of a[t, c] * b[t, c]; leading dimensions in elements.
+  void (*dots)(Dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out);
+  // n[j] for rows first..last, at most kNormRows of them: see `norms` in kernels.h.
+  void (*norms)(const Weight&, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first,
+                int64_t last, float* n);
+};
+
+// Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the gap
+// between midpoints, so a cell holds one midpoint at most and code = cell_code + (x > cell_threshold). No midpoint lies within
+// 0.001 of the border of a cell, so the rounding of x * 15 cannot matter. Adding 1.5 * 2^23 leaves the integer in the low bits.
+constexpr float kCells = 15.0f, kRounder = 12582912.0f;
+constexpr float kTiny = 1e-38f;  // smaller block maxima count as this one, so that the inverse is finite
+
+constexpr int64_t kNormRows = 96;
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace qlora

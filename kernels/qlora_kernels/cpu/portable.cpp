@@ -1,0 +1,100 @@
+// The kernels in plain C++, for any processor. The compiler vectorizes the loops of F16 with whatever the baseline offers.
+#include "nf4.h"
+#include "types.h"
+
+namespace qlora {
+namespace {
+
+constexpr int kPanelRows = 2, kDotVectors = 2;
+
+struct F16 {
+  float v[16];
+  static F16 zero() { return broadcast(0.0f); }
+  static F16 broadcast(float x) {
+    F16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = x;
+    return r;
+  }
+  static F16 load(const float* p) {
+    F16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+    return r;
+  }
+  void store(float* p) const {
+    for (int i = 0; i < 16; ++i) p[i] = v[i];
+  }
+  float sum() const {
+    float h[8];
+    for (int i = 0; i < 8; ++i) h[i] = v[i] + v[i + 8];
+    for (int n = 4; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) h[i] += h[i + n];
+    return h[0];
+  }
+};
+
+inline F16 add(F16 a, const F16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+inline F16 mul(F16 a, const F16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+
+inline F16 madd(const F16& a, const F16& b, const F16& c) { return add(mul(a, b), c); }
+
+template <class T>
+inline F16 load16(const T* p) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = to_float(p[i]);
+  return r;
+}
+
+template <class T>
+struct Table {
+  T values[16];
+  Table(float scale, float gain) {
+    for (int c = 0; c < 16; ++c) values[c] = round_to<T>((tables.levels[c] * scale) * gain);
+  }
+  T operator[](int code) const { return values[code]; }
+};
+
+template <class T>
+inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[2 * i] = table.values[bytes[i] >> 4];
+    out[2 * i + 1] = table.values[bytes[i] & 15];
+  }
+}
+
+template <class T>
+inline uint32_t absmax_bits(const T* in, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(to_float(in[i])) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+inline int code_of(float x) {
+  const uint32_t cell = bits_of(x * kCells + kRounder) & 31;
+  return tables.cell_code[cell] + (x > tables.cell_threshold[cell]);
+}
+
+template <class T>
+inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
+  for (int64_t i = 0; i + 1 < n; i += 2) *out++ = uint8_t(code_of(to_float(in[i]) * inverse) << 4 | code_of(to_float(in[i + 1]) * inverse));
+  if (n & 1) *out = uint8_t(code_of(to_float(in[n - 1]) * inverse) << 4 | 7);
+}
+
+}  // namespace
+}  // namespace qlora
+
+#include "kernels.h"
+
+namespace qlora {
+const Kernels portable_kernels = {"portable C++", decode, encode, dots, norms};
+
+}  // namespace qlora
