@@ -182,6 +182,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels avx2_kernels = {"AVX2", decode, encode, dots, norms};
+const Kernels avx2_kernels = {"AVX2", decode, encode, dots, gram, norms};
 }  // namespace qlora
 #endif

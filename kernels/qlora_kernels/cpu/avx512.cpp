@@ -158,6 +158,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels avx512_kernels = {"AVX-512", decode, encode, dots, norms};
+const Kernels avx512_kernels = {"AVX-512", decode, encode, dots, gram, norms};
 }  // namespace qlora
 #endif

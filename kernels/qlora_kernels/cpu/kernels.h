@@ -135,6 +135,21 @@ inline void panel_product(const float* panel, int64_t depth, int64_t rows, const
   for (int m = 0; m < rows; ++m) add(F16::load(product + m * stride), sum[m]).store(product + m * stride);
 }
 
+void gram(const float* A, const float* tiles, int64_t rank, int64_t columns, int64_t first, int64_t last, float* out) {
+  alignas(64) float panel[kPanelRows * kDepth];
+  for (int64_t i = 0; i < kPanelRows * kDepth; ++i) panel[i] = 0.0f;  // rows past the last are multiplied too
+  for (int64_t i = first * rank; i < last * rank; ++i) out[i] = 0.0f;
+  for (int64_t j0 = first; j0 < last; j0 += kPanelRows) {
+    const int64_t rows = last - j0 < kPanelRows ? last - j0 : kPanelRows;
+    for (int64_t i0 = 0; i0 < columns; i0 += kDepth) {
+      const int64_t depth = columns - i0 < kDepth ? columns - i0 : kDepth;
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t i = 0; i < depth; ++i) panel[m * kDepth + i] = A[(j0 + m) * columns + i0 + i];
+      for (int64_t k = 0; k < rank; k += 16) panel_product(panel, depth, rows, tiles + k * columns + 16 * i0, out + j0 * rank + k, rank);
+    }
+  }
+}
+
 inline double squares(const float* values, int64_t count) {
   F16 sum = F16::zero();
   int64_t i = 0;
@@ -168,7 +183,7 @@ void norms(const Weight& w, const float* tiles, const float* B, const float* gra
   alignas(64) float product[kNormRows * kGroup * 16];
   double own[kNormRows], cross[kNormRows];
   for (int64_t j = 0; j < last - first; ++j) own[j] = cross[j] = 0.0;
-  for (int64_t m = 0; m < kPanelRows * kDepth; ++m) panel[m] = 0.0f;  // rows past the last are multiplied too
+  for (int64_t i = 0; i < kPanelRows * kDepth; ++i) panel[i] = 0.0f;
 
   for (int64_t k0 = 0; k0 < rank; k0 += 16 * kGroup) {
     const int64_t group = (rank - k0) / 16 < kGroup ? (rank - k0) / 16 : kGroup;

@@ -72,7 +72,7 @@ class Native:
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
             "qlora_column_dots_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
-            "qlora_row_norms_nf4": [*weight, *[size] * 4, pointer, pointer, pointer, size, ctypes.c_float, pointer, integer],
+            "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
         }
         results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_column_dots_partials": size}
         for name, arguments in signatures.items():
@@ -118,6 +118,8 @@ class Native:
         if absmax.dtype != torch.float32 or absmax.dim() != 1:
             return reference.quantize_absmax(absmax, nested_blocksize)
         absmax = absmax.contiguous()
+        if not self.library.qlora_threaded():
+            torch.set_num_threads(1)  # after a fork, `mean` would wait for lost threads as our kernels would
         offset = absmax.mean()  # torch's own, since another order of summation gives another float
         codes = torch.empty_like(absmax, dtype=torch.uint8)
         nested = torch.empty(-(-absmax.numel() // nested_blocksize), dtype=torch.float32)
@@ -174,12 +176,14 @@ class Native:
         if pad:
             A = torch.nn.functional.pad(A, (0, 0, 0, pad))
             B = torch.nn.functional.pad(B, (0, pad))
+        A, B = A.contiguous(), B.contiguous()
         tiles = A.view(-1, 16, columns).transpose(1, 2).contiguous()
-        B, gram = B.contiguous(), A @ A.t()
+        gram = torch.empty(rank + pad, rank + pad, dtype=torch.float32)
         n = torch.empty(rows, dtype=torch.float32)
         self.library.qlora_row_norms_nf4(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize,
-            nested_blocksize, tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank + pad, scaling, n.data_ptr(), torch.get_num_threads(),
+            nested_blocksize, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank + pad, scaling, n.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return n
 
@@ -193,7 +197,7 @@ class Native:
             b = b.contiguous()
         out = torch.empty(columns, dtype=torch.float32)
         partials = self.library.qlora_column_dots_partials(rows)
-        partial = torch.empty(partials, columns, dtype=torch.float32) if partials else None
+        partial = torch.empty(partials, columns, dtype=torch.float32) if partials > 1 else None
         self.library.qlora_column_dots(
             DTYPES[a.dtype], a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, columns, _pointer(partial), out.data_ptr(),
             torch.get_num_threads(),

@@ -108,6 +108,7 @@ Weight weight_of(const uint8_t* packed, const void* absmax, const float* nested,
 
 constexpr int64_t kPiece = 1 << 15;     // elements decoded or encoded in one go; a multiple of every block size
 constexpr int64_t kDotRows = 128;       // rows of one partial sum
+constexpr int64_t kGramRows = 24;       // a multiple of every kPanelRows
 constexpr int64_t kDotColumns = 1024;   // columns of one piece
 
 }  // namespace
@@ -184,12 +185,12 @@ void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float
   });
 }
 
-// How many partial sums qlora_column_dots wants room for: [partials, columns] floats. 0: none, it writes the result directly.
-int64_t qlora_column_dots_partials(int64_t rows) { return rows <= kDotRows ? 0 : ceil_div(rows, kDotRows); }
+// How many partial sums qlora_column_dots wants room for: [partials, columns] floats. 1: none, it writes the result directly.
+int64_t qlora_column_dots_partials(int64_t rows) { return rows <= kDotRows ? 1 : ceil_div(rows, kDotRows); }
 
 void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* partial,
                        float* out, int threads) {
-  const int64_t parts = ceil_div(rows, kDotRows), tiles = ceil_div(columns, kDotColumns), width = dtype == kFloat32 ? 4 : 2;
+  const int64_t parts = qlora_column_dots_partials(rows), tiles = ceil_div(columns, kDotColumns), width = dtype == kFloat32 ? 4 : 2;
   if (rows * columns < kPiece) threads = 1;
   parallel(parts * tiles, threads, [&](int64_t i) {
     const int64_t row = i / tiles * kDotRows, column = i % tiles * kDotColumns;
@@ -198,7 +199,7 @@ void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int
                   static_cast<const char*>(b) + (row * ldb + column) * width, ldb, minimum(kDotRows, rows - row),
                   minimum(kDotColumns, columns - column), to);
   });
-  if (parts <= 1) return;
+  if (parts == 1) return;
   parallel(tiles, threads, [&](int64_t i) {
     for (int64_t c = i * kDotColumns; c < minimum(columns, (i + 1) * kDotColumns); ++c) {
       float sum = partial[c];
@@ -208,10 +209,14 @@ void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int
   });
 }
 
+// A [rank, columns], its tiles [rank / 16, columns, 16], B [rows, rank], gram: room for [rank, rank]; the rank a multiple of 16.
 void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns,
-                         int64_t blocksize, int64_t nested_blocksize, const float* tiles, const float* B, const float* gram, int64_t rank,
-                         float scaling, float* n, int threads) {
+                         int64_t blocksize, int64_t nested_blocksize, const float* A, const float* tiles, const float* B, float* gram,
+                         int64_t rank, float scaling, float* n, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
+  parallel(ceil_div(rank, kGramRows), threads, [&](int64_t i) {
+    kernels->gram(A, tiles, rank, columns, i * kGramRows, minimum(rank, (i + 1) * kGramRows), gram);
+  });
   parallel(ceil_div(rows, kNormRows), threads, [&](int64_t i) {
     kernels->norms(w, tiles, B, gram, rank, scaling, i * kNormRows, minimum(rows, (i + 1) * kNormRows), n);
   });

@@ -38,6 +38,8 @@ struct Kernels {
   void (*encode)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, uint8_t* packed, float* absmax);
   // out[c] = sum over rows t of a[t, c] * b[t, c]; leading dimensions in elements.
   void (*dots)(Dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out);
+  // Rows first..last of A At [rank, rank], A [rank, columns] also given as tiles.
+  void (*gram)(const float* A, const float* tiles, int64_t rank, int64_t columns, int64_t first, int64_t last, float* out);
   // n[j] for rows first..last, at most kNormRows of them: see `norms` in kernels.h.
   void (*norms)(const Weight&, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first,
                 int64_t last, float* n);

@@ -95,6 +95,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels portable_kernels = {"portable C++", decode, encode, dots, norms};
+const Kernels portable_kernels = {"portable C++", decode, encode, dots, gram, norms};
 
 }  // namespace qlora

@@ -1,0 +1,409 @@
+"""The native CPU kernels against `reference.py`: same codes and decoded bits, same sums to float32 rounding.
+
+Every instruction set, dtype, block size and odd shape; outputs start out poisoned, so that a value left unwritten shows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from qlora_kernels import ops, reference
+from qlora_kernels.cpu import build, native
+
+SHAPES = [(1, 1), (3, 1), (1, 5), (7, 64), (33, 77), (64, 64), (5, 4097), (130, 576)]
+BLOCKSIZES = [32, 64, 256, 4096]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NESTED = 256
+ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The native kernels themselves, whatever the operators were bound to when they were imported."""
+    build.build()
+    loaded, words = native.load()
+    assert loaded is not None, words
+    yield loaded
+    loaded.select()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, kernels):
+    kernels.select(request.param)
+    yield kernels
+    kernels.select()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every `torch.empty` comes filled with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread unless a test says more: most of the work here is too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def same_bits(a, b):
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integers), b.view(integers))
+
+
+def weights(shape):
+    """Distributions that reach every branch: heavy tails, ties, blocks of zeros, subnormals, the largest float16."""
+    gaussian = torch.randn(shape)
+    midpoints = (torch.tensor(reference.NF4_LEVELS)[:-1] + torch.tensor(reference.NF4_LEVELS)[1:]) / 2
+    ties = midpoints[torch.randint(15, shape)]
+    ties.view(-1)[::32] = 1.0
+    zero_rows = gaussian.clone()
+    zero_rows[::2] = 0
+    return {
+        "gaussian": gaussian,
+        "student-t": gaussian / torch.randn(shape).abs().clamp(min=1e-3),
+        "constant": torch.full(shape, -0.37),
+        "sparse": gaussian * (torch.rand(shape) < 0.02),
+        "zeros": torch.zeros(shape),
+        "zero rows": zero_rows,
+        "ties": ties,
+        "just above ties": torch.nextafter(ties, torch.tensor(2.0)).clamp(max=1),
+        "just below ties": torch.nextafter(ties, torch.tensor(-2.0)),
+        "subnormal": gaussian * 1e-39,
+        "bf16 subnormal": gaussian * 3e-38,
+        "fp16 subnormal": gaussian * 1e-5,
+        "large": gaussian.clamp(-1, 1) * 65504,
+    }
+
+
+def constants(absmax, double_quant):
+    """(absmax, nested_absmax, nested_offset) as the operators take them."""
+    return reference.quantize_absmax(absmax, NESTED) if double_quant else (absmax, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_equal_the_reference(isa, dtype):
+    for shape in SHAPES:
+        for name, weight in weights(shape).items():
+            weight = weight.to(dtype)
+            for blocksize in BLOCKSIZES:
+                packed, absmax = isa.quantize_nf4(weight, blocksize)
+                expected, expected_absmax = reference.quantize_nf4(weight, blocksize)
+                assert torch.equal(packed, expected), (shape, name, blocksize)
+                assert same_bits(absmax, expected_absmax), (shape, name, blocksize)
+
+
+def test_a_weight_that_is_not_contiguous(isa):
+    weight = torch.randn(96, 70).t()[::2]
+    for got, expected in zip(isa.quantize_nf4(weight, 64), reference.quantize_nf4(weight, 64), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_value_that_is_not_finite_reaches_its_block_maximum(isa):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for dtype in DTYPES:
+            for at in (0, 65, 130):
+                weight = torch.ones(131, dtype=dtype)
+                weight[at] = bad
+                absmax = isa.quantize_nf4(weight, 64)[1]
+                assert [bool(v) for v in absmax.isfinite()] == [at // 64 != block for block in range(3)], (bad, dtype, at)
+
+
+def test_nested_codes_equal_the_reference(isa):
+    """Exact midpoints (ties to the lower code) and their neighbours, and scales as weights have them."""
+    levels = reference.dynamic_map(torch.device("cpu"))
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    up, down = torch.nextafter(midpoints, torch.tensor(2.0)), torch.nextafter(midpoints, torch.tensor(-2.0))
+    exact = torch.cat([levels, midpoints, up, down])
+    exact = torch.cat([exact, -exact])  # the mean is 0 and the largest magnitude 1, so nothing is rounded
+    for absmax in (exact, torch.rand(1), torch.zeros(300), torch.rand(5000) ** 4, torch.full((257,), 0.3), torch.rand(256) * 1e-39):
+        for nested_blocksize in (NESTED, 4096):
+            codes, nested, offset = isa.quantize_absmax(absmax, nested_blocksize)
+            expected = reference.quantize_absmax(absmax, nested_blocksize)
+            assert torch.equal(codes, expected[0])
+            assert same_bits(nested, expected[1]) and same_bits(offset, expected[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_decoded_bits_equal_the_reference(isa, dtype, double_quant):
+    """With and without a gain per row, subnormal and overflowing values included; nothing is written beyond the result."""
+    guard = 64
+    for shape in SHAPES:
+        n = shape[0] * shape[1]
+        gain = torch.randn(shape[0])
+        for name, weight in weights(shape).items():
+            for blocksize in BLOCKSIZES:
+                packed, absmax = reference.quantize_nf4(weight, blocksize)
+                parts = constants(absmax, double_quant)
+                for row_gain in (None, gain):
+                    arguments = (packed, *parts, row_gain, *shape, blocksize, NESTED, dtype)
+                    expected = reference.dequantize_nf4(*arguments)
+                    assert same_bits(isa.dequantize_nf4(*arguments), expected), (shape, name, blocksize)
+                buffer = torch.full((n + 2 * guard,), 77.0, dtype=dtype)
+                out = buffer[guard : guard + n].view(shape)
+                isa.dequantize_nf4_into(out, packed, *parts, gain, blocksize, NESTED)
+                assert same_bits(out, expected), (shape, name, blocksize)
+                assert bool((buffer[:guard] == 77).all()) and bool((buffer[guard + n :] == 77).all())
+
+
+def test_the_same_bytes_as_bitsandbytes(isa):
+    """Codes and scales of the same weight, values of the same bytes (bitsandbytes flushes bf16 subnormals: none here)."""
+    for blocksize in (64, 256, 1024):
+        for dtype in DTYPES:
+            weight = torch.randn(48, 1024).to(dtype)
+            theirs, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
+            packed, absmax = isa.quantize_nf4(weight, blocksize)
+            assert torch.equal(packed, theirs)
+            assert torch.equal(absmax, bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")[1].absmax)
+            parts = (state.absmax, state.state2.absmax, state.offset)
+            ours = isa.dequantize_nf4(packed, *parts, None, 48, 1024, blocksize, NESTED, dtype)
+            assert same_bits(ours, bnb.dequantize_4bit(theirs, state)), (blocksize, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_dots(isa, dtype):
+    """Sums over tokens to float32 rounding, in any stride; the same bits on every instruction set."""
+    for tokens, out in [(0, 5), (1, 1), (3, 70), (128, 64), (129, 1100), (700, 576)]:
+        a, b = torch.randn(tokens, out).to(dtype), torch.randn(tokens, out).to(dtype)
+        for x, y in ((a, b), (a[:, 1:], b[:, : out - 1]), (a[::2], b[::2]), (a.t().contiguous().t(), b)):
+            got, exact = isa.column_dots(x, y), (x.double() * y.double()).sum(0)
+            assert got.dtype == torch.float32
+            bound = (x.double() * y.double()).abs().sum(0) * 2**-24 * 130 + 1e-30
+            assert bool(((got - exact).abs() <= bound).all()), (tokens, out)
+            isa.select("portable")
+            portable = isa.column_dots(x, y)
+            isa.select()
+            assert same_bits(portable, isa.column_dots(x, y))
+
+
+def test_column_dots_of_other_dtypes_take_the_reference(kernels):
+    a, b = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    assert torch.equal(kernels.column_dots(a, b), reference.column_dots(a, b))
+    assert kernels.column_dots(a, b).dtype == torch.float64
+    mixed = kernels.column_dots(a.bfloat16(), b.float())
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, (a.bfloat16().float() * b.float()).sum(0))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_row_norms(isa, double_quant):
+    """Against the dense definition in float64: n^2 to 1e-6 of (||W_j|| + ||s B_j A||)^2, which is what the sums are made of."""
+    for shape in SHAPES:
+        for blocksize in (64, 4096):
+            packed, absmax = reference.quantize_nf4(torch.randn(shape), blocksize)
+            parts = (packed, *constants(absmax, double_quant))
+            W = reference.dequantize_nf4(*parts, None, *shape, blocksize, NESTED, torch.float32).double()
+            for rank in (1, 8, 16, 40, 130):
+                A, B = torch.randn(rank, shape[1]), torch.randn(shape[0], rank) * 0.02
+                got = isa.row_norms_nf4(*parts, A, B, 1.7, *shape, blocksize, NESTED).double()
+                update = 1.7 * B.double() @ A.double()
+                error = (got.square() - (W + update).square().sum(1)).abs()
+                assert bool((error <= 1e-6 * (W.norm(dim=1) + update.norm(dim=1)).square()).all()), (shape, blocksize, rank)
+
+
+def test_row_norms_of_a_fresh_adapter_do_not_depend_on_it(isa):
+    """B = 0: the norm of W itself, bit for bit the same for any A and rank, so that g starts at exactly 1."""
+    packed, absmax = reference.quantize_nf4(torch.randn(37, 192), 64)
+    weight = (packed, absmax, None, None)
+    plain = isa.row_norms_nf4(*weight, torch.zeros(1, 192), torch.zeros(37, 1), 1.0, 37, 192, 64, NESTED)
+    assert same_bits(plain, isa.row_norms_nf4(*weight, torch.randn(16, 192), torch.zeros(37, 16), 2.0, 37, 192, 64, NESTED))
+
+
+def test_row_norms_where_the_sums_cancel(isa):
+    """s B A takes away all but 1 % of a row, or all of it: those rows come from the dense definition."""
+    shape, s = (20, 640), 0.5
+    packed, absmax = reference.quantize_nf4(torch.randn(shape), 64)
+    weight = (packed, absmax, None, None)
+    W = reference.dequantize_nf4(*weight, None, *shape, 64, NESTED, torch.float32)
+    A, B = W.clone(), -torch.eye(20) / s
+    B[:10] *= 0.99
+    B[15:] = 0
+    got = isa.row_norms_nf4(*weight, A, B, s, *shape, 64, NESTED).double()
+    exact = (W.double() + s * B.double() @ A.double()).norm(dim=1)
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6 * W.norm(dim=1).max().item())
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa, threads):
+    """Large enough that every operator splits its work; 3 threads leave uneven shares."""
+    shape = (300, 1153)
+    weight = torch.randn(shape)
+    packed, absmax = reference.quantize_nf4(weight, 64)
+    parts = reference.quantize_absmax(absmax, NESTED)
+    gain, A, B = torch.randn(300), torch.randn(24, 1153), torch.randn(300, 24)
+    a, b = torch.randn(900, 1200).bfloat16(), torch.randn(900, 1200).bfloat16()
+
+    def everything():
+        yield from isa.quantize_nf4(weight, 64)
+        yield from isa.quantize_absmax(absmax, NESTED)[:2]
+        yield isa.dequantize_nf4(packed, *parts, gain, *shape, 64, NESTED, torch.bfloat16)
+        yield isa.row_norms_nf4(packed, *parts, A, B, 2.0, *shape, 64, NESTED)
+        yield isa.column_dots(a, b)
+
+    threads(1)
+    alone = list(everything())
+    for count in (2, 3):
+        threads(count)
+        for expected, got in zip(alone, everything(), strict=True):
+            assert same_bits(expected, got), count
+
+
+def test_what_the_kernels_lack_goes_to_the_reference(kernels):
+    """float64, and block sizes that are no power of two."""
+    weight = torch.randn(6, 96, dtype=torch.float64)
+    for blocksize in (48, 64):
+        packed, absmax = kernels.quantize_nf4(weight, blocksize)
+        assert torch.equal(packed, reference.quantize_nf4(weight, blocksize)[0])
+        arguments = (packed, absmax, None, None, torch.randn(6), 6, 96, blocksize, NESTED, torch.float64)
+        assert same_bits(kernels.dequantize_nf4(*arguments), reference.dequantize_nf4(*arguments))
+    A, B = torch.randn(4, 96, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    got = kernels.row_norms_nf4(packed, absmax, None, None, A, B, 1.0, 6, 96, 64, NESTED)
+    W = reference.dequantize_nf4(packed, absmax, None, None, None, 6, 96, 64, NESTED, torch.float64)
+    torch.testing.assert_close(got, (W + B @ A).norm(dim=1), rtol=1e-14, atol=0)
+
+
+def test_sizes_that_do_not_fit_are_refused(kernels):
+    packed, absmax = reference.quantize_nf4(torch.randn(4, 64), 64)
+    with pytest.raises(ValueError, match="row_gain holds 3 values for 4 rows"):
+        kernels.dequantize_nf4(packed, absmax, None, None, torch.ones(3), 4, 64, 64, NESTED, torch.float32)
+    with pytest.raises(ValueError, match="do not fit a weight of 4 x 64"):
+        kernels.row_norms_nf4(packed, absmax, None, None, torch.ones(2, 63), torch.ones(4, 2), 1.0, 4, 64, 64, NESTED)
+
+
+def test_operators_pass_opcheck():
+    """Schema, shape functions and dispatch of every operator, as torch checks them, with whatever runs on this machine."""
+    weight = torch.randn(10, 128)
+    packed, absmax = ops.quantize_nf4(weight, 64)
+    parts = ops.quantize_absmax(absmax, NESTED)
+    gain, A, B = torch.rand(10), torch.randn(4, 128), torch.randn(10, 4)
+    cases = {
+        ops.quantize_nf4: (weight.bfloat16(), 64),
+        ops.quantize_absmax: (absmax, NESTED),
+        ops.dequantize_nf4: (packed, *parts, gain, 10, 128, 64, NESTED, torch.bfloat16),
+        ops.dequantize_nf4_into: (torch.zeros(10, 128, dtype=torch.float16), packed, *parts, None, 64, NESTED),
+        ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
+        ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
+    }
+    for operator, arguments in cases.items():
+        torch.library.opcheck(operator, arguments)
+
+
+def test_writing_into_a_tensor_counts_as_a_change(kernels):
+    """Autograd must notice when a tensor it has saved is overwritten, on both paths."""
+    packed, absmax = reference.quantize_nf4(torch.randn(4, 64), 64)
+    for write in (ops.dequantize_nf4_into, kernels.dequantize_nf4_into):
+        out = torch.empty(4, 64)
+        before = out._version
+        write(out, packed, absmax, None, None, None, 64, NESTED)
+        assert out._version > before
+
+
+def test_environment_chooses_the_code(monkeypatch):
+    for name, words in zip(ISAS, ("portable C++", "AVX2", "AVX-512"), strict=False):
+        monkeypatch.setenv("QLORA_CPU_ISA", name)
+        assert native.load()[1].startswith(f"native ({words}, ")
+    monkeypatch.setenv("QLORA_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx512"):
+        native.load()
+    monkeypatch.delenv("QLORA_CPU_ISA")
+    monkeypatch.setenv("QLORA_BACKEND", "reference")
+    assert native.load() == (None, "reference (plain PyTorch), because QLORA_BACKEND=reference")
+    monkeypatch.setenv("QLORA_BACKEND", "fastest")
+    with pytest.raises(RuntimeError, match="QLORA_BACKEND=fastest: must be reference, or unset"):
+        native.load()
+
+
+def wait(child: int, seconds: float) -> int:
+    """The exit status of a child, which is killed when it takes longer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_hang(kernels, threads):
+    """libgomp's threads do not survive a fork: with them, the child would wait in its first parallel region."""
+    threads(2)
+    weight = torch.randn(600, 1024)
+    packed, absmax = kernels.quantize_nf4(weight, 64)
+    expected = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
+    many = torch.rand(1 << 17)
+    kernels.quantize_absmax(many, NESTED)
+    child = os.fork()
+    if child == 0:
+        torch.use_deterministic_algorithms(False)  # torch fills a large tensor with its threads, which are gone
+        got = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
+        codes = kernels.quantize_absmax(many, NESTED)[0].numpy()
+        os._exit(0 if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)") else 1)
+    assert wait(child, 20) == 0
+
+
+FORKED_BEFORE_LOADING = """
+import os, torch
+torch.set_num_threads(2)
+torch.randn(1 << 20).mul_(2)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    weight = torch.randn(600, 1024)
+    torch.set_num_threads(2)
+    from qlora_kernels import ops
+    ops.quantize_nf4(weight, 64)
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def python(code: str, *, path: Path | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
+    """Run `code` in a new interpreter, which imports `qlora_kernels` from `path`."""
+    environment = {**os.environ, "PYTHONPATH": str(path or build.FOLDER.parents[1])}
+    arguments = ["-m", build.__name__] if code == "build" else ["-c", code]
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
+    """The parent never loaded the kernels, but torch had threads there: the child must not count on them either."""
+    result = python(FORKED_BEFORE_LOADING)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stale_library_is_refused(kernels, tmp_path):
+    """In a checkout: an edited source stops the import and names the command; that command helps; no library is no error."""
+    tree = tmp_path / "kernels"
+    shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
+    source = tree / "qlora_kernels" / "cpu" / "portable.cpp"
+    show = "from qlora_kernels import ops; print(ops.backends()['cpu'])"
+    source.write_text(source.read_text() + "// edited\n")
+    stale = python(show, path=tree)
+    assert stale.returncode != 0 and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
+    assert python("build", path=tree).returncode == 0
+    assert python(show, path=tree).stdout.startswith("native (")
+    (tree / "qlora_kernels" / "cpu" / build.LIBRARY).unlink()
+    assert f"the native kernels are not built: run {build.COMMAND}" in python(show, path=tree).stdout
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.compile_library(tmp_path / "library.so")
+    assert list(tmp_path.iterdir()) == []
