@@ -18,8 +18,8 @@ _HOME = {
     "attach_adapters": "adapters",
     "adapter_parameters": "adapters",
     "named_adapters": "adapters",
-    "save_adapter": "checkpoint",
-    "load_adapter": "checkpoint",
+    "save_adapter": "adapter_files",
+    "load_adapter": "adapter_files",
     "finetune": "recipe",
     "merge": "merging",
 }

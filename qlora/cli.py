@@ -207,7 +207,7 @@ def _disk_full(error: Exception, config: Options | None) -> str | None:
     """The line for a full disk that nobody below has said, or None for any other error."""
     if isinstance(error, ImportError):
         return None
-    from qlora.checkpoint import disk_full
+    from qlora.files import disk_full
 
     output = getattr(config, "output", getattr(error, "filename", None) or "(standard output)")
     if not disk_full(error):

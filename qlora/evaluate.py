@@ -1,9 +1,11 @@
 """Loss, perplexity and token accuracy on held-out examples.
 
-    loss = sum of token losses / target tokens,  perplexity = exp(loss),  accuracy = targets that the largest logit names / targets
+    loss = sum of token losses / target tokens      perplexity = exp(loss)
+    token accuracy = targets that the largest logit names / target tokens
 
-Examples of like length share a batch, which pads less; the sums do not care. The model comes back in the mode it was in, and
-the random states are the caller's: a run that evaluates more often is the same run.
+Examples of like length share a batch, which pads less; the sums do not care. The model comes back in the mode it was
+in, and the random states are the caller's: a run that evaluates more often is the same run.
+The alternative, a mean over batches, depends on the batch size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora.checkpoint import load_adapted, random_states, set_random_states
+from qlora.adapter_files import load_adapted
+from qlora.checkpoint import random_states, set_random_states
 from qlora.config import EvalConfig
 from qlora.data import Example, collate, read_records, tokenize
 from qlora.errors import UserError, problem
@@ -42,7 +45,9 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
         UserError: there is nothing to evaluate on.
     """
     if not any(any(example.targets) for example in examples):
-        raise UserError(problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers"))
+        raise UserError(
+            problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers")
+        )
     ordered = sorted(examples, key=lambda example: len(example.ids))
     training, states = model.training, random_states()
     model.eval()
@@ -65,16 +70,30 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
 
 
 def evaluate_command(config: EvalConfig) -> dict[str, Any]:
-    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`. What the EvalResult holds, and what was evaluated.
+    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`. Returns what EvalResult holds, and what
+    was evaluated.
 
     Raises:
         UserError: data, model or adapter cannot be read.
     """
     records = read_records(config.data)
     model, tokenizer = load_adapted(
-        config.adapter, model=config.model, bits=config.bits, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+        config.adapter,
+        model=config.model,
+        bits=config.bits,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
-    data = tokenize(records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt)
+    data = tokenize(
+        records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
+    )
     result = evaluate(model, data.examples, config.batch_size)
     about = {"model": model.qlora_base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
-    return {**dataclasses.asdict(result), **about, "examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
+    return {
+        **dataclasses.asdict(result),
+        **about,
+        "examples": len(data.examples),
+        "truncated": data.truncated,
+        "dropped": data.dropped,
+    }

@@ -2,8 +2,8 @@
 
     whole_folder(final)   write into .final.PID.part, sync every file and folder, rename to final, sync the parent
 
-rename is atomic within a file system, and the sync before it keeps a power cut from leaving a name without contents. The
-alternative, a marker file that says "complete", leaves every reader to look for it.
+rename is atomic within a file system, and the sync before it keeps a power cut from leaving a name without contents.
+The alternative, a marker file that says "complete", leaves every reader to look for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora.errors import UserError, problem
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` when the block ends, replacing what was there, or vanishes if it fails.
+    """A folder to write into that becomes `final` when the block ends, replacing what was there, or vanishes on error.
 
     Raises:
         UserError: the place cannot be written, or the disk is full; `final` is then what it was before.
@@ -67,7 +67,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether `error` says that there is no room: errno of an OSError, or its number in the text of a Rust library's error."""
+    """Whether `error` says that there is no room: by errno, or by its number in the text of a Rust library's error."""
     codes = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in codes
@@ -78,8 +78,18 @@ def disk_full(error: BaseException) -> bool:
 def disk_problem(path: Path, error: BaseException) -> str:
     """The line for a path that could not be written."""
     if disk_full(error):
-        return problem("output", path, "the disk is full; nothing was left half written", "Free some space and run it again, a finetune with --resume")
-    return problem("output", path, f"cannot be written ({getattr(error, 'strerror', None) or error})", "Choose a folder you may write to")
+        return problem(
+            "output",
+            path,
+            "the disk is full; nothing was left half written",
+            "Free some space and run it again, a finetune with --resume",
+        )
+    return problem(
+        "output",
+        path,
+        f"cannot be written ({getattr(error, 'strerror', None) or error})",
+        "Choose a folder you may write to",
+    )
 
 
 def _umask() -> int:
@@ -109,7 +119,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(problem(path.name, path, f"cannot be read ({error})", "The file is damaged: use another copy or an earlier checkpoint")) from error
+        raise UserError(
+            problem(
+                path.name,
+                path,
+                f"cannot be read ({error})",
+                "The file is damaged: use another copy or an earlier checkpoint",
+            )
+        ) from error
     if not isinstance(value, dict):
-        raise UserError(problem(path.name, path, "must hold a JSON object", "The file is damaged: use another copy or an earlier checkpoint"))
+        raise UserError(
+            problem(
+                path.name,
+                path,
+                "must hold a JSON object",
+                "The file is damaged: use another copy or an earlier checkpoint",
+            )
+        )
     return value

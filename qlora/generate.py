@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qlora.checkpoint import load_adapted
+from qlora.adapter_files import load_adapted
 from qlora.config import GenerateConfig
 from qlora.data import prompt_ids, stop_ids
 from qlora.errors import UserError, problem

@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from qlora import nf4
+from qlora.adapter_files import KEYS, PREFIX, TENSORS, read_adapter_recipe
 from qlora.adapters import LINEAR, merged_weight
-from qlora.checkpoint import KEYS, PREFIX, TENSORS, read_adapter_recipe, whole_folder
 from qlora.errors import UserError, problem
+from qlora.files import whole_folder
 from qlora.linear import FrozenWeight
 from qlora.model import DTYPES, LinearLayers, load_tokenizer, resolve, resolve_dtype, stream
 

@@ -3,8 +3,9 @@
     check what is cheap -> tokens -> base in NF4 -> adapter -> optimizer -> (checkpoint) -> train -> adapter/
 
 Everything that can be wrong before the model is loaded is gathered and said at once. A run is known by what decides its
-numbers (`run_identity`): a resume with another identity is refused, because its result would be neither run. The module is not
-named finetune.py, since `qlora.finetune` is the function.
+numbers (`run_identity`): a resume with another identity is refused, because its result would be neither run. The
+alternative, to take over what the checkpoint says, would make flags that do nothing. The module is not named
+finetune.py, since `qlora.finetune` is the function.
 """
 
 from __future__ import annotations
@@ -28,33 +29,38 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from qlora.adapter_files import save_adapter
 from qlora.adapters import adapter_parameters, attach_adapters, named_adapters
-from qlora.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_adapter, save_checkpoint
+from qlora.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from qlora.config import FinetuneConfig, to_yaml
-from qlora.data import Batch, Dataset, Example, collate, read_records, split, step_count, step_indices, stream_length, tokenize
+from qlora.data import (
+    Batch, Dataset, Example, collate, read_records, split, step_count, step_indices, stream_length, tokenize,
+)  # fmt: skip
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
 from qlora.model import load_base, load_tokenizer, resolve_device, resolve_dtype
-from qlora.train import Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train
+from qlora.train import (
+    Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
+)  # fmt: skip
 
-# Options that may change between the parts of a run. `model` and `data` may be found elsewhere, but must be the same: the
-# base's fingerprint and the tokens are compared. `steps` and `epochs` are compared as steps, where the schedule depends on them.
+# Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
+# base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
 FREE_TO_CHANGE = {
-    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "model", "output", "resume", "revision",
-    "save_every", "steps", "tensorboard", "trust_remote_code",
+    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "model", "output", "resume",
+    "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to. `loss` is that of the last step; the evaluation is None without held-out data. Seconds, bytes."""
+    """What a run came to. `loss` is the last step's; evaluations are None without held-out data. Seconds, bytes."""
 
     output: Path
     adapter: Path
     steps: int
     tokens: int
-    loss: float | None
+    loss: float
     eval_loss_before: float | None
     eval_loss_after: float | None
     seconds: float
@@ -86,8 +92,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         base_bytes = model.get_memory_footprint()
         set_seed(config.seed)
         attach_adapters(
-            model, method=config.method, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets, rslora=config.rslora
-        )
+            model, method=config.method, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
+            targets=config.targets, rslora=config.rslora,
+        )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         optimizer = adamw(model, config)
@@ -95,25 +102,30 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
         begin_output(config, output, first)
         print(before(config, data, model, base_bytes, first, steps), flush=True)
-        notes = {"data": config.data, "examples": len(data.train), "steps": steps, "learning_rate": config.learning_rate, "seed": config.seed}
+        notes = {"data": config.data, "examples": len(data.train), "steps": steps}
+        notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
         with MetricsLog(output / "metrics.jsonl", steps=steps, first=first, tensorboard=config.tensorboard) as log:
 
             def save(step: int) -> None:
                 log.sync()
                 save_checkpoint(output, step, model, optimizer, identity, tokenizer, notes=notes)
 
+            def held_out_loss() -> float:
+                return evaluate(model, data.held_out, config.batch_size).loss
+
             try:
                 train(
-                    model, optimizer, micro_batches(config, data.train, length["examples"]), steps=steps, first=first, clip=config.clip,
+                    model, optimizer, micro_batches(config, data.train, length["examples"]),
+                    steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
                     rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
-                    log=log, save=save, save_every=config.save_every, eval_every=config.eval_every,
-                    evaluate=(lambda: evaluate(model, data.held_out, config.batch_size).loss) if data.held_out else None,
+                    evaluate=held_out_loss if data.held_out else None, eval_every=config.eval_every,
                 )  # fmt: skip
             except Interrupted as stop:
                 print(how_to_go_on(stop.step, config.output), file=sys.stderr, flush=True)
                 raise
         result = summarize(output, time.monotonic() - began)
-        notes |= {"tokens": result.tokens, "loss": result.loss, "eval_loss_before": result.eval_loss_before, "eval_loss_after": result.eval_loss_after}
+        measured = ("tokens", "loss", "eval_loss_before", "eval_loss_after")
+        notes |= {name: getattr(result, name) for name in measured}
         save_adapter(model, result.adapter, tokenizer, notes=notes)
     print(after(result), flush=True)
     return result
@@ -139,7 +151,8 @@ def claimed(output: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(problem("output", output, "another run is writing to it", "Wait for that run, or choose another folder")) from None
+        remedy = "Wait for that run, or choose another folder"
+        raise UserError(problem("output", output, "another run is writing to it", remedy)) from None
     try:
         yield
     finally:
@@ -172,10 +185,12 @@ def check_output(config: FinetuneConfig, output: Path) -> None:
     checkpoint = latest_checkpoint(output)
     if config.resume:
         if checkpoint is None:
-            raise UserError(problem("resume", True, f"{output} holds no checkpoint to go on from", "Start without --resume"))
+            rule = f"{output} holds no checkpoint to go on from"
+            raise UserError(problem("resume", True, rule, "Start without --resume"))
     elif checkpoint is not None or "adapter" in held:
         what = f"its last checkpoint is {checkpoint.name}" if checkpoint is not None else "it has an adapter"
-        raise UserError(problem("output", output, f"holds an earlier run; {what}", "Go on with --resume, or choose another folder"))
+        remedy = "Go on with --resume, or choose another folder"
+        raise UserError(problem("output", output, f"holds an earlier run; {what}", remedy))
     elif foreign := [name for name in held if name not in OWN_FILES]:
         raise UserError(problem("output", output, f"is not empty ({', '.join(foreign[:5])})", "Choose another folder"))
 
@@ -216,7 +231,8 @@ def read_data(config: FinetuneConfig, output: Path):
     gather(lambda: resolve_device(config.device))
     if config.tensorboard:
         gather(require_tensorboard)
-    tokenizer = gather(lambda: load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision))
+    code = config.trust_remote_code
+    tokenizer = gather(lambda: load_tokenizer(config.model, trust_remote_code=code, revision=config.revision))
     records = gather(lambda: read_records(config.data))
     held_out = gather(lambda: read_records(config.eval_data)) if config.eval_data else []
     if problems:
@@ -226,8 +242,9 @@ def read_data(config: FinetuneConfig, output: Path):
 
     def tokens(part: list[dict]) -> Dataset:
         return tokenize(
-            part, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt, truncate=config.truncate
-        )
+            part, tokenizer, format=config.format, max_tokens=config.max_tokens,
+            train_on_prompt=config.train_on_prompt, truncate=config.truncate,
+        )  # fmt: skip
 
     source = gather(lambda: tokens(records))
     held = gather(lambda: tokens(held_out).examples) if held_out else []
@@ -237,13 +254,14 @@ def read_data(config: FinetuneConfig, output: Path):
 
 
 def run_length(config: FinetuneConfig, count: int) -> dict[str, int]:
-    """How many steps a run on `count` examples takes, and how many examples it sees in all: epochs end with a short step."""
+    """How many steps a run on `count` examples takes, and how many examples it sees: epochs end with a short step."""
     per_step = config.batch_size * config.accumulate
     if config.steps is not None:
         return {"steps": config.steps, "examples": config.steps * per_step}
     steps = step_count(count, per_step, config.epochs)
     if config.warmup > steps:
-        raise UserError(problem("warmup", config.warmup, f"epochs={config.epochs:g} are only {steps} steps", "Give a shorter warmup or more epochs"))
+        rule = f"epochs={config.epochs:g} are only {steps} steps"
+        raise UserError(problem("warmup", config.warmup, rule, "Give a shorter warmup or more epochs"))
     return {"steps": steps, "examples": stream_length(count, config.epochs)}
 
 
@@ -260,7 +278,7 @@ def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -
 
 
 def adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapters. Weight decay pulls on A and B only: a magnitude pulled to 0 would shrink the base with it."""
+    """AdamW over the adapters. Weight decay pulls on A and B only: magnitudes pulled to 0 would shrink the base too."""
     magnitudes = {id(adapter.magnitude) for _, adapter in named_adapters(model)}
     parameters = adapter_parameters(model)
     groups = [
@@ -277,10 +295,11 @@ def adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.Optimiz
 def run_identity(config: FinetuneConfig, data: Data, length: dict[str, int]) -> dict[str, Any]:
     """What decides the numbers of a run: its options, its tokens, its length."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
-    options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # what auto means may depend on the machine
+    options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # auto depends on the machine
     digest = hashlib.sha256()
     for example in data.train:
-        digest.update(struct.pack("q", len(example.ids)) + array("q", example.ids).tobytes() + bytes(map(bool, example.targets)))
+        digest.update(struct.pack("q", len(example.ids)) + array("q", example.ids).tobytes())
+        digest.update(bytes(map(bool, example.targets)))
     return {"options": options, "length": length, "data": {"examples": len(data.train), "sha256": digest.hexdigest()}}
 
 
@@ -289,13 +308,15 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
     was, now = began["options"], identity["options"]
+    anew = "or start anew in another folder"
     problems = [
-        problem(name, now.get(name), f"the run began with {name}={was.get(name)}", "Resume with that, or start anew in another folder")
+        problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")
         for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)
     ]  # fmt: skip
     if not problems and began["data"] != identity["data"]:
-        rule = f"the run began on {began['data']['examples']} training examples that are not these {identity['data']['examples']}"
-        problems.append(problem("data", "(changed)", rule, "Resume with that data and the same tokenizer, or start anew in another folder"))
+        first, these = began["data"]["examples"], identity["data"]["examples"]
+        rule = f"the run began on {first} training examples that are not these {these}"
+        problems.append(problem("data", "(changed)", rule, f"Resume with that data and the same tokenizer, {anew}"))
     if not problems and began["length"] != identity["length"]:
         problems += _length_problems(began["length"], identity["length"], done, was)
     if problems:
@@ -303,15 +324,18 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _length_problems(was: dict[str, int], now: dict[str, int], done: int, options: dict[str, Any]) -> list[str]:
-    """Whether a run of length `was` may become one of length `now` after `done` steps, without being another run so far."""
+    """Whether a run of length `was` can become one of length `now` after `done` steps and be the same run so far."""
     seen = done * options["batch_size"] * options["accumulate"]
     if options["schedule"] != "constant":
-        rule = f"the {options['schedule']} schedule was laid out for {was['steps']} steps and {was['examples']} examples, not for {now['examples']}"
-        remedy = "Resume with the same --steps or --epochs; only a run with --schedule constant can be made longer or shorter"
+        laid_out = f"{was['steps']} steps and {was['examples']} examples"
+        rule = f"the {options['schedule']} schedule was laid out for {laid_out}, not for {now['examples']}"
+        remedy = "Resume with the same --steps or --epochs; only a run with --schedule constant can change its length"
     elif now["steps"] < done:
-        rule, remedy = f"the run has taken {done} steps already", "Give at least as many, or start anew in another folder"
+        rule = f"the run has taken {done} steps already"
+        remedy = "Give at least as many, or start anew in another folder"
     elif min(seen, was["examples"]) != min(seen, now["examples"]):
-        rule, remedy = "the last step of the run was a short one, as it ended with an epoch", "Start anew in another folder"
+        rule = "the last step of the run was a short one, as it ended with an epoch"
+        remedy = "Start anew in another folder"
     else:
         return []
     return [problem("steps", now["steps"], rule, remedy)]
@@ -326,7 +350,8 @@ def before(config: FinetuneConfig, data: Data, model: torch.nn.Module, base_byte
     base, source = model.qlora_base, data.source
     kind = f"NF4 in blocks of {base.blocksize}" if base.bits == 4 else f"{base.dtype}"
     held = f", {len(data.held_out)} held out" if data.held_out else ""
-    lost = f", {source.truncated} cut to {config.max_tokens} tokens, {source.dropped} dropped" if source.truncated or source.dropped else ""
+    lost = f", {source.truncated} cut to {config.max_tokens} tokens" if source.truncated else ""
+    lost += f", {source.dropped} dropped" if source.dropped else ""
     going = f", going on from step {first}" if first else ""
     lines = [
         ("model", f"{config.model}: {kind}, {base_bytes / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
@@ -362,7 +387,13 @@ def summarize(output: Path, seconds: float) -> FinetuneResult:
     steps = [line for line in lines if line["step"] > 0]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return FinetuneResult(
-        output=output, adapter=output / "adapter", steps=steps[-1]["step"] if steps else 0, tokens=sum(line["tokens"] for line in steps),
-        loss=steps[-1]["loss"] if steps else None, eval_loss_before=evaluations[0] if evaluations and lines[0]["step"] == 0 else None,
-        eval_loss_after=evaluations[-1] if evaluations else None, seconds=seconds, memory_bytes=max(line["memory_bytes"] for line in lines),
-    )  # fmt: skip
+        output=output,
+        adapter=output / "adapter",
+        steps=steps[-1]["step"],
+        tokens=sum(line["tokens"] for line in steps),
+        loss=steps[-1]["loss"],
+        eval_loss_before=lines[0].get("eval_loss") if lines[0]["step"] == 0 else None,
+        eval_loss_after=evaluations[-1] if evaluations else None,
+        seconds=seconds,
+        memory_bytes=max(line["memory_bytes"] for line in lines),
+    )

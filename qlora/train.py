@@ -2,9 +2,10 @@
 
     one step:  gradient = sum over micro-batches of d(loss sum) / (target tokens of the whole step)
 
-The loss is summed and divided once, so 4 micro-batches of 1 and 1 of 4 are the same step (a mean of means weighs a token by
-the size of its micro-batch). The division is applied to the float32 gradients rather than to the loss: the numbers that flow
-back through a 16-bit model are then larger by the number of tokens, which is the loss scaling that float16 needs.
+The loss is summed and divided once, so 4 micro-batches of 1 and 1 of 4 are the same step (the alternative, a mean of
+means, weighs a token by the size of its micro-batch). The division is applied to the float32 gradients rather than to
+the loss: the numbers that flow back through a 16-bit model are then larger by the number of tokens, which is the loss
+scaling that float16 needs.
 
 What a step sees is a function of its number (`batches(step)`, `rate(step)`), so a resumed run needs no iterator state.
 metrics.jsonl: one object per line and step. `tokens` are those of the step, without padding; `tokens_per_second` leaves
@@ -47,7 +48,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: linear from 0 over `warmup` steps, then cosine or linear to 0, or constant.
+    """The learning rate of step `step` (from 0) of `steps`: linear from 0 over `warmup` steps, then by cosine or
+    linearly to 0, or constant.
 
     The same values as transformers' `get_cosine_schedule_with_warmup` and its siblings.
     """
@@ -66,8 +68,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Parameter]) -> float:
     """Put the gradient of the mean token loss over all `batches` together into `.grad`; return that loss.
 
-    The targets of one batch may be many, of the next few: every target token weighs the same. On the CPU, with dropout 0,
-    the result does not depend on how the examples were cut into batches (up to float32 rounding).
+    Every target token weighs the same, however many its batch has: without dropout the result does not depend on how
+    the examples were cut into batches (up to rounding).
     """
     targets = sum(batch.target_tokens for batch in batches)
     total = torch.zeros((), device=parameters[0].device)
@@ -81,8 +83,11 @@ def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Para
     return (total / targets).item()
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence, rate: float, clip: float, step: int = 0) -> Metrics:
-    """One step over `batches` at learning rate `rate`, gradients clipped to norm `clip` (0: not); returns loss and grad_norm.
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence, rate: float, clip: float, step: int = 0
+) -> Metrics:
+    """One step over `batches` at learning rate `rate`, gradients clipped to norm `clip` (0: not); returns loss and
+    grad_norm (before clipping).
 
     Raises:
         UserError: the loss or the norm of the gradient is not finite; nothing has been updated then.
@@ -93,7 +98,7 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: 
     norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         name, value = ("loss", loss) if not math.isfinite(loss) else ("grad_norm", norm)
-        remedy = "Nothing of this step was kept: begin again with a smaller --learning-rate, or with --dtype bf16 or fp32 if this is fp16"
+        remedy = "Begin again with a smaller --learning-rate, or with --dtype bf16 or fp32 if this is fp16"
         raise UserError(problem(name, value, f"is no finite number at step {step + 1}", remedy))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -102,8 +107,8 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: 
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each layer in the backward pass instead of keeping what is in it (arXiv:1604.06174). Non-reentrant: the inputs of the
-    layers need no gradient of their own, and dropout draws the same mask again."""
+    """Recompute each layer in the backward pass instead of keeping what is in it (arXiv:1604.06174). Non-reentrant: the
+    inputs of the layers need no gradient of their own, and dropout draws the same mask again."""
     # transformers is renaming it; the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -129,9 +134,9 @@ def train(
 ) -> None:
     """Take steps `first` to `steps` - 1. `batches(step)` gives a step's micro-batches, `rate(step)` its learning rate.
 
-    `log` gets one object per step, and one for step 0 if there is an evaluation. `evaluate()` runs before the first step,
-    after every `eval_every` and after the last; `save(steps done)` after every `save_every` and after the last. On Ctrl-C the
-    step is finished and saved.
+    `log` gets one object per step, and one for step 0 if there is an evaluation. `evaluate()` runs before the first
+    step, after every `eval_every` and after the last; `save(steps done)` after every `save_every` and after the last.
+    On Ctrl-C the step is finished and saved.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
@@ -149,7 +154,13 @@ def train(
             metrics = optimizer_step(model, optimizer, micro, rate(step), clip, step)
             tokens = sum(batch.tokens for batch in micro)
             speed = tokens / (time.perf_counter() - began)
-            line = {"step": done, "loss": metrics["loss"], "tokens": tokens, "learning_rate": rate(step), "grad_norm": metrics["grad_norm"]}
+            line = {
+                "step": done,
+                "loss": metrics["loss"],
+                "tokens": tokens,
+                "learning_rate": rate(step),
+                "grad_norm": metrics["grad_norm"],
+            }
             line |= {"tokens_per_second": speed, "memory_bytes": memory.peak()}
             if evaluate is not None and (done == steps or eval_every and done % eval_every == 0):
                 line["eval_loss"] = evaluate()
@@ -162,7 +173,7 @@ def train(
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this class."""
+    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this."""
 
     def __init__(self):
         self.asked = False
@@ -191,7 +202,8 @@ class StopRequest:
 
 
 def anonymous_memory() -> int:
-    """Bytes of anonymous memory of this process now: RssAnon, which leaves mapped model files out. Without /proc, the peak of all resident memory."""
+    """Bytes of anonymous memory of this process now: RssAnon, which leaves mapped model files out. Without /proc, the
+    peak of all resident memory."""
     try:
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:  # macOS, where ru_maxrss is in bytes
@@ -200,7 +212,8 @@ def anonymous_memory() -> int:
 
 
 class PeakMemory:
-    """The most memory used since it was entered. Linux keeps no peak of RssAnon, so on a CPU a thread looks 20 times a second."""
+    """The most memory used since it was entered. Linux keeps no peak of RssAnon: on a CPU a thread looks 20 times a
+    second."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -232,7 +245,8 @@ class PeakMemory:
 
 
 def cut_back(path: Path, step: int) -> list[Metrics]:
-    """Cut metrics.jsonl off after the lines of `step`: a run that was killed wrote more than its checkpoint. Returns what is left."""
+    """Cut metrics.jsonl off after the line of `step`, as a run that was killed wrote more than its checkpoint; returns
+    what is left."""
     kept: list[Metrics] = []
     if not path.exists():
         return kept
@@ -252,7 +266,8 @@ def cut_back(path: Path, step: int) -> list[Metrics]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, line by line; shows progress; writes TensorBoard events on request. Call it with a step's metrics.
+    """Appends to metrics.jsonl, line by line; shows progress; writes TensorBoard events on request. Call it with the
+    metrics of a step.
 
     Raises:
         UserError: TensorBoard is asked for and not installed.
@@ -295,11 +310,19 @@ class MetricsLog:
 def require_tensorboard() -> None:
     """Raises: UserError if the package is missing."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError(problem("tensorboard", True, "the package tensorboard is not installed", "Run `pip install tensorboard`, or leave it out"))
+        raise UserError(
+            problem(
+                "tensorboard",
+                True,
+                "the package tensorboard is not installed",
+                "Run `pip install tensorboard`, or leave it out",
+            )
+        )
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line for the first and last step, each evaluation, and every 10 seconds."""
+    """A live line on a terminal; elsewhere a plain line for the first and last step, each evaluation, and every 10
+    seconds."""
 
     def __init__(self, steps: int, first: int = 0):
         self.steps, self.first = steps, first
@@ -310,7 +333,12 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Live
 
-            self._live = Live(TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), console=Console(stderr=True))
+            self._live = Live(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}"),
+                console=Console(stderr=True),
+            )
             self._task = self._live.add_task("training", total=steps, completed=first, text="")
             self._live.start()
 

@@ -20,17 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora.adapters import adapter_parameters
-from qlora.checkpoint import (
-    latest_checkpoint,
-    load_adapted,
-    load_adapter,
-    load_checkpoint,
-    random_states,
-    read_adapter_recipe,
-    save_adapter,
-    save_checkpoint,
-    set_random_states,
-)
+from qlora.adapter_files import load_adapted, load_adapter, read_adapter_recipe, save_adapter
+from qlora.checkpoint import latest_checkpoint, load_checkpoint, random_states, save_checkpoint, set_random_states
 from qlora.errors import UserError
 from qlora.files import remove_partial
 from qlora.model import load_base
@@ -39,7 +30,12 @@ from qlora.model import load_base
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 IDS = torch.arange(3, 43).reshape(2, 20)
-KINDS = [dict(method="lora"), dict(method="dora"), dict(method="dora", rslora=True, alpha=5.0, rank=3), dict(method="lora", targets=["q_proj", "down_proj"])]
+KINDS = [
+    dict(method="lora"),
+    dict(method="dora"),
+    dict(method="dora", rslora=True, alpha=5.0, rank=3),
+    dict(method="lora", targets=["q_proj", "down_proj"]),
+]
 GPT2_KINDS = [dict(method="lora"), dict(method="dora", targets=["c_attn", "mlp.c_proj"])]
 CASES = [(tiny.llama, kind) for kind in KINDS] + [(tiny.gpt2, kind) for kind in GPT2_KINDS]
 
@@ -64,7 +60,11 @@ def test_peft_loads_ours(tmp_path, build, kind):
     theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "adapter")
     assert close(logits(theirs), logits(model))
     assert not close(logits(build()), logits(model))
-    attached = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    attached = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
     assert attached == set(model.qlora_adapter.modules)
 
 
@@ -72,8 +72,9 @@ def test_peft_loads_ours(tmp_path, build, kind):
 def test_ours_loads_peft(tmp_path, build, kind):
     settings = {"method": "dora", "rank": 4, "alpha": 8.0, "rslora": False, "targets": "all-linear"} | kind
     config = peft.LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], use_dora=settings["method"] == "dora", use_rslora=settings["rslora"],
-        target_modules=settings["targets"], task_type="CAUSAL_LM", fan_in_fan_out=build is tiny.gpt2, init_lora_weights="gaussian",
+        r=settings["rank"], lora_alpha=settings["alpha"], use_rslora=settings["rslora"], init_lora_weights="gaussian",
+        use_dora=settings["method"] == "dora", target_modules=settings["targets"], task_type="CAUSAL_LM",
+        fan_in_fan_out=build is tiny.gpt2,
     )  # fmt: skip
     theirs = peft.get_peft_model(build(), config)
     torch.manual_seed(4)
@@ -89,7 +90,9 @@ def test_ours_loads_peft(tmp_path, build, kind):
     assert not close(logits(build()), logits(model))
     base, spec = read_adapter_recipe(tmp_path / "adapter")
     assert (base.bits, base.fingerprint) == (None, None)
-    assert dataclasses.replace(spec, modules=set(spec.modules)) == dataclasses.replace(model.qlora_adapter, modules=set(model.qlora_adapter.modules))
+    assert dataclasses.replace(spec, modules=set(spec.modules)) == dataclasses.replace(
+        model.qlora_adapter, modules=set(model.qlora_adapter.modules)
+    )
 
 
 def test_there_and_back_is_exact(tmp_path):
@@ -113,7 +116,10 @@ def test_load_into_adapters_that_have_been_used(tmp_path):
 def test_the_older_peft_key_for_magnitudes(tmp_path):
     model = tiny.adapted(tiny.llama())
     folder = save_adapter(model, tmp_path / "adapter")
-    old = {key + ".weight" if key.endswith("magnitude_vector") else key: value for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    old = {
+        key + ".weight" if key.endswith("magnitude_vector") else key: value
+        for key, value in load_file(folder / "adapter_model.safetensors").items()
+    }
     save_file(old, folder / "adapter_model.safetensors")
     assert torch.equal(logits(load_adapter(tiny.llama(), folder)), logits(model))
 
@@ -152,7 +158,9 @@ def test_target_modules_reach_exactly_what_is_adapted(tmp_path):
 def test_what_we_do_not_do_is_refused_by_name(tmp_path, change, named):
     folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change | {"fan_in_fan_out": True, "layer_replication": [[0, 1]]}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | change | {"fan_in_fan_out": True, "layer_replication": [[0, 1]]})
+    )
     model = tiny.llama()
     with pytest.raises(UserError) as error:
         load_adapter(model, folder)
@@ -185,8 +193,14 @@ def test_all_mismatches_are_told_at_once(tmp_path):
         with pytest.raises(UserError) as error:
             load_adapter(model, folder)
         problems = {line.split("=")[0]: line for line in error.value.problems}
-        assert "(missing)" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"] and f"[{wide}, 4]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
-        assert f"[7, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"] and f"[4, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
+        assert (
+            "(missing)" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
+            and f"[{wide}, 4]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
+        )
+        assert (
+            f"[7, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
+            and f"[4, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
+        )
         assert "finite" in problems[f"{prefix}1.mlp.up_proj.lora_A.weight"]
         assert "nearest" in problems[f"{prefix}9.mlp.up_proj.lora_A.weight"]
         assert len(problems) == 5 and "something.else" in problems
@@ -209,7 +223,9 @@ def test_another_model(tmp_path):
     with pytest.raises(UserError) as error:
         load_adapter(narrow, folder)
     shapes = [line for line in error.value.problems if "the model needs shape" in line]
-    assert len(shapes) == 2 * (6 + 5 + 5)  # in two layers: A of all but down_proj, B and m of all but gate_proj and up_proj
+    assert len(shapes) == 2 * (
+        6 + 5 + 5
+    )  # in two layers: A of all but down_proj, B and m of all but gate_proj and up_proj
     assert any("k_proj.lora_A.weight=[4, 64]: the model needs shape [4, 32]" in line for line in shapes)
 
 
@@ -225,7 +241,11 @@ def test_another_base_of_the_same_shape(tmp_path, folders, bits):
     save_adapter(tiny.adapted(one), tmp_path / "adapter")
     with pytest.raises(UserError) as error:
         load_adapter(two, tmp_path / "adapter")
-    assert str(folders[0]) in str(error.value) and str(folders[1]) in str(error.value) and "was trained on" in str(error.value)
+    assert (
+        str(folders[0]) in str(error.value)
+        and str(folders[1]) in str(error.value)
+        and "was trained on" in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -249,7 +269,10 @@ def test_load_adapted_with_an_adapter_that_names_no_base(tmp_path):
 
 def test_folders_that_hold_no_adapter(tmp_path):
     model = tiny.llama()
-    for folder, said in (("nowhere", "no such folder"), (".", "has no adapter_config.json and adapter_model.safetensors")):
+    for folder, said in (
+        ("nowhere", "no such folder"),
+        (".", "has no adapter_config.json and adapter_model.safetensors"),
+    ):
         with pytest.raises(UserError, match=said):
             load_adapter(model, tmp_path / folder)
     save_adapter(tiny.adapted(tiny.llama()), tmp_path / "run" / "adapter")
@@ -272,15 +295,33 @@ def test_damaged_json(tmp_path):
 
 def test_files_and_card(tmp_path, folders):
     model = tiny.adapted(load_base(str(folders[0]), device="cpu", dtype="fp32"))
-    folder = save_adapter(model, tmp_path / "adapter", tiny.tokenizer(), notes={"data": "sums.jsonl", "steps": 7, "loss": 1.23456})
+    folder = save_adapter(
+        model, tmp_path / "adapter", tiny.tokenizer(), notes={"data": "sums.jsonl", "steps": 7, "loss": 1.23456}
+    )
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md", "tokenizer.json", "chat_template.jinja"}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "qlora.json",
+        "README.md",
+        "tokenizer.json",
+        "chat_template.jinja",
+    }
     own = json.loads((folder / "qlora.json").read_text())
-    assert own["base"]["bits"] == 4 and own["base"]["fingerprint"] == model.qlora_base.fingerprint and own["notes"]["steps"] == 7
+    assert (
+        own["base"]["bits"] == 4
+        and own["base"]["fingerprint"] == model.qlora_base.fingerprint
+        and own["notes"]["steps"] == 7
+    )
     assert own["versions"]["torch"] == torch.__version__
     _, front, card = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == str(folders[0]) and yaml.safe_load(front)["library_name"] == "peft"
-    assert "QDoRA, rank 4, alpha 8" in card and "| loss | 1.2346 |" in card and "sums.jsonl" in card and "PeftModel.from_pretrained" in card
+    assert (
+        "QDoRA, rank 4, alpha 8" in card
+        and "| loss | 1.2346 |" in card
+        and "sums.jsonl" in card
+        and "PeftModel.from_pretrained" in card
+    )
     header = (folder / "adapter_model.safetensors").read_bytes()
     assert header == (save_adapter(model, tmp_path / "again") / "adapter_model.safetensors").read_bytes()
     (tmp_path / "ordinary").touch()
@@ -311,7 +352,9 @@ def training(kind: dict, seed: int):
     """A model with dropout and an AdamW with two groups, whose state is not all zeros."""
     model = tiny.adapted(tiny.llama(), seed=seed, dropout=0.2, **kind).train()
     parameters = adapter_parameters(model)
-    optimizer = torch.optim.AdamW([{"params": parameters[::2], "weight_decay": 0.1}, {"params": parameters[1::2]}], lr=1e-2, betas=(0.8, 0.95))
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[::2], "weight_decay": 0.1}, {"params": parameters[1::2]}], lr=1e-2, betas=(0.8, 0.95)
+    )
     return model, optimizer
 
 
@@ -338,11 +381,16 @@ def test_a_checkpoint_brings_everything_back_to_the_bit(tmp_path, method):
     steps(again, fresh, 3)
     assert all(torch.equal(tensor, tiny.tensors(again)[name]) for name, tensor in tiny.tensors(model).items())
     for one, two in zip(adapter_parameters(model), adapter_parameters(again), strict=True):
-        assert all(torch.equal(optimizer.state[one][key], fresh.state[two][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(optimizer.state[one][key], fresh.state[two][key]) for key in ("step", "exp_avg", "exp_avg_sq")
+        )
     assert {**fresh.param_groups[0], "params": 0} == {**optimizer.param_groups[0], "params": 0}
     assert folder.name == "step-000003" and latest_checkpoint(tmp_path) == folder
     assert not any(path.suffix in (".pt", ".bin", ".pkl") for path in folder.iterdir())
-    assert torch.equal(load_adapter(tiny.llama(), folder).get_submodule("model.layers.0.mlp.up_proj").lora_A, load_file(folder / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"])
+    assert torch.equal(
+        load_adapter(tiny.llama(), folder).get_submodule("model.layers.0.mlp.up_proj").lora_A,
+        load_file(folder / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"],
+    )
 
 
 def test_random_states():
@@ -397,7 +445,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (min(room, sizes[-1] - 1), limits[1]))
     try:
-        with pytest.raises(UserError, match=r"output=.*step-000002: the disk is full; nothing was left half written. Free some space and"):
+        with pytest.raises(
+            UserError,
+            match=r"output=.*step-000002: the disk is full; nothing was left half written. Free some space and",
+        ):
             save_checkpoint(tmp_path, 2, model, optimizer, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -422,7 +473,8 @@ KILLED = """
         with torch.no_grad():
             for p in adapter_parameters(model):
                 p.fill_(step)
-                optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": torch.full_like(p, step), "exp_avg_sq": torch.full_like(p, step)}
+                moments = {name: torch.full_like(p, step) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
 
     become(1)
     save_checkpoint(output, 1, model, optimizer, {})
@@ -454,7 +506,12 @@ KILLED = """
 
 
 def test_a_kill_loses_only_the_checkpoint_being_written(tmp_path):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     assert done.returncode == 0, done.stderr
     halves, last = map(int, done.stdout.split()[-2:])
     assert halves >= 1 and last > 1, "the kills must hit checkpoints that are half written, and others must be done"

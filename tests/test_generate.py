@@ -11,7 +11,7 @@ from helpers import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import qlora
-from qlora.checkpoint import save_adapter
+from qlora.adapter_files import save_adapter
 from qlora.config import GenerateConfig
 from qlora.data import prompt_ids, stop_ids
 from qlora.errors import UserError

@@ -23,6 +23,7 @@ LAYERS = (
     ("adapters",),
     ("records", "chat"),
     ("model", "data"),
+    ("adapter_files",),
     ("checkpoint",),
     ("train", "generate", "evaluate", "merging"),
     ("recipe",),

@@ -13,7 +13,7 @@ import transformers
 from helpers import CONFIGS, TOLERANCE, adapted, relative
 
 from qlora import UserError, attach_adapters, load_base, merge, named_adapters, save_adapter
-from qlora.checkpoint import read_adapter_recipe
+from qlora.adapter_files import read_adapter_recipe
 from qlora.merging import ShardWriter, quantize_checkpoint
 
 TICKETS = Path(__file__).parents[1] / "scripts" / "data" / "tickets_test.jsonl"

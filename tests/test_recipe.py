@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from qlora.adapters import named_adapters
-from qlora.checkpoint import load_adapted, read_state
+from qlora.adapter_files import load_adapted
+from qlora.checkpoint import read_state
 from qlora.config import EvalConfig, FinetuneConfig, from_yaml
 from qlora.errors import UserError
 from qlora.evaluate import evaluate_command
@@ -37,13 +38,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
+SHORT = dict(steps=4, batch_size=2, rank=4, learning_rate=1e-2, device="cpu", dtype="fp32")
+
+
 @pytest.fixture
 def config(place, tmp_path):
     """Options of a short run; changes are given by name."""
 
     def make(output: str = "run", **changes) -> FinetuneConfig:
-        usual = dict(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(tmp_path / output), steps=4, batch_size=2,
-                     rank=4, learning_rate=1e-2, device="cpu", dtype="fp32")  # fmt: skip
+        usual = SHORT | dict(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(tmp_path / output))
         if "epochs" in changes:
             del usual["steps"]
         return FinetuneConfig(**(usual | changes))
@@ -72,7 +75,9 @@ def test_a_run(config, tmp_path, capsys):
     result = finetune(chosen)
     output = tmp_path / "run"
     assert {path.name for path in output.iterdir()} == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl"}
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [f"step-{step:06d}" for step in (2, 4, 6, 8, 10, 12)]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        f"step-{step:06d}" for step in (2, 4, 6, 8, 10, 12)
+    ]
     assert from_yaml(FinetuneConfig, output / "config.yaml") == chosen
     lines = metrics(output)
     assert [line["step"] for line in lines] == list(range(13))
@@ -84,10 +89,22 @@ def test_a_run(config, tmp_path, capsys):
     notes = json.loads((output / "adapter/qlora.json").read_text())["notes"]
     assert notes["eval_loss_after"] == result.eval_loss_after and notes["steps"] == 12 and notes["examples"] == 18
     said = capsys.readouterr()
-    parameters = sum(p.numel() for _, adapter in named_adapters(load_adapted(output / "adapter")[0]) for p in adapter.parameters(recurse=False))
-    for words in ("18 examples, 6 held out", f"dora of rank 4 on 14 layers, {parameters:,} trainable", "NF4 in blocks of 64", "12 of 2 examples"):
+    parameters = sum(
+        p.numel()
+        for _, adapter in named_adapters(load_adapted(output / "adapter")[0])
+        for p in adapter.parameters(recurse=False)
+    )
+    for words in (
+        "18 examples, 6 held out",
+        f"dora of rank 4 on 14 layers, {parameters:,} trainable",
+        "NF4 in blocks of 64",
+        "12 of 2 examples",
+    ):
         assert words in said.out
-    assert f"loss {result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after" in said.out and str(result.adapter) in said.out
+    assert (
+        f"loss {result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after" in said.out
+        and str(result.adapter) in said.out
+    )
     assert "step 12/12" in said.err
 
 
@@ -98,7 +115,9 @@ def test_the_adapter_is_the_last_checkpoint_and_evaluates_to_the_last_loss(confi
     found = evaluate_command(EvalConfig(adapter=str(result.adapter), data=str(place / "held.jsonl"), device="cpu"))
     assert found["loss"] == pytest.approx(result.eval_loss_after, rel=1e-6)
     assert found["examples"] == 8 and found["adapter"] == str(result.adapter)
-    bare = evaluate_command(EvalConfig(model=str(place / "model"), data=str(place / "held.jsonl"), device="cpu", dtype="fp32"))
+    bare = evaluate_command(
+        EvalConfig(model=str(place / "model"), data=str(place / "held.jsonl"), device="cpu", dtype="fp32")
+    )
     assert bare["loss"] == pytest.approx(result.eval_loss_before, rel=1e-6)
 
 
@@ -133,19 +152,38 @@ def test_epochs(config, tmp_path):
 
 @pytest.mark.parametrize(("method", "stopped"), [("dora", 2), ("dora", 6), ("lora", 4), ("dora", 8)])
 def test_resumed_is_uninterrupted_to_the_bit(config, tmp_path, method, stopped):
-    """With dropout, warmup, accumulation and evaluation. The run is cut off after a checkpoint, in the middle of the next one's steps."""
-    usual = dict(method=method, dropout=0.2, steps=8, warmup=3, accumulate=2, save_every=2, eval_fraction=0.2, eval_every=3, weight_decay=0.1)
+    """With dropout, warmup, accumulation and evaluation; the run is cut off between two checkpoints."""
+    usual = dict(
+        method=method,
+        dropout=0.2,
+        steps=8,
+        warmup=3,
+        accumulate=2,
+        save_every=2,
+        eval_fraction=0.2,
+        eval_every=3,
+        weight_decay=0.1,
+    )
     finetune(config("whole", **usual))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("adapter", *(f"step-{step:06d}" for step in range(stopped + 1, 9))))
+    shutil.copytree(
+        whole, cut, ignore=shutil.ignore_patterns("adapter", *(f"step-{step:06d}" for step in range(stopped + 1, 9)))
+    )
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (cut / "metrics.jsonl").write_text("".join(lines[: stopped + 2]) + '{"step": 99, "lo')  # the kernel wrote more than was saved
+    (cut / "metrics.jsonl").write_text(
+        "".join(lines[: stopped + 2]) + '{"step": 99, "lo'
+    )  # the kernel wrote more than was saved
     torch.manual_seed(1234)
     result = finetune(config("cut", resume=True, **usual))
     same_files(whole / "checkpoints/step-000008", cut / "checkpoints/step-000008")
-    assert load_file(whole / "adapter/adapter_model.safetensors").keys() == load_file(result.adapter / "adapter_model.safetensors").keys()
+    assert (
+        load_file(whole / "adapter/adapter_model.safetensors").keys()
+        == load_file(result.adapter / "adapter_model.safetensors").keys()
+    )
     numbers = ("step", "loss", "tokens", "learning_rate", "grad_norm", "eval_loss")
-    assert [[line.get(n) for n in numbers] for line in metrics(cut)] == [[line.get(n) for n in numbers] for line in metrics(whole)]
+    assert [[line.get(n) for n in numbers] for line in metrics(cut)] == [
+        [line.get(n) for n in numbers] for line in metrics(whole)
+    ]
     assert yaml.safe_load((cut / "config.yaml").read_text())["resume"] is False
 
 
@@ -182,7 +220,9 @@ def test_control_c_then_the_printed_command_is_the_uninterrupted_run(config, tmp
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     output = tmp_path / "run"
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config(steps=400, dropout=0.1))))
-    process = subprocess.Popen(command("--config", str(tmp_path / "run.yaml")), stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command("--config", str(tmp_path / "run.yaml")), stderr=subprocess.PIPE, text=True, env=environment
+    )
     while not (output / "metrics.jsonl").is_file() or (output / "metrics.jsonl").read_text().count("\n") < 5:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
@@ -214,7 +254,11 @@ def refused(config: FinetuneConfig) -> list[str]:
 
 
 def test_everything_cheap_is_told_at_once_and_nothing_is_left(config, tmp_path, place):
-    problems = refused(config(model=str(place / "modell"), data=str(place / "no.jsonl"), eval_data=str(place / "nix.jsonl"), resume=True))
+    problems = refused(
+        config(
+            model=str(place / "modell"), data=str(place / "no.jsonl"), eval_data=str(place / "nix.jsonl"), resume=True
+        )
+    )
     assert [line.split("=")[0] for line in problems] == ["resume", "model", "data", "data"]
     assert not (tmp_path / "run").exists()
 
@@ -223,7 +267,10 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
     finetune(config())
     kept = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     (problem,) = refused(config())
-    assert problem == f"output={tmp_path}/run: holds an earlier run; its last checkpoint is step-000004. Go on with --resume, or choose another folder."
+    assert (
+        problem == f"output={tmp_path}/run: holds an earlier run; its last checkpoint is step-000004. "
+        "Go on with --resume, or choose another folder."
+    )
     assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == kept
 
 
@@ -270,16 +317,32 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(config, tmp_path):
     problems = refused(config(learning_rate=1e20, steps=6, save_every=1, clip=0.0))
     assert "is no finite number at step" in problems[0]
     step = int(problems[0].split("at step ")[1].split(".")[0])
-    assert sorted((tmp_path / "run/checkpoints").iterdir())[-1].name == f"step-{step - 1:06d}" and len(metrics(tmp_path / "run")) == step - 1
+    assert (
+        sorted((tmp_path / "run/checkpoints").iterdir())[-1].name == f"step-{step - 1:06d}"
+        and len(metrics(tmp_path / "run")) == step - 1
+    )
 
 
 def test_a_resume_that_would_be_another_run(config, place, tmp_path):
     finetune(config(save_every=2))
-    problems = refused(config(resume=True, rank=8, seed=3, batch_size=4, learning_rate=1e-3, dropout=0.1, targets="q_proj", bits=16))
-    assert [line.split("=")[0] for line in problems] == ["batch_size", "bits", "dropout", "learning_rate", "rank", "seed", "targets"]
+    problems = refused(
+        config(resume=True, rank=8, seed=3, batch_size=4, learning_rate=1e-3, dropout=0.1, targets="q_proj", bits=16)
+    )
+    assert [line.split("=")[0] for line in problems] == [
+        "batch_size",
+        "bits",
+        "dropout",
+        "learning_rate",
+        "rank",
+        "seed",
+        "targets",
+    ]
     assert problems[4] == "rank=8: the run began with rank=4. Resume with that, or start anew in another folder."
     (problem,) = refused(config(resume=True, steps=8))
-    assert problem.startswith("steps=8: the cosine schedule was laid out for 4 steps") and "only a run with --schedule constant" in problem
+    assert (
+        problem.startswith("steps=8: the cosine schedule was laid out for 4 steps")
+        and "only a run with --schedule constant" in problem
+    )
     (problem,) = refused(config(resume=True, data=str(place / "held.jsonl")))
     assert problem.startswith("data=(changed): the run began on 24 training examples")
     tiny.write_model(tmp_path / "other", seed=9)
@@ -295,8 +358,8 @@ def test_harmless_changes_and_moved_files_resume(config, place, tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000004"))
     shutil.copytree(place / "model", tmp_path / "model")
     shutil.copy(place / "data.jsonl", tmp_path / "sums.jsonl")
-    changes = dict(model=str(tmp_path / "model"), data=str(tmp_path / "sums.jsonl"), save_every=1, eval_data=str(place / "held.jsonl"),
-                   eval_every=1, gradient_checkpointing=True)  # fmt: skip
+    changes = dict(model=str(tmp_path / "model"), data=str(tmp_path / "sums.jsonl"))
+    changes |= dict(save_every=1, eval_data=str(place / "held.jsonl"), eval_every=1, gradient_checkpointing=True)
     finetune(config("cut", resume=True, **(usual | changes)))
     same_files(tmp_path / "whole/checkpoints/step-000004", tmp_path / "cut/checkpoints/step-000004")
 
@@ -307,16 +370,16 @@ def test_harmless_changes_and_moved_files_resume(config, place, tmp_path):
 @pytest.fixture(scope="module")
 def plain(place, tmp_path_factory):
     output = tmp_path_factory.mktemp("plain") / "run"
-    finetune(FinetuneConfig(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=2, rank=4,
-                            learning_rate=1e-2, device="cpu", dtype="fp32"))  # fmt: skip
+    where = dict(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output))
+    finetune(FinetuneConfig(**where, **SHORT))
     return output
 
 
 CHANGES_THE_ADAPTER = {
-    "bits": 16, "blocksize": 32, "double_quant": False, "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True, "dropout": 0.5,
-    "targets": "q_proj", "learning_rate": 1e-3, "schedule": "linear", "warmup": 2, "weight_decay": 0.5, "clip": 0.01, "beta1": 0.5,
-    "beta2": 0.5, "eps": 1e-2, "steps": 3, "epochs": 0.1, "batch_size": 3, "accumulate": 2, "max_tokens": 34, "truncate": "drop",
-    "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
+    "bits": 16, "blocksize": 32, "double_quant": False, "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True,
+    "dropout": 0.5, "targets": "q_proj", "learning_rate": 1e-3, "schedule": "linear", "warmup": 2, "weight_decay": 0.5,
+    "clip": 0.01, "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "steps": 3, "epochs": 0.1, "batch_size": 3, "accumulate": 2,
+    "max_tokens": 34, "truncate": "drop", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
 }  # fmt: skip
 TESTED_ELSEWHERE = {
     "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",  # above
@@ -336,7 +399,9 @@ def test_options_that_change_the_adapter(config, plain, tmp_path, option):
         plain = tmp_path / "plain"
     finetune(config(**{option: CHANGES_THE_ADAPTER[option]}, **companions))
     before, after = (load_file(output / "adapter/adapter_model.safetensors") for output in (plain, tmp_path / "run"))
-    assert before.keys() != after.keys() or any(before[key].shape != after[key].shape or not torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() != after.keys() or any(
+        before[key].shape != after[key].shape or not torch.equal(before[key], after[key]) for key in before
+    )
 
 
 def test_the_same_options_give_the_same_bits(config, plain, tmp_path):
@@ -365,7 +430,11 @@ def test_gradient_checkpointing_is_used(config, tmp_path, monkeypatch):
 
     calls = []
     forward = transformers.models.llama.modeling_llama.LlamaMLP.forward
-    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    monkeypatch.setattr(
+        transformers.models.llama.modeling_llama.LlamaMLP,
+        "forward",
+        lambda self, x: (calls.append(1), forward(self, x))[1],
+    )
     for checkpointing, runs in ((False, 2 * 4), (True, 2 * 2 * 4)):
         calls.clear()
         finetune(config(str(checkpointing), gradient_checkpointing=checkpointing))
@@ -383,7 +452,10 @@ def test_options_about_the_input_are_passed_on(config, tmp_path):
 def test_code_of_a_model_runs_only_if_asked_for(config, place, tmp_path):
     model = shutil.copytree(place / "model", tmp_path / "model")
     about = json.loads((model / "config.json").read_text())
-    about |= {"model_type": "our_own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    about |= {
+        "model_type": "our_own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
     (model / "config.json").write_text(json.dumps(about))
     (model / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n"

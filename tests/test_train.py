@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -12,7 +13,11 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from qlora.adapters import adapter_parameters
 from qlora.data import Example, collate
@@ -160,7 +165,9 @@ def test_learning_rates_are_those_of_transformers(schedule, warmup):
         "constant": lambda: get_constant_schedule_with_warmup(optimizer, warmup),
     }[schedule]()
     for step in range(30):
-        assert learning_rate(step, 30, 3e-3, warmup, schedule) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        assert learning_rate(step, 30, 3e-3, warmup, schedule) == pytest.approx(
+            theirs.get_last_lr()[0], rel=1e-12, abs=1e-18
+        )
         optimizer.step()
         theirs.step()
 
@@ -192,7 +199,9 @@ def test_metrics(tmp_path):
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 5]
     assert lines[-1]["eval_loss"] == pytest.approx(evaluate(model, data).loss, rel=1e-6)
     for line in lines[1:]:
-        assert {"step", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"} == set(line) - {"eval_loss"}
+        assert {"step", "loss", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes"} == set(
+            line
+        ) - {"eval_loss"}
         assert line["tokens"] == 30 + 9 + 17 + 25
         assert line["learning_rate"] == 0.1 / line["step"]
         assert 50e6 < line["memory_bytes"] < 50e9
@@ -206,8 +215,8 @@ def test_evaluation_is_not_felt(tmp_path):
         (tmp_path / str(every)).mkdir()
         model = tiny.adapted(tiny.llama(), dropout=0.2)
         torch.manual_seed(3)
-        held = examples(*UNEVEN, seed=9)
-        run(model, tmp_path / str(every), evaluate=(lambda model=model: evaluate(model, held).loss) if every else None, eval_every=every)
+        look = functools.partial(evaluate, model, examples(*UNEVEN, seed=9))
+        run(model, tmp_path / str(every), evaluate=(lambda look=look: look().loss) if every else None, eval_every=every)
         assert model.training
         ends.append(tiny.tensors(model))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -283,7 +292,13 @@ def test_cut_back(tmp_path):
 
 
 def test_duration():
-    assert [duration(seconds) for seconds in (0, 59.6, 61, 3600, 86399)] == ["0:00", "1:00", "1:01", "1:00:00", "23:59:59"]
+    assert [duration(seconds) for seconds in (0, 59.6, 61, 3600, 86399)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "1:00:00",
+        "23:59:59",
+    ]
 
 
 # ---------------------------------------------------------------- evaluation

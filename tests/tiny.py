@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and data that fit it, for tests that train: real transformers objects, hundreds of steps a second."""
+"""A tiny model with a tokenizer and data that fit it, for tests that train: real transformers objects, fast steps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def gpt2(seed: int = 1) -> torch.nn.Module:
 
 
 def adapted(model: torch.nn.Module, seed: int = 2, **spec) -> torch.nn.Module:
-    """`model` with adapters (DoRA, rank 4, unless `spec` says otherwise) away from their start, where they would compute the base
-    and a test that compares anything would pass whatever the code does."""
+    """`model` with adapters (DoRA, rank 4, unless `spec` says otherwise) away from their start, where they would
+    compute the base and a test that compares anything would pass whatever the code does."""
     torch.manual_seed(seed)
     return disturb(attach_adapters(model, **({"rank": 4, "alpha": 8.0} | spec)), seed)
 
@@ -42,7 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|im_start|>": 256, "<|im_end|>": 257}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    result = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
     result.chat_template = TEMPLATE
     return result
 
@@ -66,4 +68,8 @@ def write_data(path: Path, count: int = 24, seed: int = 0) -> Path:
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all adapter parameters by name."""
-    return {f"{name}.{part}": p.detach().clone() for name, adapter in named_adapters(model) for part, p in adapter.named_parameters(recurse=False)}
+    return {
+        f"{name}.{part}": p.detach().clone()
+        for name, adapter in named_adapters(model)
+        for part, p in adapter.named_parameters(recurse=False)
+    }
