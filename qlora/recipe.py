@@ -352,6 +352,7 @@ def before(config: FinetuneConfig, data: Data, model: torch.nn.Module, base_byte
     held = f", {len(data.held_out)} held out" if data.held_out else ""
     lost = f", {source.truncated} cut to {config.max_tokens} tokens" if source.truncated else ""
     lost += f", {source.dropped} dropped" if source.dropped else ""
+    lost += f", {source.skipped_turns} assistant turns not trained on" if source.skipped_turns else ""
     going = f", going on from step {first}" if first else ""
     lines = [
         ("model", f"{config.model}: {kind}, {base_bytes / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
