@@ -359,11 +359,12 @@ def test_a_forked_child_does_not_hang(kernels, threads):
 
 
 FORKED_BEFORE_LOADING = """
-import os, torch
+import os, signal, torch
 torch.set_num_threads(2)
 torch.randn(1 << 20).mul_(2)
 child = os.fork()
 if child == 0:
+    signal.alarm(20)
     torch.set_num_threads(1)
     weight = torch.randn(600, 1024)
     torch.set_num_threads(2)

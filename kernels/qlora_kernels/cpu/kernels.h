@@ -23,41 +23,37 @@ inline float block_scale(const Weight& w, int64_t block) {
   return part + *w.offset;  // two roundings: the build forbids contraction
 }
 
+// Elements position..end, which lie in one block, with that block's table.
 template <class T>
-void decode_as(const Weight& w, int64_t start, int64_t stop, T* out) {
-  const int64_t block_size = int64_t(1) << w.block_shift;
-  const bool in_scale = w.gain != nullptr && w.columns % block_size == 0;  // the gain goes into the scale
-  int64_t row = 0, row_end = stop;
-  if (w.gain != nullptr) {
-    row = start / w.columns;
-    row_end = (row + 1) * w.columns;
-  }
+inline void decode_part(const Table<T>& table, const uint8_t* packed, int64_t position, int64_t end, T* out) {
+  if (position & 1) *out++ = table[packed[position++ >> 1] & 15];
+  const int64_t bytes = (end - position) >> 1;
+  expand(table, packed + (position >> 1), bytes, out);
+  if ((end - position) & 1) out[2 * bytes] = table[packed[end >> 1] >> 4];
+}
+
+template <class T>
+void decode_as(const Weight& weight, int64_t start, int64_t stop, T* out) {
+  const Weight w = weight;  // a copy, which the stores to `out` cannot change
+  const int64_t size = int64_t(1) << w.block_shift;
+  const bool in_scale = w.columns % size == 0;  // no block crosses rows: the gain goes into the scale
   for (int64_t position = start; position < stop;) {
-    const int64_t block = position >> w.block_shift;
-    int64_t end = (block + 1) << w.block_shift;
-    if (end > stop) end = stop;
-    float scale = block_scale(w, block), gain = 1.0f;
+    int64_t run = stop;  // elements with one gain
+    float before = 1.0f, after = 1.0f;
     if (w.gain != nullptr) {
-      while (position >= row_end) ++row, row_end += w.columns;
-      if (in_scale) {
-        scale *= w.gain[row];
-      } else {
-        gain = w.gain[row];
-        if (end > row_end) end = row_end;
-      }
+      const int64_t row = position / w.columns;
+      if ((row + 1) * w.columns < run) run = (row + 1) * w.columns;
+      (in_scale ? before : after) = w.gain[row];
     }
-    const Table<T> table(scale, gain);
-    if (position & 1) {
-      *out++ = table[w.packed[position >> 1] & 15];
-      ++position;
-    }
-    const int64_t bytes = (end - position) >> 1;
-    expand(table, w.packed + (position >> 1), bytes, out);
-    out += 2 * bytes;
-    position += 2 * bytes;
-    if (position < end) {
-      *out++ = table[w.packed[position >> 1] >> 4];
-      ++position;
+    for (int64_t block = position >> w.block_shift; position < run; ++block) {
+      const int64_t end = (block + 1) << w.block_shift < run ? (block + 1) << w.block_shift : run;
+      const Table<T> table(block_scale(w, block) * before, after);
+      if (end - position == 64 && !(position & 1))
+        expand(table, w.packed + (position >> 1), 32, out);  // the usual block, unrolled
+      else
+        decode_part(table, w.packed, position, end, out);
+      out += end - position;
+      position = end;
     }
   }
 }

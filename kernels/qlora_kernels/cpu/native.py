@@ -24,7 +24,7 @@ from qlora_kernels.cpu import build
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
-
+LARGE = 1 << 22  # bytes from which a result is worth huge pages
 
 
 class StaleLibrary(RuntimeError):
@@ -67,6 +67,7 @@ class Native:
             "qlora_initialize": [pointer] * 2,
             "qlora_select": [integer],
             "qlora_threaded": [],
+            "qlora_huge_pages": [pointer, size],
             "qlora_quantize_nf4": [pointer, integer, size, size, pointer, pointer, integer],
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
@@ -102,12 +103,18 @@ class Native:
         threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
         return f"native ({self.isa}, {threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
 
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype)
+        if tensor.nbytes >= LARGE:
+            self.library.qlora_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
     def quantize_nf4(self, weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES:
             return reference.quantize_nf4(weight, blocksize)
         weight = weight.contiguous()
         n = weight.numel()
-        packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+        packed = self._empty((n + 1) // 2, 1, dtype=torch.uint8)
         absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
         self.library.qlora_quantize_nf4(
             weight.data_ptr(), DTYPES[weight.dtype], n, blocksize, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
@@ -133,7 +140,7 @@ class Native:
         self, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        out = torch.empty(rows, columns, dtype=dtype)
+        out = self._empty(rows, columns, dtype=dtype)
         self.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
         return out
 

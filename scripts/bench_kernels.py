@@ -1,0 +1,183 @@
+"""Each operator beside its peer: time, bandwidth, and share of what a copy reaches on this machine.
+
+    python scripts/bench_kernels.py [--shape 4096x4096 ...] [--rounds 21] [--output scripts/results/kernels.json]
+
+Every candidate runs once a round, round after round (A B A B ...), so that whatever else the machine does falls on all of them
+alike. Times are medians over the rounds, ratios are medians of the ratios within a round. Bandwidth counts the bytes an operator
+must read and write; a copy reads and writes its 16-bit matrix in memory that exists already.
+The peers: bitsandbytes' CPU operators for quantizing and decoding; for DoRA's reductions the way PEFT computes them, with PyTorch.
+"reused" decodes into the same memory again and again, as training does; the peer has no such operator on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import bitsandbytes
+import bitsandbytes.functional as bnb
+import torch
+from qlora_kernels import ops
+
+BLOCKSIZE, NESTED, RANK, TOKENS = 64, 256, 16, 1024
+
+
+@dataclass
+class Case:
+    """One operator: what it moves in bytes, and what to compare it with."""
+
+    name: str
+    nbytes: float
+    ours: Callable
+    peer: Callable | None = None
+
+
+@dataclass
+class Result:
+    shape: str
+    operator: str
+    ms: float
+    ms_least: float
+    gb_per_s: float
+    copy_share: float
+    peer_ms: float | None
+    times_peer: float | None
+
+
+def cases(out: int, columns: int) -> list[Case]:
+    n = out * columns
+    weight = torch.randn(out, columns).bfloat16()
+    packed, absmax = ops.quantize_nf4(weight, BLOCKSIZE)
+    parts = ops.quantize_absmax(absmax, NESTED)
+    theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
+    codes = n * (0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED))
+    gain = torch.rand(out) + 0.5
+    A, B = torch.randn(RANK, columns), torch.randn(out, RANK) * 0.01
+    dy, y = torch.randn(TOKENS, out).bfloat16(), torch.randn(TOKENS, out).bfloat16()
+
+    def quantize_double():
+        return ops.quantize_absmax(ops.quantize_nf4(weight, BLOCKSIZE)[1], NESTED)
+
+    def bnb_quantize(double: bool):
+        return bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=double)
+
+    def peft_norms():
+        dense = bnb.dequantize_4bit(theirs, state).float()
+        return torch.linalg.vector_norm(dense + 2.0 * (B @ A), dim=1)
+
+    def decoder(dtype, row_gain=None):
+        return lambda: ops.dequantize_nf4(packed, *parts, row_gain, out, columns, BLOCKSIZE, NESTED, dtype)
+
+    def into(dtype, row_gain=None):
+        buffer = torch.empty(out, columns, dtype=dtype)
+        return lambda: ops.dequantize_nf4_into(buffer, packed, *parts, row_gain, BLOCKSIZE, NESTED)
+
+    def bnb_decoder(dtype):
+        _, typed = bnb.quantize_4bit(weight.to(dtype), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
+        return lambda: bnb.dequantize_4bit(theirs, typed)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    peer = {dtype: bnb_decoder(dtype) for dtype in (bf16, fp16, fp32)}
+    return [
+        Case("quantize, absmax", n * (2 + 0.5 + 4 / BLOCKSIZE), lambda: ops.quantize_nf4(weight, BLOCKSIZE), lambda: bnb_quantize(False)),
+        Case("quantize, double", 2 * n + codes, quantize_double, lambda: bnb_quantize(True)),
+        Case("dequantize to bf16", 2 * n + codes, decoder(bf16), peer[bf16]),
+        Case("dequantize to bf16, reused", 2 * n + codes, into(bf16), peer[bf16]),
+        Case("dequantize to bf16, reused, row gain", 2 * n + codes, into(bf16, gain), peer[bf16]),
+        Case("dequantize to fp16, reused", 2 * n + codes, into(fp16), peer[fp16]),
+        Case("dequantize to fp32, reused", 4 * n + codes, into(fp32), peer[fp32]),
+        Case(f"DoRA row norms, rank {RANK}", codes, lambda: ops.row_norms_nf4(packed, *parts, A, B, 2.0, out, columns, BLOCKSIZE, NESTED), peft_norms),
+        Case(f"DoRA magnitude gradient, {TOKENS} tokens", 4 * TOKENS * out, lambda: ops.column_dots(dy, y), lambda: (dy * y).sum(0, dtype=torch.float32)),
+    ]  # fmt: skip
+
+
+def seconds(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(out: int, columns: int, rounds: int) -> list[Result]:
+    todo = cases(out, columns)
+    source = torch.randn(out, columns).bfloat16()
+    target = torch.empty_like(source)
+    runs = {"copy": lambda: target.copy_(source)}
+    for case in todo:
+        runs[case.name] = case.ours
+        if case.peer is not None:
+            runs["peer of " + case.name] = case.peer
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            taken = seconds(run)
+            if round_:  # the first one warms up
+                times[name].append(taken)
+    copied = 4 * source.numel() / statistics.median(times["copy"])
+    shape = f"{out}x{columns}"
+    results = [Result(shape, "copy of bf16", *_ms(times["copy"]), copied / 1e9, 1.0, None, None)]
+    for case in todo:
+        ours, peer = times[case.name], times.get("peer of " + case.name)
+        rate = case.nbytes / statistics.median(ours)
+        ratio = None if peer is None else statistics.median(b / a for a, b in zip(ours, peer, strict=True))
+        results.append(Result(shape, case.name, *_ms(ours), rate / 1e9, rate / copied, None if peer is None else _ms(peer)[0], ratio))
+    return results
+
+
+def _ms(times: list[float]) -> tuple[float, float]:
+    return statistics.median(times) * 1e3, min(times) * 1e3
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    model = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "commit": commit.stdout.strip(),
+        "processor": model[0] if model else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "backend": ops.backends()["cpu"],
+        "torch": torch.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(results: list[Result]) -> str:
+    lines = ["| shape | operator | ms | GB/s | of a copy | peer, ms | times the peer |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for r in results:
+        peer = "| |" if r.peer_ms is None else f"{r.peer_ms:.2f} | {r.times_peer:.1f} |"
+        lines.append(f"| {r.shape} | {r.operator} | {r.ms:.3f} | {r.gb_per_s:.1f} | {r.copy_share:.0%} | {peer}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", help="ROWSxCOLUMNS, may be repeated (default: 4096x4096 and SmolLM2's 576x1536)")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results = []
+    for shape in arguments.shape or ["4096x4096", "576x1536"]:
+        out, columns = (int(part) for part in shape.split("x"))
+        results += measure(out, columns, arguments.rounds)
+    about = environment()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"environment": about, "results": [asdict(r) for r in results]}, indent=2) + "\n")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), table(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
