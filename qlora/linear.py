@@ -88,8 +88,8 @@ class FrozenWeight:
 
     @property
     def folds(self) -> bool:
-        """Whether a gain per row costs nothing: NF4 whose blocks lie inside rows, so that it goes into the block scales."""
-        return self.nf4 is not None and self.shape[1] % self.nf4.blocksize == 0
+        """Whether a gain per row costs nothing: NF4, where decoding multiplies by a scale anyway."""
+        return self.nf4 is not None
 
     def dense(self, dtype: torch.dtype, row_gain: Tensor | None = None) -> Tensor:
         """W, or diag(row_gain) W where `folds`, in `dtype`."""
