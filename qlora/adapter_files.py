@@ -283,21 +283,24 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def load_adapted(
-    adapter: str | Path | None, *, model: str | None = None, bits: int = 4, dtype: str = "auto", device: str = "auto",
+    adapter: str | Path | None, *, model: str | None = None, bits: int | None = None, dtype: str = "auto", device: str = "auto",
     trust_remote_code: bool = False,
 ):  # fmt: skip
     """(model in eval mode, tokenizer): an adapter on the base it was trained on, or a bare base if `adapter` is None.
 
-    `model` says where the base lies now, `bits` and `dtype` hold where the adapter has nothing to say.
+    `model` says where the base lies now; `bits` (None: 4) holds where the adapter has nothing to say.
 
     Raises:
-        UserError: see `load_base` and `load_adapter`; an adapter that names no base.
+        UserError: see `load_base` and `load_adapter`; an adapter that names no base, or was trained on other `bits`.
     """
-    recipe: dict[str, Any] = {"bits": bits, "dtype": dtype}
+    recipe: dict[str, Any] = {"bits": bits or 4, "dtype": dtype}
     revision = None
     if adapter is not None:
         base, _ = read_adapter_recipe(adapter)
         if base.bits is not None:
+            if bits not in (None, base.bits):
+                rule = f"the adapter was trained on {base.bits} bits"
+                raise UserError(problem("bits", bits, rule, "Leave --bits out, or merge the adapter: qlora merge --base original"))
             recipe = {"bits": base.bits, "blocksize": base.blocksize, "double_quant": base.double_quant}
             recipe["dtype"] = base.dtype if dtype == "auto" else dtype
         if model is None:

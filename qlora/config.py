@@ -87,8 +87,7 @@ class _Compute(_Code):
 
 @dataclass(kw_only=True)
 class _Bits(Options):
-    bits: Literal[4, 16] = option(4, group=QUANTIZATION,
-                                  help="bits of the frozen weights: 4 (NF4) or 16; an adapter's own recipe goes first")
+    bits: Literal[4, 16] = option(4, group=QUANTIZATION, help="bits of the frozen weights: 4 (NF4) or 16")
 
 
 @dataclass(kw_only=True)
@@ -128,7 +127,9 @@ class _Json(Options):
 
 
 @dataclass(kw_only=True)
-class _Adapted(_Compute, _Bits):
+class _Adapted(_Compute):
+    bits: Literal[4, 16] | None = option(None, group=QUANTIZATION,
+                                         help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16")
     model: str | None = option(None, group=MODEL, min_length=1,
                                help="the base model; only needed without an adapter, which names its own")
     adapter: str | None = option(None, group=MODEL, min_length=1, help="the adapter folder")

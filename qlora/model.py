@@ -354,7 +354,9 @@ def load_base(
     )  # fmt: skip
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
-    loaded.qlora_base = BaseRecipe(model, revision, bits, blocksize, double_quant, dtype, layers.fingerprint())
+    # A local path is kept whole: the adapter must find its base from any folder.
+    name = str(Path(model).expanduser().absolute()) if model != SMOLLM2 and Path(model).expanduser().exists() else model
+    loaded.qlora_base = BaseRecipe(name, revision, bits, blocksize, double_quant, dtype, layers.fingerprint())
     return loaded.eval()
 
 

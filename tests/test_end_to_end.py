@@ -1,0 +1,96 @@
+"""The main job on the real SmolLM2 through the command line: fine-tune, generate, evaluate, merge, use in PEFT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers import without_quantized_gemm
+
+from qlora import load_base
+from qlora.data import collate, read_records, tokenize
+from qlora.generate import generate_batch
+from qlora.loss import loss_sum, target_logits
+from qlora.merging import quantize_checkpoint
+
+DATA = Path(__file__).parents[1] / "scripts" / "data"
+STEPS = 24
+
+
+def qlora(*arguments: object) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "qlora.cli", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`qlora finetune` on the tickets, with DoRA in 4 bits."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    qlora(
+        "finetune", "--model", "smollm2-135m", "--data", DATA / "tickets_train.jsonl", "--eval-data", DATA / "tickets_test.jsonl",
+        "--output", output, "--bits", 4, "--method", "dora", "--steps", STEPS, "--learning-rate", "2e-3", "--warmup", 6, "--max-tokens", 256,
+    )  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer):
+    return tokenize(read_records(str(DATA / "tickets_test.jsonl"))[:24], tokenizer).examples
+
+
+def test_it_learns(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert lines[0]["eval_loss"] > 2 and lines[-1]["eval_loss"] < 0.1
+
+
+def test_generate_and_eval(run, tokenizer):
+    record = read_records(str(DATA / "tickets_test.jsonl"))[0]
+    answer = qlora("generate", "--adapter", run / "adapter", "--prompt", record["prompt"], "--max-new-tokens", 48).stdout
+    assert set(json.loads(answer)) == set(json.loads(record["completion"]))
+    report = json.loads(qlora("eval", "--adapter", run / "adapter", "--data", DATA / "tickets_test.jsonl", "--json").stdout)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert report["loss"] == pytest.approx(json.loads(lines[-1])["eval_loss"], rel=0.05)
+
+
+def test_merged_in_bf16(run, held_out, tokenizer, tmp_path):
+    """Weights rounded to bf16 and computed in float32: top-1 agreement at least 99.5 %, KL at most 1e-3 (issue 2)."""
+    from qlora import load_adapter
+
+    qlora("merge", "--adapter", run / "adapter", "--output", tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    exact = load_adapter(load_base("smollm2-135m", dtype="bf16").float(), run / "adapter").eval()
+    agree = total = kl = 0.0
+    with torch.no_grad():
+        for i in range(0, len(held_out), 8):
+            batch = collate(held_out[i : i + 8])
+            expected = target_logits(exact, batch)[0].log_softmax(-1)
+            found = target_logits(merged.float().eval(), batch)[0].log_softmax(-1)
+            agree += (found.argmax(-1) == expected.argmax(-1)).sum().item()
+            kl += torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum").item()
+            total += len(expected)
+    print(f"merged in bf16 on {total:.0f} tokens: top-1 agreement {agree / total:.4f}, KL {kl / total:.2e}")
+    assert agree / total >= 0.995 and kl / total <= 1e-3
+    answers = generate_batch(merged, transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"), [read_records(str(DATA / "tickets_test.jsonl"))[0]["prompt"]], max_new_tokens=48)
+    assert json.loads(answers[0])
+
+
+def test_the_adapter_in_peft(run, held_out, tmp_path):
+    """PEFT + bitsandbytes on the quantized base computes the loss that we computed."""
+    from qlora import load_adapter
+
+    quantize_checkpoint("smollm2-135m", tmp_path / "base", dtype="fp32")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), run / "adapter").eval()
+    ours = load_adapter(load_base("smollm2-135m", dtype="fp32"), run / "adapter").eval()
+    batch = collate(held_out[:4])
+    with torch.no_grad():
+        assert loss_sum(theirs, batch).item() == pytest.approx(loss_sum(ours, batch).item(), rel=1e-4)
