@@ -66,6 +66,9 @@ def cases(out: int, columns: int) -> list[Case]:
     def quantize_double():
         return ops.quantize_absmax(ops.quantize_nf4(weight, BLOCKSIZE)[1], NESTED)
 
+    def quantize_fitted():
+        return ops.encode_nf4(weight, ops.fit_scales_nf4(weight, BLOCKSIZE), BLOCKSIZE)
+
     def bnb_quantize(double: bool):
         return bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=double)
 
@@ -89,6 +92,7 @@ def cases(out: int, columns: int) -> list[Case]:
     return [
         Case("quantize, absmax", n * (2 + 0.5 + 4 / BLOCKSIZE), lambda: ops.quantize_nf4(weight, BLOCKSIZE), lambda: bnb_quantize(False)),
         Case("quantize, double", 2 * n + codes, quantize_double, lambda: bnb_quantize(True)),
+        Case("quantize, mse scales", n * (2 + 2 + 0.5 + 4 / BLOCKSIZE), quantize_fitted),
         Case("dequantize to bf16", 2 * n + codes, decoder(bf16), peer[bf16]),
         Case("dequantize to bf16, reused", 2 * n + codes, into(bf16), peer[bf16]),
         Case("dequantize to bf16, reused, row gain", 2 * n + codes, into(bf16, gain), peer[bf16]),

@@ -1,6 +1,8 @@
 """Every operator once: its schema, its shape function, and which code runs where.
 
     torch.ops.qlora.quantize_nf4    weight -> (packed, absmax)
+    torch.ops.qlora.fit_scales_nf4  weight -> scales of least squared error, in place of absmax
+    torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
@@ -59,6 +61,26 @@ def _(weight, blocksize):
     n = weight.numel()
     packed = weight.new_empty((n + 1) // 2, 1, dtype=torch.uint8)
     return packed, weight.new_empty(-(-n // blocksize), dtype=torch.float32)
+
+
+@operator()
+def fit_scales_nf4(weight: Tensor, blocksize: int) -> Tensor:
+    return reference.fit_scales_nf4(weight, blocksize)
+
+
+@shape_of("fit_scales_nf4")
+def _(weight, blocksize):
+    return weight.new_empty(-(-weight.numel() // blocksize), dtype=torch.float32)
+
+
+@operator()
+def encode_nf4(weight: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+    return reference.encode_nf4(weight, scales, blocksize)
+
+
+@shape_of("encode_nf4")
+def _(weight, scales, blocksize):
+    return weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
 
 
 @operator()
@@ -158,7 +180,9 @@ def _(a, b):
 NATIVE, CPU_BACKEND = native.load()  # the library or None, and in words what the CPU runs
 
 if NATIVE is not None:
-    for _name in ("quantize_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "row_norms_nf4", "column_dots"):
+    for _name in (
+        "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "row_norms_nf4", "column_dots",
+    ):  # fmt: skip
         use(_name, "CPU", getattr(NATIVE, _name))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 18  # a multiple of every block size; float32 temporaries of 1 MB stay in the cache
+FIT = (32, *range(24, 47))  # scales tried by `fit_scales_nf4`: absmax * k / 32; absmax itself is kept where others are no better
 TINY = 1e-38  # smaller block maxima are treated as this one, so that 1 / absmax stays finite
 
 # Quantiles of N(0, 1) between 1 - 0.9677083 and 0.9677083, scaled to [-1, 1], with an exact zero. tests derive them.
@@ -65,14 +66,24 @@ def _byte_table(device: torch.device) -> Tensor:
     return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).contiguous()
 
 
+def _blocks(values: Tensor, blocksize: int) -> Tensor:
+    """float32 [blocks, blocksize], zeros behind the last value."""
+    return torch.nn.functional.pad(values.float(), (0, -values.numel() % blocksize)).view(-1, blocksize)
+
+
 def _encode(values: Tensor, blocksize: int, midpoints: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (int32, flat) and block maxima of one chunk of flat float values; the last block may be short."""
     n = values.numel()
-    short = -n % blocksize
-    blocks = torch.nn.functional.pad(values.float(), (0, short)).view(-1, blocksize)
+    blocks = _blocks(values, blocksize)
     absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).clamp_(-1, 1)
     return torch.bucketize(scaled, midpoints, out_int32=True).view(-1)[:n], absmax
+
+
+def _pack(codes: Tensor, out: Tensor) -> None:
+    """Two codes a byte to the start of `out`; an odd one is followed by code 7."""
+    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7).to(torch.uint8)
+    out[: codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
 
 
 def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -85,14 +96,66 @@ def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     for start in range(0, n, CHUNK_ELEMENTS):
         chunk = flat[start : start + CHUNK_ELEMENTS]
         codes, maxima = _encode(chunk, blocksize, midpoints)
-        if codes.numel() % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1), value=7)
-        codes = codes.to(torch.uint8)
-        half = start // 2
-        packed[half : half + codes.numel() // 2, 0] = (codes[::2] << 4) | codes[1::2]
+        _pack(codes, packed[start // 2 :, 0])
         block = start // blocksize
         absmax[block : block + maxima.numel()] = maxima
     return packed, absmax
+
+
+def _lane_sum(values: Tensor) -> Tensor:
+    """Sums of [blocks, blocksize]: 16 lanes in order, then the lanes in halves, so that every implementation gets the same bits."""
+    lanes = values.view(values.shape[0], -1, 16).unbind(1)
+    total = sum(lanes[1:], start=lanes[0])
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total.squeeze(1)
+
+
+def fit_scales_nf4(weight: Tensor, blocksize: int) -> Tensor:
+    """weight -> the scale of each block that leaves the least squared error, float32 [ceil(n / blocksize)].
+
+    A candidate scale gives nearest levels l. For those levels the best scale is sum(w l) / sum(l l), and it leaves
+    sum(w w) - sum(w l)^2 / sum(l l): the candidate with the largest last term wins. `blocksize` a multiple of 16.
+    """
+    flat = weight.reshape(-1)
+    scales = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=flat.device)
+    levels, midpoints = nf4_levels(flat.device), _midpoints(flat.device, nested=False)
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        blocks = _blocks(flat[start : start + CHUNK_ELEMENTS], blocksize)
+        absmax = blocks.abs().amax(dim=1)
+        blocks = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
+        factor = torch.ones_like(absmax)
+        best = torch.full_like(absmax, -1.0)
+        for candidate in FIT:
+            stretched = (blocks * torch.tensor(32.0 / candidate, device=flat.device)).clamp_(-1, 1)
+            nearest = levels[torch.bucketize(stretched, midpoints, out_int32=True)]
+            wl, ll = _lane_sum(blocks * nearest), _lane_sum(nearest * nearest)
+            gain = wl * wl / ll
+            better = (ll > 0) & (gain > best) & absmax.isfinite()
+            best = torch.where(better, gain, best)
+            factor = torch.where(better, wl / ll, factor)
+        scales[start // blocksize : start // blocksize + absmax.numel()] = absmax * factor
+    return scales
+
+
+def encode_nf4(weight: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+    """weight, scales float32 [ceil(n / blocksize)] -> packed uint8 [(n+1)//2, 1]: the nearest levels of w * (1 / scale).
+
+    For scales that are not absmax, or absmax as double quantization decodes it. A scale below 1e-38 counts as 0 and takes code 7.
+    """
+    flat = weight.reshape(-1)
+    n = flat.numel()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
+    midpoints = _midpoints(flat.device, nested=False)
+    inverse = torch.where(scales.abs() > TINY, 1.0 / scales, 0.0)
+    for start in range(0, n, CHUNK_ELEMENTS):
+        chunk = flat[start : start + CHUNK_ELEMENTS]
+        blocks = _blocks(chunk, blocksize)
+        block = start // blocksize
+        scaled = (blocks * inverse[block : block + blocks.shape[0]].unsqueeze(1)).clamp_(-1, 1)
+        _pack(torch.bucketize(scaled, midpoints, out_int32=True).view(-1)[: chunk.numel()], packed[start // 2 :, 0])
+    return packed
 
 
 def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tensor, Tensor]:

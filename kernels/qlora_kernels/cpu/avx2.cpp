@@ -42,6 +42,29 @@ inline F16 load16(const T* p) {
   return {load8(p), load8(p + 8)};
 }
 
+template <class T>
+inline F16 load_some(const T* p, int64_t n) {
+  T all[16] = {};
+  for (int64_t i = 0; i < n; ++i) all[i] = p[i];
+  return load16(all);
+}
+
+inline __m256 clamped(__m256 x) { return _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(1.0f)), _mm256_set1_ps(-1.0f)); }
+
+inline __m256i cell_of(__m256 x) {
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(kCells), _mm256_set1_ps(kRounder));
+  return _mm256_and_si256(_mm256_castps_si256(shifted), _mm256_set1_epi32(31));
+}
+
+inline __m256 nearest_level(__m256 x) {
+  x = clamped(x);
+  const __m256i cell = cell_of(x);
+  const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(tables.cell_threshold, cell, 4), _CMP_GT_OQ);
+  return _mm256_blendv_ps(_mm256_i32gather_ps(tables.cell_level, cell, 4), _mm256_i32gather_ps(tables.cell_next, cell, 4), above);
+}
+
+inline F16 nearest_level(F16 x) { return {nearest_level(x.low), nearest_level(x.high)}; }
+
 inline void scaled_levels(float scale, float gain, __m256& low, __m256& high) {
   const __m256 s = _mm256_set1_ps(scale), g = _mm256_set1_ps(gain);
   low = _mm256_mul_ps(_mm256_mul_ps(_mm256_load_ps(tables.levels), s), g);
@@ -146,7 +169,7 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
 
 template <class T>
 inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
-  const __m256 scale = _mm256_set1_ps(inverse), cells = _mm256_set1_ps(kCells), rounder = _mm256_set1_ps(kRounder);
+  const __m256 scale = _mm256_set1_ps(inverse);
   const __m256i collect = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1,
                                            -1, -1, -1, -1, -1, -1, -1);
   for (int64_t i = 0; i < n; i += 8) {
@@ -158,8 +181,8 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
       for (int64_t k = 0; k < n - i; ++k) rest[k] = in[i + k];
       x = load8(rest);
     }
-    x = _mm256_mul_ps(x, scale);
-    const __m256i cell = _mm256_and_si256(_mm256_castps_si256(_mm256_fmadd_ps(x, cells, rounder)), _mm256_set1_epi32(31));
+    x = clamped(_mm256_mul_ps(x, scale));
+    const __m256i cell = cell_of(x);
     const __m256 threshold = _mm256_i32gather_ps(tables.cell_threshold, cell, 4);
     const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));  // -1 where true
     const __m256i code = _mm256_sub_epi32(_mm256_i32gather_epi32(tables.cell_code, cell, 4), above);
@@ -182,6 +205,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels avx2_kernels = {"AVX2", decode, encode, dots, gram, norms};
+const Kernels avx2_kernels = {"AVX2", decode, encode, encode_with, fit, dots, gram, norms};
 }  // namespace qlora
 #endif

@@ -42,12 +42,28 @@ inline F16 load16<float>(const float* p) {
 
 // The first n < 16 values, zeros behind them.
 template <class T>
-inline __m512 load_some(const T* p, int64_t n) {
-  return widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), T());
+inline F16 load_some(const T* p, int64_t n) {
+  return {widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), T())};
 }
 template <>
-inline __m512 load_some<float>(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+inline F16 load_some<float>(const float* p, int64_t n) {
+  return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)};
+}
+
+inline __m512 clamped(__m512 x) { return _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f)); }
+
+// The cell of a value in the low five bits, where the permutations look for it.
+inline __m512i cell_of(__m512 x) { return _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(kCells), _mm512_set1_ps(kRounder))); }
+
+inline __m512 of_cell(const float* table, __m512i cell) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), cell, _mm512_load_ps(table + 16));
+}
+
+inline F16 nearest_level(F16 f) {
+  const __m512 x = clamped(f.v);
+  const __m512i cell = cell_of(x);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, of_cell(tables.cell_threshold, cell), _CMP_GT_OQ);
+  return {_mm512_mask_mov_ps(of_cell(tables.cell_level, cell), above, of_cell(tables.cell_next, cell))};
 }
 
 inline __m512 scaled_levels(float scale, float gain) {
@@ -127,15 +143,15 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
     largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load16(in + i).v), magnitude));
-  if (i < n) largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(in + i, n - i)), magnitude));
+  if (i < n) largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(in + i, n - i).v), magnitude));
   return _mm512_reduce_max_epu32(largest);
 }
 
 inline __m128i eight_bytes(__m512 x) {  // 16 scaled values -> 8 bytes of codes
-  const __m512i cell = _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(kCells), _mm512_set1_ps(kRounder)));
-  const __m512 threshold = _mm512_permutex2var_ps(_mm512_load_ps(tables.cell_threshold), cell, _mm512_load_ps(tables.cell_threshold + 16));
+  x = clamped(x);
+  const __m512i cell = cell_of(x);
   const __m512i code = _mm512_permutex2var_epi32(_mm512_load_si512(tables.cell_code), cell, _mm512_load_si512(tables.cell_code + 16));
-  const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, of_cell(tables.cell_threshold, cell), _CMP_GT_OQ);
   const __m512i exact = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
   return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(exact, 4), _mm512_srli_epi64(exact, 32)));
 }
@@ -147,7 +163,7 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
   for (; i + 16 <= n; i += 16)
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), eight_bytes(_mm512_mul_ps(load16(in + i).v, scale)));
   if (i < n) {  // the zeros behind the last value take code 7, which is what the pad nibble must be
-    const __m128i rest = eight_bytes(_mm512_mul_ps(load_some(in + i, n - i), scale));
+    const __m128i rest = eight_bytes(_mm512_mul_ps(load_some(in + i, n - i).v, scale));
     _mm_mask_storeu_epi8(out + i / 2, __mmask16((1u << ((n - i + 1) / 2)) - 1), rest);
   }
 }
@@ -158,6 +174,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels avx512_kernels = {"AVX-512", decode, encode, dots, gram, norms};
+const Kernels avx512_kernels = {"AVX-512", decode, encode, encode_with, fit, dots, gram, norms};
 }  // namespace qlora
 #endif

@@ -5,7 +5,8 @@
 //   Table<T>(scale, gain)          the 16 decoded values of a block: round_to<T>((level * scale) * gain)
 //   expand(table, bytes, n, out)   2n values from n bytes of codes
 //   absmax_bits(in, n)             largest |x| of n values, as the bits of a float: NaN outranks infinity outranks the rest
-//   codes(in, n, inverse, out)     (n + 1) / 2 bytes of codes of in[i] * inverse
+//   codes(in, n, inverse, out)     (n + 1) / 2 bytes of codes of in[i] * inverse, clamped to [-1, 1]
+//   load_some(const T*, n) -> F16  n < 16 values and zeros;  nearest_level(F16)  of values clamped likewise
 //
 // A block has one scale and a code has 16 values, so a block needs 16 multiplications and 16 roundings, whatever its size; the
 // rest is a table lookup in registers, two bytes an element. The alternative, to look up the float level and then multiply, round
@@ -81,6 +82,60 @@ void encode(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last,
   if (dtype == kFloat32) encode_as(static_cast<const float*>(in), n, first, last, shift, packed, absmax);
   if (dtype == kBFloat16) encode_as(static_cast<const BF16*>(in), n, first, last, shift, packed, absmax);
   if (dtype == kFloat16) encode_as(static_cast<const FP16*>(in), n, first, last, shift, packed, absmax);
+}
+
+template <class T>
+void encode_with_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, const float* scales, uint8_t* packed) {
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block << shift, size = int64_t(1) << shift;
+    const float inverse = __builtin_fabsf(scales[block]) > kTiny ? 1.0f / scales[block] : 0.0f;
+    codes(in + start, n - start < size ? n - start : size, inverse, packed + (start >> 1));
+  }
+}
+
+void encode_with(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, const float* scales, uint8_t* packed) {
+  if (dtype == kFloat32) encode_with_as(static_cast<const float*>(in), n, first, last, shift, scales, packed);
+  if (dtype == kBFloat16) encode_with_as(static_cast<const BF16*>(in), n, first, last, shift, scales, packed);
+  if (dtype == kFloat16) encode_with_as(static_cast<const FP16*>(in), n, first, last, shift, scales, packed);
+}
+
+// The scale of least squared error. Each candidate scale gives nearest levels l; for these levels the best scale is
+// sum(w l) / sum(l l), and it leaves sum(w w) - sum(w l)^2 / sum(l l), so the candidate with the largest last term wins. Sums are
+// of w / absmax, 16 lanes in order and no fused products: the same bits everywhere, as in reference.py.
+template <class T>
+void fit_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, float* scales) {
+  alignas(64) float values[4096];  // the largest block
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t start = block << shift, size = int64_t(1) << shift;
+    const int64_t count = n - start < size ? n - start : size;
+    const uint32_t bits = absmax_bits(in + start, count);
+    const float absmax = float_of(bits);
+    scales[block] = absmax;
+    if (bits == 0 || bits >= 0x7f800000) continue;  // zeros; NaN or infinity
+    const F16 inverse = F16::broadcast(1.0f / (absmax > kTiny ? absmax : kTiny));
+    for (int64_t i = 0; i < count; i += 16) mul(count - i < 16 ? load_some(in + start + i, count - i) : load16(in + start + i), inverse).store(values + i);
+    float best = -1.0f;
+    for (int candidate = kFitFirst - 1; candidate <= kFitLast; ++candidate) {
+      const F16 stretch = F16::broadcast(32.0f / float(candidate < kFitFirst ? 32 : candidate));
+      F16 product = F16::zero(), square = F16::zero();
+      for (int64_t i = 0; i < count; i += 16) {
+        const F16 w = F16::load(values + i), level = nearest_level(mul(w, stretch));
+        product = add(product, mul(w, level));
+        square = add(square, mul(level, level));
+      }
+      const float wl = product.sum(), ll = square.sum();
+      if (ll > 0.0f && wl * wl / ll > best) {
+        best = wl * wl / ll;
+        scales[block] = absmax * (wl / ll);
+      }
+    }
+  }
+}
+
+void fit(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, float* scales) {
+  if (dtype == kFloat32) fit_as(static_cast<const float*>(in), n, first, last, shift, scales);
+  if (dtype == kBFloat16) fit_as(static_cast<const BF16*>(in), n, first, last, shift, scales);
+  if (dtype == kFloat16) fit_as(static_cast<const FP16*>(in), n, first, last, shift, scales);
 }
 
 // Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction set.

@@ -69,6 +69,8 @@ class Native:
             "qlora_threaded": [],
             "qlora_huge_pages": [pointer, size],
             "qlora_quantize_nf4": [pointer, integer, size, size, pointer, pointer, integer],
+            "qlora_encode_nf4": [pointer, integer, size, size, pointer, pointer, integer],
+            "qlora_fit_scales_nf4": [pointer, integer, size, size, pointer, integer],
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
             "qlora_column_dots_partials": [size],
@@ -120,6 +122,29 @@ class Native:
             weight.data_ptr(), DTYPES[weight.dtype], n, blocksize, packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
         )
         return packed, absmax
+
+    def fit_scales_nf4(self, weight: Tensor, blocksize: int) -> Tensor:
+        if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES:
+            return reference.fit_scales_nf4(weight, blocksize)
+        weight = weight.contiguous()
+        scales = torch.empty(-(-weight.numel() // blocksize), dtype=torch.float32)
+        self.library.qlora_fit_scales_nf4(
+            weight.data_ptr(), DTYPES[weight.dtype], weight.numel(), blocksize, scales.data_ptr(), torch.get_num_threads()
+        )
+        return scales
+
+    def encode_nf4(self, weight: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+        n = weight.numel()
+        if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES or scales.dtype != torch.float32:
+            return reference.encode_nf4(weight, scales, blocksize)
+        if scales.numel() != -(-n // blocksize):
+            raise ValueError(f"{scales.numel()} scales for {-(-n // blocksize)} blocks")
+        weight, scales = weight.contiguous(), scales.contiguous()
+        packed = self._empty((n + 1) // 2, 1, dtype=torch.uint8)
+        self.library.qlora_encode_nf4(
+            weight.data_ptr(), DTYPES[weight.dtype], n, blocksize, scales.data_ptr(), packed.data_ptr(), torch.get_num_threads()
+        )
+        return packed
 
     def quantize_absmax(self, absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
         if absmax.dtype != torch.float32 or absmax.dim() != 1:

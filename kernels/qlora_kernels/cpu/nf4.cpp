@@ -131,10 +131,12 @@ void qlora_initialize(const float* levels, const float* dynamic) {
   dynamic_cells.fill(dynamic);
   for (int cell = -15, below = 0; cell <= 15; ++cell) {
     tables.cell_code[cell & 31] = below;
+    tables.cell_level[cell & 31] = tables.cell_next[cell & 31] = levels[below];
     tables.cell_threshold[cell & 31] = infinity;
     const float midpoint = below < 15 ? (levels[below] + levels[below + 1]) / 2 : infinity;
     if (midpoint * kCells < float(cell) + 0.5f) {
       tables.cell_threshold[cell & 31] = midpoint;
+      tables.cell_next[cell & 31] = levels[below + 1];
       ++below;
     }
   }
@@ -168,6 +170,23 @@ void qlora_quantize_nf4(const void* weight, int dtype, int64_t n, int64_t blocks
   const int64_t blocks = ceil_div(n, blocksize), step = kPiece / blocksize;
   parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
     kernels->encode(weight, Dtype(dtype), n, i * step, minimum(blocks, (i + 1) * step), shift, packed, absmax);
+  });
+}
+
+// The same under given scales [blocks].
+void qlora_encode_nf4(const void* weight, int dtype, int64_t n, int64_t blocksize, const float* scales, uint8_t* packed, int threads) {
+  const int shift = __builtin_ctzll(uint64_t(blocksize));
+  const int64_t blocks = ceil_div(n, blocksize), step = kPiece / blocksize;
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    kernels->encode_with(weight, Dtype(dtype), n, i * step, minimum(blocks, (i + 1) * step), shift, scales, packed);
+  });
+}
+
+void qlora_fit_scales_nf4(const void* weight, int dtype, int64_t n, int64_t blocksize, float* scales, int threads) {
+  const int shift = __builtin_ctzll(uint64_t(blocksize));
+  const int64_t blocks = ceil_div(n, blocksize), step = kPiece / 8 / blocksize > 0 ? kPiece / 8 / blocksize : 1;
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    kernels->fit(weight, Dtype(dtype), n, i * step, minimum(blocks, (i + 1) * step), shift, scales);
   });
 }
 

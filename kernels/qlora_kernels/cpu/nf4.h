@@ -26,6 +26,7 @@ struct Tables {
   alignas(64) float levels[16];
   alignas(64) float cell_threshold[32];  // see kCells
   alignas(64) int32_t cell_code[32];
+  alignas(64) float cell_level[32], cell_next[32];  // the levels of cell_code and of cell_code + 1
   alignas(64) float dynamic[256];
 };
 extern Tables tables;
@@ -36,6 +37,9 @@ struct Kernels {
   void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, void* out);
   // Blocks first..last of n flat values: their codes and their maxima.
   void (*encode)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, uint8_t* packed, float* absmax);
+  // Codes of blocks first..last under given scales; the scales of least squared error of the same.
+  void (*encode_with)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, const float* scales, uint8_t* packed);
+  void (*fit)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, float* scales);
   // out[c] = sum over rows t of a[t, c] * b[t, c]; leading dimensions in elements.
   void (*dots)(Dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out);
   // Rows first..last of A At [rank, rank], A [rank, columns] also given as tiles.
@@ -50,6 +54,9 @@ struct Kernels {
 // 0.001 of the border of a cell, so the rounding of x * 15 cannot matter. Adding 1.5 * 2^23 leaves the integer in the low bits.
 constexpr float kCells = 15.0f, kRounder = 12582912.0f;
 constexpr float kTiny = 1e-38f;  // smaller block maxima count as this one, so that the inverse is finite
+
+// Scales tried for a block are absmax * k / 32; 32 comes first, so that absmax is kept where others are no better.
+constexpr int kFitFirst = 24, kFitLast = 46;
 
 constexpr int64_t kNormRows = 96;
 

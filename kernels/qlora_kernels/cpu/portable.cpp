@@ -52,6 +52,13 @@ inline F16 load16(const T* p) {
 }
 
 template <class T>
+inline F16 load_some(const T* p, int64_t n) {
+  F16 r = F16::zero();
+  for (int64_t i = 0; i < n; ++i) r.v[i] = to_float(p[i]);
+  return r;
+}
+
+template <class T>
 struct Table {
   T values[16];
   Table(float scale, float gain) {
@@ -78,9 +85,17 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
   return largest;
 }
 
+inline float clamped(float x) { return x < -1.0f ? -1.0f : x > 1.0f ? 1.0f : x; }
+
 inline int code_of(float x) {
+  x = clamped(x);
   const uint32_t cell = bits_of(x * kCells + kRounder) & 31;
   return tables.cell_code[cell] + (x > tables.cell_threshold[cell]);
+}
+
+inline F16 nearest_level(F16 x) {
+  for (int i = 0; i < 16; ++i) x.v[i] = tables.levels[code_of(x.v[i])];
+  return x;
 }
 
 template <class T>
@@ -95,6 +110,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "kernels.h"
 
 namespace qlora {
-const Kernels portable_kernels = {"portable C++", decode, encode, dots, gram, norms};
+const Kernels portable_kernels = {"portable C++", decode, encode, encode_with, fit, dots, gram, norms};
 
 }  // namespace qlora
