@@ -253,7 +253,9 @@ def test_load_adapted_makes_the_base_again(tmp_path, folders, bits):
     recipe = dict(bits=bits, blocksize=32, double_quant=False) if bits == 4 else dict(bits=bits)
     model = tiny.adapted(load_base(str(folders[0]), dtype="fp32", device="cpu", **recipe))
     save_adapter(model, tmp_path / "adapter", tiny.tokenizer())
-    again, tokenizer = load_adapted(tmp_path / "adapter", bits=20 - bits, device="cpu")
+    with pytest.raises(UserError, match=f"bits={20 - bits}: the adapter was trained on {bits} bits"):
+        load_adapted(tmp_path / "adapter", bits=20 - bits, device="cpu")
+    again, tokenizer = load_adapted(tmp_path / "adapter", device="cpu")
     assert again.qlora_base == model.qlora_base and not again.training
     assert torch.equal(logits(again), logits(model))
     assert tokenizer.chat_template == tiny.TEMPLATE
