@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from qlora_kernels import ops, reference
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -60,20 +61,14 @@ class AdapterSpec:
 def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """n [out] = ||W_j + s B_j A||, in the dtype of A (float32, or float64 in tests), by the three sums of the module head.
 
-    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely.
-    W is decoded a chunk of rows at a time.
+    The arithmetic is `qlora_kernels.reference.row_norms`; for an NF4 weight one operator decodes and sums, a block of rows at a time.
     """
-    gram = A @ A.t()
-    n = torch.empty(weight.shape[0], dtype=A.dtype, device=A.device)
-    for part, W in weight.chunks(A.dtype):
-        b = B[part]
-        own = torch.linalg.vector_norm(W, dim=1).square_()
-        squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
-        lost = (squared < 1e-3 * own).nonzero().squeeze(1)
-        if lost.numel():
-            squared[lost] = (W[lost] + scaling * (b[lost] @ A)).square().sum(1)
-        n[part] = squared.sqrt()
-    return n
+    if weight.nf4 is None:
+        return reference.row_norms(weight.chunks(A.dtype), A, B, scaling)
+    w = weight.nf4
+    return ops.row_norms_nf4(
+        w.packed, w.absmax, w.nested_absmax, w.nested_offset, A, B, scaling, *w.shape, w.blocksize, w.nested_blocksize
+    )
 
 
 def magnitude_init(weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,7 +135,7 @@ class AdaptedProduct(torch.autograd.Function):
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dB = dm = None
         if need_m and m is not None:
-            dm = (dy * y).sum(0, dtype=m.dtype) / m
+            dm = ops.column_dots(dy, y) / m
         folded = gain if weight.folds else None
         if gain is not None and folded is None:
             dy = dy * gain.to(dtype)
