@@ -14,7 +14,7 @@ _HOME = {
     "FinetuneConfig": "config",
     "UserError": "errors",
     "load_base": "model",
-    "load_tokenizer": "model",
+    "load_tokenizer": "sources",
     "attach_adapters": "adapters",
     "adapter_parameters": "adapters",
     "named_adapters": "adapters",

@@ -32,7 +32,8 @@ from qlora.adapters import LINEAR, AdapterSpec, attach_adapters, named_adapters,
 from qlora.errors import UserError, problem
 from qlora.files import read_json, whole_folder, write_json
 from qlora.linear import FrozenWeight
-from qlora.model import BaseRecipe, load_base, load_tokenizer
+from qlora.model import BaseRecipe, load_base
+from qlora.sources import load_tokenizer
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
 PREFIX = "base_model.model."

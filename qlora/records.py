@@ -251,9 +251,11 @@ _ENDINGS = ", ".join(_READERS)
 
 
 def _read_hub(source: str, nearby: str) -> list[dict]:
-    import httpx2  # what huggingface_hub speaks with
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
 
     name, *rest = source.split(":")
     config, split = rest if len(rest) == 2 else (None, *(rest or ["train"]))
@@ -263,7 +265,7 @@ def _read_hub(source: str, nearby: str) -> list[dict]:
         with tempfile.TemporaryDirectory(prefix="qlora-data-") as cache:
             rows = load_with_datasets(name, config, split, cache)
             return [Record(row, source, f"row {number}") for number, row in enumerate(rows, 1)]
-    except (OSError, ValueError, RuntimeError, DatasetsError, httpx2.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, http_error) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(problem("data", source, f"there is no such file, and no hub dataset could be read ({reason})",
                                 f"{nearby}. If it is a hub dataset, check name, split and network")) from error

@@ -12,6 +12,7 @@ after the first evaluation it computes something else (DESIGN section 7).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
@@ -38,7 +39,8 @@ def ours(folder: str, method: str, bits: int, dtype: str):
     return qlora.attach_adapters(model, method=method, rank=RANK, alpha=ALPHA)
 
 
-def theirs(folder: str, method: str, bits: int, dtype: str, prepare: bool, start: dict[str, torch.Tensor]):
+def theirs(folder: str, method: str, bits: int, dtype: str, prepare: bool, start: dict[str, torch.Tensor] | None):
+    """PEFT's model on the same checkpoint; its A are those of `start`, by module, where given."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch_dtype
@@ -55,7 +57,7 @@ def theirs(folder: str, method: str, bits: int, dtype: str, prepare: bool, start
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_A" in name:
+            if "lora_A" in name and start is not None:
                 parameter.copy_(start[name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")])
     return model
 
@@ -85,10 +87,12 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="60 steps, 3 seeds")
     parser.add_argument("--prepare", action="store_true", help="run PEFT with prepare_model_for_kbit_training")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--bits", type=int, choices=(4, 16), action="append")
+    parser.add_argument("--bits", type=int, choices=(4, 16), action="append", help="only these (may be given twice)")
+    parser.add_argument("--method", choices=("lora", "dora"), action="append", help="only these (may be given twice)")
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
+    methods = arguments.method or ("lora", "dora")
     steps, seeds = (60, 3) if arguments.full else (arguments.steps, arguments.seeds)
 
     tokenizer = qlora.load_tokenizer(arguments.model)
@@ -101,14 +105,16 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         del dense
         for bits in arguments.bits or (4, 16):
-            for method in ("lora", "dora"):
+            for method in methods:
                 for seed in range(seeds):
                     torch.manual_seed(seed)
                     model = ours(folder, method, bits, arguments.dtype)
                     start = {name: adapter.lora_A.detach().clone() for name, adapter in qlora.named_adapters(model)}
                     mine = run(model, examples, held_out, steps, seed)
                     del model
+                    gc.collect()
                     other = run(theirs(folder, method, bits, arguments.dtype, arguments.prepare, start), examples, held_out, steps, seed)
+                    gc.collect()  # a PEFT model is a cycle
                     rows.append({"bits": bits, "method": method, "seed": seed, "ours": mine, "peft": other})
                     print(
                         f"{bits:2} bits  {method}  seed {seed}  before {mine['before']:.4f} / {other['before']:.4f}  "
@@ -121,12 +127,14 @@ def main() -> None:
     summary = {}
     print(f"\n{'':12}{'ours':>9}{'PEFT':>9}{'ours/PEFT':>11}")
     for bits in arguments.bits or (4, 16):
-        for method in ("lora", "dora"):
+        for method in methods:
             mine, other = average("ours", bits, method), average("peft", bits, method)
             summary[f"{method}-{bits}"] = {"ours": mine, "peft": other, "ratio": mine / other}
-            print(f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}")
+            seconds = [sum(row[side]["seconds"] for row in rows if (row["bits"], row["method"]) == (bits, method)) for side in ("ours", "peft")]
+            summary[f"{method}-{bits}"]["times_as_fast"] = seconds[1] / seconds[0]
+            print(f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}   trained {seconds[1] / seconds[0]:.2f} times as fast")
     if not arguments.bits:
-        for method in ("lora", "dora"):
+        for method in methods:
             gap = average("ours", 4, method) / average("ours", 16, method) - 1
             summary[f"{method}-nf4-gap"] = gap
             print(f"{method}: NF4 ends {gap:+.2%} from 16 bits")

@@ -51,7 +51,7 @@ def write_random_llama(folder: Path, shape: str) -> None:
             writer.add(name, torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
     writer.close()
     config.save_pretrained(folder)
-    from qlora.model import load_tokenizer
+    from qlora.sources import load_tokenizer
 
     load_tokenizer("smollm2-135m").save_pretrained(folder)
 

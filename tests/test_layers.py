@@ -21,7 +21,7 @@ LAYERS = (
     ("nf4", "loss", "files"),
     ("linear",),
     ("adapters",),
-    ("records", "chat"),
+    ("records", "chat", "sources"),
     ("model", "data"),
     ("adapter_files",),
     ("checkpoint",),

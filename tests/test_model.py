@@ -20,7 +20,7 @@ from qlora import UserError, load_base, nf4
 from qlora.adapters import linear_names
 from qlora.linear import NF4Linear
 from qlora.merging import quantize_checkpoint
-from qlora.model import resolve
+from qlora.sources import resolve
 
 IDS = torch.arange(2, 20).view(2, 9)
 

@@ -125,7 +125,8 @@ def test_the_first_step_is_the_definition(config, place, tmp_path):
     """Loss and learning of one step, computed again from the parts: the recipe wires them as it says."""
     from qlora.data import collate, read_records, step_indices, tokenize
     from qlora.loss import loss_sum
-    from qlora.model import load_base, load_tokenizer
+    from qlora.model import load_base
+    from qlora.sources import load_tokenizer
 
     finetune(config(steps=1, batch_size=2, accumulate=3, seed=5))
     data = tokenize(read_records(str(place / "data.jsonl")), load_tokenizer(str(place / "model")))
