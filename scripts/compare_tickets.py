@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 import transformers
 from rich.console import Console
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--data", required=True, help="records with prompt and completion")
     parser.add_argument("--show", type=int, default=4, help="how many answers to print")
+    parser.add_argument("--at-least", type=float, default=0.0, help="fail if the exact match afterwards is below this share")
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -51,6 +53,8 @@ def main() -> None:
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
+    if figures["exact_match_after"] < arguments.at_least:
+        sys.exit(f"exact match {figures['exact_match_after']:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60.")
 
 
 if __name__ == "__main__":
