@@ -3,8 +3,9 @@
     python scripts/bench_kernels.py [--shape 4096x4096 ...] [--rounds 21] [--output scripts/results/kernels.json]
 
 Every candidate runs once a round, round after round (A B A B ...), so that whatever else the machine does falls on all of them
-alike. Times are medians over the rounds, ratios are medians of the ratios within a round. Bandwidth counts the bytes an operator
-must read and write; a copy reads and writes its 16-bit matrix in memory that exists already.
+alike. Times are medians over the rounds, ratios are medians of the ratios within a round; in brackets the same from the least time
+of each, which is nearer to an idle machine. Bandwidth counts the bytes an operator must read and write; a copy reads and writes
+its 16-bit matrix in memory that exists already.
 The peers: bitsandbytes' CPU operators for quantizing and decoding; for DoRA's reductions the way PEFT computes them, with PyTorch.
 "reused" decodes into the same memory again and again, as training does; the peer has no such operator on a CPU.
 """
@@ -45,11 +46,14 @@ class Result:
     shape: str
     operator: str
     ms: float
-    ms_least: float
+    least_ms: float
     gb_per_s: float
     copy_share: float
+    least_copy_share: float
     peer_ms: float | None
+    least_peer_ms: float | None
     times_peer: float | None
+    least_times_peer: float | None
 
 
 def cases(out: int, columns: int) -> list[Case]:
@@ -124,19 +128,31 @@ def measure(out: int, columns: int, rounds: int) -> list[Result]:
             taken = seconds(run)
             if round_:  # the first one warms up
                 times[name].append(taken)
-    copied = 4 * source.numel() / statistics.median(times["copy"])
-    shape = f"{out}x{columns}"
-    results = [Result(shape, "copy of bf16", *_ms(times["copy"]), copied / 1e9, 1.0, None, None)]
-    for case in todo:
-        ours, peer = times[case.name], times.get("peer of " + case.name)
-        rate = case.nbytes / statistics.median(ours)
-        ratio = None if peer is None else statistics.median(b / a for a, b in zip(ours, peer, strict=True))
-        results.append(Result(shape, case.name, *_ms(ours), rate / 1e9, rate / copied, None if peer is None else _ms(peer)[0], ratio))
+    copies = times["copy"]
+    results = []
+    for name, nbytes in [("copy", 4.0 * source.numel()), *((case.name, case.nbytes) for case in todo)]:
+        ours, peer = times[name], times.get("peer of " + name)
+        relative = nbytes / (4 * source.numel())  # of the bytes that a copy moves
+        results.append(
+            Result(
+                shape=f"{out}x{columns}",
+                operator=name,
+                ms=statistics.median(ours) * 1e3,
+                least_ms=min(ours) * 1e3,
+                gb_per_s=nbytes / statistics.median(ours) / 1e9,
+                copy_share=relative * median_ratio(copies, ours),
+                least_copy_share=relative * min(copies) / min(ours),
+                peer_ms=statistics.median(peer) * 1e3 if peer else None,
+                least_peer_ms=min(peer) * 1e3 if peer else None,
+                times_peer=median_ratio(peer, ours) if peer else None,
+                least_times_peer=min(peer) / min(ours) if peer else None,
+            )
+        )
     return results
 
 
-def _ms(times: list[float]) -> tuple[float, float]:
-    return statistics.median(times) * 1e3, min(times) * 1e3
+def median_ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def environment() -> dict[str, str | int]:
@@ -161,8 +177,11 @@ def _cpuinfo() -> list[str]:
 def table(results: list[Result]) -> str:
     lines = ["| shape | operator | ms | GB/s | of a copy | peer, ms | times the peer |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for r in results:
-        peer = "| |" if r.peer_ms is None else f"{r.peer_ms:.2f} | {r.times_peer:.1f} |"
-        lines.append(f"| {r.shape} | {r.operator} | {r.ms:.3f} | {r.gb_per_s:.1f} | {r.copy_share:.0%} | {peer}")
+        peer = "| |"
+        if r.peer_ms is not None:
+            peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {r.times_peer:.1f} ({r.least_times_peer:.1f}) |"
+        share = f"{r.copy_share:.0%} ({r.least_copy_share:.0%})"
+        lines.append(f"| {r.shape} | {r.operator} | {r.ms:.3f} ({r.least_ms:.3f}) | {r.gb_per_s:.1f} | {share} | {peer}")
     return "\n".join(lines)
 
 
