@@ -6,7 +6,7 @@
 Nothing is kept but the shard being filled: peak memory is one shard and about two tensors. W is by default the dequantized NF4
 weight, because the adapter was trained on that; `base="original"` merges onto the checkpoint's own weight instead. The result is
 written in float32 arithmetic with one rounding to the output dtype. Merging and quantizing again, as others offer, is not: it
-loses a quarter of the update (DESIGN: 24 %).
+rounds the update onto the 4-bit grid again.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Ours and PEFT's, LoRA and DoRA, on NF4 and on the 16-bit weights: batch 4, rank 
 3 seeds with --full). Both start from the same A, see the same batches in the same order and are measured by the same loss;
 each quantizes the 16-bit checkpoint itself. PEFT runs as its users run it, without `prepare_model_for_kbit_training` unless
 --prepare is given (that keeps embeddings, norms and head in float32). bitsandbytes' repacked CPU product is switched off:
-after the first evaluation it computes something else (DESIGN section 7).
+after the first evaluation it computes something else.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_codes_scales_and_values_equal_bitsandbytes(smollm2_dense, dtype):
         ours = nf4.quantize(weight)
         assert torch.equal(ours.packed, packed), name
         assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.nested_offset, state.offset), name
-        # bitsandbytes looks the 8-bit codes up in a table on a CPU; ours follow the exact midpoints (DESIGN section 4)
+        # bitsandbytes looks the 8-bit codes up in a table on a CPU; ours follow the exact midpoints
         assert (ours.absmax != state.absmax).float().mean() < 0.02 or name == "constant", name
         theirs = from_bitsandbytes(packed, state)
         for out in (torch.float32, torch.bfloat16, torch.float16):
