@@ -120,7 +120,7 @@ class AdaptedProduct(torch.autograd.Function):
         if folded is not None:
             up = up * gain.unsqueeze(1)
         u = x_adapter @ A.to(dtype).t()
-        y = (u @ up.to(dtype).t()).addmm_(x, weight.dense(dtype, folded).t())
+        y = (u @ up.to(dtype).t()).addmm_(x, weight.scratch(dtype, folded).t())
         if gain is not None and folded is None:
             y *= gain.to(dtype)
         ctx.weight, ctx.scaling, ctx.shared = weight, scaling, x_adapter is x
@@ -150,10 +150,10 @@ class AdaptedProduct(torch.autograd.Function):
         if need_x or need_xa:
             low = v @ A.to(dtype)
             if ctx.shared:
-                dx = low.addmm_(dy, weight.dense(dtype, folded))
+                dx = low.addmm_(dy, weight.scratch(dtype, folded))
             else:
                 dxa = low
-                dx = dy @ weight.dense(dtype, folded) if need_x else None
+                dx = dy @ weight.scratch(dtype, folded) if need_x else None
         return dx, dxa, dA, dB, dm, None, None, None, None
 
 

@@ -11,6 +11,7 @@ float32 constants when a model is cast to bfloat16.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -67,6 +68,10 @@ class NF4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, blocksize={self.blocksize}"
 
 
+# One decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards do not meet.
+_scratch = threading.local()
+
+
 class FrozenWeight:
     """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed.
 
@@ -98,6 +103,16 @@ class FrozenWeight:
         assert row_gain is None
         return self.weight.to(dtype)
 
+    def scratch(self, dtype: torch.dtype, row_gain: Tensor | None = None) -> Tensor:
+        """As `dense`, but in memory that all layers of a thread share: use it up before the next call, never keep it."""
+        if self.nf4 is None:
+            return self.dense(dtype, row_gain)
+        n, key = self.shape[0] * self.shape[1], (self.device, dtype)
+        buffers = _scratch.__dict__
+        if key not in buffers or buffers[key].numel() < n:
+            buffers[key] = torch.empty(n, dtype=dtype, device=self.device)
+        return nf4.dequantize_into(buffers[key][:n].view(self.shape), self.nf4, row_gain)
+
     def chunks(self, dtype: torch.dtype = torch.float32, elements: int = 1 << 22) -> Iterator[tuple[slice, Tensor]]:
         """(rows, W[rows] in `dtype`) in chunks of about `elements` values: a whole weight is never held in float32."""
         out, columns = self.shape
@@ -114,12 +129,12 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return torch.nn.functional.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+        return torch.nn.functional.linear(x, weight.scratch(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        dx = dy @ ctx.weight.dense(dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = dy @ ctx.weight.scratch(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None
 
 

@@ -80,6 +80,14 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype = torch.float32, row_gain: 
     )  # fmt: skip
 
 
+def dequantize_into(out: Tensor, weight: NF4Weight, row_gain: Tensor | None = None) -> Tensor:
+    """As `dequantize`, into `out` [out, in] in its dtype; returns it. Fresh memory costs more than the decoding itself."""
+    ops.dequantize_nf4_into(
+        out, weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, row_gain, weight.blocksize, weight.nested_blocksize
+    )
+    return out
+
+
 def row_chunk(weight: NF4Weight, elements: int = 1 << 22) -> int:
     """How many rows make a chunk of about `elements` that starts on a block and on a nested block: what `rows` can cut out.
 

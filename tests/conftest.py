@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
-import transformers
-from helpers import random_model
+from qlora_kernels.cpu.build import build
 
-import qlora
+build()  # before anything loads the library: an edited source is never tested through what it was compiled to before
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from helpers import random_model  # noqa: E402
+
+import qlora  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -267,7 +267,7 @@ def test_nothing_dense_is_saved_or_built(method):
     parameters = rank * (columns + out) + (2 * out if method == "dora" else 0)  # m and g
     activations = tokens * (columns + rank) + (tokens * out if method == "dora" else 0)
     assert sum(saved.values()) == parameters + activations
-    allowed = ("dequantize_nf4", "aten.t.", "aten.detach", "aten.slice", "aten.view", "aten.transpose", "aten.alias")
+    allowed = ("dequantize_nf4", "aten.empty", "aten.t.", "aten.detach", "aten.slice", "aten.view", "aten.transpose", "aten.alias")
     assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
 
 

@@ -67,3 +67,19 @@ def test_chunks_cover_the_weight(double_quant):
     parts = list(FrozenWeight(linear).chunks(elements=10_000))
     assert len(parts) > 1
     assert torch.equal(torch.cat([W for _, W in parts]), nf4.dequantize(linear.nf4))
+
+
+def test_layers_share_one_buffer_and_threads_do_not():
+    """Two layers of different sizes in turn, forward and backward, and the same from two threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    layers = [layer(96, 1000), layer(64, 48)]
+    xs = [torch.randn(7, 96), torch.randn(7, 64)]
+    expected = [x @ nf4.dequantize(linear.nf4).t() + linear.bias for linear, x in zip(layers, xs, strict=True)]
+
+    def work(i: int) -> bool:
+        return all(torch.allclose(layers[i](xs[i]), expected[i], atol=1e-4) for _ in range(100))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, [0, 1]))
+    assert work(0) and work(1)
