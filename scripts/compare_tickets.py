@@ -40,9 +40,11 @@ def main() -> None:
     after = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
 
     console = Console(width=150)
-    table = Table("ticket", "before", "after", title="Held-out tickets", show_lines=True)
+    table = Table(title="Held-out tickets", show_lines=True)
+    for column, width in (("ticket", 38), ("before", 44), ("after", 56)):
+        table.add_column(column, width=width, overflow="fold")
     for i in range(min(arguments.show, len(prompts))):
-        table.add_row(prompts[i], before[i].strip()[:300], after[i].strip())
+        table.add_row(prompts[i], before[i].strip()[:200], after[i].strip())
     console.print(table)
 
     def matches(answers: list[str]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import mmap
 import os
 import random
 import signal
@@ -263,9 +264,9 @@ def test_a_second_signal_stops_at_once(tmp_path):
 def test_peak_memory_sees_what_was_freed():
     with PeakMemory(torch.device("cpu")) as memory:
         before = memory.peak()
-        block = bytearray(os.urandom(1)) * 200_000_000
-        memory._end.wait(0.3)
-        del block
+        with mmap.mmap(-1, 200_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:  # the allocator might hand out memory that an earlier test freed
+            block.write(b"1" * 200_000_000)
+            memory._end.wait(0.3)
         assert memory.peak() > before + 150_000_000
 
 
