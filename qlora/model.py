@@ -231,7 +231,7 @@ def load_base(
     loaded.config.use_cache = False
     # A local path is kept whole: the adapter must find its base from any folder.
     name = str(Path(model).expanduser().absolute()) if model != SMOLLM2 and Path(model).expanduser().exists() else model
-    loaded.qlora_base = BaseRecipe(name, revision, bits, blocksize, double_quant, dtype, layers.fingerprint())
+    loaded.qlora_base = BaseRecipe(name, revision, bits, layers.blocksize, double_quant, dtype, layers.fingerprint())
     return loaded.eval()
 
 
@@ -244,6 +244,7 @@ class LinearLayers:
         self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}
+        self.replaced: dict[str, NF4Linear] = {}
 
     def note(self, model: nn.Module) -> None:
         """Note the linear layers of the empty model."""
@@ -268,6 +269,7 @@ class LinearLayers:
                 if layer.bias is not None:
                     replacement.bias = layer.bias
                 model.set_submodule(name, replacement)
+                self.replaced[name] = replacement
 
     def wants(self, name: str) -> bool:
         """Whether the parameter `name` belongs to a layer noted here (its weight or, once quantized, a constant of it)."""
@@ -300,6 +302,7 @@ class LinearLayers:
             self.sample(layer, value.t() if layer in self.transposed else value)
             return {name: value}
         weight = self.quantized(name, value)
+        self.replaced[layer].blocksize = self.blocksize = weight.blocksize  # a 4-bit checkpoint brings its own
         parts = {name: weight.packed, f"{layer}.absmax": weight.absmax}
         if weight.nested_absmax is not None:
             parts |= {f"{layer}.nested_absmax": weight.nested_absmax, f"{layer}.nested_offset": weight.nested_offset}

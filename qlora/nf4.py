@@ -159,6 +159,8 @@ def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight") -> NF4Weig
         problems.append(problem(name, "nested_quant_map", "is not the signed dynamic map", "Use the 16-bit original"))
     if parts[""].dtype != torch.uint8:
         problems.append(problem(name, parts[""].dtype, "codes must be stored as uint8", "Use the 16-bit original"))
+    if state.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
+        problems.append(problem(name, state["nested_blocksize"], f"scales are double-quantized in blocks of {NESTED_BLOCKSIZE}", "Use the 16-bit original"))
     if problems:
         raise UserError(problems)
     offset = None if nested is None else torch.tensor(state["nested_offset"], dtype=torch.float32, device=nested.device)

@@ -77,14 +77,14 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
             model = qlora.load_base(folder, bits=4, dtype="bf16")
             seconds = time.perf_counter() - started
             held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
-            peak = memory.peak() if callable(memory.peak) else memory.peak
+            peak = memory.peak()
             largest = max(p.numel() * p.element_size() for p in model.parameters())
             if task == "adapter":
                 qlora.attach_adapters(model, method="dora", rank=16)
                 qlora.save_adapter(model, adapter, qlora.load_tokenizer(folder))
             return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "model": held, "largest_tensor": largest, "seconds": round(seconds, 1)}
         seconds = time.perf_counter() - started
-        peak = memory.peak() if callable(memory.peak) else memory.peak
+        peak = memory.peak()
     return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "seconds": round(seconds, 1)}
 
 

@@ -99,6 +99,15 @@ def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double
         assert torch.equal(here, again)
 
 
+def test_a_checkpoint_brings_its_own_block_size(saved_models, tmp_path):
+    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", blocksize=128, dtype="fp32")
+    loaded = load_base(str(tmp_path / "base"), dtype="fp32")
+    expected = load_base(str(saved_models("llama")), blocksize=128, dtype="fp32")
+    assert loaded.qlora_base.blocksize == 128
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
 def test_options_of_the_quantization_arrive(saved_models):
     layer = load_base(str(saved_models("llama")), blocksize=128, double_quant=False).model.layers[0].mlp.up_proj
     assert layer.nf4.blocksize == 128 and layer.nested_absmax is None

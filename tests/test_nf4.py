@@ -31,7 +31,7 @@ def from_bitsandbytes(packed, state):
     return nf4.from_bitsandbytes({"": packed, **parts})
 
 
-def test_levels_are_derived(): 
+def test_levels_are_derived():
     """The recipe of QLoRA's appendix E in float32 gives the 16 levels bit for bit."""
     from scipy.stats import norm
 
