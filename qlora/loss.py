@@ -107,7 +107,7 @@ def _logits(model: nn.Module, states: Tensor) -> Tensor:
 
 
 def _chunks(model: nn.Module, states: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // model.get_output_embeddings().weight.shape[0])
+    step = max(1, CHUNK // model.config.get_text_config().vocab_size)
     return (slice(start, start + step) for start in range(0, states.shape[0], step))
 
 
@@ -191,13 +191,13 @@ def layout_of(model: nn.Module) -> Layout:
 
 @torch.no_grad()
 def _find_layout(model: PreTrainedModel) -> Layout:
-    head, layers = model.get_output_embeddings(), model.get_decoder()
-    if head is None or layers is None or layers is model or not hasattr(head, "weight"):
+    layers = model.get_decoder()
+    if model.get_output_embeddings() is None or layers is None or layers is model:
         return Layout(False, False)
     training = model.training
     model.eval()
     try:
-        ids = torch.arange(24).mul_(7919).add_(13).remainder_(head.weight.shape[0]).view(2, 12)
+        ids = torch.arange(24).mul_(7919).add_(13).remainder_(model.config.get_text_config().vocab_size).view(2, 12)
         probe = _Probe(ids, (12, 7))
         expected = torch.cat([target_logits(model, probe.alone(row))[0] for row in range(2)])
         if not _close(expected, _tried(model, probe, Layout(True, False))):
