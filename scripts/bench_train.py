@@ -1,11 +1,14 @@
-"""Tokens per second and peak memory of a training step, ours beside PEFT + bitsandbytes.
+"""Tokens per second and peak memory of a training step, ours beside PEFT + bitsandbytes; and steps of models that fill a laptop.
 
-    python scripts/bench_train.py [--shape 4x256] [--rounds 2] [--steps 5] [--json FILE]
+    python scripts/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large] [--json FILE]
 
 SmolLM2-135M, rank 16, all-linear, bf16, AdamW, no activation checkpointing, the same batches and the same loop. PEFT runs in both
 recipes, with `prepare_model_for_kbit_training` and without. Each measurement is a process of its own, and the contestants take
 turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians over all rounds. Peak memory
 is RssAnon, the baseline after imports included. The losses of the first step must agree, or it is not the same work.
+
+A shape is examples x tokens, all of one length. `--data` adds batches of 4 real records, whose lengths differ (tokens are counted
+without padding). `--large` adds a DoRA step of a 1B and of a 7B model (random NF4 weights; checkpointed activations for 7B).
 """
 
 from __future__ import annotations
@@ -20,50 +23,133 @@ from pathlib import Path
 from statistics import median
 
 SIDES = ("ours", "peft", "peft+prepare")
+LARGE = (("1B", "4x256", False), ("7B", "1x128", True))  # model, batch, checkpointing
 
 
-def measure(side: str, method: str, shape: str, steps: int, folder: str) -> dict:
-    """One contestant in this process: seconds of each step but the first, first loss, peak bytes."""
+def random_batch(shape: str):
+    """One batch of random tokens, all but the first of each example targets."""
+    import torch
+
+    from qlora.data import Example, collate
+
+    count, length = map(int, shape.split("x"))
+    ids = torch.randint(5, 30000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+
+
+def real_batches(path: str, count: int) -> list:
+    import qlora
+    from qlora.data import collate, read_records, tokenize
+
+    records = read_records(path)[: 4 * count]
+    examples = tokenize(records, qlora.load_tokenizer("smollm2-135m"), max_tokens=512).examples
+    return [collate(examples[4 * i : 4 * i + 4]) for i in range(count)]
+
+
+def take_steps(model, batches: list) -> dict:
+    """An optimizer step a batch; seconds of each but the first, first loss, tokens of the timed ones."""
+    import torch
+
+    from qlora.train import optimizer_step
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+    seconds, losses = [], []
+    for step, batch in enumerate(batches):
+        started = time.perf_counter()
+        losses.append(optimizer_step(model, optimizer, [batch], 1e-4, 1.0, step)["loss"])
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[1:], "loss": losses[0], "tokens": [batch.tokens for batch in batches[1:]]}
+
+
+def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
+    """One contestant in this process."""
     import torch
     import transformers
 
     import qlora
     from compare_peft import ALPHA, RANK, theirs
-    from qlora.data import Example, collate
-    from qlora.train import PeakMemory, optimizer_step
+    from qlora.train import PeakMemory
 
     transformers.utils.logging.disable_progress_bar()
-    batch_size, length = map(int, shape.split("x"))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 49000, (batch_size, length), generator=generator).tolist()
-    batch = collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+    batches = real_batches(work, steps + 1) if Path(work).exists() else [random_batch(work)] * (steps + 1)
     with PeakMemory(torch.device("cpu")) as memory:
         torch.manual_seed(0)
         if side == "ours":
             model = qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
         else:
             model = theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        model.train()
-        seconds, losses = [], []
-        for step in range(steps + 1):
-            started = time.perf_counter()
-            losses.append(optimizer_step(model, optimizer, [batch], 1e-4, 1.0, step)["loss"])
-            seconds.append(time.perf_counter() - started)
-        return {"seconds": seconds[1:], "loss": losses[0], "peak": memory.peak(), "tokens": batch.tokens}
+        return take_steps(model, batches) | {"peak": memory.peak()}
+
+
+def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
+    """DoRA steps of a large model of random weights in this process."""
+    import torch
+    from random_llama import random_nf4_llama
+
+    import qlora
+    from qlora.train import PeakMemory, checkpoint_activations
+
+    with PeakMemory(torch.device("cpu")) as memory:
+        model = qlora.attach_adapters(random_nf4_llama(shape), method="dora", rank=16, alpha=32)
+        if checkpointing:
+            checkpoint_activations(model)
+        return take_steps(model, [random_batch(work)] * 3) | {"peak": memory.peak()}
+
+
+def child(*arguments) -> dict:
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed(results: list[dict]) -> float:
+    return median(tokens / seconds for r in results for tokens, seconds in zip(r["tokens"], r["seconds"]))
+
+
+def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
+    """All contestants in turns on one kind of batch; prints a table and returns its rows."""
+    found: dict[str, list[dict]] = {}
+    for _ in range(rounds):
+        for method in ("lora", "dora"):
+            for side in SIDES:
+                result = child("--one", side, method, work, "--folder", folder, "--steps", steps)
+                found.setdefault(f"{method} {side}", []).append(result)
+                print(f"  {method} {side:13} {speed([result]):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}", flush=True)
+    rows: dict[str, dict] = {}
+    print(f"\n{Path(work).name:20}{'tokens/s':>10}{'peak GB':>9}{'ours is':>22}")
+    for name, results in found.items():
+        method, side = name.split(" ")
+        rows[name] = {"tokens_per_second": speed(results), "peak_bytes": median(r["peak"] for r in results), "first_loss": results[0]["loss"]}
+        ours = rows[f"{method} ours"]
+        if side != "ours":
+            rows[name] |= {"ours_is_as_fast": ours["tokens_per_second"] / rows[name]["tokens_per_second"], "ours_takes": ours["peak_bytes"] / rows[name]["peak_bytes"]}
+        ratio = "" if side == "ours" else f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
+        print(f"{name:20}{rows[name]['tokens_per_second']:10.0f}{rows[name]['peak_bytes'] / 1e9:9.2f}   {ratio}")
+    print(f"our DoRA runs at {rows['dora ours']['tokens_per_second'] / rows['lora ours']['tokens_per_second']:.2f} of our LoRA")
+    losses = [row["first_loss"] for row in rows.values()]
+    agree = max(losses) / min(losses) - 1
+    print(f"first losses agree to {agree:.2%}\n" if agree < 0.01 else f"THE LOSSES DISAGREE by {agree:.2%}: this is not the same work\n", flush=True)
+    return {"rows": rows, "losses_agree_to": agree, "runs": found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="4x256", help="examples x tokens")
+    parser.add_argument("--shape", nargs="*", default=["4x256", "8x512"], help="examples x tokens")
+    parser.add_argument("--data", help="records whose batches of 4 are one more kind of work, such as GSM8K's train.jsonl")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5, help="measured steps in each process, after one to warm up")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps in each process, after one to warm up")
+    parser.add_argument("--large", action="store_true", help="also DoRA steps of a 1B and a 7B model (about 5 minutes)")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one-large", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        side, method, folder = arguments.one
-        print(json.dumps(measure(side, method, arguments.shape, arguments.steps, folder)))
+        print(json.dumps(measure(*arguments.one, arguments.steps, arguments.folder)))
+        return
+    if arguments.one_large:
+        shape, work, checkpointing = arguments.one_large
+        print(json.dumps(measure_large(shape, work, checkpointing == "True")))
         return
 
     import tempfile
@@ -77,40 +163,25 @@ def main() -> None:
     from qlora_kernels import ops
 
     transformers.utils.logging.disable_progress_bar()
-    found: dict[str, list[dict]] = {}
+    print(f"rank 16, all-linear, bf16, {torch.get_num_threads()} threads, {ops.backends()['cpu']}\n")
+    record: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "backend": ops.backends()["cpu"]}
+    record["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    record["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
     with tempfile.TemporaryDirectory() as folder:
         dense = qlora.load_base("smollm2-135m", bits=16, dtype="bf16")
         dense.save_pretrained(folder)
         del dense
-        for _ in range(arguments.rounds):
-            for method in ("lora", "dora"):
-                for side in SIDES:
-                    command = [sys.executable, __file__, "--one", side, method, folder, "--shape", arguments.shape, "--steps", str(arguments.steps)]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-                    result = json.loads(done.stdout.splitlines()[-1])
-                    found.setdefault(f"{method} {side}", []).append(result)
-                    print(f"{method} {side:13} {result['tokens'] / median(result['seconds']):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}", flush=True)
-
-    rows = {}
-    print(f"\n{arguments.shape} tokens, rank 16, all-linear, bf16, {torch.get_num_threads()} threads, {ops.backends()['cpu']}")
-    print(f"{'':20}{'tokens/s':>10}{'peak GB':>9}{'ours is':>22}")
-    for name, results in found.items():
-        method, side = name.split(" ")
-        speed = results[0]["tokens"] / median(s for r in results for s in r["seconds"])
-        peak = median(r["peak"] for r in results)
-        rows[name] = {"tokens_per_second": speed, "peak_bytes": peak, "first_loss": results[0]["loss"]}
-        ours = rows[f"{method} ours"]
-        ratio = "" if side == "ours" else f"{ours['tokens_per_second'] / speed:.2f}x as fast, {ours['peak_bytes'] / peak:.2f} of it"
-        print(f"{name:20}{speed:10.0f}{peak / 1e9:9.2f}   {ratio}")
-    print(f"our DoRA runs at {rows['dora ours']['tokens_per_second'] / rows['lora ours']['tokens_per_second']:.2f} of our LoRA")
-    losses = [row["first_loss"] for row in rows.values()]
-    agree = max(losses) / min(losses) - 1
-    print(f"first losses agree to {agree:.2%}" if agree < 0.01 else f"THE LOSSES DISAGREE by {agree:.2%}: this is not the same work")
+        for work in [*arguments.shape, *([arguments.data] if arguments.data else [])]:
+            record[Path(work).name] = compare(work, folder, arguments.rounds, arguments.steps)
+    if arguments.large:
+        record["large"] = {}
+        for shape, work, checkpointing in LARGE:
+            result = child("--one-large", shape, work, checkpointing)
+            record["large"][shape] = {"batch": work, "checkpointing": checkpointing, **result}
+            how = ", activations recomputed" if checkpointing else ""
+            print(f"{shape} DoRA {work}{how}: {median(result['seconds']):.1f} s a step, peak {result['peak'] / 1e9:.2f} GB", flush=True)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-        about = {"commit": commit, "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "backend": ops.backends()["cpu"]}
-        about |= {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
-        Path(arguments.json).write_text(json.dumps({**about, "shape": arguments.shape, "rows": rows, "runs": found}, indent=2) + "\n")
+        Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,25 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "135M": (576, 1536, 30, 9, 3, 49152),
-    "1B": (2048, 8192, 16, 32, 8, 128256),
-    "3B": (3072, 8192, 28, 24, 8, 128256),
-}
-
-
 def write_random_llama(folder: Path, shape: str) -> None:
     """A checkpoint of random bf16 weights in shards of about 1 GB, written without holding the model."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     from qlora.merging import ShardWriter
+    from random_llama import llama_config
 
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=True, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    config = llama_config(shape)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -90,7 +80,7 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parameters", choices=SHAPES, default="1B")
+    parser.add_argument("--parameters", choices=("135M", "1B", "3B"), default="1B")
     parser.add_argument("--model", help="measure this model instead of random weights")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--task", nargs=4, help=argparse.SUPPRESS)
