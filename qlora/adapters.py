@@ -80,8 +80,7 @@ def magnitude_init(weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> 
 def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
     n = n.clamp(min=1e-12)
-    m = torch.where(m < 0, -1.0, 1.0) * torch.maximum(m.abs(), 1e-6 * n)
-    return m, n
+    return torch.copysign(torch.maximum(m.abs(), 1e-6 * n), m), n
 
 
 def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -100,8 +99,8 @@ def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, 
 class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and a given n.
 
-    Saves x, u = x At, and for DoRA y before the bias; the base weight is decoded again in the backward pass.
-    A, B and m are float32 and are cast to the dtype of x for the products; their gradients come back in float32.
+    Saves x, u = x At, A and s gB in the dtype of x, and for DoRA y before the bias; the base weight is decoded again in the backward
+    pass. A, B and m are float32, and so are their gradients.
 
     The low-rank product comes first and the large product is accumulated onto it. In bf16 the order matters: the large product
     rounded first already lies on bf16's grid, and an update smaller than half a step of that grid, as every update is early in
@@ -119,19 +118,20 @@ class AdaptedProduct(torch.autograd.Function):
         folded = gain if weight.folds else None
         if folded is not None:
             up = up * gain.unsqueeze(1)
-        u = x_adapter @ A.to(dtype).t()
-        y = (u @ up.to(dtype).t()).addmm_(x, weight.scratch(dtype, folded).t())
+        down, up = A.to(dtype), up.to(dtype)
+        u = x_adapter @ down.t()
+        y = (u @ up.t()).addmm_(x, weight.scratch(dtype, folded).t())
         if gain is not None and folded is None:
             y *= gain.to(dtype)
-        ctx.weight, ctx.scaling, ctx.shared = weight, scaling, x_adapter is x
-        ctx.save_for_backward(x_adapter, A, B, u, y if m is not None else None, m, gain)
+        ctx.weight, ctx.scaling, ctx.shared, ctx.wide = weight, scaling, x_adapter is x, A.dtype
+        ctx.save_for_backward(x_adapter, down, up, u, y if m is not None else None, m, gain)
         return y if bias is None else y + bias.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_adapter, A, B, u, y, m, gain = ctx.saved_tensors
-        weight, dtype = ctx.weight, dy.dtype
+        x_adapter, down, up, u, y, m, gain = ctx.saved_tensors
+        weight, dtype, wide = ctx.weight, dy.dtype, ctx.wide
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dB = dm = None
         if need_m and m is not None:
@@ -139,16 +139,14 @@ class AdaptedProduct(torch.autograd.Function):
         folded = gain if weight.folds else None
         if gain is not None and folded is None:
             dy = dy * gain.to(dtype)
-        up = ctx.scaling * B if folded is None else (ctx.scaling * gain).unsqueeze(1) * B
-        v = dy @ up.to(dtype)
+        v = dy @ up
         if need_A:
-            dA = (v.t() @ x_adapter).to(A.dtype)
+            dA = (v.t() @ x_adapter).to(wide)
         if need_B:
-            dB = (dy.t() @ u).to(B.dtype).mul_(ctx.scaling)
-            if folded is not None:
-                dB *= gain.unsqueeze(1)
+            dB = (dy.t() @ u).to(wide)
+            dB *= ctx.scaling if folded is None else (ctx.scaling * gain).unsqueeze(1)
         if need_x or need_xa:
-            low = v @ A.to(dtype)
+            low = v @ down
             if ctx.shared:
                 dx = low.addmm_(dy, weight.scratch(dtype, folded))
             else:

@@ -8,7 +8,7 @@
 namespace qlora {
 namespace {
 
-constexpr int kPanelRows = 6, kDotVectors = 4;
+constexpr int kPanelRows = 6;
 
 struct F16 {
   __m256 low, high;

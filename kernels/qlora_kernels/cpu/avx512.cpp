@@ -8,7 +8,7 @@
 namespace qlora {
 namespace {
 
-constexpr int kPanelRows = 12, kDotVectors = 8;
+constexpr int kPanelRows = 12;
 
 struct F16 {
   __m512 v;

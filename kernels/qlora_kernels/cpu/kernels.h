@@ -138,30 +138,28 @@ void fit(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, in
   if (dtype == kFloat16) fit_as(static_cast<const FP16*>(in), n, first, last, shift, scales);
 }
 
-// Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction set.
-template <class T>
-void dots_as(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {
-  constexpr int kLanes = 16, kVectors = kDotVectors;
+// Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction set. The
+// sums stay in the cache and kDotRun rows are read side by side: streams that the processor can fetch ahead.
+constexpr int kDotRun = 4;
+
+template <int kRows, class T>
+inline void dots_of_rows(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t columns, float* out) {
   int64_t c = 0;
-  for (; c + kLanes * kVectors <= columns; c += kLanes * kVectors) {
-    F16 sum[kVectors];
-    for (int v = 0; v < kVectors; ++v) sum[v] = F16::zero();
-    for (int64_t t = 0; t < rows; ++t) {
-      const T *pa = a + t * lda + c, *pb = b + t * ldb + c;
-      for (int v = 0; v < kVectors; ++v) sum[v] = add(sum[v], mul(load16(pa + kLanes * v), load16(pb + kLanes * v)));
-    }
-    for (int v = 0; v < kVectors; ++v) sum[v].store(out + c + kLanes * v);
-  }
-  for (; c + kLanes <= columns; c += kLanes) {
-    F16 sum = F16::zero();
-    for (int64_t t = 0; t < rows; ++t) sum = add(sum, mul(load16(a + t * lda + c), load16(b + t * ldb + c)));
+  for (; c + 16 <= columns; c += 16) {
+    F16 sum = F16::load(out + c);
+    for (int t = 0; t < kRows; ++t) sum = add(sum, mul(load16(a + t * lda + c), load16(b + t * ldb + c)));
     sum.store(out + c);
   }
-  for (; c < columns; ++c) {
-    float sum = 0.0f;
-    for (int64_t t = 0; t < rows; ++t) sum += to_float(a[t * lda + c]) * to_float(b[t * ldb + c]);
-    out[c] = sum;
-  }
+  for (; c < columns; ++c)
+    for (int t = 0; t < kRows; ++t) out[c] += to_float(a[t * lda + c]) * to_float(b[t * ldb + c]);
+}
+
+template <class T>
+void dots_as(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {
+  for (int64_t c = 0; c < columns; ++c) out[c] = 0.0f;
+  int64_t t = 0;
+  for (; t + kDotRun <= rows; t += kDotRun) dots_of_rows<kDotRun>(a + t * lda, lda, b + t * ldb, ldb, columns, out);
+  for (; t < rows; ++t) dots_of_rows<1>(a + t * lda, lda, b + t * ldb, ldb, columns, out);
 }
 
 void dots(Dtype dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {

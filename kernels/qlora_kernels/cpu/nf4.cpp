@@ -110,7 +110,7 @@ Weight weight_of(const uint8_t* packed, const void* absmax, const float* nested,
 constexpr int64_t kPiece = 1 << 15;     // elements decoded or encoded in one go; a multiple of every block size
 constexpr int64_t kDotRows = 128;       // rows of one partial sum
 constexpr int64_t kGramRows = 24;       // a multiple of every kPanelRows
-constexpr int64_t kDotColumns = 1024;   // columns of one piece
+constexpr int64_t kDotColumns = 4096;   // columns of one piece: their sums fill half of the first cache
 
 }  // namespace
 }  // namespace qlora

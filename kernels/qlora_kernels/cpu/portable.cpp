@@ -5,7 +5,7 @@
 namespace qlora {
 namespace {
 
-constexpr int kPanelRows = 2, kDotVectors = 2;
+constexpr int kPanelRows = 2;
 
 struct F16 {
   float v[16];
