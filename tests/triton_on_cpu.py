@@ -10,6 +10,7 @@ what ptxas found as JSON.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 
 import torch
 import triton
-from qlora_kernels import reference, triton_nf4, triton_reduce
+from qlora_kernels import reference, triton_nf4, triton_step
 
 NESTED = 256
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100, RTX 5090
@@ -88,8 +89,33 @@ def check_row_norms(rows: int, columns: int, rank: int) -> None:
 
 def check_column_dots(tokens: int, columns: int) -> None:
     a, b = torch.randn(tokens, columns + 3)[:, :columns], torch.randn(tokens, columns)
-    close(triton_reduce.column_dots(a, b), reference.column_dots(a, b))
-    close(triton_reduce.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
+    close(triton_step.column_dots(a, b), reference.column_dots(a, b))
+    close(triton_step.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
+
+
+def check_layers(rows: int, columns: int) -> None:
+    x, dy, up = (torch.randn(rows, columns) for _ in range(3))
+    w = torch.rand(columns)
+    y, inverse = triton_step.rms_norm(x, w, 1e-6)
+    expected, expected_inverse = reference.rms_norm(x, w, 1e-6)
+    close(y, expected)
+    close(inverse, expected_inverse)
+    close(triton_step.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, expected_inverse))
+    close(triton_step.swiglu(x, up), reference.swiglu(x, up))
+    for got, wanted in zip(triton_step.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), strict=True):
+        close(got, wanted)
+
+
+def check_loss(rows: int, vocabulary: int) -> None:
+    logits, targets = 5 * torch.randn(rows, vocabulary), torch.randint(vocabulary, (rows,))
+    logits[-1] = 0
+    logits[-1, targets[-1]] = 15 + math.log(vocabulary)  # p near 1: the gradient p - 1 has to keep its digits
+    expected, exact = logits.clone(), logits.double()
+    reference.cross_entropy_(exact, targets)
+    close(triton_step.cross_entropy_(logits, targets), reference.cross_entropy_(expected, targets))
+    close(logits, expected)
+    if vocabulary > 1:
+        close(logits[-1, targets[-1]].double(), exact[-1, targets[-1]], 1e-4)
 
 
 def check_not_finite() -> None:
@@ -105,6 +131,8 @@ INTERPRETED = {
     **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
     **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
+    **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088))},
+    **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
     "not finite": (check_not_finite,),
 }
 
@@ -124,6 +152,7 @@ FLOAT = {name: "*fp32" for name in (
 )} | {"scaling": "fp32", "tiny": "fp32"}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
 BYTES = {name: "*u8" for name in ("packed", "codes")}
+LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -140,7 +169,12 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
     "quantize absmax": (triton_nf4.quantize_absmax_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16}, triton_nf4.EXACT, False),
     "fit scales": (triton_nf4.fit_scales_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64}, triton_nf4.EXACT, False),
-    "column dots": (triton_reduce.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, {"enable_fp_fusion": True}, True),
+    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32", "eps": "fp32"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
+    "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
+    "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, {}, True),
+    "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, {}, True),
+    "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
+    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, {"enable_fp_fusion": True}, True),
 }  # fmt: skip
 
 
@@ -164,7 +198,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        contraction = [] if options["enable_fp_fusion"] else ["--fmad=false"]
+        contraction = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
         command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
@@ -173,7 +207,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
         "registers": int(re.search(r"Used (\d+) registers", words).group(1)),
         "shared": compiled.metadata.shared,
         "hot": hot,
-        "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
+        "contracted": not options.get("enable_fp_fusion", True) and bool(re.search(r"\sfma\.rn\.f32", ptx)),
     }
 
 

@@ -300,9 +300,9 @@ def _other() -> tuple[str, str]:
 def _kernels(backend: str) -> dict[str, Callable]:
     """The operators that a backend has; imported here, because importing Triton or bitsandbytes is slow and may fail."""
     if backend == "triton":
-        from qlora_kernels import triton_nf4, triton_reduce
+        from qlora_kernels import triton_nf4, triton_step
 
-        modules = (triton_nf4, triton_reduce)
+        modules = (triton_nf4, triton_step)
     elif backend == "bitsandbytes":
         from qlora_kernels import bitsandbytes_nf4
 
@@ -357,6 +357,11 @@ for _name in OPERATORS:
 def multiplies_a_vector(device: torch.device) -> bool:
     """Whether `nf4_gemv` has a kernel there; elsewhere decoding to a reused buffer and the usual product are faster."""
     return device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's chains."""
+    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
 
 
 def backends() -> dict[str, str]:
