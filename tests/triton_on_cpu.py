@@ -161,7 +161,7 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "dequantize": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 0, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize with gain": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 1, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize to float32": (triton_nf4.dequantize_kernel, {"out": "*fp32"}, {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512}, triton_nf4.EXACT, False),
-    "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, {"enable_fp_fusion": True}, True),
+    "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, triton_nf4.FUSED, True),
     "row sums": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
     "row sums, rank 64": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 64}, {**triton_nf4.EXACT, "num_stages": 1}, True),
     "row norms": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**NORMS, "ROWS": 16, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
@@ -169,12 +169,12 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
     "quantize absmax": (triton_nf4.quantize_absmax_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16}, triton_nf4.EXACT, False),
     "fit scales": (triton_nf4.fit_scales_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64}, triton_nf4.EXACT, False),
-    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32", "eps": "fp32"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
-    "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
-    "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, {}, True),
-    "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, {}, True),
-    "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}, True),
-    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, {"enable_fp_fusion": True}, True),
+    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32", "eps": "fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
+    "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
+    "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        contraction = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
+        contraction = [] if options["enable_fp_fusion"] else ["--fmad=false"]
         command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
@@ -207,7 +207,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
         "registers": int(re.search(r"Used (\d+) registers", words).group(1)),
         "shared": compiled.metadata.shared,
         "hot": hot,
-        "contracted": not options.get("enable_fp_fusion", True) and bool(re.search(r"\sfma\.rn\.f32", ptx)),
+        "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
     }
 
 

@@ -11,6 +11,9 @@
     torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
     torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer
 
+Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
+the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run.
+
 The default implementation of each is the function below, which is `reference.py`; a faster kernel for a device takes its place
 with `use(operator, device, function)`, as at the end of this file, and no caller changes. The alternative, a Python `if device` at
 each call site, would let the paths drift apart and hides the operators from `torch.compile` and `opcheck`. Not

@@ -28,7 +28,7 @@ from qlora_kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
-EXACT = {"enable_fp_fusion": False}
+EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}  # never left to the default, which Triton is changing
 WORDS = 512  # words that a program decodes: 4 for each of its 128 threads
 TILE = 4096  # weights that a program quantizes
 MAX_RANK = 64  # of the row norms: what fits in registers
@@ -346,7 +346,7 @@ def nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows: int, columns
     with on(y):
         gemv_kernel[(triton.cdiv(rows, 4),)](
             y, x, *parts, *_tables(x.device), rows, columns, rows * columns // 2, BLOCKSIZE=blocksize,
-            NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, ROWS=4, WORDS=128, enable_fp_fusion=True,
+            NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, ROWS=4, WORDS=128, **FUSED,
         )  # fmt: skip
     return y
 

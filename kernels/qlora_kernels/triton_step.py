@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import DTYPES, on
+from qlora_kernels.triton_nf4 import DTYPES, FUSED, on
 
 SHARE = 128  # tokens that a program sums
 
@@ -49,7 +49,7 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
     with on(a):
         column_dots_kernel[(triton.cdiv(columns, 128), shares)](
-            out, a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, enable_fp_fusion=True
+            out, a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
         )
     return out.sum(0) if shares > 1 else out[0]
 
@@ -137,7 +137,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(x.shape[1])
     with on(x):
-        rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block))
+        rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return y, inverse
 
 
@@ -147,7 +147,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
         return reference.rms_norm_backward(dy, x, weight, inverse)
     dx, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
     with on(x):
-        rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block))
+        rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return dx
 
 
@@ -156,7 +156,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     y, n = torch.empty_like(gate), gate.numel()
     with on(gate):
-        swiglu_kernel[(triton.cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024)
+        swiglu_kernel[(triton.cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
     return y
 
 
@@ -166,7 +166,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
         return reference.swiglu_backward(dy, gate, up)
     dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     with on(gate):
-        swiglu_backward_kernel[(triton.cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024)
+        swiglu_backward_kernel[(triton.cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
     return dgate, dup
 
 
@@ -176,5 +176,5 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     reference.count_write(logits)
     with on(logits):
-        cross_entropy_kernel[(logits.shape[0],)](losses, logits, targets, logits.shape[1], BLOCK=4096, num_warps=8)
+        cross_entropy_kernel[(logits.shape[0],)](losses, logits, targets, logits.shape[1], BLOCK=4096, num_warps=8, **FUSED)
     return losses
