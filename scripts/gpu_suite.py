@@ -42,15 +42,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoning `tor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
+from random_models import (  # noqa: E402
+    RANK, SHAPES, attached, build, checkpointing, detached, ours, random_batch, theirs, with_peft, write_checkpoint,
+)  # fmt: skip
 from torch import nn  # noqa: E402
 
 PARTS = ("kernels", "bandwidth", "train", "curves", "optimizer", "generate", "cap", "plan")
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "7B": (4096, 11008, 32, 32, 32, 32000),
-    "8B": (4096, 14336, 32, 32, 8, 128256),
-    "small": (128, 320, 2, 4, 2, 512),
-}
-RANK, ALPHA = 16, 32.0
 
 
 @dataclass
@@ -103,112 +100,7 @@ class Machine:
             torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- models of random weights
-
-
-def skeleton(shape: str) -> nn.Module:
-    """A Llama whose parameters are on the meta device; its buffers are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    hidden, intermediate, layers, heads, groups, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, vocab_size=vocabulary, max_position_embeddings=4096, use_cache=False,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def tensors(model: nn.Module, device: torch.device):
-    """(name, tensor or NF4Weight, whether it is a linear layer's) of random weights on `device`, one at a time, the same ones every time."""
-    from qlora import nf4
-
-    generator = torch.Generator(device).manual_seed(0)
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
-    for name, parameter in list(model.named_parameters()):
-        if parameter.dim() == 1:
-            yield name, torch.ones(parameter.shape, dtype=torch.bfloat16, device=device), False
-            continue
-        values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
-        yield name, nf4.quantize(values) if name in linear else values, name in linear
-
-
-def ours(weight, device: torch.device) -> nn.Module:
-    from qlora.linear import NF4Linear
-
-    with torch.device("meta"):
-        layer = NF4Linear(weight.shape[1], weight.shape[0])
-    layer.nf4 = weight
-    return layer
-
-
-def theirs(weight, device: torch.device) -> nn.Module:
-    """bitsandbytes' layer over the same bytes."""
-    import bitsandbytes
-
-    from qlora import nf4
-
-    layer = bitsandbytes.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
-    parts = {key.removeprefix("."): value for key, value in nf4.to_bitsandbytes(weight, torch.bfloat16).items() if key}
-    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(weight.packed, parts, device=device, module=layer)
-    layer.quant_state = layer.weight.quant_state
-    if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False  # it would repack the weight at the first evaluation, and compute something else
-    return layer
-
-
-def build(shape: str, device: torch.device, layer: Callable = ours) -> nn.Module:
-    model = skeleton(shape)
-    for name, tensor, linear in tensors(model, device):
-        path, _, part = name.rpartition(".")
-        if linear:
-            model.set_submodule(path, layer(tensor, device))
-        else:
-            setattr(model.get_submodule(path), part, nn.Parameter(tensor, requires_grad=False))
-    return model.to(device).requires_grad_(False)
-
-
-def with_peft(model: nn.Module, method: str) -> nn.Module:
-    import peft
-
-    model.is_loaded_in_4bit = True
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config)
-
-
-def attached(model: nn.Module, method: str) -> nn.Module:
-    import qlora
-
-    torch.manual_seed(0)
-    return qlora.attach_adapters(model, method=method, rank=RANK, alpha=ALPHA)
-
-
-def detached(model: nn.Module) -> nn.Module:
-    """The base again."""
-    from qlora.adapters import named_adapters
-
-    for name, adapter in list(named_adapters(model)):
-        model.set_submodule(name, adapter.base)
-    return model
-
-
-def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0):
-    from qlora.data import Example, collate
-
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
-    return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
-
-
-def checkpointing(model: nn.Module, on: bool) -> None:
-    from qlora.train import checkpoint_activations
-
-    if on:
-        checkpoint_activations(model)
-    else:
-        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+# ---------------------------------------------------------------- training steps, measured
 
 
 def measure_steps(machine: Machine, model: nn.Module, length: int, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float] | None:
@@ -290,8 +182,19 @@ def part_kernels(machine: Machine) -> list[Row]:
             exact = reference.column_dots(*(t.double() for t in dots)).float()
             scale = reference.column_dots(*(t.abs() for t in dots)).max()
             note("column_dots", ops.column_dots(*dots) / scale, exact / scale, exact=False)
+            if rows > 1 and columns > 1:
+                x, up, dy, w, kind = weight, weight.flip(0).contiguous(), weight.flip(1).contiguous(), weight[0].abs(), ", bf16" * (dtype != torch.float32)
+                y, inverse = reference.rms_norm(x, w, 1e-6)
+                note("rms_norm" + kind, ops.rms_norm(x, w, 1e-6), (y, inverse), exact=False)
+                note("rms_norm_backward" + kind, ops.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, inverse), exact=False)
+                note("swiglu" + kind, ops.swiglu(x, up), reference.swiglu(x, up), exact=False)
+                note("swiglu_backward" + kind, ops.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), exact=False)
+                logits, expected, targets = x.clone(), x.clone(), torch.arange(rows, device=device) % columns
+                note("cross_entropy_, losses" + kind, ops.cross_entropy_(logits, targets), reference.cross_entropy_(expected, targets), exact=False)
+                note("cross_entropy_, gradient" + kind, logits, expected, exact=False)
     torch.use_deterministic_algorithms(False)
     limits = {"nf4_gemv": 1e-5, "row_norms_nf4": 2e-5, "column_dots": 1e-4}
+    limits |= {name: 1.6e-2 if "bf16" in name else 1e-5 for name in worst if name.startswith(("rms", "swiglu", "cross"))}
     return [
         Row("kernels", name, error, "worst error", f"<= {limits.get(name, 0):g}", error <= limits.get(name, 0), must=True)
         for name, error in worst.items()
@@ -303,8 +206,7 @@ def part_bandwidth(machine: Machine) -> list[Row]:
 
     from qlora import nf4
 
-    rows_found: list[Row] = []
-    device = machine.device
+    rows_found, device = [], machine.device
     out, columns = (256, 512) if machine.small else (11008, 4096)
     n = out * columns
     source = torch.randn(out, columns, device=device).to(torch.bfloat16)
@@ -529,34 +431,6 @@ def part_generate(machine: Machine) -> list[Row]:
 # ---------------------------------------------------------------- memory
 
 
-def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
-    """A 4-bit checkpoint of random weights with a tokenizer of bytes, as `qlora quantize` would leave it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
-
-    from qlora import nf4
-    from qlora.merging import ShardWriter
-
-    model = skeleton(shape)
-    folder.mkdir(parents=True)
-    writer = ShardWriter(folder, 10**9)
-    for name, tensor, linear in tensors(model, device):
-        for suffix, part in (nf4.to_bitsandbytes(tensor, torch.bfloat16) if linear else {"": tensor}).items():
-            writer.add(name + suffix, part.cpu())
-    writer.close()
-    config = model.config
-    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
-    config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head"],
-    ).to_dict()  # fmt: skip
-    config.save_pretrained(folder)
-    letters = {letter: i + 2 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1} | letters, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
-
-
 def limit(machine: Machine, nbytes: float | None) -> None:
     """Let this process have so much of the card; None: all of it."""
     if machine.cuda:
@@ -664,7 +538,7 @@ def table(rows: list[Row]) -> str:
 def run_part(name: str, arguments: argparse.Namespace, seconds: float) -> tuple[list[Row], str | None]:
     """The rows of a part and, if it failed, why."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        command = [sys.executable, __file__, "--part", name, "--json", file.name, "--device", arguments.device, *(["--small"] if arguments.small else [])]
+        command = [sys.executable, __file__, "--part", name, "--json", file.name, "--device", arguments.device, *["--small"] * arguments.small]
         try:
             done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=seconds, check=False)
         except subprocess.TimeoutExpired:
@@ -687,8 +561,7 @@ def main() -> int:
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
     if unknown := [name for name in parts if name not in PARTS]:
-        print(f"--only {','.join(unknown)}: no such part. Choose from {', '.join(PARTS)}.", file=sys.stderr)
-        return 2
+        parser.error(f"--only {','.join(unknown)}: no such part. Choose from {', '.join(PARTS)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. Run with --device cpu --small, or see: qlora doctor", file=sys.stderr)
         return 2
