@@ -71,12 +71,6 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
     )
 
 
-def magnitude_init(weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """m0 [out] = ||W_j||: computed as `row_norms` does with B = 0, so that g is exactly 1 in a fresh adapter."""
-    zero = torch.zeros(weight.shape[0], 1, dtype=dtype, device=weight.device)
-    return row_norms(weight, torch.zeros(1, weight.shape[1], dtype=dtype, device=zero.device), zero, 1.0)
-
-
 def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
     n = n.clamp(min=1e-12)
@@ -94,6 +88,18 @@ def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, 
         rows = torch.addmm(W, B[part], A, alpha=scaling)
         merged[part] = rows if gain is None else rows * gain[part]
     return merged
+
+
+def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float) -> Tensor:
+    """y [out] of the module head before the bias for a single token x [in], in float32, without a graph: for generation.
+
+    The weight is multiplied as it is decoded (`FrozenWeight.times`), so the gain goes onto y, where it is not rounded either.
+    """
+    y = torch.addmv(weight.times(x), B, A @ x.to(A.dtype), alpha=scaling)
+    if m is not None:
+        m, n = guarded(m, n)
+        y *= m / n
+    return y
 
 
 class AdaptedProduct(torch.autograd.Function):
@@ -183,7 +189,9 @@ class AdaptedLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.magnitude = nn.Parameter(magnitude_init(weight, dtype)) if spec.method == "dora" else None
+        self.magnitude = None
+        if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
+            self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
         self._norm: Tensor | None = None
         self._norm_key: tuple | None = None
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
@@ -211,9 +219,11 @@ class AdaptedLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         norm = None if self.magnitude is None else self.norm()
-        y = AdaptedProduct.apply(
-            flat, adapter_input, self.lora_A, self.lora_B, self.magnitude, norm, self.base.bias, FrozenWeight(self.base), self.scaling
-        )
+        weight, bias = FrozenWeight(self.base), self.base.bias
+        if adapter_input is flat and weight.takes_one_token(x):
+            y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
+            return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, self.magnitude, norm, bias, weight, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):

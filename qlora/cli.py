@@ -25,6 +25,8 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlora_kernels import BackendError  # a package without torch in it
+
 from qlora.config import (
     GROUPS, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, QuantizeConfig, choices,
     entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
@@ -247,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    except BackendError as error:
+        print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # finetune has said how to go on, and its exception says where it stopped
         print(f"\nqlora {argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from qlora_kernels import ops
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -62,7 +63,12 @@ class NF4Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenProduct.apply(autocast(x), FrozenWeight(self), self.bias)
+        x, weight = autocast(x), FrozenWeight(self)
+        if weight.takes_one_token(x):
+            y = weight.times(x.reshape(-1))
+            y = y if self.bias is None else y + self.bias
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return _FrozenProduct.apply(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, blocksize={self.blocksize}"
@@ -112,6 +118,15 @@ class FrozenWeight:
         if key not in buffers or buffers[key].numel() < n:
             buffers[key] = torch.empty(n, dtype=dtype, device=self.device)
         return nf4.dequantize_into(buffers[key][:n].view(self.shape), self.nf4, row_gain)
+
+    def takes_one_token(self, x: Tensor) -> bool:
+        """Whether `times` is the way to multiply with x: a single token, nothing to learn, and a kernel that decodes on the fly."""
+        return self.nf4 is not None and x.numel() == self.shape[1] and not torch.is_grad_enabled() and ops.multiplies_a_vector(x.device)
+
+    def times(self, x: Tensor) -> Tensor:
+        """W x [out] in float32, for x [in]: an NF4 weight is read once, four bits a value, and never written out."""
+        w = self.nf4
+        return ops.nf4_gemv(x, w.packed, w.absmax, w.nested_absmax, w.nested_offset, *w.shape, w.blocksize, w.nested_blocksize)
 
     def chunks(self, dtype: torch.dtype = torch.float32, elements: int = 1 << 22) -> Iterator[tuple[slice, Tensor]]:
         """(rows, W[rows] in `dtype`) in chunks of about `elements` values: a whole weight is never held in float32."""

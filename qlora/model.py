@@ -234,7 +234,7 @@ def load_base(
     # A local path is kept whole: the adapter must find its base from any folder.
     name = str(Path(model).expanduser().absolute()) if model != SMOLLM2 and Path(model).expanduser().exists() else model
     loaded.qlora_base = BaseRecipe(name, revision, bits, layers.blocksize, double_quant, dtype, layers.fingerprint())
-    if place.type == "cpu" and ops.NATIVE is not None:
+    if ops.fuses(place):
         fuse(loaded)
     return loaded.eval()
 

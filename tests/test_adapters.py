@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qlora import UserError, adapter_parameters, attach_adapters, named_adapters, nf4
-from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, merged_weight, refresh_norms, row_norms
+from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, merged_weight, one_token, refresh_norms, row_norms
 from qlora.linear import NF4Linear
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
@@ -82,6 +82,21 @@ def test_equals_the_dense_definition(method, kind, size, bias):
     assert relative(x.grad, x2.grad) < TOLERANCE[torch.float64]
     for name, copy in copies.items():
         assert relative(getattr(model.layer, name).grad, copy.grad) < TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_one_token_equals_the_dense_definition(method):
+    """The product of generation, in float64; a layer takes it only where a kernel multiplies as it decodes: not on a CPU."""
+    for columns, out in SIZES:
+        model, W = one_layer("nf4", columns, out, bias=False)
+        adapter = in_float64(adapted(model, method)).layer
+        x = torch.randn(columns, dtype=torch.float64)
+        norm = None if adapter.magnitude is None else adapter.norm()
+        with torch.no_grad():
+            weight = FrozenWeight(adapter.base)
+            y = one_token(weight, x, adapter.lora_A, adapter.lora_B, adapter.magnitude, norm, adapter.scaling)
+            assert relative(y, dense_definition(model, W, x)[0].detach()) < TOLERANCE[torch.float64]
+            assert not weight.takes_one_token(x)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from qlora_kernels import ops, reference
+from qlora_kernels import bitsandbytes_nf4, ops, reference
 from qlora_kernels.cpu import build, native
 
 SHAPES = [(1, 1), (3, 1), (1, 5), (7, 64), (33, 77), (64, 64), (5, 4097), (130, 576)]
@@ -423,6 +423,7 @@ def test_operators_pass_opcheck():
         ops.quantize_absmax: (absmax, NESTED),
         ops.dequantize_nf4: (packed, *parts, gain, 10, 128, 64, NESTED, torch.bfloat16),
         ops.dequantize_nf4_into: (torch.zeros(10, 128, dtype=torch.float16), packed, *parts, None, 64, NESTED),
+        ops.nf4_gemv: (weight[0].bfloat16(), packed, *parts, 10, 128, 64, NESTED),
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
@@ -453,11 +454,57 @@ def test_environment_chooses_the_code(monkeypatch):
     with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx512"):
         native.load()
     monkeypatch.delenv("QLORA_CPU_ISA")
-    monkeypatch.setenv("QLORA_BACKEND", "reference")
-    assert native.load() == (None, "reference (plain PyTorch), because QLORA_BACKEND=reference")
-    monkeypatch.setenv("QLORA_BACKEND", "fastest")
-    with pytest.raises(RuntimeError, match="QLORA_BACKEND=fastest: must be reference, or unset"):
-        native.load()
+
+
+SHOW_BACKENDS = "from qlora_kernels import ops; found = ops.backends(); print(found['cpu'], found['cuda'], sep='\\n')"
+
+
+@pytest.mark.parametrize(
+    "backend, cpu, cuda",
+    [
+        ("", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
+        ("native", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
+        ("reference", "reference (plain PyTorch), because QLORA_BACKEND=reference", "reference (plain PyTorch), because QLORA_BACKEND=reference"),
+        ("bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes"),
+    ],
+)
+def test_environment_chooses_the_backend(kernels, monkeypatch, backend, cpu, cuda):
+    monkeypatch.setenv("QLORA_BACKEND", backend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = python(SHOW_BACKENDS)
+    on_cpu, on_cuda = found.stdout.splitlines()
+    assert on_cpu.startswith(cpu) and on_cuda == cuda, found.stderr
+
+
+@pytest.mark.parametrize(
+    "backend, error",
+    [
+        ("fastest", "QLORA_BACKEND=fastest: must be one of native, triton, bitsandbytes, reference, or unset"),
+        ("triton", "QLORA_BACKEND=triton: the Triton kernels cannot run, torch sees no CUDA device. Unset it"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, backend, error):
+    monkeypatch.setenv("QLORA_BACKEND", backend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = python(SHOW_BACKENDS)
+    assert found.returncode != 0 and error in found.stderr
+
+
+def test_bitsandbytes_as_a_backend_gives_the_same_values(poisoned):
+    """Where it is taken (whole blocks in each row), and where the reference stands in for it."""
+    for shape, blocksize in [((40, 192), 64), ((3, 1024), 512), ((7, 77), 64), ((4, 64), 32)]:
+        weight = torch.randn(shape)
+        packed, absmax = bitsandbytes_nf4.quantize_nf4(weight, blocksize)
+        expected, expected_absmax = reference.quantize_nf4(weight, blocksize)
+        assert torch.equal(packed, expected) and same_bits(absmax, expected_absmax)
+        for parts in (constants(absmax, True), constants(absmax, False)):
+            for gain in (None, torch.rand(shape[0])):
+                for dtype in DTYPES:
+                    got = bitsandbytes_nf4.dequantize_nf4(packed, *parts, gain, *shape, blocksize, NESTED, dtype)
+                    assert same_bits(got, reference.dequantize_nf4(packed, *parts, gain, *shape, blocksize, NESTED, dtype)), (shape, dtype)
+                    into = torch.full(shape, float("nan"), dtype=dtype)
+                    bitsandbytes_nf4.dequantize_nf4_into(into, packed, *parts, gain, blocksize, NESTED)
+                    assert same_bits(into, got)
 
 
 def wait(child: int, seconds: float) -> int:

@@ -2,3 +2,7 @@
 
 Nothing here imports `qlora`. See `ops.py` for the operators and `reference.py` for what each of them means.
 """
+
+
+class BackendError(RuntimeError):
+    """What should run here cannot: QLORA_BACKEND or QLORA_CPU_ISA names it, or the native library is not of these sources."""

@@ -5,10 +5,14 @@
     torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
+    torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
     torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
     torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer
+
+Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
+the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run.
 
 The default implementation of each is the function below, which is `reference.py`; a faster kernel for a device takes its place
 with `use(operator, device, function)`, as at the end of this file, and no caller changes. The alternative, a Python `if device` at
@@ -19,13 +23,16 @@ None of the operators is differentiable; `qlora` calls them inside its own autog
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from qlora_kernels import reference
+from qlora_kernels import BackendError, reference
 from qlora_kernels.cpu import native
 
 _library = torch.library.Library("qlora", "FRAGMENT")
@@ -131,18 +138,32 @@ def dequantize_nf4_into(
     nested_blocksize: int,
 ) -> None:
     """As `dequantize_nf4`, to `out` [rows, columns] in its dtype: fresh memory costs more than the decoding itself."""
-    rows, columns = out.shape
-    reference.count_write(out)
-    out.copy_(
-        reference.dequantize_nf4(
-            packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, out.dtype
-        )
-    )
+    reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
 
 
 @shape_of("dequantize_nf4_into")
 def _(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize):
     return None
+
+
+@operator()
+def nf4_gemv(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Tensor:
+    return reference.nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+
+
+@shape_of("nf4_gemv")
+def _(x, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize):
+    return x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @operator()
@@ -229,17 +250,124 @@ def _(dy, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
-NATIVE, CPU_BACKEND = native.load()  # the library or None, and in words what the CPU runs
+# ---------------------------------------------------------------- which code runs where
 
-if NATIVE is not None:
-    for _name in (
-        "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "row_norms_nf4", "column_dots",
-        "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
-    ):  # fmt: skip
+BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
+OPERATORS = (
+    "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
+    "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
+)  # fmt: skip
+ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _cuda() -> tuple[str, str]:
+    """(backend, why) on CUDA devices: our Triton kernels where they run. Found out at the first use, which may start the driver."""
+    forced = os.environ.get("QLORA_BACKEND", "")
+    if forced in ("reference", "bitsandbytes"):
+        return _other()
+    if torch.version.hip is not None:
+        missing = "they are made for NVIDIA cards"
+    elif not _installed("triton"):
+        missing = "triton is not installed"
+    elif not torch.cuda.is_available():
+        missing = "torch sees no CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        missing = "they need compute capability 8.0"
+    else:
+        return "triton", ""
+    if forced == "triton":
+        raise BackendError(f"QLORA_BACKEND=triton: the Triton kernels cannot run, {missing}. Unset it for the fastest there is")
+    backend, why = _other()
+    return backend, f"the Triton kernels cannot run, {missing}" + (f"; {why}" if why else "")
+
+
+@functools.cache
+def _other() -> tuple[str, str]:
+    """(backend, why) where we have no kernels of our own."""
+    forced = os.environ.get("QLORA_BACKEND", "")
+    if forced == "reference":
+        return "reference", "QLORA_BACKEND=reference"
+    if _installed("bitsandbytes"):
+        return "bitsandbytes", "QLORA_BACKEND=bitsandbytes" if forced == "bitsandbytes" else ""
+    if forced == "bitsandbytes":
+        raise BackendError("QLORA_BACKEND=bitsandbytes: bitsandbytes is not installed. Install it, or unset QLORA_BACKEND")
+    return "reference", "bitsandbytes is not installed"
+
+
+@functools.cache
+def _kernels(backend: str) -> dict[str, Callable]:
+    """The operators that a backend has; imported here, because importing Triton or bitsandbytes is slow and may fail."""
+    if backend == "triton":
+        from qlora_kernels import triton_nf4, triton_step
+
+        modules = (triton_nf4, triton_step)
+    elif backend == "bitsandbytes":
+        from qlora_kernels import bitsandbytes_nf4
+
+        modules = (bitsandbytes_nf4,)
+    else:
+        modules = ()
+    return {name: getattr(module, name) for module in modules for name in OPERATORS if hasattr(module, name)}
+
+
+def _late(name: str, choose: Callable[[], tuple[str, str]]) -> Callable:
+    """The operator `name` by the backend that `choose` finds at the first call; what that lacks is the reference's."""
+    found: list[Callable] = []
+
+    def call(*arguments):
+        if not found:
+            found.append(_kernels(choose()[0]).get(name) or getattr(reference, name))
+        return found[0](*arguments)
+
+    return call
+
+
+def _choose_cpu() -> tuple[native.Native | None, str]:
+    forced = os.environ.get("QLORA_BACKEND", "")
+    if forced not in ("", *BACKENDS):
+        raise BackendError(f"QLORA_BACKEND={forced}: must be one of {', '.join(BACKENDS)}, or unset for the fastest there is")
+    if forced in ("reference", "bitsandbytes"):
+        return None, _words(*_other())
+    library, words = native.load()
+    if forced == "native" and library is None:
+        raise BackendError(f"QLORA_BACKEND=native: the native CPU kernels are not built. Run {native.build.COMMAND}, or unset QLORA_BACKEND")
+    if forced == "triton":
+        _cuda()
+    return library, words
+
+
+def _words(backend: str, why: str) -> str:
+    name = {"reference": "reference (plain PyTorch)", "triton": "Triton kernels", "bitsandbytes": "bitsandbytes' kernels"}[backend]
+    return f"{name}, because {why}" if why else name
+
+
+NATIVE, CPU_BACKEND = _choose_cpu()  # the library or None, and in words what the CPU runs
+
+for _name in OPERATORS:
+    if NATIVE is not None and hasattr(NATIVE, _name):
         use(_name, "CPU", getattr(NATIVE, _name))
+    elif os.environ.get("QLORA_BACKEND") == "bitsandbytes":
+        use(_name, "CPU", _late(_name, _other))
+    for _device in ACCELERATORS:
+        use(_name, _device, _late(_name, _cuda if _device == "CUDA" else _other))
+
+
+def multiplies_a_vector(device: torch.device) -> bool:
+    """Whether `nf4_gemv` has a kernel there; elsewhere decoding to a reused buffer and the usual product are faster."""
+    return device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's chains."""
+    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
 
 
 def backends() -> dict[str, str]:
     """Which code runs the operators, by device type, in words (for `qlora doctor`)."""
     cpu = CPU_BACKEND if NATIVE is None else NATIVE.describe()
-    return {"cpu": cpu, "cuda": "reference (plain PyTorch)"}
+    return {"cpu": cpu, "cuda": _words(*_cuda())}

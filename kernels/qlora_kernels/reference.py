@@ -218,6 +218,22 @@ def count_write(out: Tensor) -> None:
         torch.autograd.graph.increment_version(out)
 
 
+def dequantize_nf4_into(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    row_gain: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+) -> None:
+    """`dequantize_nf4` to `out` [rows, columns], in its dtype."""
+    rows, columns = out.shape
+    count_write(out)
+    out.copy_(dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, out.dtype))
+
+
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     """a, b [tokens, out] -> sum over tokens of a * b, [out]: summed in float32, or in float64 where one of them is float64."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -226,6 +242,23 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     for start in range(0, a.shape[0], step):
         total += (a[start : start + step].to(wide) * b[start : start + step].to(wide)).sum(0)
     return total
+
+
+def nf4_gemv(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Tensor:
+    """x [columns] -> W x [rows], of a weight that is never rounded: decoded, multiplied and summed in float32 (float64 for such x)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    W = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, None, rows, columns, blocksize, nested_blocksize, wide)
+    return W @ x.to(wide)
 
 
 def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -4,8 +4,9 @@ The library is found by the spec of the module `qlora_kernels.cpu._native`, so a
 tree behave alike. What it cannot do (float64, foreign block sizes, mixed dtypes) goes to `reference.py`, whose results it equals:
 codes, constants and decoded values bit for bit, sums to float32 rounding.
 
-    QLORA_BACKEND=reference              run everything on the reference
     QLORA_CPU_ISA=portable|avx2|avx512   force an instruction set; otherwise the best that the processor has
+
+Whether it is used at all is decided in `ops.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_kernels import reference
+from qlora_kernels import BackendError, reference
 from qlora_kernels.cpu import build
 
 ISAS = ("portable", "avx2", "avx512")
@@ -27,7 +28,7 @@ BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
 LARGE = 1 << 22  # bytes from which a result is worth huge pages
 
 
-class StaleLibrary(RuntimeError):
+class StaleLibrary(BackendError):
     """The library was built from other sources than those beside it."""
 
 
@@ -36,13 +37,8 @@ def load() -> tuple[Native | None, str]:
 
     Raises:
         StaleLibrary: the library does not match the sources beside it.
-        RuntimeError: QLORA_BACKEND or QLORA_CPU_ISA holds what this machine cannot give.
+        BackendError: QLORA_CPU_ISA holds what this machine cannot give.
     """
-    backend = os.environ.get("QLORA_BACKEND", "")
-    if backend not in ("", "reference"):
-        raise RuntimeError(f"QLORA_BACKEND={backend}: must be reference, or unset for the fastest there is")
-    if backend == "reference":
-        return None, "reference (plain PyTorch), because QLORA_BACKEND=reference"
     spec = importlib.util.find_spec("qlora_kernels.cpu._native")
     if spec is None or spec.origin is None:
         return None, f"reference (plain PyTorch), because the native kernels are not built: run {build.COMMAND}"
@@ -95,14 +91,14 @@ class Native:
         """Use the instruction set of that name from `ISAS`, or the best one ("").
 
         Raises:
-            RuntimeError: no such name, or this processor lacks it.
+            BackendError: no such name, or this processor lacks it.
         """
         if isa and isa not in ISAS:
-            raise RuntimeError(f"QLORA_CPU_ISA={isa}: must be one of {', '.join(ISAS)}, or unset for the best")
+            raise BackendError(f"QLORA_CPU_ISA={isa}: must be one of {', '.join(ISAS)}, or unset for the best")
         names = (self.library.qlora_select(ISAS.index(name)) for name in ([isa] if isa else reversed(ISAS)))
         name = next((name for name in names if name), None)
         if name is None:
-            raise RuntimeError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
+            raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa = name.decode()
 
     def describe(self) -> str:
@@ -176,19 +172,17 @@ class Native:
 
     def dequantize_nf4_into(self, out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int) -> None:
         rows, columns = out.shape
-        reference.count_write(out)
         if (
             out.dtype not in DTYPES
             or not out.is_contiguous()
             or not self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
         ):
-            arguments = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, out.dtype)
-            out.copy_(reference.dequantize_nf4(*arguments))
-            return
+            return reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
         if row_gain is not None:
             if row_gain.numel() != rows:
                 raise ValueError(f"row_gain holds {row_gain.numel()} values for {rows} rows")
             row_gain = row_gain.float().contiguous()
+        reference.count_write(out)
         self.library.qlora_dequantize_nf4(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(row_gain),
             rows, columns, blocksize, nested_blocksize, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads(),

@@ -1,0 +1,450 @@
+"""The NF4 operators as Triton kernels, for NVIDIA cards from compute capability 8.0 on.
+
+    dequantize   one launch: codes, double-quantized constants, row gain and cast (bitsandbytes takes three launches and no gain)
+    gemv         y = W x, decoding in registers: what one token of generation costs is reading the codes once
+    row norms    DoRA's n: two launches, W is decoded once and never written
+    quantize     absmax, fitted scales and double quantization, to the codes of `reference.py`
+
+A thread decodes whole words: 4 bytes, 8 weights, which share a scale because every block size is a multiple of 8. So a scale is
+decoded once for 8 weights, and the 8 bf16 results are one 16-byte store beside its neighbour's. Levels come from a table of 64 bytes
+that stays in the first-level cache: one load a weight, where a tree of selections takes 15 instructions, which on an H100 costs more
+than the memory traffic. A table of byte pairs in shared memory would halve the loads, at the price of bank conflicts.
+
+The interpreter (TRITON_INTERPRET=1) runs all of this on CPU tensors: tests/test_triton.py. `map[q] * nested + offset` must be rounded twice
+as bitsandbytes does (fused, 2.4 % of the scales change), so what has to be exact is compiled without contraction (EXACT).
+What the kernels do not take (float64, foreign block sizes, blocks that cross rows in the products) goes to the reference.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_kernels import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
+EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}  # never left to the default, which Triton is changing
+WORDS = 512  # words that a program decodes: 4 for each of its 128 threads
+TILE = 4096  # weights that a program quantizes
+MAX_RANK = 64  # of the row norms: what fits in registers
+
+
+# ---------------------------------------------------------------- what the kernels share
+
+
+@triton.jit
+def _scales(absmax, nested, offset, dynamic_map, block, mask, NESTED_BLOCKSIZE: tl.constexpr):
+    """The float32 scale of each block; NESTED_BLOCKSIZE 0 means that absmax holds them as they are."""
+    if NESTED_BLOCKSIZE == 0:
+        return tl.load(absmax + block, mask=mask, other=0.0)
+    else:
+        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        return tl.load(dynamic_map + code) * scale + tl.load(offset)
+
+
+@triton.jit
+def _word_levels(packed, levels, word, bytes, COUNT: tl.constexpr):
+    """The levels [COUNT, 8] of words [COUNT]; a byte past the end gives code 0, which nobody stores."""
+    at = word.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    byte = tl.load(packed + at, mask=at < bytes, other=0).to(tl.int32)
+    code = tl.reshape(tl.join(byte >> 4, byte & 15), [COUNT, 8])
+    return tl.load(levels + code)
+
+
+@triton.jit
+def _count_below(value, midpoints, BITS: tl.constexpr):
+    """How many of the 2^BITS - 1 ascending midpoints are less than each value: its code, ties to the lower one."""
+    code = tl.zeros(value.shape, tl.int32)
+    for step in tl.static_range(BITS):
+        middle = tl.load(midpoints + code + ((1 << (BITS - 1 - step)) - 1))
+        code = tl.where(middle < value, code + (1 << (BITS - 1 - step)), code)
+    return code
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@triton.jit
+def dequantize_kernel(
+    out, packed, absmax, nested, offset, gain, levels, dynamic_map, n, bytes, columns,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, GAIN: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """GAIN: 0 none, 1 on the scales (every block lies in one row), 2 on the values."""
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    local = tl.arange(0, WORDS)
+    word = first + local
+    block = (first * 8 // BLOCKSIZE).to(tl.int32) + (first * 8 % BLOCKSIZE).to(tl.int32) // BLOCKSIZE + local // (BLOCKSIZE // 8)
+    if BLOCKSIZE > WORDS * 8:
+        block = (word * 8 // BLOCKSIZE).to(tl.int32)
+    inside = word * 8 < n
+    scale = _scales(absmax, nested, offset, dynamic_map, block, inside, NESTED_BLOCKSIZE)
+    if GAIN == 1:
+        scale = scale * tl.load(gain + block // (columns // BLOCKSIZE), mask=inside, other=0.0)
+    value = _word_levels(packed, levels, word, bytes, WORDS) * scale[:, None]
+    element = local[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = element < n - first * 8
+    if GAIN == 2:
+        value = value * tl.load(gain + (element + first * 8) // columns, mask=inside, other=0.0)
+    tl.store(out + first * 8 + element, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gemv_kernel(
+    y, x, packed, absmax, nested, offset, levels, dynamic_map, rows, columns, bytes,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """y [rows] float32 = W x. A program takes ROWS rows, WORDS words of each at a time; a thread sums whole words."""
+    local = tl.arange(0, ROWS * WORDS)
+    row = tl.program_id(0) * ROWS + local // WORDS
+    per_row = columns // 8
+    total = tl.zeros([ROWS * WORDS], tl.float32)
+    for start in range(0, per_row, WORDS):
+        at = start + local % WORDS
+        inside = (row < rows) & (at < per_row)
+        word = tl.where(inside, row.to(tl.int64) * per_row + at, 0)
+        scale = _scales(absmax, nested, offset, dynamic_map, (word * 8 // BLOCKSIZE).to(tl.int32), inside, NESTED_BLOCKSIZE)
+        value = tl.load(x + at[:, None] * 8 + tl.arange(0, 8)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        total += tl.sum(_word_levels(packed, levels, word, bytes, ROWS * WORDS) * value, axis=1) * tl.where(inside, scale, 0.0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(y + row, tl.sum(tl.reshape(total, [ROWS, WORDS]), axis=1), mask=row < rows)
+
+
+# ---------------------------------------------------------------- DoRA's norms
+
+
+@triton.jit
+def _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start,
+           BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """WORDS words of each of ROWS rows from word `start` on, as float32 [ROWS * WORDS, 8]; zeros outside of the matrix."""
+    local = tl.arange(0, ROWS * WORDS)
+    row = first + local // WORDS
+    per_row = columns // 8
+    at = start + local % WORDS
+    inside = (row < rows) & (at < per_row)
+    word = tl.where(inside, row.to(tl.int64) * per_row + at, 0)
+    scale = _scales(absmax, nested, offset, dynamic_map, (word * 8 // BLOCKSIZE).to(tl.int32), inside, NESTED_BLOCKSIZE)
+    return _word_levels(packed, levels, word, bytes, ROWS * WORDS) * tl.where(inside, scale, 0.0)[:, None]
+
+
+@triton.jit
+def row_sums_kernel(
+    own, cross, packed, absmax, nested, offset, A, B, levels, dynamic_map, rows, columns, bytes, rank, share,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Over the words of share s: own [s, rows] = sum W^2, cross [s, rows] = sum_k (W At)_jk B_jk."""
+    first = tl.program_id(0) * ROWS
+    part = tl.program_id(1)
+    row = first + tl.arange(0, ROWS)
+    k = tl.arange(0, RANK)
+    product = tl.zeros([ROWS, RANK], tl.float32)
+    squares = tl.zeros([ROWS, WORDS * 8], tl.float32)
+    for start in range(part * share, min(part * share + share, columns // 8), WORDS):
+        W = _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS)
+        W = tl.reshape(W, [ROWS, WORDS * 8])
+        column = start * 8 + tl.arange(0, WORDS * 8)
+        At = tl.load(A + k[None, :] * columns + column[:, None], mask=(k < rank)[None, :] & (column < columns)[:, None], other=0.0)
+        # Three products of TF32 parts: float32's digits from the tensor cores.
+        product = tl.dot(W, At, product, input_precision="tf32x3")
+        squares += W * W
+    b = tl.load(B + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0)
+    tl.store(own + part * rows + row, tl.sum(squares, axis=1), mask=row < rows)
+    tl.store(cross + part * rows + row, tl.sum(product * b, axis=1), mask=row < rows)
+
+
+@triton.jit
+def row_norms_kernel(
+    n, own, cross, parts, packed, absmax, nested, offset, A, B, gram, levels, dynamic_map, scaling, rows, columns, bytes, rank,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """n [rows] from the sums over the shares and gram = A At; rows where they cancel are computed densely."""
+    first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
+    inside = row < rows
+    mine, other = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for part in range(parts):
+        mine += tl.load(own + part * rows + row, mask=inside, other=0.0)
+        other += tl.load(cross + part * rows + row, mask=inside, other=0.0)
+    k = tl.arange(0, RANK)
+    b = tl.load(B + row[:, None] * rank + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
+    g = tl.load(gram + k[:, None] * rank + k[None, :], mask=(k < rank)[:, None] & (k < rank)[None, :], other=0.0)
+    scaling = tl.cast(scaling, tl.float32)  # the interpreter of Triton 3.6 passes float64
+    update = tl.sum(tl.dot(b, g, input_precision="tf32x3") * b, axis=1)
+    squared = mine + 2 * scaling * other + scaling * scaling * update
+    lost = inside & (squared < 1e-3 * mine)
+    if tl.max(lost.to(tl.int32), axis=0) > 0:
+        dense = tl.zeros([ROWS], tl.float32)
+        for start in range(0, columns // 8, WORDS):
+            W = _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS)
+            column = start * 8 + tl.arange(0, WORDS * 8)
+            a = tl.load(A + k[:, None] * columns + column[None, :], mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0)
+            value = tl.reshape(W, [ROWS, WORDS * 8]) + scaling * tl.dot(b, a, input_precision="tf32x3")
+            dense += tl.sum(value * value, axis=1)
+        squared = tl.where(lost, dense, squared)
+    tl.store(n + row, tl.sqrt_rn(tl.maximum(squared, 0.0)), mask=inside)
+
+
+# ---------------------------------------------------------------- encoding
+
+
+@triton.jit
+def quantize_kernel(
+    packed, absmax, weight, midpoints, n, bytes, tiny,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS whole blocks: their absmax (written), or GIVEN scales (read from absmax), and their codes."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    element = tl.arange(0, BLOCKS)[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    value = tl.load(weight + first * BLOCKSIZE + element, mask=element < n - first * BLOCKSIZE, other=0.0).to(tl.float32)
+    if GIVEN:
+        scale = tl.load(absmax + block, mask=block * BLOCKSIZE < n, other=0.0)
+        inverse = tl.where(tl.abs(scale) > tl.cast(tiny, tl.float32), tl.div_rn(1.0, scale), 0.0)
+    else:
+        # As integers, magnitudes order like the numbers, and a NaN is the largest: it must reach the maximum.
+        scale = tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+        tl.store(absmax + block, scale, mask=block * BLOCKSIZE < n)
+        inverse = tl.div_rn(1.0, tl.maximum(scale, tl.cast(tiny, tl.float32)))
+    scaled = tl.minimum(tl.maximum(value * inverse[:, None], -1.0), 1.0)
+    pair = tl.reshape(_count_below(scaled, midpoints, 4), [BLOCKS * BLOCKSIZE // 2, 2])
+    high, low = tl.split(pair)  # past the end stands 0.0, code 7: the pad nibble
+    at = tl.arange(0, BLOCKS * BLOCKSIZE // 2)
+    tl.store(packed + first * BLOCKSIZE // 2 + at, (high << 4 | low).to(tl.uint8), mask=at < bytes - first * BLOCKSIZE // 2)
+
+
+@triton.jit
+def quantize_absmax_kernel(
+    codes, nested, absmax, offset, midpoints, n, tiny,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Double quantization: absmax - offset, in blocks, to the 8-bit dynamic map."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block.to(tl.int64)[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    inside = element < n
+    value = tl.where(inside, tl.load(absmax + element, mask=inside, other=0.0) - tl.load(offset), 0.0)
+    largest = tl.max(tl.abs(value), axis=1)
+    tl.store(nested + block, largest, mask=block.to(tl.int64) * BLOCKSIZE < n)
+    scaled = value * tl.div_rn(1.0, tl.maximum(largest, tl.cast(tiny, tl.float32)))[:, None]
+    code = _count_below(tl.minimum(tl.maximum(scaled, -1.0), 1.0), midpoints, 8)
+    tl.store(codes + element, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _lane_sum(lanes, BLOCKS: tl.constexpr):
+    """Sums of [BLOCKS, 16] by halves, the order of `reference._lane_sum`."""
+    for step in tl.static_range(4):
+        left, right = tl.split(tl.permute(tl.reshape(lanes, [BLOCKS, 2, 8 >> step]), [0, 2, 1]))
+        lanes = left + right
+    return tl.reshape(lanes, [BLOCKS])
+
+
+@triton.jit
+def fit_scales_kernel(
+    scales, weight, levels, midpoints, stretches, candidates, n, tiny,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """For each block the scale of least squared error among the candidates, refined: see `reference.fit_scales_nf4`."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    lane = block[:, None] * BLOCKSIZE + tl.arange(0, 16)[None, :]
+    bits = tl.zeros([BLOCKS, 16], tl.int32)
+    for row in range(BLOCKSIZE // 16):
+        value = tl.load(weight + lane + row * 16, mask=lane + row * 16 < n, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, tl.abs(value).to(tl.int32, bitcast=True))
+    absmax = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+    inverse = tl.div_rn(1.0, tl.maximum(absmax, tl.cast(tiny, tl.float32)))
+    finite = tl.max(bits, axis=1) < 0x7F800000
+    factor = tl.full([BLOCKS], 1.0, tl.float32)
+    best = tl.full([BLOCKS], -1.0, tl.float32)
+    for candidate in range(candidates):
+        stretch = tl.load(stretches + candidate)
+        wl = tl.zeros([BLOCKS, 16], tl.float32)
+        ll = tl.zeros([BLOCKS, 16], tl.float32)
+        for row in range(BLOCKSIZE // 16):
+            value = tl.load(weight + lane + row * 16, mask=lane + row * 16 < n, other=0.0).to(tl.float32) * inverse[:, None]
+            nearest = tl.load(levels + _count_below(tl.minimum(tl.maximum(value * stretch, -1.0), 1.0), midpoints, 4))
+            wl += value * nearest
+            ll += nearest * nearest
+        w, l = _lane_sum(wl, BLOCKS), _lane_sum(ll, BLOCKS)
+        safe = tl.where(l > 0, l, 1.0)
+        gain = tl.div_rn(w * w, safe)
+        better = (l > 0) & (gain > best) & finite
+        best = tl.where(better, gain, best)
+        factor = tl.where(better, tl.div_rn(w, safe), factor)
+    tl.store(scales + block, absmax * factor, mask=block * BLOCKSIZE < n)
+
+
+# ---------------------------------------------------------------- as operators: see ops.py for what they mean
+
+
+def on(tensor: Tensor):
+    """Triton launches on the current device; make that the one of `tensor`."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    return reference.nf4_levels(device), reference.dynamic_map(device)
+
+
+def _constants(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int):
+    """The parts as the kernels take them, or None where they do not (the sizes are checked: a kernel would read past the end)."""
+    nested = nested_absmax is not None
+    blocks = -(-n // blocksize)
+    takes = (
+        blocksize in BLOCKSIZES
+        and all(part.is_contiguous() for part in (packed, absmax))
+        and packed.dtype == torch.uint8
+        and packed.numel() >= (n + 1) // 2
+        and absmax.numel() >= blocks
+        and absmax.dtype == (torch.uint8 if nested else torch.float32)
+        and (not nested or nested_absmax.numel() >= -(-blocks // nested_blocksize) and nested_absmax.is_contiguous())
+        and (not nested or nested_absmax.dtype == nested_offset.dtype == torch.float32)
+    )
+    if not takes:
+        return None
+    return (packed, absmax, nested_absmax, nested_offset) if nested else (packed, absmax, absmax, absmax)
+
+
+def dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int,
+                   nested_blocksize: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
+    return out
+
+
+def dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int) -> None:
+    rows, columns = out.shape
+    n = rows * columns
+    parts = _constants(packed, absmax, nested_absmax, nested_offset, n, blocksize, nested_blocksize)
+    if parts is None or out.dtype not in DTYPES or not out.is_contiguous() or n == 0:
+        return reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
+    if row_gain is not None:
+        if row_gain.numel() != rows:
+            raise ValueError(f"row_gain holds {row_gain.numel()} values for {rows} rows")
+        row_gain = row_gain.float().contiguous()
+    gain = 0 if row_gain is None else 1 if columns % blocksize == 0 else 2
+    reference.count_write(out)
+    with on(out):
+        dequantize_kernel[(triton.cdiv(n, WORDS * 8),)](
+            out, *parts, parts[1] if row_gain is None else row_gain, *_tables(out.device), n, (n + 1) // 2, columns,
+            BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, GAIN=gain, WORDS=WORDS, **EXACT,
+        )  # fmt: skip
+
+
+def nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> Tensor:
+    parts = _constants(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+    if parts is None or columns % blocksize or x.dtype not in DTYPES:
+        return reference.nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+    x = x.contiguous()
+    y = torch.empty(rows, dtype=torch.float32, device=x.device)
+    with on(y):
+        gemv_kernel[(triton.cdiv(rows, 4),)](
+            y, x, *parts, *_tables(x.device), rows, columns, rows * columns // 2, BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, ROWS=4, WORDS=128, **FUSED,
+        )  # fmt: skip
+    return y
+
+
+def row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling: float, rows: int, columns: int, blocksize: int,
+                  nested_blocksize: int) -> Tensor:  # fmt: skip
+    rank = A.shape[0]
+    parts = _constants(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+    if parts is None or A.dtype != torch.float32 or B.dtype != torch.float32 or columns % blocksize or rank > MAX_RANK:
+        return _row_norms_by_chunks(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+    if A.shape != (rank, columns) or B.shape != (rows, rank):
+        raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
+    A, B = A.contiguous(), B.contiguous()
+    gram = A @ A.t()
+    share = 128  # words of 1024 columns: so many programs that a small matrix fills a card too
+    shares = triton.cdiv(columns // 8, share)
+    sums = torch.empty(2, shares, rows, dtype=torch.float32, device=A.device)
+    n = torch.empty(rows, dtype=torch.float32, device=A.device)
+    tables, options = _tables(A.device), {
+        "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize if nested_absmax is not None else 0,
+        # One stage: pipelined, every level would be copied to shared memory first, and registers would spill.
+        "WORDS": 4, "RANK": max(16, triton.next_power_of_2(rank)), "num_stages": 1, **EXACT,
+    }  # fmt: skip
+    with on(n):
+        row_sums_kernel[(triton.cdiv(rows, 64), shares)](sums[0], sums[1], *parts, A, B, *tables, rows, columns, rows * columns // 2, rank, share, ROWS=64, **options)
+        row_norms_kernel[(triton.cdiv(rows, 16),)](
+            n, sums[0], sums[1], shares, *parts, A, B, gram, *tables, scaling, rows, columns, rows * columns // 2, rank, ROWS=16, **options
+        )  # fmt: skip
+    return n
+
+
+def _row_norms_by_chunks(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize) -> Tensor:
+    """Large ranks and float64: decode to float32, a piece at a time, and leave the products to cuBLAS. Odd widths: the reference."""
+    if columns % blocksize:
+        return reference.row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+    scales = reference.decode_absmax(absmax, nested_absmax, nested_offset, nested_blocksize).view(rows, -1)
+    codes = packed.view(rows, -1)
+    step = max(1, (1 << 24) // columns)
+    parts = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def decoded(part: slice) -> Tensor:
+        count = part.stop - part.start
+        return dequantize_nf4(codes[part], scales[part], None, None, None, count, columns, blocksize, nested_blocksize, torch.float32)
+
+    return reference.row_norms(((part, decoded(part).to(A.dtype)) for part in parts), A, B, scaling)
+
+
+def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES or weight.numel() == 0:
+        return reference.quantize_nf4(weight, blocksize)
+    absmax = torch.empty(-(-weight.numel() // blocksize), dtype=torch.float32, device=weight.device)
+    return _encode(weight, absmax, blocksize, given=False), absmax
+
+
+def encode_nf4(weight: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+    blocks = -(-weight.numel() // blocksize)
+    if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES or scales.dtype != torch.float32 or weight.numel() == 0:
+        return reference.encode_nf4(weight, scales, blocksize)
+    if scales.numel() != blocks:
+        raise ValueError(f"{scales.numel()} scales for {blocks} blocks")
+    return _encode(weight, scales.contiguous(), blocksize, given=True)
+
+
+def _encode(weight: Tensor, absmax: Tensor, blocksize: int, given: bool) -> Tensor:
+    weight, n = weight.contiguous(), weight.numel()
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    midpoints = reference._midpoints(weight.device, nested=False)
+    with on(packed):
+        quantize_kernel[(triton.cdiv(n, TILE),)](
+            packed, absmax, weight, midpoints, n, packed.numel(), reference.TINY, BLOCKSIZE=blocksize, BLOCKS=TILE // blocksize, GIVEN=given, **EXACT
+        )  # fmt: skip
+    return packed
+
+
+def fit_scales_nf4(weight: Tensor, blocksize: int) -> Tensor:
+    if weight.dtype not in DTYPES or blocksize not in BLOCKSIZES or weight.numel() == 0:
+        return reference.fit_scales_nf4(weight, blocksize)
+    weight, n, device = weight.contiguous(), weight.numel(), weight.device
+    scales = torch.empty(-(-n // blocksize), dtype=torch.float32, device=device)
+    stretches = torch.tensor([32.0 / candidate for candidate in reference.FIT], device=device)
+    with on(scales):
+        fit_scales_kernel[(triton.cdiv(scales.numel(), 64),)](
+            scales, weight, reference.nf4_levels(device), reference._midpoints(device, nested=False), stretches, len(reference.FIT), n,
+            reference.TINY, BLOCKSIZE=blocksize, BLOCKS=64, **EXACT,
+        )  # fmt: skip
+    return scales
+
+
+def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tensor, Tensor]:
+    if absmax.dtype != torch.float32 or absmax.dim() != 1 or nested_blocksize not in BLOCKSIZES or absmax.numel() == 0:
+        return reference.quantize_absmax(absmax, nested_blocksize)
+    absmax, n = absmax.contiguous(), absmax.numel()
+    offset = absmax.mean()
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    nested = torch.empty(-(-n // nested_blocksize), dtype=torch.float32, device=absmax.device)
+    with on(codes):
+        quantize_absmax_kernel[(triton.cdiv(n, TILE),)](
+            codes, nested, absmax, offset, reference._midpoints(absmax.device, nested=True), n, reference.TINY,
+            BLOCKSIZE=nested_blocksize, BLOCKS=TILE // nested_blocksize, **EXACT,
+        )  # fmt: skip
+    return codes, nested, offset

@@ -1,0 +1,180 @@
+"""Triton kernels of a training step beside the products: DoRA's reduction, RMSNorm, SwiGLU and the loss.
+
+    column_dots      sum_t a[t, j] * b[t, j] in float32. Two stages, so that narrow matrices fill a card: each program sums a tile of
+                     columns over its share of the tokens, then torch adds the shares. No atomics, so every run gives the same bits.
+    cross_entropy_   a row of logits is read once for its sum and once to become its gradient
+    rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors
+
+The alternative for the last three, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the up projection's
+outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would silently be wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_kernels import reference
+from qlora_kernels.triton_nf4 import DTYPES, FUSED, on
+
+SHARE = 128  # tokens that a program sums
+
+
+@triton.jit
+def column_dots_kernel(
+    out, a, b, tokens, columns, a_stride, b_stride,
+    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out [share, column]: the sum over SHARE tokens, TOKENS at a time."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.program_id(1)
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for start in range(0, SHARE, TOKENS):
+        token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
+        inside = (token < tokens)[:, None] & (column < columns)[None, :]
+        x = tl.load(a + token[:, None] * a_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(b + token[:, None] * b_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += x * y
+    tl.store(out + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+
+
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2 or a.numel() == 0:
+        return reference.column_dots(a, b)
+    tokens, columns = a.shape
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    shares = triton.cdiv(tokens, SHARE)
+    out = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
+    with on(a):
+        column_dots_kernel[(triton.cdiv(columns, 128), shares)](
+            out, a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
+        )
+    return out.sum(0) if shares > 1 else out[0]
+
+
+@triton.jit
+def rms_norm_kernel(y, inverse, x, weight, eps, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + row * n + at, mask=at < n, other=0.0).to(tl.float32)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(value * value, axis=0) / n + tl.cast(eps, tl.float32)))
+    normal = (value * scale).to(y.dtype.element_ty)  # rounded before the weight, as transformers does
+    tl.store(y + row * n + at, tl.load(weight + at, mask=at < n, other=0.0) * normal, mask=at < n)
+    tl.store(inverse + row, scale)
+
+
+@triton.jit
+def rms_norm_backward_kernel(dx, dy, x, weight, inverse, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    gradient = tl.load(dy + row * n + at, mask=at < n, other=0.0) * tl.load(weight + at, mask=at < n, other=0.0)
+    gradient = gradient.to(tl.float32)
+    scale = tl.load(inverse + row)
+    normal = tl.load(x + row * n + at, mask=at < n, other=0.0).to(tl.float32) * scale
+    value = (gradient - normal * (tl.sum(gradient * normal, axis=0) / n)) * scale
+    tl.store(dx + row * n + at, value.to(dx.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def swiglu_kernel(y, gate, up, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
+    silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty)
+    tl.store(y + at, silu * tl.load(up + at, mask=at < n, other=0.0), mask=at < n)
+
+
+@triton.jit
+def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
+    d = tl.load(dy + at, mask=at < n, other=0.0)
+    s = tl.sigmoid(g)
+    through = (d * tl.load(up + at, mask=at < n, other=0.0)).to(tl.float32)
+    tl.store(dgate + at, (through * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=at < n)
+    tl.store(dup + at, d * (g * s).to(dup.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def cross_entropy_kernel(losses, logits, targets, n, BLOCK: tl.constexpr):
+    """One row of n logits. The target's gradient p - 1 is minus the share of all others, which keeps its digits near p = 1."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    most = float("-inf")
+    others = 0.0
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * n + at, mask=at < n, other=float("-inf")).to(tl.float32)
+        now = tl.maximum(most, tl.max(value, axis=0))
+        others = others * tl.exp(most - now) + tl.sum(tl.where(at == target, 0.0, tl.exp(value - now)), axis=0)
+        most = now
+    wanted = tl.load(logits + row * n + target).to(tl.float32)
+    total = others + tl.exp(wanted - most)
+    tl.debug_barrier()  # the whole row has been read, by every thread, before it is overwritten
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * n + at, mask=at < n, other=0.0).to(tl.float32)
+        share = tl.where(at == target, -others, tl.exp(value - most)) / total
+        tl.store(logits + row * n + at, share.to(logits.dtype.element_ty), mask=at < n)
+    tl.store(losses + row, tl.log(total) + (most - wanted))
+
+
+WIDEST = 1 << 15  # of a row that one program holds
+
+
+def _alike(*parts: Tensor) -> bool:
+    return all(part.dtype == parts[0].dtype and part.dtype in DTYPES and part.is_contiguous() for part in parts)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _alike(x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
+        return reference.rms_norm(x, weight, eps)
+    y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    with on(x):
+        rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
+    return y, inverse
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    dy = dy.contiguous()
+    if not _alike(dy, x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
+        return reference.rms_norm_backward(dy, x, weight, inverse)
+    dx, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+    with on(x):
+        rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
+    return dx
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if not _alike(gate, up) or gate.shape != up.shape or gate.numel() == 0:
+        return reference.swiglu(gate, up)
+    y, n = torch.empty_like(gate), gate.numel()
+    with on(gate):
+        swiglu_kernel[(triton.cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dy = dy.contiguous()
+    if not _alike(dy, gate, up) or gate.shape != up.shape or gate.numel() == 0:
+        return reference.swiglu_backward(dy, gate, up)
+    dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    with on(gate):
+        swiglu_backward_kernel[(triton.cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
+    return dgate, dup
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    if not _alike(logits) or logits.dim() != 2 or targets.dtype != torch.int64 or not targets.is_contiguous() or logits.numel() == 0:
+        return reference.cross_entropy_(logits, targets)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    reference.count_write(logits)
+    with on(logits):
+        cross_entropy_kernel[(logits.shape[0],)](losses, logits, targets, logits.shape[1], BLOCK=4096, num_warps=8, **FUSED)
+    return losses

@@ -1,0 +1,221 @@
+"""What test_triton.py runs in processes of their own: the Triton kernels without a GPU.
+
+    TRITON_INTERPRET=1 python tests/triton_on_cpu.py interpret   every kernel against the reference, in the interpreter, in float32
+    python tests/triton_on_cpu.py compile                        every kernel for every card, and what ptxas says of it
+
+The interpreter replaces the compiler when Triton is imported, so one process cannot do both. One line a check: its name, then "ok", or
+what ptxas found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from qlora_kernels import reference, triton_nf4, triton_step
+
+NESTED = 256
+CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100, RTX 5090
+
+
+# ---------------------------------------------------------------- the interpreter
+
+
+def weight(rows: int, columns: int) -> torch.Tensor:
+    """Gaussian with rows of zeros, ties between levels, tiny and huge blocks."""
+    values = torch.randn(rows, columns)
+    flat = values.view(-1)
+    levels = torch.tensor(reference.NF4_LEVELS)
+    ties = (levels[:-1] + levels[1:]) / 2
+    flat[: flat.numel() // 3] = ties[torch.randint(15, (flat.numel() // 3,))]
+    flat[: flat.numel() // 3 : 16] = 1.0
+    values[rows // 2] = 0
+    values[-1] *= 1e-39
+    return values
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), (a.flatten()[:8], b.flatten()[:8])
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-6) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert ((a - b).abs().max() <= tolerance * b.abs().max()).item(), (a - b).abs().max() / b.abs().max()
+
+
+def check_encoding(rows: int, columns: int, blocksize: int) -> None:
+    w = weight(rows, columns)
+    packed, absmax = triton_nf4.quantize_nf4(w, blocksize)
+    expected, expected_absmax = reference.quantize_nf4(w, blocksize)
+    equal(packed, expected)
+    equal(absmax, expected_absmax)
+    scales = reference.fit_scales_nf4(w, blocksize)
+    equal(triton_nf4.fit_scales_nf4(w, blocksize), scales)
+    scales = scales * torch.tensor([1.0, -0.6, 0.0]).repeat(scales.numel())[: scales.numel()]
+    equal(triton_nf4.encode_nf4(w, scales, blocksize), reference.encode_nf4(w, scales, blocksize))
+    for got, wanted in zip(triton_nf4.quantize_absmax(absmax, NESTED), reference.quantize_absmax(absmax, NESTED), strict=True):
+        equal(got, wanted)
+
+
+def check_decoding(rows: int, columns: int, blocksize: int) -> None:
+    packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), blocksize)
+    for parts in (reference.quantize_absmax(absmax, NESTED), (absmax, None, None)):
+        for gain in (None, torch.randn(rows)):
+            arguments = (packed, *parts, gain, rows, columns, blocksize, NESTED, torch.float32)
+            equal(triton_nf4.dequantize_nf4(*arguments), reference.dequantize_nf4(*arguments))
+        arguments = (torch.randn(columns), packed, *parts, rows, columns, blocksize, NESTED)
+        close(triton_nf4.nf4_gemv(*arguments), reference.nf4_gemv(*arguments))
+
+
+def check_row_norms(rows: int, columns: int, rank: int) -> None:
+    packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), 64)
+    parts = reference.quantize_absmax(absmax, NESTED)
+    W = reference.dequantize_nf4(packed, *parts, None, rows, columns, 64, NESTED, torch.float32)
+    A, B = torch.randn(rank, columns), torch.randn(rows, rank)
+    A[0], B[rows // 2], B[rows // 2, 0] = W[rows // 2], 0, -1 / 1.999  # the sums cancel in this row
+    for a, b, scaling in ((A, B, 1.999), (A[:1] * 0, B[:, :1] * 0, 1.0)):
+        arguments = (packed, *parts, a, b, scaling, rows, columns, 64, NESTED)
+        n, expected = triton_nf4.row_norms_nf4(*arguments), reference.row_norms_nf4(*arguments)
+        close(n, expected)
+        row = rows // 2
+        assert abs(n[row] - expected[row]) <= 1e-4 * W[row].norm(), (n[row], expected[row])
+
+
+def check_column_dots(tokens: int, columns: int) -> None:
+    a, b = torch.randn(tokens, columns + 3)[:, :columns], torch.randn(tokens, columns)
+    close(triton_step.column_dots(a, b), reference.column_dots(a, b))
+    close(triton_step.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
+
+
+def check_layers(rows: int, columns: int) -> None:
+    x, dy, up = (torch.randn(rows, columns) for _ in range(3))
+    w = torch.rand(columns)
+    y, inverse = triton_step.rms_norm(x, w, 1e-6)
+    expected, expected_inverse = reference.rms_norm(x, w, 1e-6)
+    close(y, expected)
+    close(inverse, expected_inverse)
+    close(triton_step.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, expected_inverse))
+    close(triton_step.swiglu(x, up), reference.swiglu(x, up))
+    for got, wanted in zip(triton_step.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), strict=True):
+        close(got, wanted)
+
+
+def check_loss(rows: int, vocabulary: int) -> None:
+    logits, targets = 5 * torch.randn(rows, vocabulary), torch.randint(vocabulary, (rows,))
+    logits[-1] = 0
+    logits[-1, targets[-1]] = 15 + math.log(vocabulary)  # p near 1: the gradient p - 1 has to keep its digits
+    expected, exact = logits.clone(), logits.double()
+    reference.cross_entropy_(exact, targets)
+    close(triton_step.cross_entropy_(logits, targets), reference.cross_entropy_(expected, targets))
+    close(logits, expected)
+    if vocabulary > 1:
+        close(logits[-1, targets[-1]].double(), exact[-1, targets[-1]], 1e-4)
+
+
+def check_not_finite() -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        w = torch.ones(131)
+        w[65] = bad
+        for scales in (triton_nf4.quantize_nf4(w, 64)[1], triton_nf4.fit_scales_nf4(w, 64)):
+            assert scales.isfinite().tolist() == [True, False, True], bad
+
+
+INTERPRETED = {
+    **{f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b) for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))},
+    **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
+    **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
+    **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
+    **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088))},
+    **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
+    "not finite": (check_not_finite,),
+}
+
+
+def interpret() -> None:
+    torch.use_deterministic_algorithms(True)  # every `torch.empty` comes filled with NaN, or with the largest integer
+    for name, (check, *sizes) in INTERPRETED.items():
+        torch.manual_seed(0)
+        check(*sizes)
+        print(f"{name}\tok", flush=True)
+
+
+# ---------------------------------------------------------------- the compiler
+
+FLOAT = {name: "*fp32" for name in (
+    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "own", "cross", "A", "B", "gram", "midpoints", "scales", "stretches",
+)} | {"scaling": "fp32", "tiny": "fp32"}  # fmt: skip
+BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
+BYTES = {name: "*u8" for name in ("packed", "codes")}
+LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
+UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
+
+DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
+NORMS = {**DOUBLE, "WORDS": 4}
+COMPILED = {  # name -> kernel, types that differ, constants, options as the callers give them, whether it may not spill
+    "dequantize": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 0, "WORDS": 512}, triton_nf4.EXACT, True),
+    "dequantize with gain": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 1, "WORDS": 512}, triton_nf4.EXACT, True),
+    "dequantize to float32": (triton_nf4.dequantize_kernel, {"out": "*fp32"}, {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512}, triton_nf4.EXACT, False),
+    "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, triton_nf4.FUSED, True),
+    "row sums": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
+    "row sums, rank 64": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 64}, {**triton_nf4.EXACT, "num_stages": 1}, True),
+    "row norms": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**NORMS, "ROWS": 16, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
+    "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
+    "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
+    "quantize absmax": (triton_nf4.quantize_absmax_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16}, triton_nf4.EXACT, False),
+    "fit scales": (triton_nf4.fit_scales_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64}, triton_nf4.EXACT, False),
+    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32", "eps": "fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
+    "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
+    "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
+}  # fmt: skip
+
+
+def compile_for(name: str, card: int) -> dict[str, int | bool]:
+    """Bytes that spill, registers and shared memory of a kernel on a card; whether it has to do without spills or contraction."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, types, constants, options, hot = COMPILED[name]
+    types = {**FLOAT, **BF16, **BYTES, **types}
+    signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, type_) in enumerate(signature.items())
+        if type_.startswith("*") or type_ == "i32" and argument not in UNALIGNED
+    }
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", card, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    ptxas = triton.knobs.nvidia.ptxas if card < 90 else triton.knobs.nvidia.ptxas_blackwell
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        contraction = [] if options["enable_fp_fusion"] else ["--fmad=false"]
+        command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        words = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
+    return {
+        "spilled": int(spilled.group(1)) + int(spilled.group(2)),
+        "registers": int(re.search(r"Used (\d+) registers", words).group(1)),
+        "shared": compiled.metadata.shared,
+        "hot": hot,
+        "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
+    }
+
+
+def compile_all() -> None:
+    for name in COMPILED:
+        for card in CARDS:
+            print(f"{name} for {card}\t{json.dumps(compile_for(name, card))}", flush=True)
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_all}[sys.argv[1]]()
