@@ -6,7 +6,7 @@ The sum, not the mean, leaves here: only the training loop knows the number of t
 (a mean of means weighs a token by the size of the micro-batch it fell into).
 
 On a small model with a large vocabulary the head is the largest product there is, and its logits the largest tensor. So the head
-runs only where a target follows, a chunk of CHUNK logits at a time; a frozen head's gradient d loss / d h = (softmax - onehot) W
+runs only where a target follows, CHUNK target tokens at a time; a frozen head's gradient d loss / d h = (softmax - onehot) W
 is taken in the same pass (as Liger does it on a GPU), and no [tokens, vocabulary] tensor ever lives. The layers run on the examples
 end to end, without padding (`qlora.attention`). Both ways part with the model's own forward, so `layout_of` first compares
 them with it on two short examples, and a model that they do not reproduce runs as transformers runs it, padded and whole.
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from qlora import attention
 
 IGNORED = -100  # the label of a token that does not count, as in torch.nn.functional.cross_entropy
-CHUNK = 1 << 25  # logits at a time, 64 MB of bf16: with a vocabulary of 128k still 261 rows each time the head is read
+CHUNK = 256  # target tokens at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
 # How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong position,
 # moves them by tenths; rounding by less than this.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -106,9 +106,8 @@ def _logits(model: nn.Module, states: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _chunks(model: nn.Module, states: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK // model.config.get_text_config().vocab_size)
-    return (slice(start, start + step) for start in range(0, states.shape[0], step))
+def _chunks(states: Tensor) -> Iterator[slice]:
+    return (slice(start, start + CHUNK) for start in range(0, states.shape[0], CHUNK))
 
 
 def logit_chunks(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,7 +117,7 @@ def logit_chunks(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor]]:
         yield target_logits(model, batch)
         return
     states, tokens = target_states(model, batch, layout)
-    for part in _chunks(model, states):
+    for part in _chunks(states):
         yield _logits(model, states[part]), tokens[part]
 
 
@@ -128,13 +127,11 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, scale: float, cap: float | None) -> Tensor:
         n, vocabulary = states.shape[0], weight.shape[0]
-        step = max(1, min(n, CHUNK // vocabulary))
-        buffer = states.new_empty(step, vocabulary)
+        buffer = states.new_empty(min(n, CHUNK), vocabulary)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         losses = states.new_empty(n, dtype=torch.promote_types(states.dtype, torch.float32))
-        for start in range(0, n, step):
-            part = states[start : start + step]
-            logits = torch.mm(part, weight.t(), out=buffer[: part.shape[0]])
+        for part in _chunks(states):
+            logits = torch.mm(states[part], weight.t(), out=buffer[: states[part].shape[0]])
             if bias is not None:
                 logits += bias
             if scale != 1.0:
@@ -144,11 +141,11 @@ class HeadLoss(torch.autograd.Function):
                 bent = logits.div_(cap).tanh_()
                 slope = 1 - bent.square()
                 logits = bent.mul_(cap)
-            losses[start : start + step] = ops.cross_entropy_(logits, tokens[start : start + step])
+            losses[part] = ops.cross_entropy_(logits, tokens[part])
             if gradient is not None:
                 if slope is not None:
                     logits *= slope
-                torch.mm(logits, weight, out=gradient[start : start + step])
+                torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient if scale == 1.0 else gradient.mul_(scale))
         return losses.sum()
@@ -175,7 +172,7 @@ def loss_sum(model: nn.Module, batch) -> Tensor:
         return F.cross_entropy(_logits(model, states).float(), tokens, reduction="sum")
 
     # A head that learns, itself or by an adapter: its logits are computed again in the backward pass, a chunk at a time.
-    parts = [checkpoint(loss, states[part], tokens[part], use_reentrant=False) for part in _chunks(model, states)]
+    parts = [checkpoint(loss, states[part], tokens[part], use_reentrant=False) for part in _chunks(states)]
     return torch.stack(parts).sum() if parts else states.sum() * 0
 
 

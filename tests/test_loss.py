@@ -128,7 +128,7 @@ def test_another_attention_mask_is_still_a_mask():
 @pytest.mark.parametrize("scale, cap", [(1.0, None), (0.25, None), (1.0, 5.0), (0.5, 3.0)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_head_loss_is_the_definition(monkeypatch, scale, cap, bias):
-    monkeypatch.setattr(loss, "CHUNK", 7 * 101)  # 7 rows at a time
+    monkeypatch.setattr(loss, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(23, 33, dtype=torch.float64, generator=generator, requires_grad=True)
     weight, tokens = torch.randn(101, 33, dtype=torch.float64, generator=generator), torch.randint(0, 101, (23,), generator=generator)
@@ -177,7 +177,7 @@ def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     expected = plain(model, batch)
     want = torch.autograd.grad(expected, adapter_parameters(model))
     layout_of(model)
-    monkeypatch.setattr(loss, "CHUNK", 20 * 4000)
+    monkeypatch.setattr(loss, "CHUNK", 20)
     with _Largest() as largest:
         found = loss_sum(model, batch)
         got = torch.autograd.grad(found, adapter_parameters(model))
