@@ -280,8 +280,8 @@ class PagedAdamW(torch.optim.Optimizer):
     # ---------------------------------------------------------------- memory
 
     def make_room(self) -> bool:
-        """An allocation failed: move half of the resident pages (at least one) to the slow tier, for good. False if none is left, or
-        with memory="all". What is computed does not change."""
+        """An allocation failed: move half of the resident pages (at least one) to the slow tier, for good. False if nothing is left
+        to give up, or with memory="all". What is computed does not change."""
         self._open()
         return self.pager.evict(-(-self.pager.resident // 2)) > 0 if self.memory != "all" else False
 
@@ -365,6 +365,7 @@ class PagedAdamW(torch.optim.Optimizer):
                             continue
                         values.copy_(flat[p][name][span.first : span.first + span.count])
                         if scales is not None:
+                            moments.values[k, span.at + span.count : span.at + scales.numel() * BLOCK].fill_((127, 0)[k])  # code of 0
                             scales.copy_(saved[p][f"{name}_absmax"][span.first // BLOCK :][: scales.numel()])
 
     def _misfits(self, number: int, p: Parameter, entry: dict[str, Any]) -> list[str]:
@@ -416,26 +417,28 @@ class Moments:
 
 
 class _Update:
-    """The update of a run, in memory that is allocated beforehand."""
+    """The update of a run, in memory that is allocated beforehand. Several small tensors are gathered, updated as one, and put
+    back."""
 
     def __init__(self, runs: Sequence[Run], device: torch.device):
         longest: dict[torch.dtype, int] = {}
         for run in runs:
             dtype = run.pieces[0][1].dtype
             longest[dtype] = max(longest.get(dtype, 0), run.stop - run.start)
-        self.gradient = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in longest.items()}
-        self.denominator = {dtype: torch.empty(n, dtype=dtype, device=device) for dtype, n in longest.items()}
+        self.buffers = {dtype: torch.empty(3, n, dtype=dtype, device=device).unbind() for dtype, n in longest.items()}
 
     def __call__(self, run: Run, moments: Moments) -> None:
         m, v = moments.values[:, run.start : run.stop].unbind()
+        p, g, denominator = (buffer[: m.numel()] for buffer in self.buffers[m.dtype])
         if len(run.pieces) == 1:
-            g = run.pieces[0][2]
+            ((_, p, g),) = run.pieces
         else:
-            g = torch.cat([gradient for _, _, gradient in run.pieces], out=self.gradient[m.dtype][: m.numel()])
-        denominator = advance(m, v, g, self.denominator[m.dtype][: m.numel()], run.scalars)
-        sizes = [p.numel() for _, p, _ in run.pieces]
-        for (_, p, _), m_part, d_part in zip(run.pieces, m.split(sizes), denominator.split(sizes), strict=True):
-            move(p, m_part, d_part, run.scalars)
+            torch.cat([values for _, values, _ in run.pieces], out=p)
+            torch.cat([gradient for _, _, gradient in run.pieces], out=g)
+        move(p, m, advance(m, v, g, denominator, run.scalars), run.scalars)
+        if len(run.pieces) > 1:
+            for (_, values, _), part in zip(run.pieces, p.split([values.numel() for _, values, _ in run.pieces]), strict=True):
+                values.copy_(part)
 
 
 def advance(m: Tensor, v: Tensor, g: Tensor, denominator: Tensor, s: Scalars) -> Tensor:

@@ -1,14 +1,15 @@
 """Pages of memory in two tiers: a fast one with a budget in bytes, and a slow one for the rest.
 
     device   fast tier                             slow tier                     a spilled page in use
-    cpu      anonymous memory of its own mapping   an unlinked, preallocated     a mapping of the file, read ahead by the kernel,
-                                                   file on a disk                given back with MADV_DONTNEED
+    cpu      anonymous memory of its own mapping   an unlinked, preallocated     where the file is mapped; the kernel reads ahead,
+                                                   file on a disk                writes back, and takes the memory when it needs it
     cuda     device memory                         pinned memory of the host     one of two staging slots, copied on side streams
 
 On a CPU the kernel's page cache is the transfer engine: a spilled page is used where the file maps it, and nothing is copied.
-What the cache holds counts neither as RssAnon nor against the budget, and the system takes it when it needs it. Copies by a
-thread into buffers of our own (the alternative) doubled the time of an optimizer step where mapped pages added a quarter.
-No managed memory: it loses its paging on resume and never frees. Every tier belongs to its `Pager` and goes with it.
+What the cache holds is no RssAnon and does not count against the budget, though `ps` shows it as resident. Copies by a thread
+into buffers of our own (the alternative) doubled the time of an optimizer step. Giving mapped pages back with MADV_DONTNEED
+frees no memory, only its mapping, and made it 1.4 times as long for the page faults; so the mapping stays, until an allocation
+fails: then addresses may be what is short (ulimit -v), and the file is mapped only while it is used. No managed memory: it loses its paging on resume and never frees. Every tier belongs to its `Pager` and goes with it.
 
 The CUDA tier has the same interface and is written after the same rules; it has not run on a card yet.
 """
@@ -99,7 +100,7 @@ class Pager:
 
     def evict(self, nbytes: int) -> int:
         """Move resident pages of at least `nbytes` bytes (or all there are) to the slow tier, the last first, and lower the budget
-        to what stays; returns the bytes freed.
+        to what stays; returns the bytes freed. Addresses that the slow tier used are freed too, for good.
 
         Raises:
             UserError: the slow tier has no room; nothing was moved.
@@ -115,6 +116,7 @@ class Pager:
             self._places[index] = place
             del self._fast[index]
         self.budget = self.resident
+        freed += self._slow.unmap()
         if chosen and self.device.type == "cuda":
             torch.cuda.empty_cache()
         return freed
@@ -192,6 +194,8 @@ class MappedFile:
         self.folder = Path(folder or tempfile.gettempdir())
         self.moved = self.stalls = 0
         self._handle, self._length = -1, 0
+        self._kept: mmap.mmap | None = None
+        self._keep = True
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
         """Offsets of new pages of zeros. Raises: UserError if the disk has no room, or the folder lies in memory."""
@@ -213,15 +217,28 @@ class MappedFile:
             place, rest = place + written, rest[written:]
 
     def read(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
-        window = torch.frombuffer(mmap.mmap(self._handle, self._length), dtype=torch.uint8)
+        window = torch.frombuffer(self._map(), dtype=torch.uint8)
         return [window[place : place + size] for place, size in places]
+
+    def _map(self) -> mmap.mmap:
+        if self._kept is not None and len(self._kept) == self._length:
+            return self._kept
+        mapping = mmap.mmap(self._handle, self._length)
+        self._kept = mapping if self._keep else None
+        return mapping
+
+    def unmap(self) -> int:
+        """From now on map the file only while it is used; returns the bytes of addresses that are freed."""
+        freed = len(self._kept) if self._kept is not None else 0
+        self._kept, self._keep = None, False
+        return freed
 
     @contextmanager
     def walk(self, places: Sequence[tuple[int, int]]) -> Iterator[Iterator[Tensor]]:
         if not places:
             yield iter(())
             return
-        pages = self._walk(mmap.mmap(self._handle, self._length), places)
+        pages = self._walk(self._map(), places)
         try:
             yield pages
         finally:
@@ -232,18 +249,16 @@ class MappedFile:
         for (place, size), following in zip(places, [*places[1:], None], strict=True):
             if following is not None:
                 os.posix_fadvise(self._handle, *following, os.POSIX_FADV_WILLNEED)  # returns at once; the kernel reads
-            waited = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
-            try:
-                mapping.madvise(_POPULATE_WRITE, place, size)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # an older kernel, which takes the faults one by one
-                    raise
-            self.stalls += resource.getrusage(resource.RUSAGE_THREAD).ru_majflt > waited
+            waited = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+            if not self._keep:
+                _fault_in(mapping, place, size)
             try:
                 yield window[place : place + size]
             finally:
-                mapping.madvise(mmap.MADV_DONTNEED, place, size)
+                self.stalls += resource.getrusage(resource.RUSAGE_SELF).ru_majflt > waited
                 self.moved += 2 * size
+                if not self._keep:
+                    mapping.madvise(mmap.MADV_DONTNEED, place, size)
 
     def scratch(self, nbytes: int) -> Tensor:
         handle = open_unlinked(self.folder)
@@ -254,9 +269,19 @@ class MappedFile:
             os.close(handle)
 
     def close(self) -> None:
+        self.unmap()
         if self._handle >= 0:
             self._finalizer()
         self._handle, self._length = -1, 0
+
+
+def _fault_in(mapping: mmap.mmap, place: int, size: int) -> None:
+    """Take the page faults of a range at once, which costs half of taking them one by one."""
+    try:
+        mapping.madvise(_POPULATE_WRITE, place, size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel older than 5.14
+            raise
 
 
 def open_unlinked(folder: Path) -> int:
@@ -385,6 +410,9 @@ class PinnedMemory:
 
     def scratch(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def unmap(self) -> int:
+        return 0
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)

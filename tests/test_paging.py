@@ -85,8 +85,6 @@ def test_what_was_written_before_an_exception_stays(tmp_path):
             if number == 1:
                 del page
                 raise KeyError
-    gc.collect()
-    assert mapped(tmp_path) == 0
     assert [page[0].item() for page in pager.pages()] == [1, 2, 0]
     pager.close()
 
