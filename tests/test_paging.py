@@ -165,6 +165,8 @@ def test_a_cold_file_is_a_stall(tmp_path):
     assert same(pager, expected)
     warm = pager.stalls
     assert same(pager, expected) and pager.stalls == warm
+    assert pager.evict(0) == 4 * MB and pager.evict(0) == 0  # the addresses of the mapping, which would keep the file in the cache
+    assert same(pager, expected) and mapped(tmp_path) == 0 and pager.stalls == warm
     (handle,) = handles(tmp_path)
     os.fsync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
