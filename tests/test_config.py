@@ -57,6 +57,16 @@ def test_text_becomes_what_it_says():
 @pytest.mark.parametrize("text, size", [("1GB", 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), (7, 7)])
 def test_sizes(text, size):
     assert MergeConfig(adapter="a", output="o", shard_size=text).shard_size == size
+    assert FinetuneConfig(**NEEDED, optimizer_memory=text).optimizer_memory == size
+
+
+def test_optimizer_memory():
+    for word in ("auto", "all", "none"):
+        assert FinetuneConfig(**NEEDED, optimizer_memory=word).optimizer_memory == word
+    assert FinetuneConfig(**NEEDED, optimizer_memory="0").optimizer_memory == 0
+    for value in ("some", "-1", -1, "10%", 1.5, True, ""):
+        (line,) = problems(optimizer_memory=value)
+        assert "must be auto, all, none or a size such as 200MB" in line
 
 
 @pytest.mark.parametrize("name, value", [

@@ -245,6 +245,21 @@ def test_control_c_then_the_printed_command_is_the_uninterrupted_run(config, tmp
     same_files(output / "checkpoints/step-000400", tmp_path / "whole/checkpoints/step-000400")
 
 
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_resumed_under_another_budget_is_the_same_run_to_the_bit(config, tmp_path, capsys, state):
+    usual = dict(dropout=0.1, save_every=2, steps=6, optimizer_state=state)
+    finetune(config("whole", **usual))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000004", "step-000006"))
+    capsys.readouterr()
+    finetune(config("cut", resume=True, optimizer_memory="none", **usual))
+    said = capsys.readouterr().out
+    assert f"AdamW in {state}" in said and "of it spilled" in said
+    same_files(tmp_path / "whole/checkpoints/step-000006", tmp_path / "cut/checkpoints/step-000006")
+    assert not any(path.name.startswith(".") for path in (tmp_path / "cut").rglob("*"))
+    (problem,) = refused(config("cut", resume=True, **usual | {"optimizer_state": {"float32": "8bit", "8bit": "float32"}[state]}))
+    assert problem.startswith("optimizer_state=") and f"the run began with optimizer_state={state}" in problem
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -314,6 +329,18 @@ def test_a_full_disk(config, tmp_path):
     finetune(config(steps=1))
 
 
+def test_no_room_for_spilled_state_is_told_before_training(config, tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        (problem,) = refused(config(optimizer_memory="none"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the disk has no room" in problem and not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(config, tmp_path):
     problems = refused(config(learning_rate=1e20, steps=6, save_every=1, clip=0.0))
     assert "is no finite number at step" in problems[0]
@@ -380,10 +407,11 @@ CHANGES_THE_ADAPTER = {
     "bits": 16, "blocksize": 32, "double_quant": False, "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True,
     "dropout": 0.5, "targets": "q_proj", "learning_rate": 1e-3, "schedule": "linear", "warmup": 2, "weight_decay": 0.5,
     "clip": 0.01, "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "steps": 3, "epochs": 0.1, "batch_size": 3, "accumulate": 2,
-    "max_tokens": 34, "truncate": "drop", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
+    "max_tokens": 34, "truncate": "drop", "optimizer_state": "8bit", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
 }  # fmt: skip
 TESTED_ELSEWHERE = {
-    "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",  # above
+    "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",
+    "optimizer_memory",  # above
     "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
 }  # fmt: skip
 

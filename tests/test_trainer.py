@@ -7,7 +7,7 @@ import torch
 import transformers
 from helpers import relative
 
-from qlora import adapter_parameters, attach_adapters, load_adapter, load_base, named_adapters, save_adapter
+from qlora import PagedAdamW, adapter_parameters, attach_adapters, load_adapter, load_base, named_adapters, save_adapter
 from qlora.adapters import FrozenWeight, row_norms
 
 
@@ -58,3 +58,25 @@ def test_trainer_with_activation_checkpointing(saved_models, tmp_path):
     before = [p.detach().clone() for p in adapter_parameters(model)]
     transformers.Trainer(model=model, args=arguments, train_dataset=Sentences()).train()
     assert any(not torch.equal(p, b) for p, b in zip(adapter_parameters(model), before, strict=True))
+
+
+def test_trainer_with_the_paged_optimizer(saved_models, tmp_path):
+    """The weights are those of torch's AdamW, to the bit, also where Trainer goes on from its own checkpoint."""
+
+    def run(make, steps: int, resume: str | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        model = attach_adapters(load_base(str(saved_models("llama")), dtype="fp32"), method="dora", rank=4)
+        arguments = transformers.TrainingArguments(
+            output_dir=tmp_path / "trainer", max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_steps=3, warmup_steps=2, dataloader_pin_memory=False, lr_scheduler_type="constant_with_warmup",
+        )  # fmt: skip
+        optimizer = make(adapter_parameters(model))
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return [p.detach().clone() for p in adapter_parameters(model)]
+
+    expected = run(lambda params: torch.optim.AdamW(params, lr=1e-2, foreach=False, fused=False), 6)
+    whole = run(lambda params: PagedAdamW(params, lr=1e-2, memory="none", folder=tmp_path), 6)
+    resumed = run(lambda params: PagedAdamW(params, lr=1e-2, memory=50_000, folder=tmp_path), 6, str(tmp_path / "trainer/checkpoint-3"))
+    for other in (whole, resumed):
+        assert all(torch.equal(p, q) for p, q in zip(expected, other, strict=True))
