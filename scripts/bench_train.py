@@ -2,8 +2,8 @@
 
     python scripts/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large] [--json FILE]
 
-SmolLM2-135M, rank 16, all-linear, bf16, AdamW, no activation checkpointing, the same batches and the same loop. PEFT runs in both
-recipes, with `prepare_model_for_kbit_training` and without. Each measurement is a process of its own, and the contestants take
+SmolLM2-135M, rank 16, all-linear, bf16, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no activation
+checkpointing, the same batches and the same loop. PEFT runs in both recipes, with `prepare_model_for_kbit_training` and without. Each measurement is a process of its own, and the contestants take
 turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians over all rounds. Peak memory
 is RssAnon, the baseline after imports included. The losses of the first step must agree, or it is not the same work.
 
@@ -46,13 +46,11 @@ def real_batches(path: str, count: int) -> list:
     return [collate(examples[4 * i : 4 * i + 4]) for i in range(count)]
 
 
-def take_steps(model, batches: list) -> dict:
+def take_steps(model, batches: list, adamw) -> dict:
     """An optimizer step a batch; seconds of each but the first, first loss, tokens of the timed ones."""
-    import torch
-
     from qlora.train import optimizer_step
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
     seconds, losses = [], []
     for step, batch in enumerate(batches):
@@ -79,7 +77,7 @@ def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
             model = qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
         else:
             model = theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
-        return take_steps(model, batches) | {"peak": memory.peak()}
+        return take_steps(model, batches, qlora.PagedAdamW if side == "ours" else torch.optim.AdamW) | {"peak": memory.peak()}
 
 
 def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
@@ -94,7 +92,7 @@ def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
         model = qlora.attach_adapters(random_nf4_llama(shape), method="dora", rank=16, alpha=32)
         if checkpointing:
             checkpoint_activations(model)
-        return take_steps(model, [random_batch(work)] * 3) | {"peak": memory.peak()}
+        return take_steps(model, [random_batch(work)] * 3, qlora.PagedAdamW) | {"peak": memory.peak()}
 
 
 def child(*arguments) -> dict:
