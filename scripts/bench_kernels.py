@@ -104,6 +104,31 @@ def cases(out: int, columns: int) -> list[Case]:
         Case("dequantize to fp32, reused", 4 * n + codes, into(fp32), peer[fp32]),
         Case(f"DoRA row norms, rank {RANK}", codes, lambda: ops.row_norms_nf4(packed, *parts, A, B, 2.0, out, columns, BLOCKSIZE, NESTED), peft_norms),
         Case(f"DoRA magnitude gradient, {TOKENS} tokens", 4 * TOKENS * out, lambda: ops.column_dots(dy, y), lambda: (dy * y).sum(0, dtype=torch.float32)),
+        *step_cases(out, columns),
+    ]  # fmt: skip
+
+
+def step_cases(out: int, columns: int) -> list[Case]:
+    """What lies between the products: loss, RMSNorm and gated product, forward and backward, beside transformers' chains."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from qlora.fused import RMSNorm, _SwiGLU
+
+    norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
+    fused = RMSNorm(norm.weight, norm.variance_epsilon)
+    x, gate, up, dy = (torch.randn(TOKENS, out).bfloat16().requires_grad_(k < 3) for k in range(4))
+    logits, tokens = torch.randn(64, 49152).bfloat16().requires_grad_(), torch.randint(0, 49152, (64,))
+
+    def both(function: Callable, *inputs: torch.Tensor):
+        return lambda: torch.autograd.grad(function(*inputs), inputs, dy)
+
+    def loss():
+        return torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum"), logits)
+
+    return [
+        Case("loss of 64 x 49152 logits and gradient", 4 * logits.numel(), lambda: ops.cross_entropy_(logits.detach().clone(), tokens), loss),
+        Case(f"RMSNorm, {TOKENS} tokens, both ways", 10 * TOKENS * out, both(fused, x), both(norm, x)),
+        Case(f"SwiGLU, {TOKENS} tokens, both ways", 16 * TOKENS * out, both(_SwiGLU.apply, gate, up), both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)),
     ]  # fmt: skip
 
 

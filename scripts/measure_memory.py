@@ -1,9 +1,10 @@
-"""Peak anonymous memory of loading and of merging, beside what the README promises.
+"""Peak anonymous memory of loading and of merging, beside what the README promises; and how fast loading is.
 
     python scripts/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
 
     loading   the quantized model + about two of its largest tensors
     merging   one output shard (1 GB) + about two tensors
+    speed     loading and quantizing beside reading the same tensors and converting them to float32 with plain torch, files cached
 
 Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as in
 Llama 3.2 1B). Each measurement runs in a process of its own: RssAnon is sampled every few milliseconds by a thread, the baseline
@@ -49,6 +50,7 @@ def write_random_llama(folder: Path, shape: str) -> None:
 def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     """Run one task in this process and return its figures in bytes and seconds."""
     import torch
+    from safetensors import safe_open
 
     import qlora
     from qlora.train import PeakMemory, anonymous_memory
@@ -57,6 +59,13 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     from transformers import AutoModelForCausalLM  # noqa: F401  part of the baseline
     import qlora.merging
 
+    if task == "read":
+        started = time.perf_counter()
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    file.get_tensor(name).float()
+        return {"task": task, "seconds": round(time.perf_counter() - started, 2)}
     baseline = anonymous_memory()
     started = time.perf_counter()
     with PeakMemory(torch.device("cpu")) as memory:
@@ -72,7 +81,7 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
             if task == "adapter":
                 qlora.attach_adapters(model, method="dora", rank=16)
                 qlora.save_adapter(model, adapter, qlora.load_tokenizer(folder))
-            return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "model": held, "largest_tensor": largest, "seconds": round(seconds, 1)}
+            return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "model": held, "largest_tensor": largest, "seconds": round(seconds, 2)}
         seconds = time.perf_counter() - started
         peak = memory.peak()
     return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "seconds": round(seconds, 1)}
@@ -93,13 +102,14 @@ def main() -> None:
         if not arguments.model:
             write_random_llama(Path(folder), arguments.parameters)
         rows = []
-        for task in ("load", "adapter", "merge"):
+        for task in ("read", "load", "read", "load", "adapter", "merge"):
             command = [sys.executable, __file__, "--task", task, folder, f"{scratch}/adapter", f"{scratch}/merged"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-        load, _, merge = rows
+        _, _, read, load, _, merge = rows  # the first two brought the files into the page cache
         for row in (load, merge):
             print(f"{row['task']:6} peak {row['peak_over_baseline'] / 1e6:8.0f} MB over a baseline of {row['baseline'] / 1e6:.0f} MB, {row['seconds']} s")
+        print(f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, so {read['seconds'] / load['seconds']:.2f} of its speed")
         bound = load["model"] + 2 * load["largest_tensor"]
         print(f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed")
         print(f"merging: 1000 MB of shard + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {1000 + 2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
