@@ -258,7 +258,7 @@ class LinearLayers:
     already (`scales` stays None there: the file does not tell). The resolved values are the attributes of the same names.
 
     Raises:
-        UserError: an option was given that has no effect on 16 bits, or contradicts the checkpoint.
+        UserError: an option was given that is impossible, has no effect on 16 bits, or contradicts the checkpoint.
     """
 
     def __init__(
@@ -277,11 +277,13 @@ class LinearLayers:
             elif value is not None and found:
                 what = "" if found == {None} else f" with {name}={', '.join(map(str, sorted(found)))}"
                 problems.append(problem(name, value, f"this checkpoint is NF4 already{what}", "Leave it out, or use the 16-bit original"))
-        if problems:
-            raise UserError(problems)
         defaults = held[0] if held else {"blocksize": 64, "double_quant": True, "scales": "absmax"}
         self.bits = bits
         self.blocksize, self.double_quant, self.scales = (defaults[name] if value is None else value for name, value in given.items())
+        if not held:
+            problems += nf4.option_problems(self.blocksize, self.scales)
+        if problems:
+            raise UserError(problems)
         self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}

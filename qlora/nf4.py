@@ -47,6 +47,16 @@ class NF4Weight:
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 
+def option_problems(blocksize: int, scales: str) -> list[str]:
+    """What is wrong with the options of `quantize`."""
+    problems = []
+    if blocksize not in BLOCKSIZES:
+        problems.append(problem("blocksize", blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
+    if scales not in SCALES:
+        problems.append(problem("scales", scales, f"must be {' or '.join(SCALES)}", "absmax is the usual choice"))
+    return problems
+
+
 def quantize(
     weight: Tensor, blocksize: int = 64, double_quant: bool = True, name: str = "weight", scales: str = "absmax"
 ) -> NF4Weight:
@@ -59,11 +69,7 @@ def quantize(
         UserError: the block size is not one of 32..4096, or the scales are of neither kind; the weight is not a floating-point matrix, or it holds NaN or inf
             (the message names `name`).
     """
-    problems = []
-    if blocksize not in BLOCKSIZES:
-        problems.append(problem("blocksize", blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
-    if scales not in SCALES:
-        problems.append(problem("scales", scales, f"must be {' or '.join(SCALES)}", "absmax is the usual choice"))
+    problems = option_problems(blocksize, scales)
     if weight.dim() != 2 or weight.numel() == 0:
         problems.append(problem(name, tuple(weight.shape), "NF4 stores a non-empty matrix [out, in]", "Keep other tensors in 16 bits"))
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

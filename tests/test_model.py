@@ -140,6 +140,9 @@ def test_options_that_contradict_the_checkpoint(saved_models, tmp_path):
     with pytest.raises(UserError) as error:
         load_base(str(saved_models("llama")), bits=16, blocksize=64, double_quant=True, scales="absmax")
     assert [line.split("=")[0] for line in error.value.problems] == ["blocksize", "double_quant", "scales"]
+    with pytest.raises(UserError) as error:
+        load_base(str(saved_models("llama")), blocksize=48, scales="max")
+    assert [line.split("=")[0] for line in error.value.problems] == ["blocksize", "scales"]
 
 
 def test_fingerprint(saved_models, tmp_path):
