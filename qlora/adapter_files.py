@@ -33,7 +33,7 @@ from qlora.errors import UserError, problem
 from qlora.files import read_json, whole_folder, write_json
 from qlora.linear import FrozenWeight
 from qlora.model import BaseRecipe, load_base
-from qlora.sources import load_tokenizer
+from qlora.sources import load_tokenizer, resolve
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
 PREFIX = "base_model.model."
@@ -163,8 +163,8 @@ def _card(name: str | None, spec: AdapterSpec, base: BaseRecipe | None, notes: M
         "adapted layers": f"{len(spec.modules)}: " + ", ".join(sorted({m.rsplit(".", 1)[-1] for m in spec.modules})),
     }
     if base is not None and base.bits == 4:
-        double = ", double quantization" if base.double_quant else ""
-        rows["base weights"] = f"NF4, block size {base.blocksize}{double}, computed in {base.dtype}"
+        how = (", double quantization" if base.double_quant else "") + (", scales of least squared error" if base.scales == "mse" else "")
+        rows["base weights"] = f"NF4, block size {base.blocksize}{how}, computed in {base.dtype}"
     elif base is not None:
         rows["base weights"] = base.dtype
     for key, value in notes.items():
@@ -302,12 +302,12 @@ def load_adapted(
             if bits not in (None, base.bits):
                 rule = f"the adapter was trained on {base.bits} bits"
                 raise UserError(problem("bits", bits, rule, "Leave --bits out, or merge the adapter: qlora merge --base original"))
-            recipe = {"bits": base.bits, "blocksize": base.blocksize, "double_quant": base.double_quant}
-            recipe["dtype"] = base.dtype if dtype == "auto" else dtype
+            recipe = {"bits": base.bits, "dtype": base.dtype if dtype == "auto" else dtype}
         if model is None:
             model, revision = base.model, base.revision
         if model is None:
             raise UserError(problem("adapter", adapter, "does not name its base model", "Give --model too"))
+        recipe |= base.quantization(resolve(model, revision))
     loaded = load_base(model, device=device, trust_remote_code=trust_remote_code, revision=revision, **recipe)
     if adapter is not None:
         load_adapter(loaded, adapter)
@@ -381,7 +381,8 @@ def _base_problems(model: nn.Module, trained: BaseRecipe, folder: Path) -> list[
         return []
 
     def words(recipe: BaseRecipe) -> str:
-        quantized = f", block size {recipe.blocksize}, double_quant {recipe.double_quant}" if recipe.bits == 4 else ""
+        made = f", block size {recipe.blocksize}, double_quant {recipe.double_quant}, scales {recipe.scales}"
+        quantized = made if recipe.bits == 4 else ""
         return f"{recipe.model} ({recipe.bits} bits{quantized}, fingerprint {recipe.fingerprint[:12]})"
 
     rule = f"was trained on {words(trained)}; this model is {words(base)}"

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from qlora_kernels import BackendError  # a package without torch in it
 
@@ -142,7 +142,7 @@ def parser(name: str) -> argparse.ArgumentParser:
         note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
         flag = "--" + entry.name.replace("_", "-")
         about = {"dest": entry.name, "help": (entry.metadata["help"] + note).replace("%", "%%")}
-        if kind is bool:
+        if bool in (kind, *get_args(kind)):
             about["action"] = argparse.BooleanOptionalAction
         else:
             words = "{" + ",".join(map(str, choices(kind))) + "}"

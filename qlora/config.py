@@ -92,10 +92,15 @@ class _Bits(Options):
 
 @dataclass(kw_only=True)
 class _Blocks(Options):
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = option(64, group=QUANTIZATION,
-                                                                         help="weights that share one NF4 scale")
-    double_quant: bool = option(True, group=QUANTIZATION,
-                                help="store the NF4 scales in 8 bits (0.516 instead of 0.563 bytes a weight)")
+    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds. So what is given means something.
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = option(
+        None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)")
+    double_quant: bool | None = option(
+        None, group=QUANTIZATION,
+        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight (default yes, or as in a 4-bit checkpoint)")
+    scales: Literal["absmax", "mse"] | None = option(
+        None, group=QUANTIZATION,
+        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error (default absmax)")
 
 
 @dataclass(kw_only=True)

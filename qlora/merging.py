@@ -120,7 +120,7 @@ def merge(
         raise UserError(problem("base", base, f"{name} is quantized itself and holds no original weights", "Use --base dequantized, or --model with the original"))
 
     quantized = base == "dequantized" and (recipe.bits == 4 or source.packed)
-    layers = LinearLayers(source, 4 if quantized else 16, recipe.blocksize or 64, bool(recipe.double_quant))
+    layers = LinearLayers(source, 4, **recipe.quantization(source)) if quantized else LinearLayers(source, 16)
     tensors = load_file(Path(adapter).expanduser() / TENSORS)
     parts = {module: {part: tensors.get(f"{PREFIX}{module}.{key}") for part, key in KEYS.items()} for module in spec.modules}
     target = DTYPES[dtype]
@@ -171,8 +171,9 @@ def quantize_checkpoint(
     model: str,
     output: str | Path,
     *,
-    blocksize: int = 64,
-    double_quant: bool = True,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+    scales: str | None = None,
     dtype: str = "auto",
     shard_size: int = 10**9,
     trust_remote_code: bool = False,
@@ -180,7 +181,8 @@ def quantize_checkpoint(
 ) -> Path:
     """Write a 4-bit checkpoint that transformers loads through bitsandbytes, and `load_base` as it is; returns the folder.
 
-    Linear layers but the head become NF4, everything else `dtype` ("auto": bf16 where this machine computes in it, else fp32).
+    Linear layers but the head become NF4 (`blocksize`, `double_quant`, `scales`: see `nf4.quantize`; None: its defaults),
+    everything else `dtype` ("auto": bf16 where this machine computes in it, else fp32).
 
     Raises:
         UserError: the output is not empty, the model is quantized already, a weight holds NaN or inf, or the disk is full.
@@ -190,7 +192,7 @@ def quantize_checkpoint(
     if source.packed:
         raise UserError(problem("model", model, "is NF4 already", "Use it as it is"))
     target = DTYPES[resolve_dtype(dtype, CPU)]
-    layers = LinearLayers(source, 4, blocksize, double_quant)
+    layers = LinearLayers(source, 4, blocksize, double_quant, scales)
     skipped: list[str] = []
 
     def note(empty: torch.nn.Module) -> None:
@@ -212,7 +214,7 @@ def quantize_checkpoint(
         written = stream(source, visit, dtype=target, device=CPU, prepare=note, trust_remote_code=trust_remote_code)
         writer.close()
         written.config.quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=layers.double_quant,
             bnb_4bit_compute_dtype=target, llm_int8_skip_modules=skipped,
         ).to_dict()  # fmt: skip
         _write_config(written, part, target)

@@ -37,7 +37,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights."""
+    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights.
+
+    `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had absmax.
+    """
 
     model: str
     revision: str | None
@@ -46,6 +49,13 @@ class BaseRecipe:
     double_quant: bool
     dtype: str
     fingerprint: str
+    scales: str | None = "absmax"
+
+    def quantization(self, source: Source) -> dict[str, int | bool | str | None]:
+        """The options for `LinearLayers` that make these weights from `source` again; none where it needs none."""
+        if self.bits != 4 or source.packed:
+            return {}
+        return {"blocksize": self.blocksize, "double_quant": self.double_quant, "scales": self.scales}
 
 
 # ---------------------------------------------------------------- what runs where
@@ -204,27 +214,27 @@ def load_base(
     bits: int = 4,
     dtype: str = "auto",
     device: str = "auto",
-    blocksize: int = 64,
-    double_quant: bool = True,
+    blocksize: int | None = None,
+    double_quant: bool | None = None,
+    scales: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """A frozen base model from a folder, a .gguf file, a hub id or "smollm2-135m", with every linear layer but the head in NF4
     (`bits=4`) or as it is (`bits=16`). Peak memory: the result and about two of its largest tensors.
+    `blocksize`, `double_quant` and `scales` (None: see `LinearLayers`) are those of `nf4.quantize`.
 
     Returns an ordinary transformers model in evaluation mode; `model.qlora_base` records how it was made.
 
     Raises:
-        UserError: nothing to load, a checkpoint that is incomplete, or NaN or inf in a weight (named).
+        UserError: nothing to load, a checkpoint that is incomplete or contradicts the options, or NaN or inf in a weight (named).
     """
     if bits not in (4, 16):
         raise UserError(problem("bits", bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
     source = resolve(model, revision)
     place = resolve_device(device)
     dtype = resolve_dtype(dtype, place)
-    if source.packed and bits == 16:
-        raise UserError(problem("bits", bits, "this checkpoint is NF4 already", "Use --bits 4, or the 16-bit original"))
-    layers = LinearLayers(source, bits, blocksize, double_quant)
+    layers = LinearLayers(source, bits, blocksize, double_quant, scales)
     loaded = stream(
         source, layers.visit, dtype=DTYPES[dtype], device=place,
         prepare=layers.prepare, wants=layers.wants, trust_remote_code=trust_remote_code,
@@ -233,22 +243,50 @@ def load_base(
     loaded.config.use_cache = False
     # A local path is kept whole: the adapter must find its base from any folder.
     name = str(Path(model).expanduser().absolute()) if model != SMOLLM2 and Path(model).expanduser().exists() else model
-    loaded.qlora_base = BaseRecipe(name, revision, bits, layers.blocksize, double_quant, dtype, layers.fingerprint())
+    loaded.qlora_base = BaseRecipe(
+        name, revision, bits, layers.blocksize, layers.double_quant, dtype, layers.fingerprint(), layers.scales
+    )
     if ops.fuses(place):
         fuse(loaded)
     return loaded.eval()
 
 
 class LinearLayers:
-    """The linear weights of a model as they stream by: which there are, their NF4 form, and a fingerprint of them all."""
+    """The linear weights of a model as they stream by: which there are, their NF4 form, and a fingerprint of them all.
 
-    def __init__(self, source: Source, bits: int, blocksize: int, double_quant: bool):
-        self.bits, self.blocksize, self.double_quant = bits, blocksize, double_quant
+    An option that is None is 64, True or "absmax" for weights to quantize, and what the file holds for a checkpoint that is NF4
+    already (`scales` stays None there: the file does not tell). The resolved values are the attributes of the same names.
+
+    Raises:
+        UserError: an option was given that is impossible, has no effect on 16 bits, or contradicts the checkpoint.
+    """
+
+    def __init__(
+        self, source: Source, bits: int, blocksize: int | None = None, double_quant: bool | None = None, scales: str | None = None
+    ):
         self.packed = packed_layers(source) if source.packed else None
+        given = {"blocksize": blocksize, "double_quant": double_quant, "scales": scales}
+        held = [dict(zip(given, (*layer, None), strict=True)) for layer in (self.packed or {}).values()]
+        problems = []
+        if self.packed is not None and bits == 16:
+            problems.append(problem("bits", bits, "this checkpoint is NF4 already", "Use --bits 4, or the 16-bit original"))
+        for name, value in given.items():
+            found = {layer[name] for layer in held} - {value}
+            if value is not None and bits == 16:
+                problems.append(problem(name, value, "has no effect on 16-bit weights", "Leave it out, or use --bits 4"))
+            elif value is not None and found:
+                what = "" if found == {None} else f" with {name}={', '.join(map(str, sorted(found)))}"
+                problems.append(problem(name, value, f"this checkpoint is NF4 already{what}", "Leave it out, or use the 16-bit original"))
+        defaults = held[0] if held else {"blocksize": 64, "double_quant": True, "scales": "absmax"}
+        self.bits = bits
+        self.blocksize, self.double_quant, self.scales = (defaults[name] if value is None else value for name, value in given.items())
+        if not held:
+            problems += nf4.option_problems(self.blocksize, self.scales)
+        if problems:
+            raise UserError(problems)
         self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
         self.transposed: set[str] = set()
         self.samples: dict[str, bytes] = {}
-        self.replaced: dict[str, NF4Linear] = {}
 
     def note(self, model: nn.Module) -> None:
         """Note the linear layers of the empty model."""
@@ -267,13 +305,12 @@ class LinearLayers:
         if self.bits == 4:
             for name, (out, columns) in self.shapes.items():
                 layer = model.get_submodule(name)
-                double_quant = self.double_quant if self.packed is None else self.packed[name]
+                blocksize, double_quant = (self.blocksize, self.double_quant) if self.packed is None else self.packed[name]
                 with torch.device("meta"):
-                    replacement = NF4Linear(columns, out, layer.bias is not None, self.blocksize, double_quant)
+                    replacement = NF4Linear(columns, out, layer.bias is not None, blocksize, double_quant)
                 if layer.bias is not None:
                     replacement.bias = layer.bias
                 model.set_submodule(name, replacement)
-                self.replaced[name] = replacement
 
     def wants(self, name: str) -> bool:
         """Whether the parameter `name` belongs to a layer noted here (its weight or, once quantized, a constant of it)."""
@@ -292,7 +329,7 @@ class LinearLayers:
         if oriented.shape != self.shapes[layer]:
             raise UserError(problem(name, tuple(oriented.shape), f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"))
         self.sample(layer, oriented)
-        return nf4.quantize(oriented, self.blocksize, self.double_quant, name=name)
+        return nf4.quantize(oriented, self.blocksize, self.double_quant, name, self.scales)
 
     def sample(self, layer: str, weight: Tensor) -> None:
         """Remember the first values of `weight` [out, in] for the fingerprint."""
@@ -306,7 +343,6 @@ class LinearLayers:
             self.sample(layer, value.t() if layer in self.transposed else value)
             return {name: value}
         weight = self.quantized(name, value)
-        self.replaced[layer].blocksize = self.blocksize = weight.blocksize  # a 4-bit checkpoint brings its own
         parts = {name: weight.packed, f"{layer}.absmax": weight.absmax}
         if weight.nested_absmax is not None:
             parts |= {f"{layer}.nested_absmax": weight.nested_absmax, f"{layer}.nested_offset": weight.nested_offset}

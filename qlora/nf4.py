@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlora.errors import UserError, problem
 
+SCALES = ("absmax", "mse")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -46,29 +47,48 @@ class NF4Weight:
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 
-def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True, name: str = "weight") -> NF4Weight:
-    """Quantize `weight` [out, in] (float32, bfloat16 or float16) to NF4.
-
-    Raises:
-        UserError: the block size is not one of 32..4096, the weight is not a floating-point matrix, or it holds NaN or inf
-            (the message names `name`).
-    """
+def option_problems(blocksize: int, scales: str) -> list[str]:
+    """What is wrong with the options of `quantize`."""
     problems = []
     if blocksize not in BLOCKSIZES:
         problems.append(problem("blocksize", blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
+    if scales not in SCALES:
+        problems.append(problem("scales", scales, f"must be {' or '.join(SCALES)}", "absmax is the usual choice"))
+    return problems
+
+
+def quantize(
+    weight: Tensor, blocksize: int = 64, double_quant: bool = True, name: str = "weight", scales: str = "absmax"
+) -> NF4Weight:
+    """Quantize `weight` [out, in] (float32, bfloat16 or float16) to NF4.
+
+    `scales`: "absmax" is the largest magnitude of a block, the bytes that bitsandbytes writes. "mse" is the scale that leaves the
+    least squared error of the block; the codes are then the nearest levels under the scales as double quantization decodes them.
+
+    Raises:
+        UserError: the block size is not one of 32..4096, or the scales are of neither kind; the weight is not a floating-point matrix, or it holds NaN or inf
+            (the message names `name`).
+    """
+    problems = option_problems(blocksize, scales)
     if weight.dim() != 2 or weight.numel() == 0:
         problems.append(problem(name, tuple(weight.shape), "NF4 stores a non-empty matrix [out, in]", "Keep other tensors in 16 bits"))
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         problems.append(problem(name, weight.dtype, "must be float32, bfloat16 or float16", "Convert it first"))
     if problems:
         raise UserError(problems)
-    packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
+    weight = weight.detach()
+    if scales == "mse":
+        packed, absmax = None, ops.fit_scales_nf4(weight, blocksize)
+    else:
+        packed, absmax = ops.quantize_nf4(weight, blocksize)
     # A NaN or inf always reaches the largest magnitude of its block, so the block maxima tell for the whole weight.
     if not bool(torch.isfinite(absmax).all()):
         raise UserError(problem(name, "NaN or inf", "a weight to quantize must be finite", "The checkpoint is damaged or diverged; load another"))
     nested = offset = None
     if double_quant:
         absmax, nested, offset = ops.quantize_absmax(absmax, NESTED_BLOCKSIZE)
+    if packed is None:
+        packed = ops.encode_nf4(weight, reference.decode_absmax(absmax, nested, offset, NESTED_BLOCKSIZE), blocksize)
     return NF4Weight(packed, absmax, nested, offset, (weight.shape[0], weight.shape[1]), blocksize)
 
 

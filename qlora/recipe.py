@@ -39,9 +39,9 @@ from qlora.data import (
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
-from qlora.model import load_base, resolve_device, resolve_dtype
+from qlora.model import LinearLayers, load_base, resolve_device, resolve_dtype
 from qlora.optim import PagedAdamW
-from qlora.sources import load_tokenizer
+from qlora.sources import load_tokenizer, resolve
 from qlora.train import (
     Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
 )  # fmt: skip
@@ -89,7 +89,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
         model = load_base(
             config.model, bits=config.bits, dtype=config.dtype, device=config.device, blocksize=config.blocksize,
-            double_quant=config.double_quant, trust_remote_code=config.trust_remote_code, revision=config.revision,
+            double_quant=config.double_quant, scales=config.scales, trust_remote_code=config.trust_remote_code, revision=config.revision,
         )  # fmt: skip
         base_bytes = model.get_memory_footprint()
         set_seed(config.seed)
@@ -208,11 +208,12 @@ def begin_output(config: FinetuneConfig, output: Path, first: int) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenized examples of a run, and where they came from."""
+    """The tokenized examples of a run, where they came from, and how the base is quantized (`LinearLayers`), resolved."""
 
     train: list[Example]
     held_out: list[Example]
     source: Dataset
+    quantization: dict[str, int | bool | str | None]
 
 
 def read_data(config: FinetuneConfig, output: Path):
@@ -234,7 +235,11 @@ def read_data(config: FinetuneConfig, output: Path):
     if config.tensorboard:
         gather(require_tensorboard)
     code = config.trust_remote_code
-    tokenizer = gather(lambda: load_tokenizer(config.model, trust_remote_code=code, revision=config.revision))
+    source = gather(lambda: resolve(config.model, config.revision))
+    layers = tokenizer = None
+    if source is not None:
+        layers = gather(lambda: LinearLayers(source, config.bits, config.blocksize, config.double_quant, config.scales))
+        tokenizer = gather(lambda: load_tokenizer(config.model, trust_remote_code=code, revision=config.revision))
     records = gather(lambda: read_records(config.data))
     held_out = gather(lambda: read_records(config.eval_data)) if config.eval_data else []
     if problems:
@@ -248,11 +253,12 @@ def read_data(config: FinetuneConfig, output: Path):
             train_on_prompt=config.train_on_prompt, truncate=config.truncate,
         )  # fmt: skip
 
-    source = gather(lambda: tokens(records))
+    made = gather(lambda: tokens(records))
     held = gather(lambda: tokens(held_out).examples) if held_out else []
     if problems:
         raise UserError(problems)
-    return tokenizer, Data(source.examples, held, source)
+    quantization = {"blocksize": layers.blocksize, "double_quant": layers.double_quant, "scales": layers.scales}
+    return tokenizer, Data(made.examples, held, made, quantization)
 
 
 def run_length(config: FinetuneConfig, count: int) -> dict[str, int]:
@@ -301,6 +307,7 @@ def adamw(model: torch.nn.Module, config: FinetuneConfig) -> PagedAdamW:
 def run_identity(config: FinetuneConfig, data: Data, length: dict[str, int]) -> dict[str, Any]:
     """What decides the numbers of a run: its options, its tokens, its length."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    options |= data.quantization  # as it is, given or not
     options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # auto depends on the machine
     digest = hashlib.sha256()
     for example in data.train:
@@ -313,7 +320,8 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     """Raises: UserError with every difference from the run that wrote `checkpoint`."""
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
-    was, now = began["options"], identity["options"]
+    now = identity["options"]
+    was = {"scales": now["scales"] and "absmax"} | began["options"]  # checkpoints from before that option do not name it
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")
@@ -358,7 +366,8 @@ def before(
     spilled = f", {pager.spilled / 1e6:.1f} MB of it spilled" if pager.spilled else ""
     trained, adapters = sum(p.numel() for p in adapter_parameters(model)), sum(1 for _ in named_adapters(model))
     base, source = model.qlora_base, data.source
-    kind = f"NF4 in blocks of {base.blocksize}" if base.bits == 4 else f"{base.dtype}"
+    fitted = " with mse scales" if base.scales == "mse" else ""
+    kind = f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else f"{base.dtype}"
     held = f", {len(data.held_out)} held out" if data.held_out else ""
     lost = f", {source.truncated} cut to {config.max_tokens} tokens" if source.truncated else ""
     lost += f", {source.dropped} dropped" if source.dropped else ""

@@ -169,16 +169,19 @@ def _safetensors(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def packed_layers(source: Source) -> dict[str, bool]:
-    """Layers that a bitsandbytes checkpoint holds in 4 bits, and whether their scales are double-quantized."""
+def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:
+    """Layers that a bitsandbytes checkpoint holds in 4 bits: their block sizes, and whether the scales are double-quantized."""
     from safetensors import safe_open
 
-    keys: set[str] = set()
+    layers: dict[str, tuple[int, bool]] = {}
     for path in _safetensors(source.folder):
         with safe_open(path, "pt") as file:
-            keys |= set(file.keys())
-    names = sorted(key.split(".weight.quant_state.")[0] for key in keys if ".weight.quant_state." in key)
-    return {name: f"{name}.weight.nested_absmax" in keys for name in names}
+            for key in file.keys():
+                name, found, _ = key.partition(".weight.quant_state.")
+                if found:
+                    state = json.loads(bytes(file.get_tensor(key).tolist()))
+                    layers[name] = (state["blocksize"], "nested_blocksize" in state)
+    return dict(sorted(layers.items()))
 
 
 class PackedTensor:

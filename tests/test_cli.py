@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -35,7 +35,7 @@ def other_value(entry, kind) -> tuple[list[str], Any]:
     flag = "--" + entry.name.replace("_", "-")
     if entry.name == "device":
         return [flag, "cuda:1"], "cuda:1"
-    if kind is bool:
+    if bool in (kind, *get_args(kind)):
         return [flag.replace("--", "--no-") if entry.default else flag], not entry.default
     if choices(kind):
         value = next(value for value in choices(kind) if value != entry.default)

@@ -35,7 +35,7 @@ def test_defaults():
     assert (config.steps, config.epochs) == (None, 1.0)
     assert FinetuneConfig(**NEEDED, steps=5).epochs is None
     assert MergeConfig(adapter="a", output="o").shard_size == 10**9
-    assert QuantizeConfig(model="m", output="o").double_quant is True
+    assert QuantizeConfig(model="m", output="o").double_quant is None  # yes, unless the checkpoint says otherwise
     assert DoctorConfig().json is False
 
 
@@ -80,6 +80,7 @@ def test_optimizer_memory():
     ("format", "csv"), ("train_on_prompt", 2), ("truncate", "start"), ("eval_data", ""), ("eval_fraction", 1),
     ("eval_fraction", -0.1), ("eval_every", -1), ("save_every", -1), ("seed", -1), ("seed", 2**32), ("resume", "maybe"),
     ("device", "gpu"), ("device", "cuda:x"), ("dtype", "int8"), ("double_quant", "perhaps"), ("tensorboard", None),
+    ("scales", "max"), ("scales", 1),
 ])
 def test_bad_values_are_named_with_a_remedy(name, value):
     (line,) = problems(**{name: value})

@@ -11,9 +11,11 @@ import peft
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 from helpers import without_quantized_gemm
 
-from qlora import load_base
+from qlora import load_base, nf4
+from qlora.adapters import linear_names
 from qlora.data import collate, read_records, tokenize
 from qlora.generate import generate_batch
 from qlora.loss import loss_sum, target_logits
@@ -81,6 +83,19 @@ def test_merged_in_bf16(run, held_out, tokenizer, tmp_path):
     assert agree / total >= 0.995 and kl / total <= 1e-3
     answers = generate_batch(merged, transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"), [read_records(str(DATA / "tickets_test.jsonl"))[0]["prompt"]], max_new_tokens=48)
     assert json.loads(answers[0])
+
+
+def test_fitted_scales_in_bitsandbytes(tmp_path):
+    """`qlora quantize --scales mse`: transformers and bitsandbytes load it, and decode every weight to the value that we decode."""
+    qlora("quantize", "--model", "smollm2-135m", "--output", tmp_path / "base", "--scales", "mse", "--dtype", "fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    ours, absmax = (load_base("smollm2-135m", dtype="fp32", scales=scales) for scales in ("mse", "absmax"))
+    names = linear_names(theirs)
+    assert len(names) == 210
+    for name in names:
+        weight, mine = theirs.get_submodule(name).weight, nf4.dequantize(ours.get_submodule(name).nf4)
+        assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), mine), name
+        assert not torch.equal(mine, nf4.dequantize(absmax.get_submodule(name).nf4)), name
 
 
 def test_the_adapter_in_peft(run, held_out, tmp_path):

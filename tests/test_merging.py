@@ -12,7 +12,7 @@ import transformers
 from helpers import CONFIGS, TOLERANCE, adapted, relative
 
 from qlora import UserError, load_base, merge, save_adapter
-from qlora.adapter_files import read_adapter_recipe
+from qlora.adapter_files import load_adapted, read_adapter_recipe
 from qlora.merging import ShardWriter, quantize_checkpoint
 
 IDS = torch.arange(2, 20).view(2, 9)
@@ -60,13 +60,37 @@ def test_onto_the_original(saved_models, tmp_path):
 
 
 def test_a_bitsandbytes_base(saved_models, tmp_path):
-    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", dtype="fp32")
+    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", dtype="fp32", blocksize=128, double_quant=False, scales="mse")
     model, adapter = trained(tmp_path / "base", tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_adapted(adapter, device="cpu")[0](input_ids=IDS).logits, model(input_ids=IDS).logits)
     merge(adapter, tmp_path / "merged", dtype="fp32")
     with torch.no_grad():
         assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
     with pytest.raises(UserError, match="holds no original weights"):
         merge(adapter, tmp_path / "other", base="original")
+
+
+def test_fitted_scales_come_back(saved_models, tmp_path):
+    """Merging and loading the adapter quantize the base with the scales of the training; older adapters, which name none, had absmax."""
+    name, made = str(saved_models("llama")), {}
+    for scales in ("absmax", "mse"):
+        (tmp_path / scales).mkdir()
+        model = adapted(load_base(name, dtype="fp32", scales=scales), "dora")
+        save_adapter(model, tmp_path / scales / "adapter")
+        merge(tmp_path / scales / "adapter", tmp_path / scales / "merged", dtype="fp32")
+        with torch.no_grad():
+            made[scales] = model(input_ids=IDS).logits
+            assert relative(plain(tmp_path / scales / "merged")(input_ids=IDS).logits, made[scales]) < TOLERANCE[torch.float32]
+            assert torch.equal(load_adapted(tmp_path / scales / "adapter", device="cpu")[0](input_ids=IDS).logits, made[scales])
+    assert relative(made["mse"], made["absmax"]) > 0.01
+    assert "least squared error" in (tmp_path / "mse/adapter/README.md").read_text()
+    recipe = tmp_path / "absmax/adapter/qlora.json"
+    own = json.loads(recipe.read_text())
+    del own["base"]["scales"]
+    recipe.write_text(json.dumps(own))
+    with torch.no_grad():
+        assert torch.equal(load_adapted(tmp_path / "absmax/adapter", device="cpu")[0](input_ids=IDS).logits, made["absmax"])
 
 
 def test_layers_without_an_adapter_are_dequantized_too(saved_models, tmp_path):

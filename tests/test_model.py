@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -79,9 +80,9 @@ def test_gguf_equals_transformers(smollm2_dense):
     assert by_path.qlora_base.fingerprint == smollm2_dense.qlora_base.fingerprint
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("double_quant, scales", [(True, "absmax"), (False, "absmax"), (True, "mse"), (False, "mse")])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double_quant):
+def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double_quant, scales):
     """Its files load here as they are, ours load in transformers through it: the same logits.
 
     Widths are multiples of 64: where blocks cross rows, its CPU kernel reads the scales of another block."""
@@ -90,15 +91,18 @@ def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved_models(name), quantization_config=config, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "theirs")
-    quantize_checkpoint(str(saved_models(name)), tmp_path / "ours", double_quant=double_quant, dtype="fp32")
+    quantize_checkpoint(str(saved_models(name)), tmp_path / "ours", double_quant=double_quant, scales=scales, dtype="fp32")
     with torch.no_grad():
         expected = without_quantized_gemm(theirs)(input_ids=IDS).logits
         assert relative(load_base(str(tmp_path / "theirs"), dtype="fp32")(input_ids=IDS).logits, expected) < TOLERANCE[torch.float32]
         through = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
         here = load_base(str(tmp_path / "ours"), dtype="fp32")(input_ids=IDS).logits
         assert relative(without_quantized_gemm(through)(input_ids=IDS).logits, here) < TOLERANCE[torch.float32]
-        again = load_base(str(saved_models(name)), dtype="fp32", double_quant=double_quant)(input_ids=IDS).logits
-        assert torch.equal(here, again)
+        again = load_base(str(saved_models(name)), dtype="fp32", double_quant=double_quant, scales=scales)
+        assert torch.equal(here, again(input_ids=IDS).logits)
+    for layer in linear_names(through):  # every stored value, as bitsandbytes decodes it
+        weight, back = through.get_submodule(layer).weight, again.get_submodule(layer).nf4
+        assert torch.equal(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state), nf4.dequantize(back))
 
 
 def test_a_checkpoint_brings_its_own_block_size(saved_models, tmp_path):
@@ -113,6 +117,32 @@ def test_a_checkpoint_brings_its_own_block_size(saved_models, tmp_path):
 def test_options_of_the_quantization_arrive(saved_models):
     layer = load_base(str(saved_models("llama")), blocksize=128, double_quant=False).model.layers[0].mlp.up_proj
     assert layer.nf4.blocksize == 128 and layer.nested_absmax is None
+    weight = random_model("llama").model.layers[0].mlp.up_proj.weight
+    for given, scales in ((None, "absmax"), ("absmax", "absmax"), ("mse", "mse")):
+        layer = load_base(str(saved_models("llama")), dtype="fp32", scales=given).model.layers[0].mlp.up_proj
+        assert torch.equal(nf4.dequantize(layer.nf4), nf4.dequantize(nf4.quantize(weight, scales=scales)))
+
+
+def test_options_that_contradict_the_checkpoint(saved_models, tmp_path):
+    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", blocksize=128, double_quant=False, scales="mse", dtype="fp32")
+    with pytest.raises(UserError) as error:
+        load_base(str(tmp_path / "base"), blocksize=64, double_quant=True, scales="mse")
+    assert error.value.problems == [
+        f"{given}: this checkpoint is NF4 already{held}. Leave it out, or use the 16-bit original."
+        for given, held in (("blocksize=64", " with blocksize=128"), ("double_quant=True", " with double_quant=False"), ("scales=mse", ""))
+    ]
+    agreeing = load_base(str(tmp_path / "base"), blocksize=128, double_quant=False).qlora_base
+    assert agreeing == load_base(str(tmp_path / "base")).qlora_base
+    assert (agreeing.blocksize, agreeing.double_quant, agreeing.scales) == (128, False, None)
+    with pytest.raises(UserError) as error:
+        load_base(str(tmp_path / "base"), bits=16)
+    assert len(error.value.problems) == 1 and "NF4 already" in error.value.problems[0]
+    with pytest.raises(UserError) as error:
+        load_base(str(saved_models("llama")), bits=16, blocksize=64, double_quant=True, scales="absmax")
+    assert [line.split("=")[0] for line in error.value.problems] == ["blocksize", "double_quant", "scales"]
+    with pytest.raises(UserError) as error:
+        load_base(str(saved_models("llama")), blocksize=48, scales="max")
+    assert [line.split("=")[0] for line in error.value.problems] == ["blocksize", "scales"]
 
 
 def test_fingerprint(saved_models, tmp_path):

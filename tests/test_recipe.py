@@ -25,6 +25,7 @@ from qlora.checkpoint import read_state
 from qlora.config import EvalConfig, FinetuneConfig, from_yaml
 from qlora.errors import UserError
 from qlora.evaluate import evaluate_command
+from qlora.merging import quantize_checkpoint
 from qlora.recipe import finetune
 
 
@@ -380,6 +381,47 @@ def test_a_resume_that_would_be_another_run(config, place, tmp_path):
     assert problem.startswith("dtype=bf16: the run began with dtype=fp32")
 
 
+def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
+    """Given or not, the same values are the same run; checkpoints from before `scales` had absmax."""
+    finetune(config(schedule="constant"))
+    state = tmp_path / "run/checkpoints/step-000004/state.json"
+    kept = json.loads(state.read_text())
+    assert {name: kept["run"]["options"][name] for name in ("blocksize", "double_quant", "scales")} == {
+        "blocksize": 64, "double_quant": True, "scales": "absmax"
+    }  # fmt: skip
+    longer = dict(schedule="constant", resume=True, steps=5)
+    assert [line.split(". ")[0] for line in refused(config(scales="mse", blocksize=128, **longer))] == [
+        "blocksize=128: the run began with blocksize=64", "scales=mse: the run began with scales=absmax",
+    ]  # fmt: skip
+    del kept["run"]["options"]["scales"]
+    state.write_text(json.dumps(kept))
+    assert refused(config(scales="mse", **longer))[0].startswith("scales=mse: the run began with scales=absmax")
+    assert finetune(config(scales="absmax", blocksize=64, **longer)).steps == 5
+
+
+def test_options_that_the_base_contradicts(config, place, tmp_path):
+    """Said before anything is loaded, together with what else is wrong; what is not given comes from the checkpoint."""
+    quantize_checkpoint(str(place / "model"), tmp_path / "base", blocksize=32, double_quant=False, scales="mse", dtype="fp32")
+    usual = dict(model=str(tmp_path / "base"))
+    problems = refused(config(blocksize=64, double_quant=True, scales="absmax", data="nowhere.jsonl", **usual))
+    assert [line.split("=")[0] for line in problems] == ["blocksize", "double_quant", "scales", "data"]
+    assert problems[0] == (
+        "blocksize=64: this checkpoint is NF4 already with blocksize=32. Leave it out, or use the 16-bit original."
+    )
+    assert refused(config(scales="mse", **usual)) == [
+        "scales=mse: this checkpoint is NF4 already. Leave it out, or use the 16-bit original."
+    ]
+    problems = refused(config(bits=16, blocksize=64, scales="absmax"))
+    assert [line.split(". ")[0] for line in problems] == [
+        "blocksize=64: has no effect on 16-bit weights", "scales=absmax: has no effect on 16-bit weights",
+    ]  # fmt: skip
+    for output, given in (("left out", {}), ("agreeing", {"blocksize": 32, "double_quant": False})):
+        finetune(config(output, steps=1, **usual, **given))
+        base = json.loads((tmp_path / output / "adapter/qlora.json").read_text())["base"]
+        assert (base["blocksize"], base["double_quant"], base["scales"]) == (32, False, None)
+    same_files(tmp_path / "left out/checkpoints/step-000001", tmp_path / "agreeing/checkpoints/step-000001")
+
+
 def test_harmless_changes_and_moved_files_resume(config, place, tmp_path):
     usual = dict(dropout=0.1, save_every=2)
     finetune(config("whole", **usual))
@@ -404,7 +446,7 @@ def plain(place, tmp_path_factory):
 
 
 CHANGES_THE_ADAPTER = {
-    "bits": 16, "blocksize": 32, "double_quant": False, "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True,
+    "bits": 16, "blocksize": 32, "double_quant": False, "scales": "mse", "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True,
     "dropout": 0.5, "targets": "q_proj", "learning_rate": 1e-3, "schedule": "linear", "warmup": 2, "weight_decay": 0.5,
     "clip": 0.01, "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "steps": 3, "epochs": 0.1, "batch_size": 3, "accumulate": 2,
     "max_tokens": 34, "truncate": "drop", "optimizer_state": "8bit", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
