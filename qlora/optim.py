@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from qlora_kernels.reference import dynamic_map
+from qlora_kernels import ops
+from qlora_kernels.reference import block_tables
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -455,29 +456,26 @@ def move(p: Tensor, m: Tensor, denominator: Tensor, s: Scalars) -> None:
 
 
 class _Update8bit:
-    """The same on moments that are decoded to float32, and encoded again (arXiv:2110.02861): code times the largest magnitude of
-    its block. The second moment uses the unsigned map, and rounds nothing above 0 down to 0, which would turn a small step into
-    m / eps."""
+    """The same on moments that are decoded to float32, and encoded again."""
 
     def __init__(self, runs: Sequence[Run], device: torch.device):
         n = max((run.stop - run.start for run in runs), default=0)
-        self.g, self.m, self.v, self.work = (torch.empty(n, device=device) for _ in range(4))
-        self.codes = torch.empty(n, dtype=torch.int32, device=device)
-        self.scale = torch.empty(n // BLOCK, device=device)
-        self.maps = [dynamic_map(device, signed=True), dynamic_map(device, signed=False)]
-        self.edges = [(levels[:-1] + levels[1:]) / 2 for levels in self.maps]
-        self.edges[1][0] = 0
+        self.buffers = torch.empty(4, n, device=device).unbind()
+        self.work = torch.empty(n, dtype=torch.int32, device=device)
+        for signed in (True, False):
+            block_tables(device, signed)  # which are kept
 
     def __call__(self, run: Run, moments: Moments) -> None:
         n, s = run.stop - run.start, run.scalars
-        codes, scales = moments.values[:, run.start : run.stop], moments.scales[:, run.start // BLOCK : run.stop // BLOCK]
-        g, m, v, work = self.g[:n].zero_(), self.m[:n], self.v[:n], self.work[:n]
+        codes = moments.values[:, run.start : run.stop].unbind()
+        scales = moments.scales[:, run.start // BLOCK : run.stop // BLOCK].unbind()
+        g, m, v, denominator = (buffer[:n] for buffer in self.buffers)
+        g.zero_()
         for at, _, gradient in run.pieces:
             g[at : at + gradient.numel()].copy_(gradient)
-        for k, values in enumerate((m, v)):
-            torch.index_select(self.maps[k], 0, self.codes[:n].copy_(codes[k]), out=values)
-            values.view(-1, BLOCK).mul_(scales[k].unsqueeze(1))
-        denominator = advance(m, v, g, work, s)
+        for values, code, scale, signed in ((m, codes[0], scales[0], True), (v, codes[1], scales[1], False)):
+            ops.decode_blocks_into(values, code, scale, self.work[:n], BLOCK, signed)
+        advance(m, v, g, denominator, s)
         for at, p, _ in run.pieces:
             part = slice(at, at + p.numel())
             if p.dtype == torch.float32:
@@ -486,8 +484,5 @@ class _Update8bit:
                 wide = g[part].copy_(p)
                 move(wide, m[part], denominator[part], s)
                 p.copy_(wide)
-        for k, values in enumerate((m, v)):
-            torch.amax(torch.abs(values, out=work).view(-1, BLOCK), dim=1, out=scales[k])
-            scale = torch.clamp_min(scales[k], torch.finfo(torch.float32).tiny, out=self.scale[: n // BLOCK])  # 0 / 0 in a block of zeros
-            torch.div(values.view(-1, BLOCK), scale.unsqueeze(1), out=work.view(-1, BLOCK))
-            codes[k].copy_(torch.bucketize(work, self.edges[k], out_int32=True, out=self.codes[:n]))
+        for values, code, scale, signed in ((m, codes[0], scales[0], True), (v, codes[1], scales[1], False)):
+            ops.encode_blocks_into(code, scale, values, self.work[:n], BLOCK, signed)

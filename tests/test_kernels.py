@@ -207,6 +207,32 @@ def test_nested_codes_equal_the_reference(isa):
             assert same_bits(nested, expected[1]) and same_bits(offset, expected[2])
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_8bit_blocks_equal_the_reference(isa, signed):
+    """Exact midpoints and their neighbours, values of all sizes, zeros and subnormals; what is above 0 is not encoded as 0."""
+    levels, midpoints = reference.block_tables(torch.device("cpu"), signed)
+    exact = torch.cat([levels, midpoints, torch.nextafter(midpoints, torch.tensor(2.0)), torch.nextafter(midpoints, torch.tensor(-2.0)), levels[-3:]])
+    spread = torch.randn(64, 256) * 10.0 ** torch.randint(-9, 3, (64, 256))
+    cases = [exact.clamp(-1 if signed else 0, 1), torch.zeros(256), torch.rand(512) * 1e-39, *(spread if signed else spread**2)]
+    for values in cases:
+        for blocksize in (256, values.numel()):
+            n = values.numel()
+            results = []
+            for code in (isa, reference):
+                codes, absmax = torch.empty(n, dtype=torch.uint8), torch.empty(n // blocksize)
+                again, work = torch.empty(n), torch.empty(n, dtype=torch.int32)
+                code.encode_blocks_into(codes, absmax, values.clone(), work, blocksize, signed)
+                code.decode_blocks_into(again, codes, absmax, work, blocksize, signed)
+                results.append((codes, absmax, again))
+            assert all(torch.equal(got, expected) for got, expected in zip(*results, strict=True))
+            codes, absmax, again = results[0]
+            assert torch.equal(absmax, values.view(-1, blocksize).abs().amax(1))
+            if not signed and absmax.min() > 1e-30:
+                assert (codes[values > absmax.max() * 1e-37] > 0).all()
+    with pytest.raises(ValueError, match="257 values"):
+        isa.encode_blocks_into(codes, absmax, torch.zeros(257), work, 256, signed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_decoded_bits_equal_the_reference(isa, dtype, double_quant):
@@ -416,6 +442,7 @@ def test_operators_pass_opcheck():
     packed, absmax = ops.quantize_nf4(weight, 64)
     parts = ops.quantize_absmax(absmax, NESTED)
     gain, A, B = torch.rand(10), torch.randn(4, 128), torch.randn(10, 4)
+    codes, maxima, work = torch.zeros(512, dtype=torch.uint8), torch.ones(2), torch.zeros(512, dtype=torch.int32)
     cases = {
         ops.quantize_nf4: (weight.bfloat16(), 64),
         ops.fit_scales_nf4: (weight, 64),
@@ -427,6 +454,8 @@ def test_operators_pass_opcheck():
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
+        ops.encode_blocks_into: (codes.clone(), maxima.clone(), torch.randn(512), work.clone(), NESTED, True),
+        ops.decode_blocks_into: (torch.empty(512), codes, maxima, work.clone(), NESTED, False),
         ops.rms_norm: (weight.bfloat16(), gain.new_ones(128).bfloat16(), 1e-6),
         ops.rms_norm_backward: (weight, weight, gain.new_ones(128), gain),
         ops.swiglu: (weight, weight),

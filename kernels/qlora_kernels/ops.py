@@ -4,6 +4,7 @@
     torch.ops.qlora.fit_scales_nf4  weight -> scales of least squared error, in place of absmax
     torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
+    torch.ops.qlora.encode_blocks_into, decode_blocks_into: 8-bit codes and block maxima of an optimizer's state
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
@@ -250,12 +251,32 @@ def _(dy, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
+@operator(mutates=("codes", "absmax", "values", "work"))
+def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
+
+
+@shape_of("encode_blocks_into")
+def _(codes, absmax, values, work, blocksize, signed):
+    return None
+
+
+@operator(mutates=("values", "work"))
+def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    reference.decode_blocks_into(values, codes, absmax, work, blocksize, signed)
+
+
+@shape_of("decode_blocks_into")
+def _(values, codes, absmax, work, blocksize, signed):
+    return None
+
+
 # ---------------------------------------------------------------- which code runs where
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
-    "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
+    "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "encode_blocks_into", "decode_blocks_into",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 

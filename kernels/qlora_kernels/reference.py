@@ -165,6 +165,35 @@ def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tens
     return codes.to(torch.uint8), nested, offset
 
 
+@functools.cache
+def block_tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
+    """(values [256], midpoints [255]) of the dynamic map for blocks. Unsigned, every value above 0 is nearer to the smallest code than
+    to that of 0: a second moment that was rounded to 0 would make its step m / eps."""
+    levels = dynamic_map(device, signed)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    if not signed:
+        midpoints[0] = 0
+    return levels, midpoints
+
+
+def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    """values float32 [n], whole blocks -> codes uint8 [n], absmax float32 [n / blocksize]: 8-bit state (arXiv:2110.02861).
+
+    `work` int32 [n] and `values` are used up, so that nothing is allocated.
+    """
+    scaled, wide = values.view(-1, blocksize), work.view(torch.float32)
+    torch.amax(torch.abs(scaled, out=wide.view(-1, blocksize)), dim=1, out=absmax)
+    inverse = torch.clamp_min(absmax, TINY, out=wide[: absmax.numel()]).reciprocal_()
+    scaled.mul_(inverse.unsqueeze(1))
+    codes.copy_(torch.bucketize(values, block_tables(values.device, signed)[1], out_int32=True, out=work))
+
+
+def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    """The inverse: code's value times its block's largest magnitude; `work` int32 [n] is used up."""
+    torch.index_select(block_tables(values.device, signed)[0], 0, work.copy_(codes), out=values)
+    values.view(-1, blocksize).mul_(absmax.unsqueeze(1))
+
+
 def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int) -> Tensor:
     """Block scales float32 [k], from the 8-bit codes of double quantization or as they are."""
     if nested_absmax is None:

@@ -60,7 +60,7 @@ class Native:
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         weight = [pointer] * 4
         signatures = {
-            "qlora_initialize": [pointer] * 2,
+            "qlora_initialize": [pointer] * 5,
             "qlora_select": [integer],
             "qlora_threaded": [],
             "qlora_huge_pages": [pointer, size],
@@ -68,6 +68,8 @@ class Native:
             "qlora_encode_nf4": [pointer, integer, size, size, pointer, pointer, integer],
             "qlora_fit_scales_nf4": [pointer, integer, size, size, pointer, integer],
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
+            "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
+            "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
             "qlora_column_dots_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
@@ -84,7 +86,11 @@ class Native:
             function.argtypes, function.restype = arguments, results.get(name)
         self.library = library
         cpu = torch.device("cpu")
-        library.qlora_initialize(reference.nf4_levels(cpu).data_ptr(), reference.dynamic_map(cpu).data_ptr())
+        values, edges = zip(*(reference.block_tables(cpu, signed) for signed in (False, True)), strict=True)
+        library.qlora_initialize(
+            reference.nf4_levels(cpu).data_ptr(), reference.dynamic_map(cpu).data_ptr(), reference._midpoints(cpu, nested=True).data_ptr(),
+            (pointer * 2)(*(t.data_ptr() for t in values)), (pointer * 2)(*(t.data_ptr() for t in edges)),
+        )  # fmt: skip
         self.select(os.environ.get("QLORA_CPU_ISA", ""))
 
     def select(self, isa: str = "") -> None:
@@ -161,6 +167,28 @@ class Native:
             torch.get_num_threads(),
         )  # fmt: skip
         return codes, nested, offset
+
+    def encode_blocks_into(self, codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+        self._check_blocks(codes, absmax, values, blocksize)
+        for out in (codes, absmax):
+            reference.count_write(out)
+        self.library.qlora_encode_blocks(
+            values.data_ptr(), values.numel(), blocksize, signed, codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+        )
+
+    def decode_blocks_into(self, values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+        self._check_blocks(codes, absmax, values, blocksize)
+        reference.count_write(values)
+        self.library.qlora_decode_blocks(
+            codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize, signed, values.data_ptr(), torch.get_num_threads()
+        )
+
+    @staticmethod
+    def _check_blocks(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> None:
+        n = values.numel()
+        fits = codes.numel() == n == absmax.numel() * blocksize and codes.dtype == torch.uint8 and values.dtype == absmax.dtype == torch.float32
+        if not (fits and all(t.is_contiguous() for t in (codes, absmax, values))):
+            raise ValueError(f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values, all contiguous")
 
     def dequantize_nf4(
         self, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,

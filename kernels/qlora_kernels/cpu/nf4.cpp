@@ -17,10 +17,10 @@ Tables tables;
 
 namespace {
 
-// The nearest of the 256 values of the dynamic map. Sign, exponent and six bits of the mantissa of x name a cell that holds one
-// midpoint at most, so code = code of the cell + (x > its threshold). Cells below 2^-22, where no midpoint lies, are one.
+// The nearest of the 256 values of a dynamic map. Sign, exponent and seven bits of the mantissa of x name a cell that holds one
+// midpoint at most, so code = code of the cell + (x > its threshold). Cells below 2^-22, where one midpoint lies at most, are one.
 struct DynamicCells {
-  static constexpr int kShift = 17, kFirst = (127 - 22) << (23 - kShift), kCount = (22 << (23 - kShift)) + 1;
+  static constexpr int kShift = 16, kFirst = (127 - 22) << (23 - kShift), kCount = (22 << (23 - kShift)) + 1;
   float threshold[2][kCount];
   uint8_t code[2][kCount];
 
@@ -28,11 +28,11 @@ struct DynamicCells {
     const int key = int((bits_of(x) & 0x7fffffff) >> kShift) - kFirst;
     return key < 0 ? 0 : key < kCount ? key : kCount - 1;
   }
-  void fill(const float* map) {
+  void fill(const float* midpoints) {
     for (int negative = 0; negative < 2; ++negative)
       for (int k = 0; k < kCount; ++k) threshold[negative][k] = __builtin_inff(), code[negative][k] = 0;
     for (int i = 0; i < 255; ++i) {
-      const float midpoint = (map[i] + map[i + 1]) / 2;
+      const float midpoint = midpoints[i];
       const int negative = midpoint < 0.0f, k = cell(midpoint);
       threshold[negative][k] = midpoint;
       // Every cell of larger numbers counts one midpoint more below it.
@@ -46,7 +46,8 @@ struct DynamicCells {
     return uint8_t(code[negative][k] + (x > threshold[negative][k]));
   }
 };
-DynamicCells dynamic_cells;
+DynamicCells dynamic_cells, block_cells[2];
+float block_values[2][256];
 
 const Kernels* kernels = &portable_kernels;
 pid_t home = 0;  // the process whose threads we may use
@@ -122,13 +123,17 @@ extern "C" {
 // Which source this was built from; found in the file's bytes by native.py.
 __attribute__((used)) const char qlora_source[] = "qlora-source-hash:" QLORA_SOURCE_HASH;
 
-// levels [16], dynamic [256]: the tables of reference.py.
-void qlora_initialize(const float* levels, const float* dynamic) {
+// levels [16], dynamic [256], midpoints [255]; values and midpoints of 8-bit blocks, unsigned and signed: the tables of reference.py.
+void qlora_initialize(const float* levels, const float* dynamic, const float* midpoints, const float* const* values, const float* const* edges) {
+  for (int is_signed = 0; is_signed < 2; ++is_signed) {
+    for (int i = 0; i < 256; ++i) block_values[is_signed][i] = values[is_signed][i];
+    block_cells[is_signed].fill(edges[is_signed]);
+  }
   home = is_fork() ? 0 : getpid();
   const float infinity = __builtin_inff();
   for (int i = 0; i < 16; ++i) tables.levels[i] = levels[i];
   for (int i = 0; i < 256; ++i) tables.dynamic[i] = dynamic[i];
-  dynamic_cells.fill(dynamic);
+  dynamic_cells.fill(midpoints);
   for (int cell = -15, below = 0; cell <= 15; ++cell) {
     tables.cell_code[cell & 31] = below;
     tables.cell_level[cell & 31] = tables.cell_next[cell & 31] = levels[below];
@@ -205,6 +210,33 @@ void qlora_quantize_absmax(const float* absmax, const float* offset, int64_t cou
       const float inverse = 1.0f / (largest > kTiny ? largest : kTiny);
       for (int64_t k = start; k < stop; ++k) codes[k] = dynamic_cells.nearest((absmax[k] - *offset) * inverse);
     }
+  });
+}
+
+// values [count], whole blocks -> codes [count], absmax [count / blocksize].
+void qlora_encode_blocks(const float* values, int64_t count, int64_t blocksize, int is_signed, uint8_t* codes, float* absmax, int threads) {
+  const int64_t blocks = count / blocksize, step = ceil_div(4096, blocksize);
+  const DynamicCells& cells = block_cells[is_signed];
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    for (int64_t block = i * step; block < minimum(blocks, (i + 1) * step); ++block) {
+      const float* in = values + block * blocksize;
+      uint32_t bits = 0;
+      for (int64_t k = 0; k < blocksize; ++k) {
+        const uint32_t magnitude = bits_of(in[k]) & 0x7fffffff;
+        bits = magnitude > bits ? magnitude : bits;
+      }
+      const float largest = absmax[block] = float_of(bits), inverse = 1.0f / (largest > kTiny ? largest : kTiny);
+      for (int64_t k = 0; k < blocksize; ++k) codes[block * blocksize + k] = cells.nearest(in[k] * inverse);
+    }
+  });
+}
+
+void qlora_decode_blocks(const uint8_t* codes, const float* absmax, int64_t count, int64_t blocksize, int is_signed, float* values, int threads) {
+  const int64_t blocks = count / blocksize, step = ceil_div(4096, blocksize);
+  const float* map = block_values[is_signed];
+  parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+    for (int64_t block = i * step; block < minimum(blocks, (i + 1) * step); ++block)
+      for (int64_t k = block * blocksize; k < (block + 1) * blocksize; ++k) values[k] = map[codes[k]] * absmax[block];
   });
 }
 
