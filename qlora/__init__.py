@@ -20,6 +20,7 @@ _HOME = {
     "named_adapters": "adapters",
     "save_adapter": "adapter_files",
     "load_adapter": "adapter_files",
+    "PagedAdamW": "optim",
     "finetune": "recipe",
     "merge": "merging",
 }

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora.config import (
-    GROUPS, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, QuantizeConfig, choices,
+    GROUPS, SIZES, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, QuantizeConfig, choices,
     entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
 )
 from qlora.errors import UserError, problem
@@ -144,7 +144,7 @@ def parser(name: str) -> argparse.ArgumentParser:
             about["action"] = argparse.BooleanOptionalAction
         else:
             words = "{" + ",".join(map(str, choices(kind))) + "}"
-            about["metavar"] = words if choices(kind) and len(words) < 30 else _metavar(kind)
+            about["metavar"] = "SIZE" if entry.name in SIZES else words if choices(kind) and len(words) < 30 else _metavar(kind)
         sections[entry.metadata["group"]].add_argument(flag, **about)
     result.add_argument_group("help").add_argument("-h", "--help", action="store_true", help="show this page")
     return result

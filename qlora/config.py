@@ -173,6 +173,9 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     beta1: float = option(0.9, group=TRAINING, ge=0, lt=1, aka="adam_beta1", help="AdamW's decay of the mean")
     beta2: float = option(0.999, group=TRAINING, ge=0, lt=1, aka="adam_beta2", help="AdamW's decay of the variance")
     eps: float = option(1e-8, group=TRAINING, gt=0, aka="adam_epsilon", help="AdamW's epsilon")
+    optimizer_memory: int | str = option("auto", group=TRAINING, rule="must be auto, all, none or a size such as 200MB",
+                                         help="memory for AdamW's state, the rest spills: 200MB, none, all; auto: all until it runs out")
+    optimizer_state: Literal["float32", "8bit"] = option("float32", group=TRAINING, aka="optim", help="how AdamW keeps its state")
     gradient_checkpointing: bool = option(False, group=TRAINING,
                                           help="less memory, more time: recompute layers in the backward pass")
 
@@ -336,12 +339,23 @@ def _numbered_choice(value: object) -> object:
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else _number(value)
 
 
+def parse_memory(value: object) -> int | str:
+    """A budget of the optimizer's state: "auto", "all", "none", or bytes, also as "200MB". Raises: ValueError."""
+    value = _size(value)
+    if value in ("auto", "all", "none") or type(value) in (int, float) and value >= 0 and value == int(value):
+        return value if isinstance(value, str) else int(value)
+    raise ValueError("must be auto, all, none or a size such as 200MB")
+
+
 def _size(value: object) -> object:
     """"1GB", "500 MB", "2GiB" -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
     if not match:
         return _number(value)
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+
+
+SIZES = {"shard_size": _size, "optimizer_memory": parse_memory}  # options in bytes
 
 
 @functools.cache
@@ -351,8 +365,8 @@ def _checker(cls: type[Options], name: str) -> Any:
 
     kind, limits = kinds(cls)[name], next(entry for entry in entries(cls) if entry.name == name).metadata["limits"]
     marks: list[Any] = [Field(**limits)]
-    if name == "shard_size":
-        marks.append(BeforeValidator(_size))
+    if name in SIZES:
+        marks.append(BeforeValidator(SIZES[name]))
     elif isinstance((choices(kind) or [""])[0], int):
         marks.append(BeforeValidator(_numbered_choice))
     elif {int, float} & {kind, *get_args(kind)}:

@@ -21,7 +21,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
 from qlora.model import load_base, resolve_device, resolve_dtype
+from qlora.optim import PagedAdamW
 from qlora.sources import load_tokenizer
 from qlora.train import (
     Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
@@ -48,8 +49,8 @@ from qlora.train import (
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
 # base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
 FREE_TO_CHANGE = {
-    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "model", "output", "resume",
-    "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
+    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "model", "optimizer_memory", "output",
+    "resume", "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     """
     began = time.monotonic()
     output = Path(config.output).absolute()
-    with claimed(output), room_on_disk(output):
+    with claimed(output), room_on_disk(output), ExitStack() as owned:
         tokenizer, data = read_data(config, output)
         checkpoint = latest_checkpoint(output) if config.resume else None
         length = run_length(config, len(data.train))
@@ -98,11 +99,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         )  # fmt: skip
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        optimizer = adamw(model, config)
+        optimizer = owned.enter_context(closing(adamw(model, config)))
         first = load_checkpoint(checkpoint, model, optimizer)["step"] if checkpoint is not None else 0
 
         begin_output(config, output, first)
-        print(before(config, data, model, base_bytes, first, steps), flush=True)
+        print(before(config, data, model, optimizer, base_bytes, first, steps), flush=True)
         notes = {"data": config.data, "examples": len(data.train), "steps": steps}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
         with MetricsLog(output / "metrics.jsonl", steps=steps, first=first, tensorboard=config.tensorboard) as log:
@@ -278,8 +279,11 @@ def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -
     return batches
 
 
-def adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapters. Weight decay pulls on A and B only: magnitudes pulled to 0 would shrink the base too."""
+def adamw(model: torch.nn.Module, config: FinetuneConfig) -> PagedAdamW:
+    """AdamW over the adapters; what of its state is spilled lies on the disk of the output folder.
+
+    Weight decay pulls on A and B only: magnitudes pulled to 0 would shrink the base too.
+    """
     magnitudes = {id(adapter.magnitude) for _, adapter in named_adapters(model)}
     parameters = adapter_parameters(model)
     groups = [
@@ -287,7 +291,8 @@ def adamw(model: torch.nn.Module, config: FinetuneConfig) -> torch.optim.Optimiz
         {"params": [p for p in parameters if id(p) in magnitudes], "weight_decay": 0.0},
     ]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    return torch.optim.AdamW([group for group in groups if group["params"]], foreach=False, fused=False, **options)
+    options |= {"memory": config.optimizer_memory, "state": config.optimizer_state, "folder": config.output}
+    return PagedAdamW([group for group in groups if group["params"]], **options)
 
 
 # ---------------------------------------------------------------- the same run
@@ -345,8 +350,12 @@ def _length_problems(was: dict[str, int], now: dict[str, int], done: int, option
 # ---------------------------------------------------------------- what is said
 
 
-def before(config: FinetuneConfig, data: Data, model: torch.nn.Module, base_bytes: int, first: int, steps: int) -> str:
+def before(
+    config: FinetuneConfig, data: Data, model: torch.nn.Module, optimizer: PagedAdamW, base_bytes: int, first: int, steps: int
+) -> str:
     """The summary before training."""
+    pager = optimizer.pager
+    spilled = f", {pager.spilled / 1e6:.1f} MB of it spilled" if pager.spilled else ""
     trained, adapters = sum(p.numel() for p in adapter_parameters(model)), sum(1 for _ in named_adapters(model))
     base, source = model.qlora_base, data.source
     kind = f"NF4 in blocks of {base.blocksize}" if base.bits == 4 else f"{base.dtype}"
@@ -358,6 +367,7 @@ def before(config: FinetuneConfig, data: Data, model: torch.nn.Module, base_byte
     lines = [
         ("model", f"{config.model}: {kind}, {base_bytes / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
         ("adapter", f"{config.method} of rank {config.rank} on {adapters} layers, {trained:,} trainable parameters"),
+        ("state", f"AdamW in {config.optimizer_state}, {(pager.resident + pager.spilled) / 1e6:.1f} MB{spilled}"),
         ("data", f"{config.data} ({source.format}): {len(data.train)} examples{held}{lost}"),
         ("", f"{source.tokens:,} tokens, {source.target_tokens:,} of them count in the loss"),
         ("steps", f"{steps} of {config.batch_size * config.accumulate} examples{going}"),

@@ -30,8 +30,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.checkpoint import random_states, set_random_states
 from qlora.errors import UserError, problem
 from qlora.loss import loss_sum
+from qlora.paging import out_of_memory
 
 Metrics = dict[str, Any]
 
@@ -89,9 +91,33 @@ def optimizer_step(
     """One step over `batches` at learning rate `rate`, gradients clipped to norm `clip` (0: not); returns loss and
     grad_norm (before clipping).
 
+    Where an allocation fails, an optimizer that can (`make_room`) gives memory back, and the whole step is taken again from
+    the same random states: the result is that of an undisturbed step.
+
     Raises:
-        UserError: the loss or the norm of the gradient is not finite; nothing has been updated then.
+        UserError: the loss or the norm of the gradient is not finite, or memory ran out; nothing has been updated then.
     """
+    while True:
+        before = random_states()
+        try:
+            return _optimizer_step(model, optimizer, batches, rate, clip, step)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+        # The exception is gone here, and with it the tensors of the failed step.
+        optimizer.zero_grad(set_to_none=True)
+        if not getattr(optimizer, "make_room", lambda: False)():
+            remedy = "Give a smaller --batch-size (with more --accumulate) or --max-tokens, or --gradient-checkpointing"
+            if getattr(optimizer, "memory", None) == "all":
+                remedy += ", or --optimizer-memory auto"
+            raise UserError(problem("memory", "(all used)", f"an allocation failed at step {step + 1}: {said}", remedy))
+        set_random_states(before)
+
+
+def _optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence, rate: float, clip: float, step: int
+) -> Metrics:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(model, batches, parameters)

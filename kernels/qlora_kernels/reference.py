@@ -38,17 +38,17 @@ def nf4_levels(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The signed 8-bit dynamic data type, float32 [256], ascending (arXiv:1511.04561; 7 exponent bits).
+def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
+    """The 8-bit dynamic data type, float32 [256], ascending (arXiv:1511.04561; 7 exponent bits).
 
     Decade 10^(i-6), i = 0..6, is cut into 2^i equal parts of [0.1, 1] and contributes their centres, with both signs;
-    0 and 1 complete the 256 values.
+    unsigned into 2^(i+1). 0 and 1 complete the 256 values.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        centres = (edges[:-1] + edges[1:]) / 2.0
-        values += ((10 ** (i - 6)) * centres).tolist() + (-(10 ** (i - 6)) * centres).tolist()
+        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1, dtype=torch.float32)
+        centres = (10 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += centres.tolist() + ((-centres).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 

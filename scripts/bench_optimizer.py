@@ -1,0 +1,148 @@
+"""An optimizer step alone: PagedAdamW resident, half spilled and fully spilled, beside torch's and bitsandbytes' optimizers.
+
+    python scripts/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output scripts/results/optimizer.json]
+
+Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B parameters, and of a
+full embedding and head (32000 x 2048 each). Every candidate steps once a round on the same parameters and gradients, round after
+round (A B A B ...); times are medians, ratios the medians of the ratios within a round to the resident PagedAdamW. The file is warm after
+the first rounds, which do not count: it lies in the page cache, as it does in training while memory allows.
+
+RssAnon is what a process of its own has more after three steps than before the optimizer was made, by budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import qlora
+from qlora.optim import state_bytes
+from qlora.train import anonymous_memory
+
+RANK = 16
+SHAPES = {"135M": (576, 1536, 30, 576, 192), "1B": (2048, 8192, 16, 2048, 512), "7B": (4096, 11008, 32, 4096, 4096)}  # hidden, mlp, layers, q, kv
+WARM = 2
+
+
+def sizes(shape: str) -> list[tuple[int, ...]]:
+    """The shapes of the parameters that are trained."""
+    if shape == "embedding":
+        return [(32000, 2048)] * 2
+    hidden, mlp, layers, q, kv = SHAPES[shape]
+    linear = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
+    return [part for out, columns in linear * layers for part in ((RANK, columns), (out, RANK), (out,))]
+
+
+def parameters(shape: str) -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    result = [torch.nn.Parameter(torch.randn(size) * 0.02) for size in sizes(shape)]
+    for p in result:
+        p.grad = torch.randn_like(p) * 0.01
+    return result
+
+
+def candidates(params: list[torch.nn.Parameter], folder: str) -> dict[str, Callable]:
+    """What makes each optimizer."""
+    numels = [p.numel() for p in params]
+    half = sum(state_bytes(numels)) // 2
+    result: dict[str, Callable] = {
+        "resident": lambda: qlora.PagedAdamW(params, memory="all"),
+        "half spilled": lambda: qlora.PagedAdamW(params, memory=half, folder=folder),
+        "spilled": lambda: qlora.PagedAdamW(params, memory="none", folder=folder),
+        "8bit resident": lambda: qlora.PagedAdamW(params, memory="all", state="8bit"),
+        "8bit spilled": lambda: qlora.PagedAdamW(params, memory="none", state="8bit", folder=folder),
+        "torch foreach": lambda: torch.optim.AdamW(params, foreach=True),
+        "torch single": lambda: torch.optim.AdamW(params, foreach=False, fused=False),
+        "torch fused": lambda: torch.optim.AdamW(params, fused=True),
+    }
+    import bitsandbytes
+
+    for name in ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit"):
+        result[f"bitsandbytes {name}"] = lambda kind=getattr(bitsandbytes.optim, name): kind(params)
+    return result
+
+
+def measure(shape: str, rounds: int, folder: str) -> dict:
+    params = parameters(shape)
+    made, refused = {}, {}
+    for name, make in candidates(params, folder).items():
+        try:
+            optimizer = make()
+            optimizer.step()
+            made[name] = optimizer
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(WARM + rounds):
+        for name, optimizer in made.items():
+            began = time.perf_counter()
+            optimizer.step()
+            times[name].append(time.perf_counter() - began)
+    rows = {}
+    for name, all_times in times.items():
+        mine, reference = all_times[WARM:], times["resident"][WARM:]
+        ratio = statistics.median(a / b for a, b in zip(mine, reference, strict=True))
+        rows[name] = {"ms": round(statistics.median(mine) * 1e3, 2), "least_ms": round(min(mine) * 1e3, 2), "ratio": round(ratio, 3)}
+        if hasattr(made[name], "pager"):
+            rows[name] |= {"resident": made[name].pager.resident, "spilled": made[name].pager.spilled, "stalls": made[name].pager.stalls}
+    return {"tensors": len(params), "parameters": sum(p.numel() for p in params), "steps": rows, "does not run on this device": refused}
+
+
+def memory(shape: str, share: float, folder: str) -> dict:
+    """RssAnon of a budget, in this process."""
+    params = parameters(shape)
+    budget = int(sum(state_bytes([p.numel() for p in params])) * share)
+    gc.collect()
+    before = anonymous_memory()
+    optimizer = qlora.PagedAdamW(params, memory=budget, folder=folder)
+    for _ in range(3):
+        optimizer.step()
+    gc.collect()
+    return {"resident": optimizer.pager.resident, "spilled": optimizer.pager.spilled, "rss_anon": anonymous_memory() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=[*SHAPES, "embedding"], default=[*SHAPES, "embedding"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", default=".", help="where the spilled pages lie: on a disk")
+    parser.add_argument("--output", help="write the figures here, as JSON")
+    parser.add_argument("--memory", nargs=2, metavar=("SHAPE", "SHARE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(json.dumps(memory(arguments.memory[0], float(arguments.memory[1]), arguments.folder)))
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    result = {"commit": commit, "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "shapes": {}}
+    for shape in arguments.shape:
+        found = measure(shape, arguments.rounds, arguments.folder)
+        gc.collect()
+        found["memory"] = {}
+        for share in (1.0, 0.1, 0.0):
+            command = [sys.executable, __file__, "--folder", arguments.folder, "--memory", shape, str(share)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found["memory"][f"{share:.0%}"] = json.loads(done.stdout.splitlines()[-1])
+        result["shapes"][shape] = found
+        print(f"{shape}: {found['parameters']:,} parameters in {found['tensors']} tensors")
+        for name, row in found["steps"].items():
+            print(f"  {name:28} {row['ms']:8.1f} ms  {row['ratio']:5.2f}")
+        for name, why in found["does not run on this device"].items():
+            print(f"  {name:28} {why}")
+        for share, row in found["memory"].items():
+            print(f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB")
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
