@@ -25,7 +25,7 @@ from qlora.checkpoint import random_states, set_random_states
 from qlora.config import EvalConfig
 from qlora.data import Example, collate, read_records, tokenize
 from qlora.errors import UserError, problem
-from qlora.loss import target_logits
+from qlora.loss import logit_chunks
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
         # Not inference_mode: norms that adapters keep from here are used in training.
         with torch.no_grad():
             for start in range(0, len(ordered), batch_size):
-                logits, tokens = target_logits(model, collate(ordered[start : start + batch_size], pad_id))
-                loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
-                right += (logits.argmax(-1) == tokens).sum()
-                targets += len(tokens)
+                for logits, tokens in logit_chunks(model, collate(ordered[start : start + batch_size], pad_id)):
+                    loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
+                    right += (logits.argmax(-1) == tokens).sum()
+                    targets += len(tokens)
     finally:
         model.train(training)
         set_random_states(states)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from qlora_kernels import ops
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -26,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora import nf4
 from qlora.adapters import LINEAR, linear_names
 from qlora.errors import UserError, problem
+from qlora.fused import fuse
 from qlora.linear import NF4Linear
 from qlora.nf4 import NF4Weight
 from qlora.sources import SMOLLM2, PackedTensor, Source, lazy_tensors, load_config, packed_layers, resolve
@@ -232,6 +234,8 @@ def load_base(
     # A local path is kept whole: the adapter must find its base from any folder.
     name = str(Path(model).expanduser().absolute()) if model != SMOLLM2 and Path(model).expanduser().exists() else model
     loaded.qlora_base = BaseRecipe(name, revision, bits, layers.blocksize, double_quant, dtype, layers.fingerprint())
+    if place.type == "cpu" and ops.NATIVE is not None:
+        fuse(loaded)
     return loaded.eval()
 
 

@@ -5,6 +5,7 @@ Every instruction set, dtype, block size and odd shape; outputs start out poison
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -359,6 +360,56 @@ def test_sizes_that_do_not_fit_are_refused(kernels):
         kernels.row_norms_nf4(packed, absmax, None, None, torch.ones(2, 63), torch.ones(4, 2), 1.0, 4, 64, 64, NESTED)
 
 
+# ---------------------------------------------------------------- between the products
+
+STEP_SHAPES = [(1, 1), (3, 15), (5, 16), (2, 4097), (7, 576), (300, 130)]
+
+
+def step_results(kernels, dtype: torch.dtype, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Every elementwise kernel of a step on the same random values."""
+    generator = torch.Generator().manual_seed(shape[1])
+    a, b, c = ((4 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(3))
+    targets, logits = torch.randint(0, shape[1], shape[:1], generator=generator), 5 * a
+    y, inverse = kernels.rms_norm(a, b[0], 1e-5)
+    return [
+        kernels.cross_entropy_(logits, targets), logits, y, inverse, kernels.rms_norm_backward(c, a, b[0], inverse),
+        kernels.swiglu(a, b), *kernels.swiglu_backward(c, a, b),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", STEP_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_kernels_equal_the_reference(isa, dtype, shape):
+    """To the rounding of float32 inside; then each rounds to its dtype where the reference does."""
+    for found, expected in zip(step_results(isa, dtype, shape), step_results(reference, dtype, shape), strict=True):
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        eps = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(found, expected, rtol=2 * eps + 1e-5, atol=(eps + 4e-6) * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_kernels_give_the_same_bits_everywhere(kernels, dtype, threads):
+    found = []
+    for isa, count in [*((isa, 1) for isa in ISAS), (ISAS[-1], 2)]:
+        kernels.select(isa)
+        threads(count)
+        found.append([part for shape in STEP_SHAPES for part in step_results(kernels, dtype, shape)])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
+
+
+def test_cross_entropy_at_the_edges(isa):
+    """Sure predictions keep their digits, impossible ones stay finite, and what is no number is not hidden."""
+    logits = torch.tensor([[0.0, 30.0, -5.0], [-1e4, 0.0, 1e4], [math.inf, 0.0, 0.0], [math.nan, 0.0, 0.0]])
+    losses = isa.cross_entropy_(logits, torch.tensor([1, 0, 1, 1]))
+    assert losses[0].item() == pytest.approx(math.exp(-30), rel=1e-3) and logits[0, 1].item() == pytest.approx(-math.exp(-30), rel=1e-3)
+    assert losses[1].item() == pytest.approx(2e4) and logits[1].tolist() == pytest.approx([-1.0, 0.0, 1.0], abs=1e-30)
+    assert losses[2:].isnan().all()
+    for target in (-100, 3):
+        with pytest.raises(IndexError, match="targets"):
+            isa.cross_entropy_(torch.zeros(1, 3), torch.tensor([target]))
+
+
 def test_operators_pass_opcheck():
     """Schema, shape functions and dispatch of every operator, as torch checks them, with whatever runs on this machine."""
     weight = torch.randn(10, 128)
@@ -374,6 +425,11 @@ def test_operators_pass_opcheck():
         ops.dequantize_nf4_into: (torch.zeros(10, 128, dtype=torch.float16), packed, *parts, None, 64, NESTED),
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
+        ops.cross_entropy_: (weight.clone(), torch.arange(10)),
+        ops.rms_norm: (weight.bfloat16(), gain.new_ones(128).bfloat16(), 1e-6),
+        ops.rms_norm_backward: (weight, weight, gain.new_ones(128), gain),
+        ops.swiglu: (weight, weight),
+        ops.swiglu_backward: (weight, weight, weight.flip(0)),
     }
     for operator, arguments in cases.items():
         torch.library.opcheck(operator, arguments)

@@ -18,8 +18,8 @@ HOUSE = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("errors",),
     ("config",),
-    ("nf4", "loss", "files"),
-    ("linear", "paging"),
+    ("nf4", "attention", "fused", "files"),
+    ("linear", "loss", "paging"),
     ("adapters", "optim"),
     ("records", "chat", "sources"),
     ("model", "data"),

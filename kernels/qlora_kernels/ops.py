@@ -7,6 +7,8 @@
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
+    torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
+    torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer
 
 The default implementation of each is the function below, which is `reference.py`; a faster kernel for a device takes its place
 with `use(operator, device, function)`, as at the end of this file, and no caller changes. The alternative, a Python `if device` at
@@ -177,11 +179,62 @@ def _(a, b):
     return a.new_empty(a.shape[1], dtype=torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32))
 
 
+@operator(mutates=("logits",))
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    return reference.cross_entropy_(logits, targets)
+
+
+@shape_of("cross_entropy_")
+def _(logits, targets):
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+@operator()
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return reference.rms_norm(x, weight, eps)
+
+
+@shape_of("rms_norm")
+def _(x, weight, eps):
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@operator()
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    return reference.rms_norm_backward(dy, x, weight, inverse)
+
+
+@shape_of("rms_norm_backward")
+def _(dy, x, weight, inverse):
+    return torch.empty_like(x)
+
+
+@operator()
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return reference.swiglu(gate, up)
+
+
+@shape_of("swiglu")
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@operator()
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.swiglu_backward(dy, gate, up)
+
+
+@shape_of("swiglu_backward")
+def _(dy, gate, up):
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
 NATIVE, CPU_BACKEND = native.load()  # the library or None, and in words what the CPU runs
 
 if NATIVE is not None:
     for _name in (
         "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "row_norms_nf4", "column_dots",
+        "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward",
     ):  # fmt: skip
         use(_name, "CPU", getattr(NATIVE, _name))
 

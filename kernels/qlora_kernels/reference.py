@@ -274,3 +274,47 @@ def row_norms_nf4(
             yield part, values.view(-1, columns).to(A.dtype)
 
     return row_norms(chunks(), A, B, scaling)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [n, vocabulary], targets [n] int64 -> losses [n] = log(sum_k e^(l_k)) - l_target, in float32 (float64 for float64).
+
+    The logits become d losses / d logits = softmax - onehot(target), rounded to their dtype.
+    """
+    count_write(logits)
+    wide, at = _wide(logits), targets.unsqueeze(1)
+    total = wide.logsumexp(1, keepdim=True)
+    losses = total - wide.gather(1, at)
+    logits.copy_(wide.sub_(total).exp_().scatter_(1, at, torch.expm1(-losses)))  # p - 1, without the cancellation near p = 1
+    return losses.squeeze(1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [rows, n], weight [n] -> y = weight * round(x / rms), and 1 / rms [rows] float32, rms = sqrt(mean(x^2) + eps).
+
+    Rounded to the dtype of x before the weight, as transformers' modules do. arXiv:1910.07467.
+    """
+    wide = _wide(x)
+    inverse = 1 / (wide.square().mean(1) + eps).sqrt()
+    return weight * (wide * inverse.unsqueeze(1)).to(x.dtype), inverse
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """dx [rows, n] = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy; the weight is frozen."""
+    g, inverse = _wide(dy * weight), inverse.unsqueeze(1)
+    normal = _wide(x) * inverse
+    return ((g - normal * (g * normal).mean(1, keepdim=True)) * inverse).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of one shape, silu(x) = x / (1 + e^-x) rounded to the dtype first. arXiv:2002.05202."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d gate, d up): dy up s (1 + gate (1 - s)) with s = sigmoid(gate), and dy silu(gate)."""
+    return torch.ops.aten.silu_backward(dy * up, gate), dy * torch.nn.functional.silu(gate)

@@ -82,6 +82,24 @@ inline __m128i rounded(__m256 x, BF16) {
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 
+inline F16 maximum(F16 a, F16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline F16 div(F16 a, F16 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+
+inline __m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+inline F16 power_of_two(F16 n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+
+template <class T>
+inline void store16(T* p, F16 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded(x.low, T()));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), rounded(x.high, T()));
+}
+template <>
+inline void store16<float>(float* p, F16 x) {
+  x.store(p);
+}
+
 template <class T>
 struct Table {  // 16-bit values, their low and high bytes apart, as pshufb wants them
   __m256i low_bytes, high_bytes;
@@ -203,8 +221,10 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 }  // namespace qlora
 
 #include "kernels.h"
+#include "step.h"
 
 namespace qlora {
-const Kernels avx2_kernels = {"AVX2", decode, encode, encode_with, fit, dots, gram, norms};
+const Kernels avx2_kernels = {"AVX2", decode, encode, encode_with, fit, dots, gram, norms,
+                              cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
 }  // namespace qlora
 #endif

@@ -80,6 +80,21 @@ inline __m256i rounded(__m512 x, BF16) {  // by integers: the instruction for it
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
 }
 
+inline F16 maximum(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 power_of_two(F16 n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
+
+template <class T>
+inline void store16(T* p, F16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(x.v, T()));
+}
+template <>
+inline void store16<float>(float* p, F16 x) {
+  x.store(p);
+}
+
 template <class T>
 struct Table {
   __m512i values;  // the 16 values twice, so that bit 4 of an index does not matter
@@ -172,8 +187,10 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 }  // namespace qlora
 
 #include "kernels.h"
+#include "step.h"
 
 namespace qlora {
-const Kernels avx512_kernels = {"AVX-512", decode, encode, encode_with, fit, dots, gram, norms};
+const Kernels avx512_kernels = {"AVX-512", decode, encode, encode_with, fit, dots, gram, norms,
+                                cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
 }  // namespace qlora
 #endif

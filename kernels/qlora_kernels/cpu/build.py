@@ -32,7 +32,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
         "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
     }
-HEADERS = ("kernels.h", "nf4.h", "types.h")
+HEADERS = ("kernels.h", "nf4.h", "step.h", "types.h")
 
 
 class BuildError(RuntimeError):

@@ -76,6 +76,11 @@ class Native:
             "qlora_column_dots_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
+            "qlora_cross_entropy": [integer, pointer, pointer, size, size, pointer, integer],
+            "qlora_rms_norm": [integer, pointer, pointer, size, size, ctypes.c_float, pointer, pointer, integer],
+            "qlora_rms_norm_backward": [integer, pointer, pointer, pointer, pointer, size, size, pointer, integer],
+            "qlora_swiglu": [integer, pointer, pointer, size, pointer, integer],
+            "qlora_swiglu_backward": [integer, *[pointer] * 3, size, pointer, pointer, integer],
         }
         results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_column_dots_partials": size}
         for name, arguments in signatures.items():
@@ -235,6 +240,58 @@ class Native:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
+        rows, columns = logits.shape
+        if logits.dtype not in DTYPES or not logits.is_contiguous() or targets.dtype != torch.int64:
+            return reference.cross_entropy_(logits, targets)
+        if targets.shape != (rows,) or rows and not (0 <= targets.min() and targets.max() < columns):
+            raise IndexError(f"{tuple(targets.shape)} targets from {targets.min()} to {targets.max()} for logits {tuple(logits.shape)}")
+        reference.count_write(logits)
+        targets, losses = targets.contiguous(), torch.empty(rows, dtype=torch.float32)
+        self.library.qlora_cross_entropy(
+            DTYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), rows, columns, losses.data_ptr(), torch.get_num_threads()
+        )
+        return losses
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.shape != x.shape[1:] or not x.numel():
+            return reference.rms_norm(x, weight, eps)
+        x, weight = x.contiguous(), weight.contiguous()
+        y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+        self.library.qlora_rms_norm(
+            DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), *x.shape, eps, y.data_ptr(), inverse.data_ptr(), torch.get_num_threads()
+        )
+        return y, inverse
+
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        if x.dtype not in DTYPES or not dy.dtype == weight.dtype == x.dtype or dy.shape != x.shape or weight.shape != x.shape[1:] or not x.numel():
+            return reference.rms_norm_backward(dy, x, weight, inverse)
+        dy, x, weight, inverse = (part.contiguous() for part in (dy, x, weight, inverse))
+        dx = torch.empty_like(x)
+        self.library.qlora_rms_norm_backward(
+            DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), *x.shape, dx.data_ptr(), torch.get_num_threads()
+        )
+        return dx
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        if gate.dtype not in DTYPES or up.dtype != gate.dtype or up.shape != gate.shape:
+            return reference.swiglu(gate, up)
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        self.library.qlora_swiglu(DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+    def swiglu_backward(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        if gate.dtype not in DTYPES or not dy.dtype == up.dtype == gate.dtype or not dy.shape == up.shape == gate.shape:
+            return reference.swiglu_backward(dy, gate, up)
+        dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        self.library.qlora_swiglu_backward(
+            DTYPES[gate.dtype], dy.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.numel(), dgate.data_ptr(), dup.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dgate, dup
 
     @staticmethod
     def _takes(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int) -> bool:

@@ -254,4 +254,46 @@ void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float*
   });
 }
 
+// logits [rows, columns] become the gradients of losses [rows]; targets lie in [0, columns).
+void qlora_cross_entropy(int dtype, void* logits, const int64_t* targets, int64_t rows, int64_t columns, float* losses, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(rows, threads, [&](int64_t i) {
+    kernels->cross_entropy(Dtype(dtype), static_cast<char*>(logits) + i * columns * width, columns, targets[i], losses + i);
+  });
+}
+
+void qlora_rms_norm(int dtype, const void* x, const void* weight, int64_t rows, int64_t columns, float eps, void* y, float* inverse, int threads) {
+  const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
+  parallel(ceil_div(rows, step), threads, [&](int64_t i) {
+    for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
+      kernels->rms_norm(Dtype(dtype), static_cast<const char*>(x) + row * width, weight, columns, eps, static_cast<char*>(y) + row * width, inverse + row);
+  });
+}
+
+void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const void* weight, const float* inverse, int64_t rows, int64_t columns, void* dx, int threads) {
+  const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
+  parallel(ceil_div(rows, step), threads, [&](int64_t i) {
+    for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
+      kernels->rms_norm_backward(Dtype(dtype), static_cast<const char*>(dy) + row * width, static_cast<const char*>(x) + row * width, weight, columns, inverse[row],
+                                 static_cast<char*>(dx) + row * width);
+  });
+}
+
+void qlora_swiglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
+    const int64_t at = i * kPiece * width;
+    kernels->swiglu(Dtype(dtype), static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at, minimum(kPiece, n - i * kPiece), static_cast<char*>(y) + at);
+  });
+}
+
+void qlora_swiglu_backward(int dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
+    const int64_t at = i * kPiece * width;
+    kernels->swiglu_backward(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
+                             minimum(kPiece, n - i * kPiece), static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at);
+  });
+}
+
 }  // extern "C"

@@ -47,6 +47,12 @@ struct Kernels {
   // n[j] for rows first..last, at most kNormRows of them: see `norms` in kernels.h.
   void (*norms)(const Weight&, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first,
                 int64_t last, float* n);
+  // See step.h. One row of logits becomes its gradient; one row of n is normalized; n values of a gated product.
+  void (*cross_entropy)(Dtype, void* row, int64_t n, int64_t target, float* loss);
+  void (*rms_norm)(Dtype, const void* x, const void* weight, int64_t n, float eps, void* y, float* inverse);
+  void (*rms_norm_backward)(Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx);
+  void (*swiglu)(Dtype, const void* gate, const void* up, int64_t n, void* y);
+  void (*swiglu_backward)(Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup);
 };
 
 // Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the gap

@@ -58,6 +58,26 @@ inline F16 load_some(const T* p, int64_t n) {
   return r;
 }
 
+inline F16 maximum(const F16& a, F16 b) {
+  for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+
+inline F16 div(F16 a, const F16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+
+inline F16 power_of_two(F16 n) {
+  for (int i = 0; i < 16; ++i) n.v[i] = float_of(uint32_t(int32_t(bits_of(n.v[i] + kRounder) - bits_of(kRounder)) + 127) << 23);
+  return n;
+}
+
+template <class T>
+inline void store16(T* p, const F16& x) {
+  for (int i = 0; i < 16; ++i) p[i] = round_to<T>(x.v[i]);
+}
+
 template <class T>
 struct Table {
   T values[16];
@@ -108,8 +128,10 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 }  // namespace qlora
 
 #include "kernels.h"
+#include "step.h"
 
 namespace qlora {
-const Kernels portable_kernels = {"portable C++", decode, encode, encode_with, fit, dots, gram, norms};
+const Kernels portable_kernels = {"portable C++", decode, encode, encode_with, fit, dots, gram, norms,
+                                 cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward};
 
 }  // namespace qlora

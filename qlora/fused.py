@@ -1,0 +1,120 @@
+"""RMSNorm and the gated product of an MLP in one kernel each, in place of transformers' chains of elementwise operations.
+
+    RMSNorm    y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
+    GatedMLP   y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
+
+PyTorch has no fused CPU kernel for either, and its chains save three to five tensors each. `fuse` replaces a module only if
+the replacement computes what the module computes, which it tries, so no list of architectures is kept. The alternative,
+`torch.compile` of these modules, is as fast but takes 20 seconds and a compiler at the first step of every process.
+"""
+
+from __future__ import annotations
+
+import torch
+from qlora_kernels import ops
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return ops.rms_norm_backward(dy, *ctx.saved_tensors), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return ops.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return ops.swiglu_backward(dy, *ctx.saved_tensors)
+
+
+class RMSNorm(nn.Module):
+    """[..., n] -> [..., n], over the last dimension. `weight` is frozen."""
+
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:  # somebody unfroze it: torch's own, which knows its gradient
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class GatedMLP(nn.Module):
+    """[..., width] -> [..., width]; the projections are the original's and keep their names."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> nn.Module:
+    """Replace, in place, every RMSNorm and SwiGLU module of `model` whose result these modules reproduce; returns the model."""
+    for name, module in list(model.named_modules()):
+        replacement = _rms_norm(module) or _gated_mlp(module)
+        if replacement is not None:
+            model.set_submodule(name, replacement.train(module.training))
+    return model
+
+
+def _rms_norm(module: nn.Module) -> RMSNorm | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or isinstance(module, RMSNorm) or not isinstance(eps, float):
+        return None
+    if set(module._parameters) != {"weight"} or module.weight.dim() != 1 or module._buffers:
+        return None
+    fused = RMSNorm(module.weight, eps)
+    return fused if _agree(module, fused, module.weight.shape[0], module.weight) else None
+
+
+def _gated_mlp(module: nn.Module) -> GatedMLP | None:
+    names = ("gate_proj", "up_proj", "down_proj")
+    if isinstance(module, GatedMLP) or set(module._modules) - {"act_fn"} != set(names) or module._parameters or module._buffers:
+        return None
+    projections = [module._modules[name] for name in names]
+    fused = GatedMLP(*projections)
+    # The projections stay out of the comparison: three different factors stand in for them.
+    for part in (module, fused):
+        part._modules.update(zip(names, map(_Times, (2.0, 3.0, 5.0))))
+    agree = _agree(module, fused, 16, next(projections[0].parameters(), torch.empty(0)))
+    for part in (module, fused):
+        part._modules.update(zip(names, projections))
+    return fused if agree else None
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def _agree(module: nn.Module, fused: nn.Module, width: int, like: Tensor) -> bool:
+    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    x = torch.linspace(-3, 2, 3 * width, dtype=dtype, device=like.device).view(3, width)
+    try:
+        expected = module(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than one tensor
+        return False
+    found = fused(x)
+    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
