@@ -141,4 +141,6 @@ class _FrozenProduct(torch.autograd.Function):
 def autocast(x: Tensor) -> Tensor:
     """`x` in the autocast dtype where autocast is on (custom Functions are not on its list), else unchanged."""
     kind = x.device.type
+    if kind == "meta":  # knows no autocast; `plan` runs the layers there
+        return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
