@@ -72,6 +72,12 @@ class NF4Linear(nn.Module):
 _scratch = threading.local()
 
 
+def forget_scratch(device: str) -> None:
+    """Give this thread's scratch memory on a device back."""
+    for key in [key for key in _scratch.__dict__ if key[0].type == device]:
+        del _scratch.__dict__[key]
+
+
 class FrozenWeight:
     """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed.
 
