@@ -14,6 +14,7 @@ evaluation and saving out; `memory_bytes` is the peak so far (allocated on the G
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import math
@@ -235,6 +236,15 @@ def anonymous_memory() -> int:
     except FileNotFoundError:  # macOS, where ru_maxrss is in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def return_freed_memory() -> None:
+    """From now on a freed block of 1 MB or more goes back to the system at once. glibc otherwise raises that bound by itself to 32 MB
+    and keeps the holes between smaller blocks; it is faster so (a step of SmolLM2 by a fifth). Nothing without glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it ends the raising
+        libc.malloc_trim(0)
 
 
 class PeakMemory:

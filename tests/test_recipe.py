@@ -385,6 +385,7 @@ CHANGES_THE_ADAPTER = {
 TESTED_ELSEWHERE = {
     "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",  # above
     "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
+    "memory", "optimizer_memory",  # test_plan.py, test_optim.py
 }  # fmt: skip
 
 
