@@ -10,7 +10,7 @@ are not alike are all run. So the plan follows the code and knows every architec
 a layer, is faster but has to be kept true by hand for each of them, and cannot know what a backward pass holds at its worst moment.
 
 On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, of a process that gives freed memory
-back (`train.return_freed_memory`), as one with a budget does; glibc's own way keeps about a fifth of a step's memory more, in holes.
+back before each step (`train.return_freed_memory`), as one with a budget does; glibc's own way keeps more, in holes.
 On CUDA they are allocated bytes, by the same account, which no card has verified yet.
 """
 

@@ -123,9 +123,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             def held_out_loss() -> float:
                 return evaluate(model, data.held_out, config.batch_size).loss
 
+            batches = micro_batches(config, data.train, length["examples"])
             try:
                 train(
-                    model, optimizer, micro_batches(config, data.train, length["examples"]),
+                    model, optimizer, batches if plan is None else giving_back(batches),
                     steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
                     rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
                     evaluate=held_out_loss if data.held_out else None, eval_every=config.eval_every,
@@ -146,13 +147,21 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 
 def hold(config: FinetuneConfig) -> None:
-    """Keep this process to `config.memory`: freed memory goes back to the system; on CUDA no more can be allocated."""
+    """Keep this process to `config.memory`: on CUDA no more can be allocated. (On a CPU freed memory goes back before each step.)"""
     device = resolve_device(config.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory / total), device)
-    else:
+
+
+def giving_back(batches: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
+    """The same batches; before each step freed memory goes back to the system."""
+
+    def first(step: int) -> list[Batch]:
         return_freed_memory()
+        return batches(step)
+
+    return first
 
 
 # ---------------------------------------------------------------- the output folder
