@@ -147,11 +147,13 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 
 def hold(config: FinetuneConfig) -> None:
-    """Keep this process to `config.memory`: on CUDA no more can be allocated. (On a CPU freed memory goes back before each step.)"""
+    """Keep this process to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes back to the system."""
     device = resolve_device(config.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory / total), device)
+    else:
+        return_freed_memory()
 
 
 def giving_back(batches: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:

@@ -43,6 +43,7 @@ def measure(row: dict) -> dict:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    return_freed_memory()
     torch.zeros(1)  # the first tensor starts the thread pool
     baseline, peaks = anonymous_memory(), []
     with tempfile.TemporaryDirectory() as folder, Fine(peaks):
