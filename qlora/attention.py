@@ -48,6 +48,12 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
         mask = None
         if window is not None and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        if query.is_meta and mask is None and not options.get("dropout"):  # here torch would choose what keeps [tokens, tokens]
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out = flash(*part, is_causal=True, scale=options.get("scaling"))[0]
+            parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
+            start += count * length
+            continue
         out = scaled_dot_product_attention(
             *part, attn_mask=mask, is_causal=mask is None, dropout_p=options.get("dropout", 0.0), scale=options.get("scaling"),
             enable_gqa=query.shape[1] != key.shape[1],

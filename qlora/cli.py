@@ -28,8 +28,8 @@ from typing import Any, NoReturn, get_args
 from qlora_kernels import BackendError  # a package without torch in it
 
 from qlora.config import (
-    GROUPS, SIZES, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, QuantizeConfig, choices,
-    entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
+    GROUPS, SIZES, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, PlanConfig,
+    QuantizeConfig, choices, entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
 )
 from qlora.errors import UserError, problem
 
@@ -83,6 +83,15 @@ def _quantize(config: QuantizeConfig) -> None:
     print(f"\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt \"...\"")
 
 
+def _plan(config: PlanConfig) -> None:
+    _quiet()
+    from qlora.plan import plan_command
+
+    found = plan_command(config)
+    text = found.pop("text")
+    print(json.dumps(found, indent=2) if config.json else text)
+
+
 def _doctor(config: DoctorConfig) -> None:
     from qlora import doctor
 
@@ -101,6 +110,8 @@ class Command:
 COMMANDS = {
     "finetune": Command(FinetuneConfig, _finetune, "train an adapter on your data",
                         "--model smollm2-135m --data train.jsonl --output runs/first"),
+    "plan": Command(PlanConfig, _plan, "predict the memory of a fine-tuning run, without weights or data",
+                    "--model smollm2-135m --batch-size 8 --memory 2GB"),
     "generate": Command(GenerateConfig, _generate, "let a model, or a model with an adapter, write",
                         "--adapter runs/first/adapter --prompt \"Hello\""),
     "eval": Command(EvalConfig, _eval, "measure loss, perplexity and token accuracy on data",
@@ -134,7 +145,7 @@ def parser(name: str) -> argparse.ArgumentParser:
                      formatter_class=lambda prog: argparse.HelpFormatter(
                          prog, max_help_position=36, width=min(118, shutil.get_terminal_size((110, 24)).columns)))
     sections = {group: result.add_argument_group(group) for group in GROUPS}
-    if name == "finetune":
+    if name in ("finetune", "plan"):
         sections[GROUPS[0]].add_argument("--config", metavar="FILE",
                                          help="a YAML file with options of this page (names with _); flags win over it")
     for entry in entries(command.options):
@@ -184,7 +195,7 @@ def _unknown_flag(name: str, word: str) -> str:
     flag = word.partition("=")[0]
     bare = flag.lstrip("-").replace("-", "_")
     meant = nearest_option(COMMANDS[name].options, bare)
-    if name == "finetune" and nearest(bare, ["config"]):
+    if name in ("finetune", "plan") and nearest(bare, ["config"]):
         meant = "config"
     return f"{flag}: not an option of `qlora {name}`. " + (
         f"Did you mean --{meant.replace('_', '-')}?" if meant else f"See `qlora {name} --help`.")

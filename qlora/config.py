@@ -184,6 +184,9 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     gradient_checkpointing: bool = option(False, group=TRAINING,
                                           help="less memory, more time: recompute layers in the backward pass")
 
+    memory: int | None = option(None, group=MACHINE, rule="must be a size such as 24GB",
+                                help="a budget for the whole process: settings are chosen that keep it")
+
     truncate: Literal["end", "drop"] = option("end", group=DATA, help="a longer example loses its end, or is dropped")
 
     eval_data: str | None = option(None, group=CHECKPOINTS, min_length=1,
@@ -216,6 +219,14 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
             found.append(problem("warmup", given["warmup"], f"must be at most steps={given['steps']}",
                                  "Give more steps or a shorter warmup"))
         return found
+
+
+@dataclass(kw_only=True)
+class PlanConfig(_Json, FinetuneConfig):
+    """Options of `qlora plan`: those of finetune, so that its config file serves."""
+
+    data: str | None = option(None, group=MODEL, min_length=1, help="not read: max_tokens is planned for")
+    output: str | None = option(None, group=MODEL, min_length=1, help="not written to")
 
 
 EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_fraction"))
@@ -360,7 +371,7 @@ def _size(value: object) -> object:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
 
 
-SIZES = {"shard_size": _size, "optimizer_memory": parse_memory}  # options in bytes
+SIZES = {"shard_size": _size, "memory": _size, "optimizer_memory": parse_memory}  # options in bytes
 
 
 @functools.cache

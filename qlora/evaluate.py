@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapter_files import load_adapted
 from qlora.checkpoint import random_states, set_random_states
@@ -58,15 +58,21 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
         # Not inference_mode: norms that adapters keep from here are used in training.
         with torch.no_grad():
             for start in range(0, len(ordered), batch_size):
-                for logits, tokens in logit_chunks(model, collate(ordered[start : start + batch_size], pad_id)):
-                    loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
-                    right += (logits.argmax(-1) == tokens).sum()
-                    targets += len(tokens)
+                for lost, hit, count in token_sums(model, collate(ordered[start : start + batch_size], pad_id)):
+                    loss += lost
+                    right += hit
+                    targets += count
     finally:
         model.train(training)
         set_random_states(states)
     mean = loss.item() / targets
     return EvalResult(mean, math.exp(mean) if mean < 700 else math.inf, right.item() / targets, targets)
+
+
+def token_sums(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(summed loss, right guesses, target tokens) of a batch, a chunk of target tokens at a time."""
+    for logits, tokens in logit_chunks(model, batch):
+        yield F.cross_entropy(logits.float(), tokens, reduction="sum"), (logits.argmax(-1) == tokens).sum(), len(tokens)
 
 
 def evaluate_command(config: EvalConfig) -> dict[str, Any]:

@@ -111,7 +111,8 @@ class _Times(nn.Module):
 
 def _agree(module: nn.Module, fused: nn.Module, width: int, like: Tensor) -> bool:
     dtype = like.dtype if like.dtype.is_floating_point else torch.float32
-    x = torch.linspace(-3, 2, 3 * width, dtype=dtype, device=like.device).view(3, width)
+    device = "cpu" if like.is_meta else like.device  # `plan` fuses a model without values
+    x = torch.linspace(-3, 2, 3 * width, dtype=dtype, device=device).view(3, width)
     try:
         expected = module(x)
     except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than one tensor

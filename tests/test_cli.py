@@ -23,7 +23,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(HOUSE / "kernels")])}
 NEEDED = {"finetune": ["--model", "m", "--data", "d", "--output", "o"], "generate": ["--model", "m", "--prompt", "p"],
           "eval": ["--model", "m", "--data", "d"], "merge": ["--adapter", "a", "--output", "o"],
-          "quantize": ["--model", "m", "--output", "o"], "doctor": []}
+          "quantize": ["--model", "m", "--output", "o"], "doctor": [], "plan": ["--model", "m"]}
 # What another flag needs beside it to make sense.
 COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"],
               "warmup": ["--steps", "100"]}
@@ -103,7 +103,7 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
 
 @pytest.mark.parametrize("argv, said", [
     (["finetun"], "finetun: not a command. Did you mean finetune?"),
-    (["train-it"], "train-it: not a command. Choose from finetune, generate, eval, merge, quantize, doctor."),
+    (["train-it"], "train-it: not a command. Choose from finetune, plan, generate, eval, merge, quantize, doctor."),
     (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
     (["finetune", "--batch_size", "3"], "--batch_size: not an option of `qlora finetune`. Did you mean --batch-size?"),
     (["finetune", "--lr=3"], "--lr: not an option of `qlora finetune`. Did you mean --learning-rate?"),

@@ -26,6 +26,7 @@ LAYERS = (
     ("adapter_files",),
     ("checkpoint",),
     ("train", "generate", "evaluate", "merging"),
+    ("plan",),
     ("recipe",),
     ("doctor",),
     ("cli",),

@@ -455,6 +455,7 @@ TESTED_ELSEWHERE = {
     "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",
     "optimizer_memory",  # above
     "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
+    "memory", "optimizer_memory",  # test_plan.py, test_optim.py
 }  # fmt: skip
 
 

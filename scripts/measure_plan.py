@@ -1,0 +1,139 @@
+"""Predicted against measured peak memory on a CPU, over a grid of settings; each run is a process of its own.
+
+    python scripts/measure_plan.py [--quick] [--json FILE]
+
+The models are SmolLM2-135M and a Llama of the 1B shape with random NF4 weights. Three optimizer steps on random tokens of the
+largest batch the settings allow, in a process that gives freed memory back as `finetune --memory` does; RssAnon is read every 3 ms.
+Both figures are above the process' baseline after its imports, which is printed too. Exit code 1 if one is off by more than 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FIELDS = ("model", "method", "rank", "batch_size", "max_tokens", "gradient_checkpointing", "optimizer_memory", "accumulate")
+QUICK = [("smollm2-135m", "dora", 16, 2, 128, False, "all", 1), ("smollm2-135m", "lora", 64, 1, 128, True, "none", 2)]
+GRID = [
+    *QUICK,
+    ("smollm2-135m", "dora", 16, 4, 256, False, "all", 1),
+    ("smollm2-135m", "dora", 16, 4, 256, True, "all", 1),
+    ("smollm2-135m", "lora", 64, 4, 256, False, "20MB", 2),
+    ("smollm2-135m", "lora", 16, 1, 1024, False, "all", 1),
+    ("1B", "dora", 16, 1, 128, False, "all", 1),
+    ("1B", "lora", 64, 1, 128, True, "none", 1),
+    ("1B", "dora", 16, 2, 128, True, "50MB", 2),
+]
+
+
+def measure(row: dict) -> dict:
+    """One run in this process."""
+    import torch
+    import transformers
+
+    import qlora.recipe
+    from qlora.config import FinetuneConfig
+    from qlora.data import Example, collate
+    from qlora.plan import Skeleton, asked, longest, predict
+    from qlora.train import anonymous_memory, checkpoint_activations, optimizer_step, return_freed_memory
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return_freed_memory()
+    torch.zeros(1)  # the first tensor starts the thread pool
+    baseline, peaks = anonymous_memory(), []
+    with tempfile.TemporaryDirectory() as folder, Fine(peaks):
+        if row["model"] == "1B":
+            from random_llama import llama_config, random_nf4_llama
+
+            model = random_nf4_llama("1B")
+            llama_config("1B").save_pretrained(folder)
+        else:
+            model = qlora.load_base(row["model"], dtype="bf16", device="cpu")
+        name = folder if row["model"] == "1B" else row["model"]
+        config = FinetuneConfig(**{**row, "model": name}, data="-", output=folder, dtype="bf16", device="cpu")
+        torch.manual_seed(0)
+        qlora.attach_adapters(model, method=config.method, rank=config.rank)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        ids = torch.randint(5, 49000, (config.batch_size, config.max_tokens)).tolist()
+        batch = collate([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in ids])
+        optimizer = qlora.recipe.adamw(model, config)
+        model.train()
+        for step in range(3):
+            return_freed_memory()
+            optimizer_step(model, optimizer, [batch] * config.accumulate, 1e-4, 1.0, step)
+        measured = max(peaks) - baseline
+        skeleton = Skeleton(config)
+        if row["model"] == "1B":
+            skeleton.mapped = 0  # it came from no file
+        plan = predict(skeleton, asked(config), longest(None, config))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        exact = {
+            "adapters": sum(p.numel() * 4 for p in parameters), "gradients": sum(p.grad.numel() * 4 for p in parameters),
+            "optimizer": optimizer.pager.resident,
+            "model": sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+            - sum(p.numel() * 4 for p in parameters),
+        }  # fmt: skip
+        optimizer.close()
+    found = {**plan.parts, "model": skeleton.weights + skeleton.constants + skeleton.others}
+    assert {name: found[name] for name in exact} == exact, (found, exact)
+    return {**row, "baseline": baseline, "predicted": sum(plan.parts.values()) if row["model"] == "1B" else plan.peak, "measured": measured, "parts": plan.parts}
+
+
+class Fine:
+    """Appends RssAnon to a list every 3 ms."""
+
+    def __init__(self, peaks: list[int]):
+        import threading
+
+        self.peaks, self.end = peaks, threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        from qlora.train import anonymous_memory
+
+        while not self.end.wait(0.003):
+            self.peaks.append(anonymous_memory())
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *error) -> None:
+        self.end.set()
+        self.thread.join()
+
+
+def run(row: tuple) -> dict:
+    command = [sys.executable, __file__, "--one", json.dumps(dict(zip(FIELDS, row)))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two small runs")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(json.loads(arguments.one))))
+        return 0
+    rows = []
+    for row in QUICK if arguments.quick else GRID:
+        found = run(row)
+        rows.append(found)
+        off = found["predicted"] / found["measured"] - 1
+        about = " ".join(str(found[name]) for name in FIELDS)
+        print(f"{about:52} predicted {found['predicted'] / 1e6:7.0f} MB  measured {found['measured'] / 1e6:7.0f} MB  {off:+6.1%}", flush=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+    return int(any(abs(row["predicted"] / row["measured"] - 1) > 0.1 for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The plan against what is really built, held and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+
+from qlora import attach_adapters, finetune, load_base
+from qlora.adapters import adapter_parameters
+from qlora.cli import main
+from qlora.config import FinetuneConfig, PlanConfig
+from qlora.errors import UserError
+from qlora.loss import layout_of
+from qlora.plan import Settings, Skeleton, asked, fit, longest, predict
+from qlora.recipe import adamw
+from qlora.train import anonymous_memory
+
+HOUSE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_model(folder / "model")
+    tiny.write_data(folder / "data.jsonl")
+    return folder
+
+
+def held(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
+@pytest.mark.parametrize("model", ["tiny", "smollm2-135m"])
+def test_what_lies_still_is_exact(place, tmp_path, model, options):
+    name = str(place / "model") if model == "tiny" else model
+    config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
+    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: (8,) * size), Skeleton(config)
+    built = load_base(name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant)
+    assert skeleton.weights + skeleton.constants + skeleton.others == held([*built.parameters(), *built.buffers()])
+    attach_adapters(built, method=config.method, rank=config.rank, targets=config.targets)
+    assert plan.parts["adapters"] == plan.parts["gradients"] == held(adapter_parameters(built))
+    optimizer = adamw(built, config)
+    assert plan.parts["optimizer"] == optimizer.pager.resident
+    optimizer.close()
+
+
+def test_layers_alike_are_extrapolated():
+    """Three layers and two tell what all 30 need."""
+    config = FinetuneConfig(model="smollm2-135m", data="-", output="-", device="cpu", dtype="bf16")
+    skeleton = Skeleton(config)
+    assert skeleton.alike
+    short = skeleton.step((64, 64), False)
+    whole = Skeleton(config)
+    whole.alike = False
+    assert dataclasses.astuple(whole.step((64, 64), False)) == pytest.approx(dataclasses.astuple(short), rel=0.01)
+    model = load_base("smollm2-135m", dtype="bf16", device="cpu")
+    assert layout_of(model) == skeleton._runnable(3, False).qlora_layout
+
+
+def test_peak_is_what_is_measured():
+    """Within 10 %, in processes of their own."""
+    done = subprocess.run([sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_70b_needs_no_weights(tmp_path):
+    transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vocab_size=128256, dtype="bfloat16",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
+    began = time.process_time()
+    plan = predict(Skeleton(config), asked(config), longest(None, config))
+    print(f"{time.process_time() - began:.2f} s")
+    assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
+    assert plan.parts["weights"] < plan.peak < 100e9
+
+
+def test_the_order_of_sacrifice():
+    config = PlanConfig(model="smollm2-135m", device="cpu", dtype="bf16", batch_size=4, max_tokens=256, rank=64)
+    skeleton, lengths = Skeleton(config), longest(None, config)
+    wanted = predict(skeleton, asked(config), lengths)
+    assert fit(skeleton, wanted.budget, lengths)[0] == wanted
+    less, smallest = fit(skeleton, wanted.budget - 10_000_000, lengths)
+    assert less.settings.batch_size == 4 and not less.settings.gradient_checkpointing
+    assert 0 < less.parts["optimizer"] < wanted.parts["optimizer"] and less.budget <= wanted.budget - 10_000_000
+    recomputed, smallest = fit(skeleton, wanted.budget // 2, lengths)
+    assert recomputed.settings.gradient_checkpointing and recomputed.settings.batch_size == 4
+    nothing, smallest = fit(skeleton, 1, lengths)
+    assert nothing is None and smallest.settings == Settings(1, 4, True, "none")
+    assert fit(skeleton, smallest.budget, lengths)[0].budget <= smallest.budget
+    assert fit(skeleton, smallest.budget - 1, lengths)[0] is None
+
+
+def test_command(capsys):
+    line = ["plan", "--model", "smollm2-135m", "--max-tokens", "256", "--device", "cpu", "--dtype", "bf16"]
+    assert main([*line, "--memory", "100GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and sum(found["parts"].values()) == found["peak"]
+    assert main([*line, "--memory", "50MB"]) == 0
+    assert "the smallest that works is" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- finetune --memory
+
+
+def options(place, output, **changes) -> FinetuneConfig:
+    usual = dict(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=4, rank=64)
+    return FinetuneConfig(**usual | dict(learning_rate=1e-2, device="cpu", dtype="fp32") | changes)
+
+
+def losses(output) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_losses_within_a_budget(place, tmp_path, capsys):
+    finetune(options(place, tmp_path / "free"))
+    with pytest.raises(UserError) as refused:
+        finetune(options(place, tmp_path / "tight", memory=1_000_000))
+    (line,) = refused.value.problems
+    assert line.startswith("memory=1MB: too little") and not (tmp_path / "tight").exists()
+    least = int(line.split("the smallest that works is ")[1].split("MB")[0]) * 1_000_000
+    finetune(options(place, tmp_path / "tight", memory=least + 2_000_000, save_every=2))
+    said = capsys.readouterr().out
+    assert "predicted" in said and f"of {least // 1_000_000 + 2} MB" in said
+    assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "free"), rel=1e-4)
+    finetune(options(place, tmp_path / "tight", memory=None, save_every=2, resume=True))  # a budget may change
+
+
+def test_no_other_masks_for_a_budget(place, tmp_path):
+    """Dropout draws by batch: a run with it keeps its batches."""
+    config = options(place, tmp_path / "x", dropout=0.1)
+    assert fit(Skeleton(config), 1, longest(None, config))[1].settings.batch_size == 4
+    assert anonymous_memory() > 0
