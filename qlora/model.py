@@ -10,6 +10,7 @@ The alternative not taken: a loader of our own for each architecture.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,6 +237,7 @@ def load_base(
     loaded.qlora_base = BaseRecipe(name, revision, bits, layers.blocksize, double_quant, dtype, layers.fingerprint())
     if place.type == "cpu" and ops.NATIVE is not None:
         fuse(loaded)
+    gc.collect()  # cycles of the loading hold over 100 MB of tensors and GGUF tables until the next collection
     return loaded.eval()
 
 
