@@ -15,6 +15,7 @@ evaluation and saving out; `memory_bytes` is the peak so far (allocated on the G
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import json
 import math
@@ -242,6 +243,7 @@ def return_freed_memory() -> None:
     """Give freed memory back to the system, now, and from now on blocks of 256 kB and more at once. glibc raises its bounds for both by
     itself (to 32 and 64 MB) and keeps the holes, which is faster: fresh pages cost a step of SmolLM2 42 % of its time (23 % with a bound
     of 1 MB, which leaves holes again where batches are small). Nothing without glibc."""
+    gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 128 << 10)  # M_TRIM_THRESHOLD
