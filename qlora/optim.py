@@ -8,7 +8,7 @@ operations do not depend on where a tensor is cut.) A page holds the moments of 
     float32   m [n] | v [n]                                       in the parameter's dtype, as torch keeps them
     8bit      codes of m [n] | of v [n] | absmax of m [n/256] | of v [n/256]       n counts whole blocks of 256 (arXiv:2110.02861)
 
-One set of operations serves all small parameters of a page, which is faster than one for each. A step allocates all that it
+One set of operations serves many small parameters of a page, which is faster than one for each. A step allocates all that it
 needs before it changes anything: an allocation that fails leaves parameters and state as they were. The alternative, a state of
 tensors that are each paged on demand, pages no small tensor and loses its paging in load_state_dict.
 """
@@ -33,6 +33,7 @@ from qlora.paging import Pager, fitting
 
 PAGE = 1 << 20  # elements: larger pages have fewer page faults at once, smaller ones fit a budget better
 CHUNK = 1 << 18  # elements computed at a time: moments, gradient and scratch stay in the cache
+GATHER = 1 << 15  # smaller pieces are computed together: gathering them costs less than an operation for each
 BLOCK = 256  # elements that share a scale of the 8-bit state
 
 
@@ -251,9 +252,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return due
 
     def _runs(self, page: Page, due: dict[Parameter, Scalars]) -> list[Run]:
-        """What of a page is to be updated, cut where the numbers change and at CHUNK elements."""
+        """What of a page is to be updated, cut where the numbers change, at CHUNK elements, and around large pieces."""
         runs: list[Run] = []
-        run = None
+        run, large = None, 0
         for p, span in page.spans:
             scalars = due.get(p)
             if scalars is None:
@@ -261,9 +262,10 @@ class PagedAdamW(torch.optim.Optimizer):
             values, gradient = _flat(p), _flat(_like(p.grad, p))
             for first in range(0, span.count, CHUNK):  # none for a parameter without elements
                 count, at = min(CHUNK, span.count - first), span.at + first
-                if run is None or run.scalars is not scalars or run.stop != at or at + count - run.start > CHUNK:
+                if run is None or run.scalars is not scalars or run.stop != at or max(count, large) >= GATHER or at + count - run.start > CHUNK:
                     run = Run(scalars, at)
                     runs.append(run)
+                large = count
                 if count == p.numel():
                     run.pieces.append((at - run.start, values, gradient))
                 else:

@@ -3,7 +3,7 @@
     python scripts/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output scripts/results/optimizer.json]
 
 Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B parameters, and of a
-full embedding and head (32000 x 2048 each). Every candidate steps once a round on the same parameters and gradients, round after
+full embedding and head (32000 x 1024 each). Every candidate steps once a round on the same parameters and gradients, round after
 round (A B A B ...); times are medians, ratios the medians of the ratios within a round to the resident PagedAdamW. The file is warm after
 the first rounds, which do not count: it lies in the page cache, as it does in training while memory allows.
 
@@ -37,7 +37,7 @@ WARM = 2
 def sizes(shape: str) -> list[tuple[int, ...]]:
     """The shapes of the parameters that are trained."""
     if shape == "embedding":
-        return [(32000, 2048)] * 2
+        return [(32000, 1024)] * 2
     hidden, mlp, layers, q, kv = SHAPES[shape]
     linear = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (mlp, hidden), (mlp, hidden), (hidden, mlp)]
     return [part for out, columns in linear * layers for part in ((RANK, columns), (out, RANK), (out,))]
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=[*SHAPES, "embedding"], default=[*SHAPES, "embedding"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=".", help="where the spilled pages lie: on a disk")
-    parser.add_argument("--output", help="write the figures here, as JSON")
+    parser.add_argument("--output", help="write the figures here, as JSON, over those of the same shapes")
     parser.add_argument("--memory", nargs=2, metavar=("SHAPE", "SHARE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
@@ -141,7 +141,10 @@ def main() -> None:
         for share, row in found["memory"].items():
             print(f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB")
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+        path = Path(arguments.output)
+        if path.exists():  # the shapes that were not measured now stay
+            result["shapes"] = {**json.loads(path.read_text())["shapes"], **result["shapes"]}
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,9 +33,10 @@ SHAPES = [(16, 57), (153, 16), (57,), (3,), (110, 100), (), (7, 5), (0, 3), (500
 
 @pytest.fixture
 def small_pages(monkeypatch):
-    """Pages of 2048 elements, computed 512 at a time: the parameters above lie in many pages, and some in several."""
+    """Pages of 2048 elements, computed 512 at a time, pieces of 300 alone: the parameters above lie in many pages, some in several."""
     monkeypatch.setattr(optim, "PAGE", 2048)
     monkeypatch.setattr(optim, "CHUNK", 512)
+    monkeypatch.setattr(optim, "GATHER", 300)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
