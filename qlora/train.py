@@ -15,7 +15,6 @@ evaluation and saving out; `memory_bytes` is the peak so far (allocated on the G
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib.util
 import json
 import math
@@ -243,7 +242,6 @@ def return_freed_memory() -> None:
     """Give freed memory back to the system, now, and from now on blocks of 256 kB and more at once. glibc raises its bounds for both by
     itself (to 32 and 64 MB) and keeps the holes, which is faster: fresh pages cost a step of SmolLM2 42 % of its time (23 % with a bound
     of 1 MB, which leaves holes again where batches are small). Nothing without glibc."""
-    gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 128 << 10)  # M_TRIM_THRESHOLD
@@ -252,11 +250,11 @@ def return_freed_memory() -> None:
 
 
 class PeakMemory:
-    """The most memory used since it was entered. Linux keeps no peak of RssAnon: on a CPU a thread looks 20 times a
-    second."""
+    """The most memory used since it was entered. Linux keeps no peak of RssAnon: on a CPU a thread looks every
+    `every` seconds."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, every: float = 0.05):
+        self.device, self.every = device, every
         self._peak = 0
         self._end = threading.Event()
 
@@ -267,7 +265,7 @@ class PeakMemory:
         return self._peak
 
     def _watch(self) -> None:
-        while not self._end.wait(0.05):
+        while not self._end.wait(self.every):
             self.peak()
 
     def __enter__(self):

@@ -39,14 +39,14 @@ def measure(row: dict) -> dict:
     from qlora.config import FinetuneConfig
     from qlora.data import Example, collate
     from qlora.plan import Skeleton, asked, longest, predict
-    from qlora.train import anonymous_memory, checkpoint_activations, optimizer_step, return_freed_memory
+    from qlora.train import PeakMemory, anonymous_memory, checkpoint_activations, optimizer_step, return_freed_memory
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return_freed_memory()
     torch.zeros(1)  # the first tensor starts the thread pool
-    baseline, peaks = anonymous_memory(), []
-    with tempfile.TemporaryDirectory() as folder, Fine(peaks):
+    baseline = anonymous_memory()
+    with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
             from random_llama import llama_config, random_nf4_llama
 
@@ -67,7 +67,7 @@ def measure(row: dict) -> dict:
         for step in range(3):
             return_freed_memory()
             optimizer_step(model, optimizer, [batch] * config.accumulate, 1e-4, 1.0, step)
-        measured = max(peaks) - baseline
+        measured = memory.peak() - baseline
         skeleton = Skeleton(config)
         if row["model"] == "1B":
             skeleton.mapped = 0  # it came from no file
@@ -83,29 +83,6 @@ def measure(row: dict) -> dict:
     found = {**plan.parts, "model": skeleton.weights + skeleton.constants + skeleton.others}
     assert {name: found[name] for name in exact} == exact, (found, exact)
     return {**row, "baseline": baseline, "predicted": sum(plan.parts.values()) if row["model"] == "1B" else plan.peak, "measured": measured, "parts": plan.parts}
-
-
-class Fine:
-    """Appends RssAnon to a list every 3 ms."""
-
-    def __init__(self, peaks: list[int]):
-        import threading
-
-        self.peaks, self.end = peaks, threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-
-    def watch(self) -> None:
-        from qlora.train import anonymous_memory
-
-        while not self.end.wait(0.003):
-            self.peaks.append(anonymous_memory())
-
-    def __enter__(self):
-        self.thread.start()
-
-    def __exit__(self, *error) -> None:
-        self.end.set()
-        self.thread.join()
 
 
 def run(row: tuple) -> dict:
