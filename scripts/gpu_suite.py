@@ -43,7 +43,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 from random_models import (  # noqa: E402
-    RANK, SHAPES, attached, build, checkpointing, detached, ours, random_batch, theirs, with_peft, write_checkpoint,
+    RANK, SHAPES, attached, build, checkpointing, detached, ours, random_batch, skeleton, theirs, with_peft, write_checkpoint,
 )  # fmt: skip
 from torch import nn  # noqa: E402
 
@@ -502,9 +502,28 @@ def part_cap(machine: Machine) -> list[Row]:
 
 
 def part_plan(machine: Machine) -> list[Row]:
-    if importlib.util.find_spec("qlora.plan") is None:
-        return [Row("plan", "qlora.plan", "is not there")]
-    raise NotImplementedError("qlora.plan is there now: compare its prediction with measure_steps here")
+    import qlora
+    from qlora.plan import Skeleton, asked, longest, predict
+    from qlora.train import anonymous_memory
+
+    shape, lengths = ("small", (64,)) if machine.small else ("7B", (512, 2048))
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        skeleton(shape).config.save_pretrained(folder)
+        for length in lengths:
+            base = 0 if machine.cuda else anonymous_memory()
+            model = attached(build(shape, machine.device), "dora")
+            measured = measure_steps(machine, model, length, qlora.PagedAdamW(qlora.adapter_parameters(model), lr=1e-4, memory="all"))
+            del model
+            machine.clean()
+            config = qlora.FinetuneConfig(
+                model=folder, data="-", output="-", device=str(machine.device), dtype="bf16", method="dora", rank=RANK, batch_size=1,
+                max_tokens=length, optimizer_memory="all",
+            )  # fmt: skip
+            predicted = sum(predict(Skeleton(config), asked(config), longest(None, config)).parts.values())
+            ratio = predicted / (measured["peak"] - base) if measured else math.nan
+            found.append(Row("plan", f"{shape}, {length} tokens: predicted / measured peak", ratio, "", "0.9 to 1.1", None if machine.small else 0.9 <= ratio <= 1.1))
+    return found
 
 
 # ---------------------------------------------------------------- all of it
