@@ -10,7 +10,6 @@ The alternative not taken: a loader of our own for each architecture.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -249,7 +248,6 @@ def load_base(
     )
     if ops.fuses(place):
         fuse(loaded)
-    gc.collect()  # cycles of the loading hold over 100 MB of tensors and GGUF tables until the next collection
     return loaded.eval()
 
 

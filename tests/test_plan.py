@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from qlora.errors import UserError
 from qlora.loss import layout_of
 from qlora.plan import Settings, Skeleton, asked, fit, longest, predict
 from qlora.recipe import adamw
-from qlora.train import anonymous_memory
 
 HOUSE = Path(__file__).parents[1]
 
@@ -39,9 +37,8 @@ def held(tensors) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
-@pytest.mark.parametrize("model", ["tiny", "smollm2-135m"])
-def test_what_lies_still_is_exact(place, tmp_path, model, options):
-    name = str(place / "model") if model == "tiny" else model
+def test_what_lies_still_is_exact(place, tmp_path, options):
+    name = str(place / "model")
     config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
     plan, skeleton = predict(Skeleton(config), asked(config), lambda size: (8,) * size), Skeleton(config)
     built = load_base(name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant)
@@ -67,7 +64,7 @@ def test_layers_alike_are_extrapolated():
 
 
 def test_peak_is_what_is_measured():
-    """Within 10 %, in processes of their own."""
+    """SmolLM2 within 10 %, in processes of their own; the script also compares what lies still with the real model, to the byte."""
     done = subprocess.run([sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -78,9 +75,7 @@ def test_70b_needs_no_weights(tmp_path):
         vocab_size=128256, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
-    began = time.process_time()
     plan = predict(Skeleton(config), asked(config), longest(None, config))
-    print(f"{time.process_time() - began:.2f} s")
     assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
     assert plan.parts["weights"] < plan.peak < 100e9
 
@@ -140,4 +135,3 @@ def test_no_other_masks_for_a_budget(place, tmp_path):
     """Dropout draws by batch: a run with it keeps its batches."""
     config = options(place, tmp_path / "x", dropout=0.1)
     assert fit(Skeleton(config), 1, longest(None, config))[1].settings.batch_size == 4
-    assert anonymous_memory() > 0
