@@ -18,7 +18,7 @@ from qlora.cli import main
 from qlora.config import FinetuneConfig, PlanConfig
 from qlora.errors import UserError
 from qlora.loss import layout_of
-from qlora.plan import Settings, Skeleton, asked, fit, longest, predict
+from qlora.plan import Skeleton, asked, fit, longest, predict
 from qlora.recipe import adamw
 
 HOUSE = Path(__file__).parents[1]
@@ -91,7 +91,9 @@ def test_the_order_of_sacrifice():
     recomputed, smallest = fit(skeleton, wanted.budget // 2, lengths)
     assert recomputed.settings.gradient_checkpointing and recomputed.settings.batch_size == 4
     nothing, smallest = fit(skeleton, 1, lengths)
-    assert nothing is None and smallest.settings == Settings(1, 4, True, "none")
+    assert nothing is None and smallest.peak <= recomputed.peak  # of one example, or of any number where loading takes more
+    assert smallest.settings.gradient_checkpointing and smallest.settings.optimizer_memory == "none"
+    assert smallest.settings.batch_size * smallest.settings.accumulate == 4
     assert fit(skeleton, smallest.budget, lengths)[0].budget <= smallest.budget
     assert fit(skeleton, smallest.budget - 1, lengths)[0] is None
 
