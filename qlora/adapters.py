@@ -32,7 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, problem
-from qlora.linear import FrozenWeight, NF4Linear, autocast
+from qlora.linear import FrozenWeight, NF4Linear, autocast, product
 
 METHODS = ("lora", "dora")
 LINEAR = (nn.Linear, NF4Linear, Conv1D)
@@ -71,17 +71,11 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
     )
 
 
-def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
-    n = n.clamp(min=1e-12)
-    return torch.copysign(torch.maximum(m.abs(), 1e-6 * n), m), n
-
-
 def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """W + s B A, or g (W + s B A) where m is given: dense [out, in] in `dtype`, computed in float32 a chunk of rows at a time."""
     gain = None
     if m is not None:
-        m, n = guarded(m, row_norms(weight, A, B, scaling))
+        m, n = reference.guarded(m, row_norms(weight, A, B, scaling))
         gain = (m / n).unsqueeze(1)
     merged = torch.empty(weight.shape, dtype=dtype, device=A.device)
     for part, W in weight.chunks(A.dtype):
@@ -97,7 +91,7 @@ def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor |
     """
     y = torch.addmv(weight.times(x), B, A @ x.to(A.dtype), alpha=scaling)
     if m is not None:
-        m, n = guarded(m, n)
+        m, n = reference.guarded(m, n)
         y *= m / n
     return y
 
@@ -105,7 +99,7 @@ def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor |
 class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and a given n.
 
-    Saves x, u = x At, A and s gB in the dtype of x, and for DoRA y before the bias; the base weight is decoded again in the backward
+    Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
 
     The low-rank product comes first and the large product is accumulated onto it. In bf16 the order matters: the large product
@@ -116,32 +110,32 @@ class AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float):
-        dtype = x.dtype
-        up, gain = scaling * B, None
-        if m is not None:
-            m, n = guarded(m, n)
-            gain = m / n
-        folded = gain if weight.folds else None
-        if folded is not None:
-            up = up * gain.unsqueeze(1)
-        down, up = A.to(dtype), up.to(dtype)
+        dtype, learns = x.dtype, ctx.needs_input_grad[4]
+        fold = m is not None and weight.folds
+        down, up, gain, safe = ops.fold_factors(A, B, m if fold else None, n if fold else None, scaling, dtype)
+        folded = gain if fold else None
+        if m is None:
+            gain = safe = None
+        elif not fold:
+            safe, n = reference.guarded(m, n)
+            gain = safe / n
         u = x_adapter @ down.t()
-        y = (u @ up.t()).addmm_(x, weight.scratch(dtype, folded).t())
+        y = product(x, weight.scratch(dtype, folded).t(), onto=u @ up.t())
         if gain is not None and folded is None:
             y *= gain.to(dtype)
         ctx.weight, ctx.scaling, ctx.shared, ctx.wide = weight, scaling, x_adapter is x, A.dtype
-        ctx.save_for_backward(x_adapter, down, up, u, y if m is not None else None, m, gain)
+        ctx.save_for_backward(x_adapter, down, up, u, y if learns else None, safe if learns else None, gain)
         return y if bias is None else y + bias.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_adapter, down, up, u, y, m, gain = ctx.saved_tensors
+        x_adapter, down, up, u, y, safe, gain = ctx.saved_tensors
         weight, dtype, wide = ctx.weight, dy.dtype, ctx.wide
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dB = dm = None
-        if need_m and m is not None:
-            dm = ops.column_dots(dy, y) / m
+        if need_m:
+            dm = ops.column_dots(dy, y) / safe
         folded = gain if weight.folds else None
         if gain is not None and folded is None:
             dy = dy * gain.to(dtype)
@@ -154,10 +148,10 @@ class AdaptedProduct(torch.autograd.Function):
         if need_x or need_xa:
             low = v @ down
             if ctx.shared:
-                dx = low.addmm_(dy, weight.scratch(dtype, folded))
+                dx = product(dy, weight.scratch(dtype, folded), onto=low)
             else:
                 dxa = low
-                dx = dy @ weight.scratch(dtype, folded) if need_x else None
+                dx = product(dy, weight.scratch(dtype, folded)) if need_x else None
         return dx, dxa, dA, dB, dm, None, None, None, None
 
 
@@ -210,20 +204,27 @@ class AdaptedLinear(nn.Module):
             self._norm_key = key
         return self._norm
 
+    def lends(self) -> bool:
+        """Whether `forward(lend=True)` is possible: the output is y itself, and m learns."""
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        return self.magnitude is not None and self.magnitude.requires_grad and self.base.bias is None and not hooks
+
     def forget_norm(self) -> None:
         """Compute n anew at the next use."""
         self._norm = self._norm_key = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lend: bool = False) -> Tensor:
+        """`lend`: the caller sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
         x = autocast(x)
         flat = x.reshape(-1, x.shape[-1])
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         norm = None if self.magnitude is None else self.norm()
+        magnitude = self.magnitude.detach() if lend else self.magnitude
         weight, bias = FrozenWeight(self.base), self.base.bias
         if adapter_input is flat and weight.takes_one_token(x):
             y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, self.magnitude, norm, bias, weight, self.scaling)
+        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):

@@ -2,6 +2,7 @@
 
     RMSNorm    y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP   y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
+               and sums DoRA's magnitude gradients of gate and up in the pass over them that its gradient makes anyway
 
 PyTorch has no fused CPU kernel for either, and its chains save three to five tensors each. `fuse` replaces a module only if
 the replacement computes what the module computes, which it tries, so no list of architectures is kept. The alternative,
@@ -11,7 +12,7 @@ the replacement computes what the module computes, which it tries, so no list of
 from __future__ import annotations
 
 import torch
-from qlora_kernels import ops
+from qlora_kernels import ops, reference
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,15 +31,24 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Where gate and up are DoRA's y, also the gradients of the magnitudes m they were made with, from norms n:
+    dm_j = sum_t dy_tj y_tj / m_j, summed while both are at hand (`adapters.AdaptedProduct` would save y and read both again)."""
+
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx, gate: Tensor, up: Tensor, gate_m=None, gate_n=None, up_m=None, up_n=None) -> Tensor:
+        ctx.save_for_backward(gate, up, gate_m, gate_n, up_m, up_n)
         return ops.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return ops.swiglu_backward(dy, *ctx.saved_tensors)
+        gate, up, gate_m, gate_n, up_m, up_n = ctx.saved_tensors
+        if gate_m is None:
+            return *ops.swiglu_backward(dy, gate, up), None, None, None, None
+        width = gate.shape[-1]
+        dgate, dup, dots = ops.swiglu_backward_dots(*(part.reshape(-1, width) for part in (dy, gate, up)))
+        dgate_m, dup_m = dots[0] / reference.guarded(gate_m, gate_n)[0], dots[1] / reference.guarded(up_m, up_n)[0]
+        return dgate.view(gate.shape), dup.view(up.shape), dgate_m, None, dup_m, None
 
 
 class RMSNorm(nn.Module):
@@ -62,7 +72,12 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj, self.up_proj
+        if torch.is_grad_enabled() and all(getattr(part, "lends", bool)() for part in (gate, up)):
+            hidden = _SwiGLU.apply(gate(x, lend=True), up(x, lend=True), gate.magnitude, gate.norm(), up.magnitude, up.norm())
+        else:
+            hidden = _SwiGLU.apply(gate(x), up(x))
+        return self.down_proj(hidden)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Every instruction set, dtype, block size and odd shape; outputs start out poison
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -399,7 +400,7 @@ def step_results(kernels, dtype: torch.dtype, shape: tuple[int, int]) -> list[to
     y, inverse = kernels.rms_norm(a, b[0], 1e-5)
     return [
         kernels.cross_entropy_(logits, targets), logits, y, inverse, kernels.rms_norm_backward(c, a, b[0], inverse),
-        kernels.swiglu(a, b), *kernels.swiglu_backward(c, a, b),
+        kernels.swiglu(a, b), *kernels.swiglu_backward(c, a, b), *kernels.swiglu_backward_dots(c, a, b),
     ]  # fmt: skip
 
 
@@ -422,6 +423,32 @@ def test_elementwise_kernels_give_the_same_bits_everywhere(kernels, dtype, threa
         found.append([part for shape in STEP_SHAPES for part in step_results(kernels, dtype, shape)])
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
+
+
+def test_the_sums_of_a_gated_product_are_column_dots(isa, threads):
+    """To the bit, and beside gradients that are those without the sums."""
+    for count, shape in itertools.product((1, 2), ((1, 1), (5, 16), (129, 33), (300, 4100))):
+        threads(count)
+        dy, gate, up = ((2 * torch.randn(shape)).bfloat16() for _ in range(3))
+        dgate, dup, dots = isa.swiglu_backward_dots(dy, gate, up)
+        assert all(map(torch.equal, (dgate, dup), isa.swiglu_backward(dy, gate, up)))
+        assert torch.equal(dots, torch.stack((isa.column_dots(dgate, gate), isa.column_dots(dup, up))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_equal_the_reference(isa, dtype):
+    """To the bit, with the guards of norms and magnitudes near zero, and what is no number stays none."""
+    for rank, columns, rows in ((1, 1, 1), (3, 70, 33), (16, 576, 3000)):
+        A, B, m, n = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(rows), torch.rand(rows)
+        m[0], n[-1] = -1e-9, 0.0
+        m[rows // 2] = math.nan
+        for parts in ((m, n), (None, None)):
+            found, expected = isa.fold_factors(A, B, *parts, 0.7, dtype), reference.fold_factors(A, B, *parts, 0.7, dtype)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == theirs.dtype and torch.equal(ours.isnan(), theirs.isnan())
+                assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+    with pytest.raises(ValueError, match="for 3 rows"):
+        isa.fold_factors(torch.randn(2, 8), torch.randn(3, 2), torch.ones(4), torch.ones(4), 1.0, dtype)
 
 
 def test_cross_entropy_at_the_edges(isa):
@@ -460,6 +487,8 @@ def test_operators_pass_opcheck():
         ops.rms_norm_backward: (weight, weight, gain.new_ones(128), gain),
         ops.swiglu: (weight, weight),
         ops.swiglu_backward: (weight, weight, weight.flip(0)),
+        ops.swiglu_backward_dots: (weight.bfloat16(), weight.bfloat16(), weight.flip(0).bfloat16()),
+        ops.fold_factors: (A, B, gain, gain, 2.0, torch.bfloat16),
     }
     for operator, arguments in cases.items():
         torch.library.opcheck(operator, arguments)

@@ -7,7 +7,7 @@ import torch
 from helpers import TOLERANCE, relative
 
 from qlora import nf4
-from qlora.linear import FrozenWeight, NF4Linear
+from qlora.linear import FrozenWeight, NF4Linear, product
 
 
 def layer(columns: int, out: int, bias: bool = True, **options) -> NF4Linear:
@@ -30,6 +30,14 @@ def test_product_and_gradient(columns, out, dtype):
     y.backward(dy)
     assert y.dtype == dtype and relative(y.detach(), expected) < TOLERANCE[dtype]
     assert relative(x.grad, dy.double() @ W) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [447, 448, 701, 895, 896])
+def test_a_product_in_halves_is_the_product(rows):
+    x, w, y = torch.randn(rows, 80).bfloat16(), torch.randn(80, 448).bfloat16(), torch.randn(rows, 448).bfloat16()
+    exact, sum_ = x.double() @ w.double(), y.double()
+    assert relative(product(x, w), exact) < TOLERANCE[torch.bfloat16]
+    assert product(x, w, onto=y) is y and relative(y, sum_ + exact) < TOLERANCE[torch.bfloat16]
 
 
 def test_saves_no_dense_weight():

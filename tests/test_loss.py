@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from helpers import _SMALL, CONFIGS, adapted, random_model, relative
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from qlora import attention, loss
 from qlora.adapters import adapter_parameters
@@ -249,6 +250,27 @@ def test_fused_modules_round_as_transformers_does(dtype):
         exact = torch.autograd.grad(module.double()(x.double()), x, dy.double())[0] if module is norm else torch.autograd.grad(expected, x, dy)[0]
         assert relative(torch.autograd.grad(found, x, dy)[0], exact) < 8 * eps
         module.to(dtype)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a hook", "a frozen magnitude", "a bias", "checkpointing"])
+def test_magnitude_gradients_of_a_gated_product(change):
+    """Summed beside the gradient of the product where that is possible, by each layer itself where not: the same either way."""
+    model = adapted(random_model("llama"), "dora")
+    mlp = model.model.layers[0].mlp
+    if change == "a bias":
+        mlp.up_proj.base.bias = torch.nn.Parameter(torch.randn(mlp.up_proj.base.out_features), requires_grad=False)
+    if change == "a frozen magnitude":
+        mlp.gate_proj.magnitude.requires_grad_(False)
+    if change == "a hook":
+        mlp.gate_proj.register_forward_hook(lambda module, inputs, y: y + 1)
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    parameters = [p for p in (x, *mlp.parameters()) if p.requires_grad]
+    expected = torch.autograd.grad(mlp(x), parameters, dy)
+    fused = fuse(torch.nn.Sequential(mlp))
+    assert type(fused[0]) is GatedMLP and mlp.gate_proj.lends() == (change not in ("a hook", "a frozen magnitude"))
+    y = checkpoint(fused, x, use_reentrant=False) if change == "checkpointing" else fused(x)
+    found = torch.autograd.grad(y, parameters, dy)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
 def test_a_norm_that_learns_keeps_its_gradient():

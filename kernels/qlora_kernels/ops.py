@@ -8,9 +8,10 @@
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
+    torch.ops.qlora.fold_factors    A, B, m, n -> A, s diag(m / n) B in the dtype of a product, m / n, and a safe m
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
     torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
-    torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer
+    torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer; swiglu_backward_dots: with column_dots
 
 Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
 the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run.
@@ -201,6 +202,19 @@ def _(a, b):
     return a.new_empty(a.shape[1], dtype=torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32))
 
 
+@operator()
+def fold_factors(
+    A: Tensor, B: Tensor, m: Optional[Tensor], n: Optional[Tensor], scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return reference.fold_factors(A, B, m, n, scaling, dtype)
+
+
+@shape_of("fold_factors")
+def _(A, B, m, n, scaling, dtype):
+    rows = 0 if m is None else B.shape[0]
+    return torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype), B.new_empty(rows), B.new_empty(rows)
+
+
 @operator(mutates=("logits",))
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return reference.cross_entropy_(logits, targets)
@@ -251,6 +265,17 @@ def _(dy, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
+@operator()
+def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.swiglu_backward_dots(dy, gate, up)
+
+
+@shape_of("swiglu_backward_dots")
+def _(dy, gate, up):
+    dots = gate.new_empty(2, gate.shape[1], dtype=torch.promote_types(gate.dtype, torch.float32))
+    return torch.empty_like(gate), torch.empty_like(up), dots
+
+
 @operator(mutates=("codes", "absmax", "values", "work"))
 def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
     reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
@@ -276,7 +301,8 @@ def _(values, codes, absmax, work, blocksize, signed):
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
-    "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "encode_blocks_into", "decode_blocks_into",
+    "fold_factors", "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
+    "encode_blocks_into", "decode_blocks_into",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 

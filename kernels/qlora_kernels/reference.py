@@ -273,6 +273,23 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
+    n = n.clamp(min=1e-12)
+    return torch.copysign(torch.maximum(m.abs(), 1e-6 * n), m), n
+
+
+def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A [r, in], B [out, r], m and n [out] -> A and diag(gain) s B in `dtype`, gain = m / n, and the `guarded` m; without m the last two are empty."""
+    up = scaling * B
+    gain, safe = B.new_empty(0), B.new_empty(0)
+    if m is not None:
+        safe, n = guarded(m, n)
+        gain = safe / n
+        up = up * gain.unsqueeze(1)
+    return A.to(dtype, copy=True), up.to(dtype), gain, safe
+
+
 def nf4_gemv(
     x: Tensor,
     packed: Tensor,
@@ -380,3 +397,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(d gate, d up): dy up s (1 + gate (1 - s)) with s = sigmoid(gate), and dy silu(gate)."""
     return torch.ops.aten.silu_backward(dy * up, gate), dy * torch.nn.functional.silu(gate)
+
+
+def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`swiglu_backward` of matrices [tokens, n], and [2, n]: the `column_dots` of d gate with gate and of d up with up."""
+    dgate, dup = swiglu_backward(dy, gate, up)
+    return dgate, dup, torch.stack((column_dots(dgate, gate), column_dots(dup, up)))

@@ -170,6 +170,11 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return dgate, dup
 
 
+def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dgate, dup = swiglu_backward(dy, gate, up)
+    return dgate, dup, torch.stack((column_dots(dgate, gate), column_dots(dup, up)))
+
+
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     if not _alike(logits) or logits.dim() != 2 or targets.dtype != torch.int64 or not targets.is_contiguous() or logits.numel() == 0:
         return reference.cross_entropy_(logits, targets)

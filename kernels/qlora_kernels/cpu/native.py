@@ -71,7 +71,7 @@ class Native:
             "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
             "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
-            "qlora_column_dots_partials": [size],
+            "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
             "qlora_cross_entropy": [integer, pointer, pointer, size, size, pointer, integer],
@@ -79,8 +79,10 @@ class Native:
             "qlora_rms_norm_backward": [integer, pointer, pointer, pointer, pointer, size, size, pointer, integer],
             "qlora_swiglu": [integer, pointer, pointer, size, pointer, integer],
             "qlora_swiglu_backward": [integer, *[pointer] * 3, size, pointer, pointer, integer],
+            "qlora_swiglu_backward_dots": [integer, *[pointer] * 3, size, size, *[pointer] * 4, integer],
+            "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
         }
-        results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_column_dots_partials": size}
+        results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_partials": size}
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, results.get(name)
@@ -236,9 +238,7 @@ class Native:
             A = torch.nn.functional.pad(A, (0, 0, 0, pad))
             B = torch.nn.functional.pad(B, (0, pad))
         A, B = A.contiguous(), B.contiguous()
-        tiles = A.view(-1, 16, columns).transpose(1, 2).contiguous()
-        gram = torch.empty(rank + pad, rank + pad, dtype=torch.float32)
-        n = torch.empty(rows, dtype=torch.float32)
+        tiles, gram, n = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), (rank + pad) ** 2, rows))
         self.library.qlora_row_norms_nf4(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize,
             nested_blocksize, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank + pad, scaling, n.data_ptr(),
@@ -255,13 +255,34 @@ class Native:
         if columns and b.stride(1) != 1:
             b = b.contiguous()
         out = torch.empty(columns, dtype=torch.float32)
-        partials = self.library.qlora_column_dots_partials(rows)
-        partial = torch.empty(partials, columns, dtype=torch.float32) if partials > 1 else None
+        partial = self._partials(rows, columns)
         self.library.qlora_column_dots(
             DTYPES[a.dtype], a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows, columns, _pointer(partial), out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def _partials(self, rows: int, columns: int) -> Tensor | None:
+        """Room for the partial sums over rows."""
+        count = self.library.qlora_partials(rows)
+        return torch.empty(count, columns, dtype=torch.float32) if count > 1 else None
+
+    def fold_factors(self, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        floats = all(part is None or part.dtype == torch.float32 for part in (A, B, m, n))
+        if not floats or dtype not in DTYPES or not A.numel() or not B.numel():
+            return reference.fold_factors(A, B, m, n, scaling, dtype)
+        rows, rank = B.shape
+        if m is not None and not m.shape == n.shape == (rows,):
+            raise ValueError(f"m {tuple(m.shape)} and n {tuple(n.shape)} for {rows} rows")
+        A, B = A.contiguous(), B.contiguous()
+        m, n = (None, None) if m is None else (m.contiguous(), n.contiguous())
+        down, up = torch.empty(A.shape, dtype=dtype), torch.empty(B.shape, dtype=dtype)
+        gain, safe = (torch.empty(0 if m is None else rows, dtype=torch.float32) for _ in range(2))
+        self.library.qlora_fold_factors(
+            DTYPES[dtype], A.data_ptr(), A.numel(), B.data_ptr(), rows, rank, scaling, _pointer(m), _pointer(n), down.data_ptr(), up.data_ptr(),
+            gain.data_ptr(), safe.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return down, up, gain, safe
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape
@@ -314,6 +335,19 @@ class Native:
             torch.get_num_threads(),
         )  # fmt: skip
         return dgate, dup
+
+    def swiglu_backward_dots(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if gate.dtype not in DTYPES or not dy.dtype == up.dtype == gate.dtype or not dy.shape == up.shape == gate.shape or gate.dim() != 2:
+            return reference.swiglu_backward_dots(dy, gate, up)
+        dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+        rows, columns = gate.shape
+        dgate, dup, dots = torch.empty_like(gate), torch.empty_like(up), torch.empty(2, columns, dtype=torch.float32)
+        partial = self._partials(rows, 2 * columns)
+        self.library.qlora_swiglu_backward_dots(
+            DTYPES[gate.dtype], dy.data_ptr(), gate.data_ptr(), up.data_ptr(), rows, columns, dgate.data_ptr(), dup.data_ptr(), _pointer(partial),
+            dots.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return dgate, dup, dots
 
     @staticmethod
     def _takes(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int) -> bool:

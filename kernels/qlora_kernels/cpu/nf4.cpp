@@ -113,6 +113,25 @@ constexpr int64_t kDotRows = 128;       // rows of one partial sum
 constexpr int64_t kGramRows = 24;       // a multiple of every kPanelRows
 constexpr int64_t kDotColumns = 4096;   // columns of one piece: their sums fill half of the first cache
 
+// `sums` sums over rows, [sums, columns]: piece(row, rows, column, columns, to) writes the first of its part to `to`. kDotRows rows a part, the parts added up in order: the result does not depend on the number of threads.
+template <class F>
+void sum_rows(int64_t rows, int64_t columns, int64_t tile, int64_t sums, float* partial, float* out, int threads, F piece) {
+  const int64_t parts = rows <= kDotRows ? 1 : ceil_div(rows, kDotRows), tiles = ceil_div(columns, tile), width = sums * columns;
+  if (rows * columns < kPiece) threads = 1;
+  parallel(parts * tiles, threads, [&](int64_t i) {
+    const int64_t row = i / tiles * kDotRows, column = i % tiles * tile;
+    piece(row, minimum(kDotRows, rows - row), column, minimum(tile, columns - column), (parts > 1 ? partial + i / tiles * width : out) + column);
+  });
+  if (parts == 1) return;
+  parallel(ceil_div(width, kDotColumns), threads, [&](int64_t i) {
+    for (int64_t c = i * kDotColumns; c < minimum(width, (i + 1) * kDotColumns); ++c) {
+      float sum = partial[c];
+      for (int64_t p = 1; p < parts; ++p) sum += partial[p * width + c];
+      out[c] = sum;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -249,35 +268,29 @@ void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float
   });
 }
 
-// How many partial sums qlora_column_dots wants room for: [partials, columns] floats. 1: none, it writes the result directly.
-int64_t qlora_column_dots_partials(int64_t rows) { return rows <= kDotRows ? 1 : ceil_div(rows, kDotRows); }
+// How many partial sums a sum over rows wants room for: [partials, sums, columns] floats. 1: none, it writes the result directly.
+int64_t qlora_partials(int64_t rows) { return rows <= kDotRows ? 1 : ceil_div(rows, kDotRows); }
 
 void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* partial,
                        float* out, int threads) {
-  const int64_t parts = qlora_column_dots_partials(rows), tiles = ceil_div(columns, kDotColumns), width = dtype == kFloat32 ? 4 : 2;
-  if (rows * columns < kPiece) threads = 1;
-  parallel(parts * tiles, threads, [&](int64_t i) {
-    const int64_t row = i / tiles * kDotRows, column = i % tiles * kDotColumns;
-    float* to = (parts > 1 ? partial + i / tiles * columns : out) + column;
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  sum_rows(rows, columns, kDotColumns, 1, partial, out, threads, [&](int64_t row, int64_t count, int64_t column, int64_t size, float* to) {
     kernels->dots(Dtype(dtype), static_cast<const char*>(a) + (row * lda + column) * width, lda,
-                  static_cast<const char*>(b) + (row * ldb + column) * width, ldb, minimum(kDotRows, rows - row),
-                  minimum(kDotColumns, columns - column), to);
-  });
-  if (parts == 1) return;
-  parallel(tiles, threads, [&](int64_t i) {
-    for (int64_t c = i * kDotColumns; c < minimum(columns, (i + 1) * kDotColumns); ++c) {
-      float sum = partial[c];
-      for (int64_t p = 1; p < parts; ++p) sum += partial[p * columns + c];
-      out[c] = sum;
-    }
+                  static_cast<const char*>(b) + (row * ldb + column) * width, ldb, count, size, to);
   });
 }
 
-// A [rank, columns], its tiles [rank / 16, columns, 16], B [rows, rank], gram: room for [rank, rank]; the rank a multiple of 16.
+// A [rank, columns], B [rows, rank]; room for the tiles [rank / 16, columns, 16] and for gram [rank, rank]; the rank a multiple of 16.
 void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns,
-                         int64_t blocksize, int64_t nested_blocksize, const float* A, const float* tiles, const float* B, float* gram,
+                         int64_t blocksize, int64_t nested_blocksize, const float* A, float* tiles, const float* B, float* gram,
                          int64_t rank, float scaling, float* n, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
+  const int64_t step = 128, strips = ceil_div(columns, step);
+  parallel(rank / 16 * strips, threads, [&](int64_t i) {
+    const int64_t k = i / strips * 16;
+    for (int64_t c = i % strips * step; c < minimum(columns, (i % strips + 1) * step); ++c)
+      for (int64_t l = 0; l < 16; ++l) tiles[k * columns + 16 * c + l] = A[(k + l) * columns + c];
+  });
   parallel(ceil_div(rank, kGramRows), threads, [&](int64_t i) {
     kernels->gram(A, tiles, rank, columns, i * kGramRows, minimum(rank, (i + 1) * kGramRows), gram);
   });
@@ -325,6 +338,37 @@ void qlora_swiglu_backward(int dtype, const void* dy, const void* gate, const vo
     const int64_t at = i * kPiece * width;
     kernels->swiglu_backward(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
                              minimum(kPiece, n - i * kPiece), static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at);
+  });
+}
+
+// As qlora_swiglu_backward for [rows, columns], and dots [2, columns]: the sums over rows of dgate * gate and of dup * up.
+void qlora_swiglu_backward_dots(int dtype, const void* dy, const void* gate, const void* up, int64_t rows, int64_t columns, void* dgate, void* dup, float* partial,
+                                float* dots, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  sum_rows(rows, columns, kDotColumns / 2, 2, partial, dots, threads, [&](int64_t row, int64_t count, int64_t column, int64_t size, float* to) {
+    const int64_t at = (row * columns + column) * width;
+    kernels->swiglu_backward_dots(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at, columns,
+                                  count, size, static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at, to, to + columns);
+  });
+}
+
+// down = A, up = scaling * B, times gain by row where m and n [rows] are given; gain = m / n of the m and n that are safe to divide by.
+void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B, int64_t rows, int64_t rank, float scaling, const float* m, const float* n, void* down,
+                        void* up, float* gain, float* safe, int threads) {
+  if (m != nullptr)
+    for (int64_t j = 0; j < rows; ++j) {
+      const float norm = n[j] < 1e-12f ? 1e-12f : n[j], size = __builtin_fabsf(m[j]);
+      safe[j] = __builtin_copysignf(size < 1e-6f * norm ? 1e-6f * norm : size, m[j]);
+      gain[j] = safe[j] / norm;
+    }
+  const int64_t width = dtype == kFloat32 ? 4 : 2, step = ceil_div(kPiece, rank), first = ceil_div(rows, step);
+  parallel(first + ceil_div(count, kPiece), threads, [&](int64_t i) {
+    if (i < first)
+      kernels->scaled(Dtype(dtype), B + i * step * rank, minimum(step, rows - i * step), rank, scaling, m == nullptr ? nullptr : gain + i * step,
+                      static_cast<char*>(up) + i * step * rank * width);
+    else
+      kernels->scaled(Dtype(dtype), A + (i - first) * kPiece, 1, minimum(kPiece, count - (i - first) * kPiece), 1.0f, nullptr,
+                      static_cast<char*>(down) + (i - first) * kPiece * width);
   });
 }
 

@@ -53,6 +53,9 @@ struct Kernels {
   void (*rms_norm_backward)(Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx);
   void (*swiglu)(Dtype, const void* gate, const void* up, int64_t n, void* y);
   void (*swiglu_backward)(Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup);
+  void (*swiglu_backward_dots)(Dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns, void* dgate, void* dup,
+                               float* gate_dots, float* up_dots);
+  void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
 };
 
 // Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the gap

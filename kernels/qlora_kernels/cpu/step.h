@@ -168,16 +168,22 @@ void swiglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) {
   });
 }
 
-// d gate = dy up s (1 + gate (1 - s)) with s = logistic(gate);  d up = dy silu(gate)
+// d gate = dy up s (1 + gate (1 - s)) with s = logistic(gate);  d up = dy silu(gate): 16 of each, rounded to T
+template <class T>
+inline void swiglu_gradients(F16 dy, F16 gate, F16 up, F16& dgate, F16& dup) {
+  const F16 one = F16::broadcast(1.0f), s = logistic(gate);
+  const F16 slope = mul(s, add(one, mul(gate, add(one, negative(s)))));
+  dgate = round16<T>(mul(round16<T>(mul(dy, up)), slope));
+  dup = round16<T>(mul(dy, round16<T>(mul(gate, s))));
+}
+
 template <class T>
 void swiglu_backward_as(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
-  const F16 one = F16::broadcast(1.0f);
   for (int64_t i = 0; i < n; i += 16) {
-    const F16 d = load_upto(dy + i, n - i), g = load_upto(gate + i, n - i), s = logistic(g);
-    const F16 slope = mul(s, add(one, mul(g, add(one, negative(s)))));
-    const F16 outer = round16<T>(mul(d, load_upto(up + i, n - i)));
-    store_upto(dup + i, mul(d, round16<T>(mul(g, s))), n - i);
-    store_upto(dgate + i, mul(outer, slope), n - i);
+    F16 dg, du;
+    swiglu_gradients<T>(load_upto(dy + i, n - i), load_upto(gate + i, n - i), load_upto(up + i, n - i), dg, du);
+    store_upto(dup + i, du, n - i);
+    store_upto(dgate + i, dg, n - i);
   }
 }
 
@@ -186,6 +192,49 @@ void swiglu_backward(Dtype dtype, const void* dy, const void* gate, const void* 
     using T = decltype(t);
     swiglu_backward_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), n, static_cast<T*>(dgate), static_cast<T*>(dup));
   });
+}
+
+// The same for some columns of matrices whose rows are `stride` apart, and the sums over the rows of dgate * gate and of dup * up,
+// with the bits of `dots`: DoRA's magnitude gradients, while gate and up are at hand.
+template <class T>
+void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t stride, int64_t rows, int64_t columns, T* dgate, T* dup, float* gate_dots, float* up_dots) {
+  for (int64_t c = 0; c < columns; ++c) gate_dots[c] = up_dots[c] = 0.0f;
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t i = t * stride + c, left = columns - c;
+      const F16 g = load_upto(gate + i, left), u = load_upto(up + i, left);
+      F16 dg, du;
+      swiglu_gradients<T>(load_upto(dy + i, left), g, u, dg, du);
+      store_upto(dup + i, du, left);
+      store_upto(dgate + i, dg, left);
+      store_upto(gate_dots + c, add(load_upto(gate_dots + c, left), mul(dg, g)), left);
+      store_upto(up_dots + c, add(load_upto(up_dots + c, left), mul(du, u)), left);
+    }
+}
+
+void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns, void* dgate, void* dup,
+                          float* gate_dots, float* up_dots) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    swiglu_backward_dots_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), stride, rows, columns, static_cast<T*>(dgate),
+                            static_cast<T*>(dup), gate_dots, up_dots);
+  });
+}
+
+// out = round((in * factor) * gain of the row), in [rows, columns]; no gain: in * factor.
+template <class T>
+void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, const float* gain, T* out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const F16 s = F16::broadcast(factor), g = F16::broadcast(gain == nullptr ? 1.0f : gain[row]);
+    for (int64_t i = row * columns; i < (row + 1) * columns; i += 16) {
+      const int64_t left = (row + 1) * columns - i;
+      store_upto(out + i, mul(mul(load_upto(in + i, left), s), g), left);
+    }
+  }
+}
+
+void scaled(Dtype dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out) {
+  with_type(dtype, [&](auto t) { scaled_as(in, rows, columns, factor, gain, static_cast<decltype(t)*>(out)); });
 }
 
 }  // namespace
