@@ -442,6 +442,7 @@ def test_operators_pass_opcheck():
     packed, absmax = ops.quantize_nf4(weight, 64)
     parts = ops.quantize_absmax(absmax, NESTED)
     gain, A, B = torch.rand(10), torch.randn(4, 128), torch.randn(10, 4)
+    heads = weight.view(10, 2, 64).bfloat16()
     codes, maxima, work = torch.zeros(512, dtype=torch.uint8), torch.ones(2), torch.zeros(512, dtype=torch.int32)
     cases = {
         ops.quantize_nf4: (weight.bfloat16(), 64),
@@ -460,6 +461,8 @@ def test_operators_pass_opcheck():
         ops.rms_norm_backward: (weight, weight, gain.new_ones(128), gain),
         ops.swiglu: (weight, weight),
         ops.swiglu_backward: (weight, weight, weight.flip(0)),
+        ops.attention: (heads, heads[:, :1], heads[:, 1:], [0, 3, 10], 0.125),
+        ops.attention_backward: (heads, heads, heads[:, :1], heads[:, 1:], heads, torch.ones(2, 10), [0, 3, 10], 0.125),
     }
     for operator, arguments in cases.items():
         torch.library.opcheck(operator, arguments)
