@@ -469,6 +469,7 @@ def test_operators_pass_opcheck():
     packed, absmax = ops.quantize_nf4(weight, 64)
     parts = ops.quantize_absmax(absmax, NESTED)
     gain, A, B = torch.rand(10), torch.randn(4, 128), torch.randn(10, 4)
+    heads = weight.view(10, 2, 64).bfloat16()
     codes, maxima, work = torch.zeros(512, dtype=torch.uint8), torch.ones(2), torch.zeros(512, dtype=torch.int32)
     cases = {
         ops.quantize_nf4: (weight.bfloat16(), 64),
@@ -489,6 +490,8 @@ def test_operators_pass_opcheck():
         ops.swiglu_backward: (weight, weight, weight.flip(0)),
         ops.swiglu_backward_dots: (weight.bfloat16(), weight.bfloat16(), weight.flip(0).bfloat16()),
         ops.fold_factors: (A, B, gain, gain, 2.0, torch.bfloat16),
+        ops.attention: (heads, heads[:, :1], heads[:, 1:], [0, 3, 10], 0.125),
+        ops.attention_backward: (heads, heads, heads[:, :1], heads[:, 1:], heads, torch.ones(2, 10), [0, 3, 10], 0.125),
     }
     for operator, arguments in cases.items():
         torch.library.opcheck(operator, arguments)

@@ -12,6 +12,7 @@
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
     torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
     torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer; swiglu_backward_dots: with column_dots
+    torch.ops.qlora.attention, attention_backward: causal, examples end to end
 
 Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
 the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run.
@@ -28,7 +29,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import torch
@@ -276,6 +277,28 @@ def _(dy, gate, up):
     return torch.empty_like(gate), torch.empty_like(up), dots
 
 
+@operator()
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    return reference.attention(q, k, v, bounds, scale)
+
+
+@shape_of("attention")
+def _(q, k, v, bounds, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@operator()
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.attention_backward(dout, q, k, v, out, lse, bounds, scale)
+
+
+@shape_of("attention_backward")
+def _(dout, q, k, v, out, lse, bounds, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 @operator(mutates=("codes", "absmax", "values", "work"))
 def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
     reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
@@ -302,7 +325,7 @@ BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKE
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
     "fold_factors", "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
-    "encode_blocks_into", "decode_blocks_into",
+    "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
@@ -412,6 +435,11 @@ def multiplies_a_vector(device: torch.device) -> bool:
 def fuses(device: torch.device) -> bool:
     """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's chains."""
     return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for `plan`."""
+    return q.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.attends(q, k, v)
 
 
 def backends() -> dict[str, str]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -62,6 +64,7 @@ class Native:
         signatures = {
             "qlora_initialize": [pointer] * 5,
             "qlora_select": [integer],
+            "qlora_select_attention": [integer],
             "qlora_threaded": [],
             "qlora_huge_pages": [pointer, size],
             "qlora_quantize_nf4": [pointer, integer, size, size, pointer, pointer, integer],
@@ -81,8 +84,13 @@ class Native:
             "qlora_swiglu_backward": [integer, *[pointer] * 3, size, pointer, pointer, integer],
             "qlora_swiglu_backward_dots": [integer, *[pointer] * 3, size, size, *[pointer] * 4, integer],
             "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
+            "qlora_attention_bytes": [integer, size, size],
+            "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
-        results = {"qlora_select": ctypes.c_char_p, "qlora_threaded": integer, "qlora_partials": size}
+        results = {
+            "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
+            "qlora_attention_bytes": size,
+        }  # fmt: skip
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, results.get(name)
@@ -108,11 +116,14 @@ class Native:
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa = name.decode()
+        # Attention has a kernel only where the processor multiplies bf16 itself; AMX is used where nothing is forced.
+        self.attention_unit = ("", "AVX512-BF16", "AMX")[self.library.qlora_select_attention({"": 2, "avx512": 1}.get(isa, 0))]
 
     def describe(self) -> str:
-        """Such as "native (AVX-512, 2 threads)"."""
+        """Such as "native (AVX-512, attention by AMX, 2 threads)"."""
         threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
-        return f"native ({self.isa}, {threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
+        attention = f"attention by {self.attention_unit}, " if self.attention_unit else ""
+        return f"native ({self.isa}, {attention}{threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(*shape, dtype=dtype)
@@ -348,6 +359,49 @@ class Native:
             dots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return dgate, dup, dots
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+        if not self.attends(q, k, v):
+            return reference.attention(q, k, v, bounds, scale)
+        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        self._attention((q, k, v, out), lse, bounds, scale)
+        return out, lse
+
+    def attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Sequence[int], scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.attends(q, k, v):
+            return reference.attention_backward(dout, q, k, v, out, lse, bounds, scale)
+        if not dout.shape == out.shape == q.shape or not dout.dtype == out.dtype == q.dtype or lse.shape != (q.shape[1], q.shape[0]):
+            raise ValueError(f"gradient {tuple(dout.shape)}, result {tuple(out.shape)} and lse {tuple(lse.shape)} for queries {tuple(q.shape)}")
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        self._attention((dout, q, k, v, out, *gradients), lse.contiguous(), bounds, scale)
+        return gradients
+
+    def attends(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether `attention` has a kernel for these: one type of head, in bf16."""
+        return bool(self.attention_unit) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1]
+
+    def _attention(self, views: tuple[Tensor, ...], lse: Tensor, bounds: Sequence[int], scale: float) -> None:
+        backward = len(views) > 4
+        q, k, v = views[backward : backward + 3]
+        (tokens, heads, D), groups = q.shape, k.shape[1]
+        lengths, threads = [stop - start for start, stop in pairwise(bounds)], torch.get_num_threads()
+        if k.shape != v.shape or k.shape != (tokens, groups, D) or heads % groups:
+            raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}")
+        if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+            raise ValueError(f"examples at {list(bounds)} of {tokens} tokens")
+        if not tokens:
+            return
+        views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
+        parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
+        size = ctypes.c_int64
+        room = self.library.qlora_attention_bytes(backward, max(lengths), D)
+        work = torch.empty(min(threads, groups * len(lengths)) * room, dtype=torch.uint8)  # torch aligns to 64 bytes
+        self.library.qlora_attention(
+            backward, (size * len(parts))(*parts), lse.data_ptr(), (size * len(bounds))(*bounds), len(lengths), heads, groups, D, scale,
+            work.data_ptr(), room, threads,
+        )  # fmt: skip
 
     @staticmethod
     def _takes(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int) -> bool:

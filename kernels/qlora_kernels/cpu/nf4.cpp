@@ -4,10 +4,16 @@
 // none for small work. Work is cut into pieces whose size does not depend on the number of threads, so neither does any result.
 // After a fork the threads of libgomp are gone and a parallel region would wait for them for ever: there everything runs on
 // one thread. The alternative, torch's own at::parallel_for, would tie the library to one build of torch.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <omp.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include "attention.h"
 #include "nf4.h"
 #include "types.h"
 
@@ -68,6 +74,24 @@ bool is_fork() {
   return sscanf(after, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & 0x40);
 #else
   return false;
+#endif
+}
+
+const Attention* attention = nullptr;
+
+const Attention* best_attention(bool matrix_allowed) {
+#if defined(__x86_64__) && defined(__linux__)
+  __builtin_cpu_init();
+  if (dot_attention.pass[0] == nullptr || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return nullptr;
+  unsigned a, b, c, d;
+  __cpuid_count(7, 0, a, b, c, d);
+  const bool matrix = matrix_allowed && (d & (1u << 22)) && (d & (1u << 24));  // AMX-BF16, AMX-TILE
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;                   // Linux gives a process the tiles when it asks
+  return matrix && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? &matrix_attention : &dot_attention;
+#else
+  return nullptr;
 #endif
 }
 
@@ -172,6 +196,12 @@ const char* qlora_select(int isa) {
   if (found == nullptr) return nullptr;
   kernels = found;
   return found->name;
+}
+
+// 0: none, 1: by AVX512-BF16, 2: by AMX if there. What is now in use.
+int qlora_select_attention(int wanted) {
+  attention = wanted > 0 ? best_attention(wanted > 1) : nullptr;
+  return attention == nullptr ? 0 : attention == &dot_attention ? 1 : 2;
 }
 
 // Whether threads are used at all in this process.
@@ -370,6 +400,26 @@ void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B
       kernels->scaled(Dtype(dtype), A + (i - first) * kPiece, 1, minimum(kPiece, count - (i - first) * kPiece), 1.0f, nullptr,
                       static_cast<char*>(down) + (i - first) * kPiece * width);
   });
+}
+
+// Bytes of `work` for each thread, where the longest example has `tokens`.
+int64_t qlora_attention_bytes(int is_backward, int64_t tokens, int64_t D) { return attention->bytes[is_backward](tokens, D); }
+
+// views: 4 or 8, as in attention.h. Example i has the tokens bounds[i] to bounds[i + 1]; `work`, aligned to 64, has `bytes` for each thread.
+void qlora_attention(int is_backward, const Heads* views, float* lse, const int64_t* bounds, int64_t examples, int64_t heads, int64_t groups,
+                     int64_t D, float scale, char* work, int64_t bytes, int threads) {
+  const AttentionShape shape{bounds[examples], heads, groups, D, scale};
+  const auto piece = [&](int64_t i, int thread) {
+    const int64_t from = bounds[i / groups], n = bounds[i / groups + 1] - from;
+    attention->pass[is_backward](views, lse, shape, from, n, i % groups, work + thread * bytes);
+  };
+  threads = threads_for(examples * groups, threads);
+  if (threads == 1) {
+    for (int64_t i = 0; i < examples * groups; ++i) piece(i, 0);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)  // the examples are of any length
+  for (int64_t i = 0; i < examples * groups; ++i) piece(i, omp_get_thread_num());
 }
 
 }  // extern "C"
