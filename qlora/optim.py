@@ -2,13 +2,14 @@
 
     m = lerp(m, g, 1 - b1)    v = b2 v + (1 - b2) g^2    p = (1 - lr decay) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-(arXiv:1711.05101, in the order of operations of torch.optim.AdamW(foreach=False), so that the bits are the same: elementwise
+(arXiv:1711.05101, in the order of operations of torch.optim.AdamW(foreach=False), so that the bits are the same on a CPU: elementwise
 operations do not depend on where a tensor is cut.) A page holds the moments of a run of parameters, first all m, then all v:
 
     float32   m [n] | v [n]                                       in the parameter's dtype, as torch keeps them
     8bit      codes of m [n] | of v [n] | absmax of m [n/256] | of v [n/256]       n counts whole blocks of 256 (arXiv:2110.02861)
 
-One set of operations serves many small parameters of a page, which is faster than one for each. A step allocates all that it
+One operation serves many small parameters of a page, which is faster than one for each; on a GPU, where launching costs more than copying,
+it serves the whole page. A step allocates all that it
 needs before it changes anything: an allocation that fails leaves parameters and state as they were. The alternative, a state of
 tensors that are each paged on demand, pages no small tensor and loses its paging in load_state_dict.
 """
@@ -32,8 +33,8 @@ from qlora.errors import UserError, problem
 from qlora.paging import Pager, fitting
 
 PAGE = 1 << 20  # elements: larger pages have fewer page faults at once, smaller ones fit a budget better
-CHUNK = 1 << 18  # elements computed at a time: moments, gradient and scratch stay in the cache
-GATHER = 1 << 15  # smaller pieces are computed together: gathering them costs less than an operation for each
+CHUNK = 1 << 18  # elements computed at a time on a CPU: moments, gradient and scratch stay in the cache
+GATHER = 1 << 15  # smaller pieces are computed together on a CPU: gathering them costs less than an operation for each
 BLOCK = 256  # elements that share a scale of the 8-bit state
 
 
@@ -215,7 +216,7 @@ class PagedAdamW(torch.optim.Optimizer):
         due = self._due()
         work = [(number, runs) for number, page in enumerate(self._pages) if (runs := self._runs(page, due))]
         with self.pager.sequence([number for number, _ in work]) as pages:
-            update = (_Update8bit if self._kind == "8bit" else _Update)([run for _, runs in work for run in runs], self.pager.device)
+            update = _Update([run for _, runs in work for run in runs], self.pager.device, self._kind == "8bit")
             # From here on nothing is allocated: what begins ends.
             for (number, runs), page in zip(work, pages, strict=True):
                 moments = self._moments(page, self._pages[number])
@@ -252,17 +253,18 @@ class PagedAdamW(torch.optim.Optimizer):
         return due
 
     def _runs(self, page: Page, due: dict[Parameter, Scalars]) -> list[Run]:
-        """What of a page is to be updated, cut where the numbers change, at CHUNK elements, and around large pieces."""
+        """What of a page is to be updated, cut where the numbers change, and on a CPU at CHUNK elements and around large pieces."""
         runs: list[Run] = []
+        chunk, gather = (CHUNK, GATHER) if self.pager.device.type == "cpu" else (PAGE, PAGE)
         run, large = None, 0
         for p, span in page.spans:
             scalars = due.get(p)
             if scalars is None:
                 continue
             values, gradient = _flat(p), _flat(_like(p.grad, p))
-            for first in range(0, span.count, CHUNK):  # none for a parameter without elements
-                count, at = min(CHUNK, span.count - first), span.at + first
-                if run is None or run.scalars is not scalars or run.stop != at or max(count, large) >= GATHER or at + count - run.start > CHUNK:
+            for first in range(0, span.count, chunk):  # none for a parameter without elements
+                count, at = min(chunk, span.count - first), span.at + first
+                if run is None or run.scalars is not scalars or run.stop != at or max(count, large) >= gather or at + count - run.start > chunk:
                     run = Run(scalars, at)
                     runs.append(run)
                 large = count
@@ -420,71 +422,45 @@ class Moments:
 
 
 class _Update:
-    """The update of a run, in memory that is allocated beforehand. Several small tensors are gathered, updated as one, and put
-    back."""
+    """The update of a run, in memory that is allocated beforehand. What lies in several pieces, or in another dtype than the arithmetic, is
+    gathered, updated as one, and put back. 8-bit moments are decoded to float32, and encoded again."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device):
+    def __init__(self, runs: Sequence[Run], device: torch.device, eight: bool):
+        self.eight = eight
         longest: dict[torch.dtype, int] = {}
         for run in runs:
-            dtype = run.pieces[0][1].dtype
+            dtype = torch.float32 if eight else run.pieces[0][1].dtype
             longest[dtype] = max(longest.get(dtype, 0), run.stop - run.start)
-        self.buffers = {dtype: torch.empty(3, n, dtype=dtype, device=device).unbind() for dtype, n in longest.items()}
-
-    def __call__(self, run: Run, moments: Moments) -> None:
-        m, v = moments.values[:, run.start : run.stop].unbind()
-        p, g, denominator = (buffer[: m.numel()] for buffer in self.buffers[m.dtype])
-        if len(run.pieces) == 1:
-            ((_, p, g),) = run.pieces
-        else:
-            torch.cat([values for _, values, _ in run.pieces], out=p)
-            torch.cat([gradient for _, _, gradient in run.pieces], out=g)
-        move(p, m, advance(m, v, g, denominator, run.scalars), run.scalars)
-        if len(run.pieces) > 1:
-            for (_, values, _), part in zip(run.pieces, p.split([values.numel() for _, values, _ in run.pieces]), strict=True):
-                values.copy_(part)
-
-
-def advance(m: Tensor, v: Tensor, g: Tensor, denominator: Tensor, s: Scalars) -> Tensor:
-    """Bring the moments to this step; returns sqrt(v / (1 - b2^t)) + eps, in `denominator`."""
-    m.lerp_(g, 1 - s.beta1)
-    v.mul_(s.beta2).addcmul_(g, g, value=1 - s.beta2)
-    return torch.sqrt(v, out=denominator).div_(s.correction).add_(s.eps)
-
-
-def move(p: Tensor, m: Tensor, denominator: Tensor, s: Scalars) -> None:
-    if s.decay != 1:
-        p.mul_(s.decay)
-    p.addcdiv_(m, denominator, value=-s.step_size)
-
-
-class _Update8bit:
-    """The same on moments that are decoded to float32, and encoded again."""
-
-    def __init__(self, runs: Sequence[Run], device: torch.device):
-        n = max((run.stop - run.start for run in runs), default=0)
-        self.buffers = torch.empty(4, n, device=device).unbind()
-        self.work = torch.empty(n, dtype=torch.int32, device=device)
-        for signed in (True, False):
-            block_tables(device, signed)  # which are kept
+        self.buffers = {dtype: torch.empty(5 if eight else 3, n, dtype=dtype, device=device).unbind() for dtype, n in longest.items()}
+        if eight:
+            self.work = torch.empty(max(longest.values(), default=0), dtype=torch.int32, device=device)
+            for signed in (True, False):
+                block_tables(device, signed)  # which are kept
 
     def __call__(self, run: Run, moments: Moments) -> None:
         n, s = run.stop - run.start, run.scalars
-        codes = moments.values[:, run.start : run.stop].unbind()
-        scales = moments.scales[:, run.start // BLOCK : run.stop // BLOCK].unbind()
-        g, m, v, denominator = (buffer[:n] for buffer in self.buffers)
-        g.zero_()
-        for at, _, gradient in run.pieces:
-            g[at : at + gradient.numel()].copy_(gradient)
-        for values, code, scale, signed in ((m, codes[0], scales[0], True), (v, codes[1], scales[1], False)):
-            ops.decode_blocks_into(values, code, scale, self.work[:n], BLOCK, signed)
-        advance(m, v, g, denominator, s)
-        for at, p, _ in run.pieces:
-            part = slice(at, at + p.numel())
-            if p.dtype == torch.float32:
-                move(p, m[part], denominator[part], s)
-            else:  # in float32, rounded once; the gradient is not needed any more
-                wide = g[part].copy_(p)
-                move(wide, m[part], denominator[part], s)
-                p.copy_(wide)
-        for values, code, scale, signed in ((m, codes[0], scales[0], True), (v, codes[1], scales[1], False)):
-            ops.encode_blocks_into(code, scale, values, self.work[:n], BLOCK, signed)
+        kept = moments.values[:, run.start : run.stop].unbind()
+        p, g, work, *decoded = (buffer[:n] for buffer in self.buffers[torch.float32 if self.eight else kept[0].dtype])
+        coded: tuple = ()
+        if self.eight:
+            scales = moments.scales[:, run.start // BLOCK : run.stop // BLOCK].unbind()
+            coded = tuple(zip(decoded, kept, scales, (True, False), strict=True))
+        for values, codes, scale, signed in coded:
+            ops.decode_blocks_into(values, codes, scale, self.work[:n], BLOCK, signed)
+        (_, values, gradient) = run.pieces[0]
+        alone = len(run.pieces) == 1 and values.dtype == p.dtype
+        if alone:
+            p, g = values, gradient
+        else:
+            if self.eight:
+                g.zero_()  # between the pieces, so that moments stay 0 there
+            parameters, gradients = [list(parts) for parts in zip(*((values, gradient) for _, values, gradient in run.pieces), strict=True)]
+            places = [p[at : at + values.numel()] for at, values, _ in run.pieces]
+            torch._foreach_copy_(places, parameters)
+            torch._foreach_copy_([g[at : at + gradient.numel()] for at, _, gradient in run.pieces], gradients)
+        m, v, work = (t[: p.numel()] for t in (*(decoded or kept), work))
+        ops.adamw_(p, g, m, v, work, s.beta1, s.beta2, s.eps, s.decay, s.step_size, s.correction)
+        if not alone:
+            torch._foreach_copy_(parameters, places)
+        for values, codes, scale, signed in coded:
+            ops.encode_blocks_into(codes, scale, values, self.work[:n], BLOCK, signed)

@@ -482,6 +482,7 @@ def test_operators_pass_opcheck():
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
+        ops.adamw_: (*torch.rand(5, 60).unbind(), 0.9, 0.999, 1e-8, 0.99, 1e-3, 0.5),
         ops.encode_blocks_into: (codes.clone(), maxima.clone(), torch.randn(512), work.clone(), NESTED, True),
         ops.decode_blocks_into: (torch.empty(512), codes, maxima, work.clone(), NESTED, False),
         ops.rms_norm: (weight.bfloat16(), gain.new_ones(128).bfloat16(), 1e-6),

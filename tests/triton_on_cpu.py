@@ -18,7 +18,7 @@ import tempfile
 
 import torch
 import triton
-from qlora_kernels import reference, triton_nf4, triton_step
+from qlora_kernels import reference, triton_nf4, triton_optim, triton_step
 
 NESTED = 256
 CARDS = (80, 86, 89, 90, 120)  # A100, RTX 3090, RTX 4090, H100, RTX 5090
@@ -118,6 +118,38 @@ def check_loss(rows: int, vocabulary: int) -> None:
         close(logits[-1, targets[-1]].double(), exact[-1, targets[-1]], 1e-4)
 
 
+def check_adamw(n: int) -> None:
+    p, g, m, v = (torch.randn(n) for _ in range(4))
+    v = v.square() * 1e-4
+    for decay in (1.0, 0.99):
+        scalars = (0.9, 0.999, 1e-8, decay, 3e-3, 0.3)
+        expected = [t.clone() for t in (p, g, m, v)]
+        reference.adamw_(*expected, torch.empty(n), *scalars)
+        triton_optim.adamw_(p, g, m, v, torch.empty(0), *scalars)
+        for got, wanted in zip((p, g, m, v), expected, strict=True):
+            close(got, wanted, 5e-7)
+
+
+def check_blocks(n: int, blocksize: int) -> None:
+    for signed in (True, False):
+        levels, midpoints = reference.block_tables(torch.device("cpu"), signed)
+        values = torch.randn(n) * 10.0 ** torch.randint(-9, 3, (n,))
+        values[: n // 4] = midpoints.repeat(n)[: n // 4]  # ties, where the block's largest magnitude is 1
+        values[: n // 4 : blocksize] = 1.0
+        values[n // 4 : n // 4 + blocksize] = 0.0
+        values = values if signed else values.abs()
+        codes, absmax, work = torch.empty(n, dtype=torch.uint8), torch.empty(n // blocksize), torch.empty(n, dtype=torch.int32)
+        expected, expected_absmax = torch.empty_like(codes), torch.empty_like(absmax)
+        triton_optim.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
+        reference.encode_blocks_into(expected, expected_absmax, values.clone(), work, blocksize, signed)
+        equal(codes, expected)
+        equal(absmax, expected_absmax)
+        triton_optim.decode_blocks_into(values, codes, absmax, work, blocksize, signed)
+        wanted = torch.empty(n)
+        reference.decode_blocks_into(wanted, codes, absmax, work, blocksize, signed)
+        equal(values, wanted)
+
+
 def check_not_finite() -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         w = torch.ones(131)
@@ -133,6 +165,8 @@ INTERPRETED = {
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088))},
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
+    **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
+    **{f"8-bit {n} blocks of {b}": (check_blocks, n, b) for n, b in ((256, 256), (5 * 256, 256), (40 * 64, 64))},
     "not finite": (check_not_finite,),
 }
 
@@ -149,7 +183,8 @@ def interpret() -> None:
 
 FLOAT = {name: "*fp32" for name in (
     "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "own", "cross", "A", "B", "gram", "midpoints", "scales", "stretches",
-)} | {"scaling": "fp32", "tiny": "fp32"}  # fmt: skip
+    "maxima", "values", "p", "g", "m", "v",
+)} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction")}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
 BYTES = {name: "*u8" for name in ("packed", "codes")}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
@@ -167,9 +202,12 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "row norms": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**NORMS, "ROWS": 16, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
     "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
-    "quantize absmax": (triton_nf4.quantize_absmax_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16}, triton_nf4.EXACT, False),
+    "encode blocks": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True}, triton_nf4.EXACT, False),
+    "encode blocks of moments": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": False}, triton_nf4.EXACT, True),
+    "decode blocks of moments": (triton_optim.decode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCK": 1024}, triton_nf4.EXACT, True),
+    "adamw": (triton_optim.adamw_kernel, {}, {"BLOCK": 1024}, triton_nf4.EXACT, True),
     "fit scales": (triton_nf4.fit_scales_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64}, triton_nf4.EXACT, False),
-    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32", "eps": "fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
     "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),

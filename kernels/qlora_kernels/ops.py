@@ -4,6 +4,7 @@
     torch.ops.qlora.fit_scales_nf4  weight -> scales of least squared error, in place of absmax
     torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
+    torch.ops.qlora.adamw_          flat parameter, gradient and moments: one step, in place
     torch.ops.qlora.encode_blocks_into, decode_blocks_into: 8-bit codes and block maxima of an optimizer's state
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
@@ -299,6 +300,19 @@ def _(dout, q, k, v, out, lse, bounds, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@operator(mutates=("p", "exp_avg", "exp_avg_sq", "work"))
+def adamw_(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float,
+) -> None:  # fmt: skip
+    reference.adamw_(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction)
+
+
+@shape_of("adamw_")
+def _(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction):
+    return None
+
+
 @operator(mutates=("codes", "absmax", "values", "work"))
 def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
     reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
@@ -325,7 +339,7 @@ BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKE
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
     "fold_factors", "column_dots", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
-    "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
+    "adamw_", "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
@@ -373,9 +387,9 @@ def _other() -> tuple[str, str]:
 def _kernels(backend: str) -> dict[str, Callable]:
     """The operators that a backend has; imported here, because importing Triton or bitsandbytes is slow and may fail."""
     if backend == "triton":
-        from qlora_kernels import triton_nf4, triton_step
+        from qlora_kernels import triton_nf4, triton_optim, triton_step
 
-        modules = (triton_nf4, triton_step)
+        modules = (triton_nf4, triton_step, triton_optim)
     elif backend == "bitsandbytes":
         from qlora_kernels import bitsandbytes_nf4
 

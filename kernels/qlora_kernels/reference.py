@@ -195,6 +195,26 @@ def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tens
     values.view(-1, blocksize).mul_(absmax.unsqueeze(1))
 
 
+def adamw_(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float,
+) -> None:  # fmt: skip
+    """One step of AdamW (arXiv:1711.05101) in place, all tensors flat [n] and of one dtype; `work` is used up, so that nothing is allocated:
+
+        m = lerp(m, g, 1 - beta1)    v = beta2 v + (1 - beta2) g^2    p = decay p - step_size m / (sqrt(v) / correction + eps)
+
+    with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), correction = sqrt(1 - beta2^t). The operations and their order are
+    those of torch.optim.AdamW(foreach=False): the same bits, wherever a tensor is cut.
+    """
+    count_write(p)
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    torch.sqrt(exp_avg_sq, out=work).div_(correction).add_(eps)
+    if decay != 1:
+        p.mul_(decay)
+    p.addcdiv_(exp_avg, work, value=-step_size)
+
+
 def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int) -> Tensor:
     """Block scales float32 [k], from the 8-bit codes of double quantization or as they are."""
     if nested_absmax is None:

@@ -218,17 +218,19 @@ def quantize_kernel(
 
 
 @triton.jit
-def quantize_absmax_kernel(
-    codes, nested, absmax, offset, midpoints, n, tiny,
-    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+def encode_blocks_kernel(
+    codes, maxima, values, offset, midpoints, n, tiny,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Double quantization: absmax - offset, in blocks, to the 8-bit dynamic map."""
+    """Values (less the offset, if there is one: double quantization), in blocks, to an 8-bit dynamic map."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     element = block.to(tl.int64)[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     inside = element < n
-    value = tl.where(inside, tl.load(absmax + element, mask=inside, other=0.0) - tl.load(offset), 0.0)
+    value = tl.load(values + element, mask=inside, other=0.0)
+    if OFFSET:
+        value = tl.where(inside, value - tl.load(offset), 0.0)
     largest = tl.max(tl.abs(value), axis=1)
-    tl.store(nested + block, largest, mask=block.to(tl.int64) * BLOCKSIZE < n)
+    tl.store(maxima + block, largest, mask=block.to(tl.int64) * BLOCKSIZE < n)
     scaled = value * tl.div_rn(1.0, tl.maximum(largest, tl.cast(tiny, tl.float32)))[:, None]
     code = _count_below(tl.minimum(tl.maximum(scaled, -1.0), 1.0), midpoints, 8)
     tl.store(codes + element, code.to(tl.uint8), mask=inside)
@@ -443,8 +445,8 @@ def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tens
     codes = torch.empty_like(absmax, dtype=torch.uint8)
     nested = torch.empty(-(-n // nested_blocksize), dtype=torch.float32, device=absmax.device)
     with on(codes):
-        quantize_absmax_kernel[(triton.cdiv(n, TILE),)](
+        encode_blocks_kernel[(triton.cdiv(n, TILE),)](
             codes, nested, absmax, offset, reference._midpoints(absmax.device, nested=True), n, reference.TINY,
-            BLOCKSIZE=nested_blocksize, BLOCKS=TILE // nested_blocksize, **EXACT,
+            BLOCKSIZE=nested_blocksize, BLOCKS=TILE // nested_blocksize, OFFSET=True, **EXACT,
         )  # fmt: skip
     return codes, nested, offset
