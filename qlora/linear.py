@@ -74,7 +74,7 @@ class NF4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, blocksize={self.blocksize}"
 
 
-# One decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards do not meet.
+# On a CPU one decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards do not meet.
 _scratch = threading.local()
 
 
@@ -116,8 +116,12 @@ class FrozenWeight:
         return self.weight.to(dtype)
 
     def scratch(self, dtype: torch.dtype, row_gain: Tensor | None = None) -> Tensor:
-        """As `dense`, but in memory that all layers of a thread share: use it up before the next call, never keep it."""
-        if self.nf4 is None:
+        """As `dense`, but in memory that all layers of a thread share: use it up before the next call, never keep it.
+
+        On a GPU torch's allocator does that by itself: what is freed is given out again in the order of the stream, to whichever thread
+        (backward passes run in one of their own, which would have a second buffer), so there it is `dense`.
+        """
+        if self.nf4 is None or self.device.type == "cuda":
             return self.dense(dtype, row_gain)
         n, key = self.shape[0] * self.shape[1], (self.device, dtype)
         buffers = _scratch.__dict__

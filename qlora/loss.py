@@ -54,23 +54,28 @@ def target_states(model: nn.Module, batch, layout: Layout) -> tuple[Tensor, Tens
     device = next(model.parameters()).device
     layers = model.get_decoder()
     following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-    # Everything that asks for a value is asked of the batch on the CPU: on a GPU it would be a synchronization.
+    # Everything that asks for a value is asked of the batch on the CPU, and goes to a GPU without waiting for what runs there.
     if layout.packed:
         present = batch.attention_mask.bool()
         lengths = present.sum(1).tolist()
         positions = torch.cat([torch.arange(length) for length in lengths])
         states = layers(
-            input_ids=batch.input_ids[present].unsqueeze(0).to(device), position_ids=positions.unsqueeze(0).to(device),
+            input_ids=_sent(batch.input_ids[present].unsqueeze(0), device), position_ids=_sent(positions.unsqueeze(0), device),
             attention_mask=attention.bounds(lengths), use_cache=False,
         ).last_hidden_state  # fmt: skip
         following = following[present]
     else:
         states = layers(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
+            input_ids=_sent(batch.input_ids, device), attention_mask=_sent(batch.attention_mask, device), use_cache=False
         ).last_hidden_state
         following = following.flatten()
     wanted = (following != IGNORED).nonzero().squeeze(1)
-    return states.flatten(0, 1).index_select(0, wanted.to(device)), following[wanted].to(device)
+    return states.flatten(0, 1).index_select(0, _sent(wanted, device)), _sent(following[wanted], device)
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to be pinned or kept."""
+    return t.to(device, non_blocking=True)
 
 
 def target_logits(model: nn.Module, batch) -> tuple[Tensor, Tensor]:

@@ -345,15 +345,23 @@ class PinnedMemory:
         self.moved = self.stalls = 0
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._host: list[Tensor] = []
-        self._finalizer = weakref.finalize(self, _unpin, self._host)
+        self._finalizer = weakref.finalize(self, _unpin, device, self._host)
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        first = len(self._host)
-        for size in sizes:
-            page = anonymous(size)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), size, 0))
-            self._host.append(page)
-        return list(range(first, len(self._host)))
+        """Numbers of new pages of zeros. Raises: UserError if the host has no memory that can be pinned."""
+        pinned: list[Tensor] = []
+        try:
+            for size in sizes:
+                page = anonymous(size)
+                if result := int(torch.cuda.cudart().cudaHostRegister(page.data_ptr(), size, 0)):
+                    raise MemoryError(f"cudaHostRegister returned {result}")
+                pinned.append(page)
+        except MemoryError as error:
+            _unpin(self.device, pinned)
+            remedy = "Free some of it, or let more of the state stay on the device"
+            raise UserError(problem("memory", "host", f"has no {sum(sizes) / 1e6:.0f} MB that can be pinned ({error})", remedy)) from error
+        self._host += pinned
+        return list(range(len(self._host) - len(pinned), len(self._host)))
 
     def write(self, place: int, page: Tensor) -> None:
         self._host[place].copy_(page)
@@ -415,10 +423,11 @@ class PinnedMemory:
         return 0
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.device)
         self._finalizer()
 
 
-def _unpin(pages: list[Tensor]) -> None:
+def _unpin(device: torch.device, pages: list[Tensor]) -> None:
+    torch.cuda.synchronize(device)  # copies to and from them may be under way
     while pages:
-        torch.cuda.cudart().cudaHostUnregister(pages.pop().data_ptr())
+        page = pages.pop()  # which has to live until it is no longer registered
+        torch.cuda.cudart().cudaHostUnregister(page.data_ptr())

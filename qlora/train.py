@@ -8,8 +8,9 @@ the loss: the numbers that flow back through a 16-bit model are then larger by t
 scaling that float16 needs.
 
 What a step sees is a function of its number (`batches(step)`, `rate(step)`), so a resumed run needs no iterator state.
+A step asks the device for a number once, when loss and norm decide whether it counts: between micro-batches a GPU never waits.
 metrics.jsonl: one object per line and step. `tokens` are those of the step, without padding; `tokens_per_second` leaves
-evaluation and saving out; `memory_bytes` is the peak so far (allocated on the GPU; on a CPU anonymous memory, RssAnon).
+evaluation and saving out; `memory_bytes` is the peak so far (`PeakMemory`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.checkpoint import random_states, set_random_states
 from qlora.errors import UserError, problem
@@ -68,8 +69,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     raise UserError(problem("schedule", schedule, "must be cosine, linear or constant", "cosine is the default"))
 
 
-def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Parameter]) -> float:
-    """Put the gradient of the mean token loss over all `batches` together into `.grad`; return that loss.
+def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Put the gradient of the mean token loss over all `batches` together into `.grad`; return that loss, a scalar on the device.
 
     Every target token weighs the same, however many its batch has: without dropout the result does not depend on how
     the examples were cut into batches (up to rounding).
@@ -80,10 +81,9 @@ def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Para
         loss = loss_sum(model, batch)
         loss.backward()
         total += loss.detach()
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= targets
-    return (total / targets).item()
+    if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
+        torch._foreach_div_(gradients, targets)
+    return total / targets
 
 
 def optimizer_step(
@@ -122,7 +122,8 @@ def _optimizer_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(model, batches, parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+    loss, norm = torch.stack([loss.to(norm.device), norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         name, value = ("loss", loss) if not math.isfinite(loss) else ("grad_norm", norm)
         remedy = "Begin again with a smaller --learning-rate, or with --dtype bf16 or fp32 if this is fp16"
@@ -250,8 +251,9 @@ def return_freed_memory() -> None:
 
 
 class PeakMemory:
-    """The most memory used since it was entered. Linux keeps no peak of RssAnon: on a CPU a thread looks every
-    `every` seconds."""
+    """The most memory used since it was entered. On a GPU what torch's allocator has reserved: with CUDA's own few hundred MB
+    it is what a card must have; `allocated` is what tensors took of it. On a CPU anonymous memory, RssAnon: Linux keeps no peak of it,
+    so a thread looks every `every` seconds."""
 
     def __init__(self, device: torch.device, every: float = 0.05):
         self.device, self.every = device, every
@@ -260,9 +262,13 @@ class PeakMemory:
 
     def peak(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         self._peak = max(self._peak, anonymous_memory())
         return self._peak
+
+    def allocated(self) -> int:
+        """The peak of what tensors took; on a CPU the same as `peak`."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.peak()
 
     def _watch(self) -> None:
         while not self._end.wait(self.every):
@@ -270,6 +276,7 @@ class PeakMemory:
 
     def __enter__(self):
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was freed before is not needed now
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             threading.Thread(target=self._watch, daemon=True).start()

@@ -72,7 +72,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(cut):
     model.zero_grad()
     rest = iter(data)
     parts = [collate([next(rest) for _ in range(size)]) for size in cut]
-    assert accumulate(model, parts, parameters) == pytest.approx(whole, rel=1e-6)
+    assert accumulate(model, parts, parameters).item() == pytest.approx(whole.item(), rel=1e-6)
     for got, want in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 

@@ -333,12 +333,16 @@ def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scal
 
         n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
 
-    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely.
+    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely. On a GPU all are, as
+    to ask which would be a wait for every chunk.
     """
     gram = A @ A.t()
     n = torch.empty(B.shape[0], dtype=A.dtype, device=A.device)
     for part, W in chunks:
         b = B[part]
+        if W.is_cuda:
+            n[part] = torch.linalg.vector_norm(torch.addmm(W, b, A, alpha=scaling), dim=1)
+            continue
         own = torch.linalg.vector_norm(W, dim=1).square_()
         squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
         lost = (squared < 1e-3 * own).nonzero().squeeze(1)
