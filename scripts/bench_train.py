@@ -83,13 +83,13 @@ def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
 def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
     """DoRA steps of a large model of random weights in this process."""
     import torch
-    from random_llama import random_nf4_llama
+    from random_models import build
 
     import qlora
     from qlora.train import PeakMemory, checkpoint_activations
 
     with PeakMemory(torch.device("cpu")) as memory:
-        model = qlora.attach_adapters(random_nf4_llama(shape), method="dora", rank=16, alpha=32)
+        model = qlora.attach_adapters(build(shape), method="dora", rank=16, alpha=32)
         if checkpointing:
             checkpoint_activations(model)
         return take_steps(model, [random_batch(work)] * 3, qlora.PagedAdamW) | {"peak": memory.peak()}

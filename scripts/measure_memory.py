@@ -27,7 +27,7 @@ def write_random_llama(folder: Path, shape: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora.merging import ShardWriter
-    from random_llama import llama_config
+    from random_models import llama_config
 
     config = llama_config(shape)
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def measure(row: dict) -> dict:
     baseline = anonymous_memory()
     with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
-            from random_llama import llama_config, random_nf4_llama
+            from random_models import build as random_nf4_llama, llama_config
 
             model = random_nf4_llama("1B")
             llama_config("1B").save_pretrained(folder)

@@ -1,51 +1,70 @@
-"""Llamas of random weights at the shapes of real models, made on the device a layer at a time: no dense model ever lives.
+"""Llamas of random NF4 weights at the shapes of real models: for speed and memory at sizes whose checkpoints nobody wants to download.
 
-`build` gives a model in memory, ours or with bitsandbytes' layers over the same bytes (for PEFT); `write_checkpoint` a 4-bit folder.
+Codes and scales are drawn where they will lie, so no dense weight ever exists; the scales are about those of a normal initialization with
+a standard deviation of 0.02. `build` gives a model in memory, ours or with bitsandbytes' layers over the same bytes (for PEFT),
+`write_checkpoint` a 4-bit folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
-    "7B": (4096, 11008, 32, 32, 32, 32000),
-    "8B": (4096, 14336, 32, 32, 8, 128256),
-    "small": (128, 320, 2, 4, 2, 512),
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
+    "small": (128, 320, 2, 4, 2, 512, False),
+    "135M": (576, 1536, 30, 9, 3, 49152, True),
+    "1B": (2048, 8192, 16, 32, 8, 128256, True),
+    "3B": (3072, 8192, 28, 24, 8, 128256, True),
+    "7B": (4096, 11008, 32, 32, 32, 32000, False),
+    "8B": (4096, 14336, 32, 32, 8, 128256, False),
 }
 RANK, ALPHA = 16, 32.0
 
 
-def skeleton(shape: str) -> nn.Module:
-    """A Llama whose parameters are on the meta device; its buffers are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def llama_config(shape: str):
+    from transformers import LlamaConfig
 
-    hidden, intermediate, layers, heads, groups, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, vocab_size=vocabulary, max_position_embeddings=4096, use_cache=False,
+    hidden, intermediate, layers, heads, groups, vocabulary, tied = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+        vocab_size=vocabulary, tie_word_embeddings=tied, dtype="bfloat16", architectures=["LlamaForCausalLM"], max_position_embeddings=8192,
         bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def tensors(model: nn.Module, device: torch.device):
-    """(name, tensor or NF4Weight, whether it is a linear layer's) of random weights on `device`, one at a time, the same ones every time."""
-    from qlora import nf4
+def skeleton(shape: str) -> nn.Module:
+    """A Llama on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(llama_config(shape), dtype=torch.bfloat16)
+
+
+def random_nf4(out: int, columns: int, generator: torch.Generator):
+    from qlora.nf4 import NESTED_BLOCKSIZE, NF4Weight
+
+    device, blocks = generator.device, out * columns // 64
+    packed = torch.empty(out * columns // 2, 1, dtype=torch.uint8, device=device).random_(0, 256, generator=generator)
+    absmax = torch.empty(blocks, dtype=torch.uint8, device=device).random_(64, 192, generator=generator)
+    nested = torch.full((-(-blocks // NESTED_BLOCKSIZE),), 0.02, device=device)
+    return NF4Weight(packed, absmax, nested, torch.tensor(0.05, device=device), (out, columns), 64)
+
+
+def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, object]]:
+    """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones every time."""
+    from qlora.adapters import linear_names
 
     generator = torch.Generator(device).manual_seed(0)
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    linear = {f"{name}.weight" for name in linear_names(model)}
     for name, parameter in list(model.named_parameters()):
-        if parameter.dim() == 1:
-            yield name, torch.ones(parameter.shape, dtype=torch.bfloat16, device=device), False
-            continue
-        values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
-        yield name, nf4.quantize(values) if name in linear else values, name in linear
+        if name in linear:
+            yield name, random_nf4(*parameter.shape, generator)
+        else:
+            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            yield name, values.fill_(1) if values.dim() == 1 else values.normal_(0, 0.02, generator=generator)
 
 
 def ours(weight, device: torch.device) -> nn.Module:
@@ -72,15 +91,27 @@ def theirs(weight, device: torch.device) -> nn.Module:
     return layer
 
 
-def build(shape: str, device: torch.device, layer: Callable = ours) -> nn.Module:
+def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours) -> nn.Module:
+    """A frozen model; ours as `qlora.load_base` returns it."""
+    from qlora_kernels import ops
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from qlora.fused import fuse
+
+    device = torch.device(device)
     model = skeleton(shape)
-    for name, tensor, linear in tensors(model, device):
+    for name, value in weights(model, device):
         path, _, part = name.rpartition(".")
-        if linear:
-            model.set_submodule(path, layer(tensor, device))
+        if isinstance(value, Tensor):
+            setattr(model.get_submodule(path), part, nn.Parameter(value, requires_grad=False))
         else:
-            setattr(model.get_submodule(path), part, nn.Parameter(tensor, requires_grad=False))
-    return model.to(device).requires_grad_(False)
+            model.set_submodule(path, layer(value, device))
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)  # its frequencies are computed, not loaded
+    if layer is ours and ops.fuses(device):
+        fuse(model)
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
 
 
 def with_peft(model: nn.Module, method: str) -> nn.Module:
@@ -108,6 +139,7 @@ def detached(model: nn.Module) -> nn.Module:
 
 
 def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0):
+    """`count` examples of random tokens, all but the first of each targets."""
     from qlora.data import Example, collate
 
     generator = torch.Generator().manual_seed(seed)
@@ -135,12 +167,11 @@ def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
     model = skeleton(shape)
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, 10**9)
-    for name, tensor, linear in tensors(model, device):
-        for suffix, part in (nf4.to_bitsandbytes(tensor, torch.bfloat16) if linear else {"": tensor}).items():
+    for name, value in weights(model, device):
+        for suffix, part in ({"": value} if isinstance(value, Tensor) else nf4.to_bitsandbytes(value, torch.bfloat16)).items():
             writer.add(name + suffix, part.cpu())
     writer.close()
     config = model.config
-    config.dtype, config.architectures = torch.bfloat16, ["LlamaForCausalLM"]
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head"],

@@ -11,8 +11,8 @@ from pathlib import Path
 SUITE = Path(__file__).resolve().parents[1] / "scripts" / "gpu_suite.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    paths = os.pathsep.join(str(SUITE.parents[1] / name) for name in (".", "kernels"))
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([*[before] * bool(before), *(str(SUITE.parents[1] / name) for name in (".", "kernels"))])
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([sys.executable, str(SUITE), *arguments], env=environment, capture_output=True, text=True, check=False)
 
@@ -26,6 +26,18 @@ def test_small_shapes_on_a_cpu(tmp_path):
     assert agreeing == {"small 64 tokens: first losses agree to": True, "the README's lines, small, 4 x 64 tokens": True}
     sides = {row["name"].rpartition(": ")[2] for row in found["rows"] if row["unit"] == "tokens/s"}
     assert sides == {"ours", "peft"}
+
+
+def test_what_fails_does_not_take_the_rest_along(tmp_path):
+    """A bitsandbytes that breaks on import, as one for another CUDA does."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise RuntimeError('no library for this CUDA')")
+    done = run("--device", "cpu", "--small", "--only", "bandwidth,plan", "--json", str(tmp_path / "found.json"), before=str(tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    wrong = {row["name"]: row["value"] for row in found["rows"] if row["must"] and not row["met"]}
+    assert wrong == {"bitsandbytes": "failed: RuntimeError: no library for this CUDA"} and done.returncode == 1
+    assert {row["part"] for row in found["rows"]} == set(found["seconds"]) == {"bandwidth", "plan"}
+    assert "wrong: bitsandbytes; short" in done.stdout and "RuntimeError: no library" in done.stderr
 
 
 def test_without_a_card_it_says_so_in_one_line():
