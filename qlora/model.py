@@ -109,6 +109,13 @@ class _StreamQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         self.quantization_config.prepare(model)
+        # transformers 5.17 casts each tensor to the dtype of its place before it is visited, and the place of codes is uint8.
+        self.codes = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+        for module in self.codes.values():
+            module.weight = torch.empty_like(module.weight, dtype=model.dtype)
+
+    def param_element_size(self, model, param_name, param):  # of what is loaded, for an allocation beforehand on a GPU
+        return 1 if param_name in self.codes else param.element_size()
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return self.quantization_config.wants(param_name)
@@ -158,11 +165,17 @@ def stream(
             problems.extend(error.problems)
             raise
 
+    shapes: dict[str, torch.Size] = {}
+
+    def prepared(model: nn.Module) -> None:
+        prepare(model)
+        shapes.update((name, parameter.shape) for name, parameter in model.named_parameters())
+
     options = dict(
         config=config,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=_StreamConfig(prepare, wants, guarded),
+        quantization_config=_StreamConfig(prepared, wants, guarded),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they come back in the info and are refused below, all of them with the rest
     )
@@ -184,7 +197,10 @@ def stream(
             raise UserError(problem("model", source.gguf or source.folder, f"cannot be loaded ({reason})", "Check that the folder is whole")) from error
         raise
     problems += [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is {tuple(found)}, the model needs {tuple(needed)}" for name, found, needed in sorted(info["mismatched_keys"])]
+    misfits = {name: (found, needed) for name, found, needed in info["mismatched_keys"]}
+    # transformers 5.17 does not look at shapes where there is a quantizer.
+    misfits |= {name: (p.shape, shapes[name]) for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)}
+    problems += [f"{name} is {tuple(found)}, the model needs {tuple(needed)}" for name, (found, needed) in sorted(misfits.items())]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(problem("model", source.gguf or source.folder, f"the checkpoint does not fit its config ({shown})", "Get the whole checkpoint again"))
