@@ -133,4 +133,6 @@ def _agree(module: nn.Module, fused: nn.Module, width: int, like: Tensor) -> boo
     except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than one tensor
         return False
     found = fused(x)
-    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    # Of what is told apart here, the least differs by thousandths; the exponential of a GPU by 1e-6.
+    closeness = max(4 * torch.finfo(dtype).eps, 4e-6 if dtype == torch.float32 else 0)
+    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=closeness, atol=closeness / 4)

@@ -93,6 +93,16 @@ def check_column_dots(tokens: int, columns: int) -> None:
     close(triton_step.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
 
 
+def check_factors(rank: int, columns: int, rows: int) -> None:
+    A, B, m, n = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(rows), torch.rand(rows)
+    m[0], n[-1] = -1e-9, 0.0
+    for parts in ((m, n), (None, None)):
+        for got, wanted in zip(triton_step.fold_factors(A, B, *parts, 0.7, torch.float32), reference.fold_factors(A, B, *parts, 0.7, torch.float32), strict=True):
+            equal(got, wanted)
+    m[rows // 2] = math.nan
+    assert triton_step.fold_factors(A, B, m, n, 0.7, torch.float32)[1].isnan().any(1).nonzero().tolist() == [[rows // 2]]
+
+
 def check_layers(rows: int, columns: int) -> None:
     x, dy, up = (torch.randn(rows, columns) for _ in range(3))
     w = torch.rand(columns)
@@ -103,6 +113,8 @@ def check_layers(rows: int, columns: int) -> None:
     close(triton_step.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, expected_inverse))
     close(triton_step.swiglu(x, up), reference.swiglu(x, up))
     for got, wanted in zip(triton_step.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), strict=True):
+        close(got, wanted)
+    for got, wanted in zip(triton_step.swiglu_backward_dots(dy, x, up), reference.swiglu_backward_dots(dy, x, up), strict=True):
         close(got, wanted)
 
 
@@ -163,7 +175,8 @@ INTERPRETED = {
     **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
     **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
-    **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088))},
+    **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
+    **{f"factors rank {k}, {c} to {r}": (check_factors, k, c, r) for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))},
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
     **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
     **{f"8-bit {n} blocks of {b}": (check_blocks, n, b) for n, b in ((256, 256), (5 * 256, 256), (40 * 64, 64))},
@@ -188,6 +201,7 @@ FLOAT = {name: "*fp32" for name in (
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
 BYTES = {name: "*u8" for name in ("packed", "codes")}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
+FACTORS = {name: "*fp32" for name in ("A", "B", "m", "n", "gain", "safe")}
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -211,6 +225,8 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
     "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
+    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 128, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    "fold factors": (triton_step.fold_factors_kernel, {**FACTORS, "down": "*bf16", "up": "*bf16"}, {"DORA": True, "BLOCK": 2048, "RANK": 16}, triton_nf4.EXACT, True),
     "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
 }  # fmt: skip

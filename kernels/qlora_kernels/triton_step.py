@@ -1,12 +1,17 @@
-"""Triton kernels of a training step beside the products: DoRA's reduction, RMSNorm, SwiGLU and the loss.
+"""Triton kernels of a training step beside the products: DoRA's factors and reduction, RMSNorm, SwiGLU and the loss.
 
+    fold_factors     all that a layer's product needs of A, B, m and n in one launch, where PyTorch's chain makes ten: a small step is bound
+                     by its launches
     column_dots      sum_t a[t, j] * b[t, j] in float32. Two stages, so that narrow matrices fill a card: each program sums a tile of
                      columns over its share of the tokens, then torch adds the shares. No atomics, so every run gives the same bits.
     cross_entropy_   a row of logits is read once for its sum and once to become its gradient
-    rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors
+    rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors; with the sums of DoRA's
+                     gradients for gate and up, which are at hand in that pass
 
-The alternative for the last three, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the up projection's
-outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would silently be wrong.
+The alternative for the last ones, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the up projection's
+outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would silently be wrong. What it would
+add is the rotary embedding, but transformers calls that by a global name of each architecture's module: to replace it would change every
+other model of the process, and no trial on one model shows that they agree.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import DTYPES, FUSED, on
+from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, on
 
 SHARE = 128  # tokens that a program sums
 
@@ -55,6 +60,53 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 @triton.jit
+def fold_factors_kernel(
+    down, up, gain, safe, A, B, m, n, scaling, count, rows, rank, DORA: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr
+):
+    """The first programs convert A, flat, the others BLOCK // RANK rows of B each. NaN stays NaN: a comparison with it is false."""
+    program = tl.program_id(0)
+    pieces = tl.cdiv(count, BLOCK)
+    if program < pieces:
+        at = program * BLOCK + tl.arange(0, BLOCK)
+        tl.store(down + at, tl.load(A + at, mask=at < count, other=0.0).to(down.dtype.element_ty), mask=at < count)
+    else:
+        row = (program - pieces) * (BLOCK // RANK) + tl.arange(0, BLOCK // RANK)
+        k = tl.arange(0, RANK)
+        inside = (row < rows)[:, None] & (k < rank)[None, :]
+        value = tl.load(B + row[:, None] * rank + k[None, :], mask=inside, other=0.0) * tl.cast(scaling, tl.float32)
+        if DORA:
+            norm = tl.load(n + row, mask=row < rows, other=1.0)
+            norm = tl.where(norm < 1e-12, 1e-12, norm)
+            magnitude = tl.load(m + row, mask=row < rows, other=1.0)
+            size = tl.abs(magnitude)
+            size = tl.where(size < 1e-6 * norm, 1e-6 * norm, size)
+            size = tl.where(magnitude.to(tl.int32, bitcast=True) < 0, -size, size)
+            factor = tl.div_rn(size, norm)
+            tl.store(safe + row, size, mask=row < rows)
+            tl.store(gain + row, factor, mask=row < rows)
+            value = value * factor[:, None]
+        tl.store(up + row[:, None] * rank + k[None, :], value.to(up.dtype.element_ty), mask=inside)
+
+
+def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, rank = B.shape
+    factors = [A, B] if m is None else [A, B, m, n]
+    if dtype not in DTYPES or rank > 1024 or not A.numel() or not B.numel() or not all(t.dtype == torch.float32 and t.is_contiguous() for t in factors):
+        return reference.fold_factors(A, B, m, n, scaling, dtype)
+    if any(t.numel() != rows for t in factors[2:]):
+        raise ValueError(f"{m.numel()} magnitudes and {n.numel()} norms for {rows} rows")
+    down, up = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
+    gain, safe = B.new_empty(2, 0 if m is None else rows).unbind()
+    width = max(16, triton.next_power_of_2(rank))
+    with on(A):
+        fold_factors_kernel[(triton.cdiv(A.numel(), 2048) + triton.cdiv(rows, 2048 // width),)](
+            down, up, gain, safe, A, B, B if m is None else m, B if m is None else n, scaling, A.numel(), rows, rank,
+            DORA=m is not None, BLOCK=2048, RANK=width, **EXACT,
+        )  # fmt: skip
+    return down, up, gain, safe
+
+
+@triton.jit
 def rms_norm_kernel(y, inverse, x, weight, eps, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -86,14 +138,45 @@ def swiglu_kernel(y, gate, up, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _gated_gradients(dy, gate, up):
+    """(d gate, d up) in the dtype of dy."""
+    g = gate.to(tl.float32)
+    s = tl.sigmoid(g)
+    through = (dy * up).to(tl.float32)
+    return (through * s * (1 + g * (1 - s))).to(dy.dtype), dy * (g * s).to(dy.dtype)
+
+
+@triton.jit
 def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
-    d = tl.load(dy + at, mask=at < n, other=0.0)
-    s = tl.sigmoid(g)
-    through = (d * tl.load(up + at, mask=at < n, other=0.0)).to(tl.float32)
-    tl.store(dgate + at, (through * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=at < n)
-    tl.store(dup + at, d * (g * s).to(dup.dtype.element_ty), mask=at < n)
+    inside = at < n
+    g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
+    dg, du = _gated_gradients(tl.load(dy + at, mask=inside, other=0.0), g, u)
+    tl.store(dgate + at, dg, mask=inside)
+    tl.store(dup + at, du, mask=inside)
+
+
+@triton.jit
+def swiglu_backward_dots_kernel(
+    dgate, dup, dots, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The same, and dots [2, shares, columns]: the sums of d gate * gate and d up * up over SHARE tokens."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.program_id(1)
+    first, second = tl.zeros([TOKENS, COLUMNS], tl.float32), tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for start in range(0, SHARE, TOKENS):
+        token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
+        at = token[:, None] * columns + column[None, :]
+        inside = (token < tokens)[:, None] & (column < columns)[None, :]
+        g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
+        dg, du = _gated_gradients(tl.load(dy + at, mask=inside, other=0.0), g, u)
+        tl.store(dgate + at, dg, mask=inside)
+        tl.store(dup + at, du, mask=inside)
+        first += dg.to(tl.float32) * g.to(tl.float32)
+        second += du.to(tl.float32) * u.to(tl.float32)
+    place = dots + share.to(tl.int64) * columns + column
+    tl.store(place, tl.sum(first, axis=0), mask=column < columns)
+    tl.store(place + tl.num_programs(1).to(tl.int64) * columns, tl.sum(second, axis=0), mask=column < columns)
 
 
 @triton.jit
@@ -171,8 +254,17 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dgate, dup = swiglu_backward(dy, gate, up)
-    return dgate, dup, torch.stack((column_dots(dgate, gate), column_dots(dup, up)))
+    dy = dy.contiguous()
+    if not _alike(dy, gate, up) or gate.shape != up.shape or gate.dim() != 2 or gate.numel() == 0:
+        return reference.swiglu_backward_dots(dy, gate, up)
+    tokens, columns = gate.shape
+    dgate, dup, shares = torch.empty_like(gate), torch.empty_like(up), triton.cdiv(tokens, SHARE)
+    dots = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
+    with on(gate):
+        swiglu_backward_dots_kernel[(triton.cdiv(columns, 128), shares)](
+            dgate, dup, dots, dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
+        )
+    return dgate, dup, dots.sum(1) if shares > 1 else dots[:, 0]
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
