@@ -89,6 +89,10 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
             A, B = 0.02 * normal(bench, rank, columns, seed=3), 0.02 * normal(bench, rows, rank, seed=4)
             arguments = (packed, *parts, A, B, 2.0, rows, columns, blocksize, 256)
             worst("row_norms_nf4", ops.row_norms_nf4(*arguments), reference.row_norms_nf4(*arguments), 2e-5)
+    A, B, m, n = normal(bench, 16, columns, seed=3), normal(bench, rows, 16, seed=4), normal(bench, rows, seed=5), normal(bench, rows, seed=6).abs()
+    m[0], n[-1] = -1e-9, 0.0
+    for parts in ((m, n), (None, None)):
+        worst("fold_factors", ops.fold_factors(A, B, *parts, 0.7, dtype), reference.fold_factors(A, B, *parts, 0.7, dtype))
     dots = (weight, weight.flip(0).contiguous())
     exact, scale = reference.column_dots(*(t.double() for t in dots)).float(), reference.column_dots(*(t.abs() for t in dots)).max()
     worst("column_dots", ops.column_dots(*dots) / scale, exact / scale, 1e-4)
@@ -107,6 +111,10 @@ def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: i
     worst("rms_norm_backward" + kind, ops.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, inverse), limit)
     worst("swiglu" + kind, ops.swiglu(x, up), reference.swiglu(x, up), limit)
     worst("swiglu_backward" + kind, ops.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), limit)
+    *found, sums = ops.swiglu_backward_dots(dy, x, up)
+    *expected, wanted = reference.swiglu_backward_dots(dy, x, up)
+    worst("swiglu_backward_dots" + kind, tuple(found), tuple(expected), limit)
+    worst("swiglu_backward_dots, sums" + kind, sums, wanted, max(limit, 1e-4))
     logits, expected, targets = x.clone(), x.clone(), torch.arange(rows, device=bench.device) % columns
     worst("cross_entropy_, losses" + kind, ops.cross_entropy_(logits, targets), reference.cross_entropy_(expected, targets), limit)
     worst("cross_entropy_, gradient" + kind, logits, expected, limit)
@@ -172,6 +180,8 @@ def part_bandwidth(bench: Bench) -> None:
         "column dots": (lambda: ops.column_dots(y, y), 2 * y.nbytes, None),
         "SwiGLU": (lambda: ops.swiglu(y, y), 3 * y.nbytes, None),
         "SwiGLU, backward": (lambda: ops.swiglu_backward(y, y, y), 5 * y.nbytes, None),
+        "SwiGLU, backward with DoRA's sums": (lambda: ops.swiglu_backward_dots(y, y, y), 5 * y.nbytes, None),
+        "factors": (lambda: ops.fold_factors(A, B, gain, gain, 2.0, torch.bfloat16), 6 * (A.numel() + B.numel()), None),
         "cross entropy": (lambda: ops.cross_entropy_(logits, targets), 3 * logits.nbytes, None),
         "AdamW, a page": (lambda: ops.adamw_(*page, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5), 28 * 2**20, None),
         "8-bit moments, decode": (lambda: ops.decode_blocks_into(page[0], codes, scales, work, 256, True), 5 * 2**20, None),

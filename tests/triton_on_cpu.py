@@ -3,7 +3,8 @@
     TRITON_INTERPRET=1 python tests/triton_on_cpu.py interpret   every kernel against the reference, in the interpreter, in float32
     python tests/triton_on_cpu.py compile                        every kernel for every card, and what ptxas says of it
 
-The interpreter replaces the compiler when Triton is imported, so one process cannot do both. One line a check: its name, then "ok", or
+Triton 3.6 interprets with numpy before 2.4 only: it makes numbers of arrays of one element, which numpy refuses since. Its compiler is not
+concerned. The interpreter replaces the compiler when Triton is imported, so one process cannot do both. One line a check: its name, then "ok", or
 what ptxas found as JSON.
 """
 

@@ -96,7 +96,7 @@ def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scali
     if any(t.numel() != rows for t in factors[2:]):
         raise ValueError(f"{m.numel()} magnitudes and {n.numel()} norms for {rows} rows")
     down, up = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
-    gain, safe = B.new_empty(2, 0 if m is None else rows).unbind()
+    gain, safe = (B.new_empty(0 if m is None else rows) for _ in range(2))
     width = max(16, triton.next_power_of_2(rank))
     with on(A):
         fold_factors_kernel[(triton.cdiv(A.numel(), 2048) + triton.cdiv(rows, 2048 // width),)](
