@@ -3,6 +3,7 @@
     RMSNorm    y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP   y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
                and sums DoRA's magnitude gradients of gate and up in the pass over them that its gradient makes anyway
+    rotation   y = x cos + (-x2, x1) sin           three operations in the place of five, eight in backward
 
 PyTorch has no fused CPU kernel for either, and its chains save three to five tensors each. `fuse` replaces a module only if
 the replacement computes what the module computes, which it tries, so no list of architectures is kept. The alternative,
@@ -10,6 +11,8 @@ the replacement computes what the module computes, which it tries, so no list of
 """
 
 from __future__ import annotations
+
+from types import FunctionType, MethodType
 
 import torch
 from qlora_kernels import ops, reference
@@ -51,6 +54,29 @@ class _SwiGLU(torch.autograd.Function):
         return dgate.view(gate.shape), dup.view(up.shape), dgate_m, None, dup_m, None
 
 
+class _Rotation(torch.autograd.Function):
+    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a); the gradient is turned back. arXiv:2104.09864."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * cos
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        half = dy.shape[-1] // 2
+        dx = dy * cos
+        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+        return dx, None, None
+
+
 class RMSNorm(nn.Module):
     """[..., n] -> [..., n], over the last dimension. `weight` is frozen."""
 
@@ -82,8 +108,9 @@ class GatedMLP(nn.Module):
 
 @torch.no_grad()
 def fuse(model: nn.Module) -> nn.Module:
-    """Replace, in place, every RMSNorm and SwiGLU module of `model` whose result these modules reproduce; returns the model."""
+    """Replace, in place, every RMSNorm and SwiGLU module and rotation of `model` whose result we reproduce; returns the model."""
     for name, module in list(model.named_modules()):
+        _rotate_in(module)
         replacement = _rms_norm(module) or _gated_mlp(module)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
@@ -113,6 +140,33 @@ def _gated_mlp(module: nn.Module) -> GatedMLP | None:
     for part in (module, fused):
         part._modules.update(zip(names, projections))
     return fused if agree else None
+
+
+def _rotate_in(module: nn.Module) -> None:
+    """Let `forward` of this module alone call ours in the place of its file's `apply_rotary_pos_emb`, where the two agree.
+
+    The alternative, to put ours into that file's module, would change every model of the process.
+    """
+    name, forward = "apply_rotary_pos_emb", type(module).forward
+    if name not in getattr(getattr(forward, "__code__", None), "co_names", ()) or name not in forward.__globals__:
+        return
+    theirs = forward.__globals__[name]
+
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest):
+        if rest or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:  # a part of each head, mixed types
+            return theirs(q, k, cos, sin, *rest)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+    x = torch.linspace(-3, 2, 240).view(2, 3, 5, 8)
+    try:
+        expected = theirs(x, x[:, :1], *x[:, 1:].unbind(1))
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes other arguments
+        return
+    if all(map(torch.allclose, rotated(x, x[:, :1], *x[:, 1:].unbind(1)), expected)):
+        copy = FunctionType(forward.__code__, {**forward.__globals__, name: rotated}, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(copy, module)
 
 
 class _Times(nn.Module):

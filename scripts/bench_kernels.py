@@ -109,9 +109,10 @@ def cases(out: int, columns: int) -> list[Case]:
 
 
 def step_cases(out: int, columns: int) -> list[Case]:
-    """What lies between the products: loss, RMSNorm and gated product, forward and backward, beside transformers' chains."""
+    """What lies between the products, forward and backward: loss, RMSNorm, gated product beside transformers' chains; attention beside torch's."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+    from qlora.attention import attend, bounds
     from qlora.fused import RMSNorm, _SwiGLU
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
@@ -125,10 +126,21 @@ def step_cases(out: int, columns: int) -> list[Case]:
     def loss():
         return torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum"), logits)
 
+    heads = [torch.randn(4, 256, out // 64, 64).bfloat16().requires_grad_(k < 3) for k in range(4)]
+
+    def attention():
+        q, k, v, dout = (x.view(1, TOKENS, -1, 64).transpose(1, 2) for x in heads)
+        return torch.autograd.grad(attend(None, q, k, v, bounds([256] * 4))[0], heads[:3], dout.transpose(1, 2))
+
+    def attention_of_torch():
+        q, k, v, dout = (x.transpose(1, 2) for x in heads)
+        return torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), heads[:3], dout)
+
     return [
         Case("loss of 64 x 49152 logits and gradient", 4 * logits.numel(), lambda: ops.cross_entropy_(logits.detach().clone(), tokens), loss),
         Case(f"RMSNorm, {TOKENS} tokens, both ways", 10 * TOKENS * out, both(fused, x), both(norm, x)),
         Case(f"SwiGLU, {TOKENS} tokens, both ways", 16 * TOKENS * out, both(_SwiGLU.apply, gate, up), both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)),
+        Case(f"attention, 4 x 256 tokens, {out // 64} heads of 64, both ways", 24 * TOKENS * out, attention, attention_of_torch),
     ]  # fmt: skip
 
 

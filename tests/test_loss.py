@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,9 @@ MORE = {
     "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
 }
 PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}  # their attention or convolutions do not know our bounds
-FUSED = {  # (norms, gated products) that are replaced: Gemma's norm and activation are other functions
-    "llama": (5, 2), "qwen2": (5, 2), "qwen3": (9, 2), "mistral": (5, 2), "phi3": (5, 0), "gemma": (0, 0), "gpt2": (0, 0),
+FUSED = {  # (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other functions
+    "llama": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "mistral": (5, 2, 2), "phi3": (5, 0, 2), "gemma": (0, 0, 2), "cohere": (0, 2, 0),
+    "gpt2": (0, 0, 0),
 }  # fmt: skip
 
 
@@ -225,7 +228,8 @@ def test_what_is_fused(name):
     model = build(name)
     fuse(model)
     kinds = [type(module) for module in model.modules()]
-    assert (kinds.count(RMSNorm), kinds.count(GatedMLP)) == FUSED[name]
+    rotating = [module for module in model.modules() if "forward" in vars(module)]
+    assert (kinds.count(RMSNorm), kinds.count(GatedMLP), len(rotating)) == FUSED[name]
     assert set(model.state_dict()) == set(build(name).state_dict())
     count = len(kinds)
     assert len(list(fuse(model).modules())) == count  # once is enough
@@ -271,6 +275,32 @@ def test_magnitude_gradients_of_a_gated_product(change):
     y = checkpoint(fused, x, use_reentrant=False) if change == "checkpointing" else fused(x)
     found = torch.autograd.grad(y, parameters, dy)
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def turned(forward, q, k, cos, sin) -> list[torch.Tensor]:
+    """Both turned by the function that this `forward` calls, and the gradients of the sum of their squares."""
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    results = forward.__globals__["apply_rotary_pos_emb"](q, k, cos, sin)
+    return [*results, *torch.autograd.grad(sum(x.square().sum() for x in results), (q, k))]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_rotation_is_that_of_transformers(name):
+    """In this model alone; nearer to float64 in bf16, as it rounds once less; also where Phi's function turns a part of each head only."""
+    model = fuse(build(name))
+    layer = next(module for module in model.modules() if "forward" in vars(module))
+    ours, theirs = layer.forward.__func__, type(layer).forward
+    assert ours.__globals__["apply_rotary_pos_emb"] is not theirs.__globals__["apply_rotary_pos_emb"]
+    assert copy.deepcopy(model).get_submodule("model.layers.0.self_attn").forward.__self__ is not layer
+    for part in (16, 8) if name == "phi3" else (16,):
+        angles = 3 * torch.randn(2, 70, part)
+        tensors = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 70, 16), angles.cos(), angles.sin()
+        for got, expected in zip(turned(ours, *tensors), turned(theirs, *tensors), strict=True):
+            torch.testing.assert_close(got, expected)
+        low = [x.bfloat16() for x in tensors]
+        results = (turned(forward, *inputs) for forward, inputs in ((ours, low), (theirs, low), (theirs, [x.double() for x in low])))
+        for got, other, exact in zip(*results, strict=True):
+            assert got.dtype == torch.bfloat16 and (got - exact).norm() <= (other - exact).norm()
 
 
 def test_a_norm_that_learns_keeps_its_gradient():

@@ -116,7 +116,7 @@ class Native:
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa = name.decode()
-        # Attention has a kernel only where the processor multiplies bf16 itself; AMX is used where nothing is forced.
+        # Attention has a kernel only where the processor multiplies bf16 itself: AMX where nothing is forced.
         self.attention_unit = ("", "AVX512-BF16", "AMX")[self.library.qlora_select_attention({"": 2, "avx512": 1}.get(isa, 0))]
 
     def describe(self) -> str:
@@ -372,7 +372,7 @@ class Native:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not self.attends(q, k, v):
             return reference.attention_backward(dout, q, k, v, out, lse, bounds, scale)
-        if not dout.shape == out.shape == q.shape or not dout.dtype == out.dtype == q.dtype or lse.shape != (q.shape[1], q.shape[0]):
+        if not dout.shape == out.shape == q.shape or not dout.dtype == out.dtype == q.dtype or (lse.shape, lse.dtype) != ((q.shape[1], q.shape[0]), torch.float32):
             raise ValueError(f"gradient {tuple(dout.shape)}, result {tuple(out.shape)} and lse {tuple(lse.shape)} for queries {tuple(q.shape)}")
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         self._attention((dout, q, k, v, out, *gradients), lse.contiguous(), bounds, scale)
