@@ -18,7 +18,7 @@ from qlora.cli import main
 from qlora.config import FinetuneConfig, PlanConfig
 from qlora.errors import UserError
 from qlora.loss import layout_of
-from qlora.plan import Skeleton, asked, fit, longest, predict
+from qlora.plan import Skeleton, asked, fit, largest, predict
 from qlora.recipe import adamw
 
 HOUSE = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def held(tensors) -> int:
 def test_what_lies_still_is_exact(place, tmp_path, options):
     name = str(place / "model")
     config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
-    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: (8,) * size), Skeleton(config)
+    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: ([(8,) * size], [])), Skeleton(config)
     built = load_base(name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant)
     assert skeleton.weights + skeleton.constants + skeleton.others == held([*built.parameters(), *built.buffers()])
     attach_adapters(built, method=config.method, rank=config.rank, targets=config.targets)
@@ -75,14 +75,14 @@ def test_70b_needs_no_weights(tmp_path):
         vocab_size=128256, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
-    plan = predict(Skeleton(config), asked(config), longest(None, config))
+    plan = predict(Skeleton(config), asked(config), largest(config))
     assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
     assert plan.parts["weights"] < plan.peak < 100e9
 
 
 def test_the_order_of_sacrifice():
     config = PlanConfig(model="smollm2-135m", device="cpu", dtype="bf16", batch_size=4, max_tokens=256, rank=64)
-    skeleton, lengths = Skeleton(config), longest(None, config)
+    skeleton, lengths = Skeleton(config), largest(config)
     wanted = predict(skeleton, asked(config), lengths)
     assert fit(skeleton, wanted.budget, lengths)[0] == wanted
     less, smallest = fit(skeleton, wanted.budget - 10_000_000, lengths)
@@ -136,4 +136,4 @@ def test_same_losses_within_a_budget(place, tmp_path, capsys):
 def test_no_other_masks_for_a_budget(place, tmp_path):
     """Dropout draws by batch: a run with it keeps its batches."""
     config = options(place, tmp_path / "x", dropout=0.1)
-    assert fit(Skeleton(config), 1, longest(None, config))[1].settings.batch_size == 4
+    assert fit(Skeleton(config), 1, largest(config))[1].settings.batch_size == 4
