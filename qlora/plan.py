@@ -417,7 +417,7 @@ def plan_command(config: PlanConfig, train: Sequence[Example] | None = None, hel
     found = {"device": skeleton.device, "baseline": baseline, "peak": wanted.peak, "total": baseline + wanted.peak, **_shown(wanted)}
     text = [f"{config.model} on {skeleton.device}" + (" (not verified on a card)" if skeleton.device == "cuda" else ""), table(wanted)]
     if baseline:
-        text.append(f"  {'with the process itself':<24} {(baseline + wanted.peak) / 1e6:>10.1f} MB")
+        text.append(f"  {'with the process itself':<24} {(baseline + wanted.peak) / 1e6:>10.1f} MB; without --memory up to a fifth more, freed but kept")
     if config.memory is not None:
         fitting, smallest = fit(skeleton, config.memory - baseline, batches)
         found |= {"memory": config.memory, "fits": fitting is wanted or fitting is not None and fitting.settings == asked(config)}

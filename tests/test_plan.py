@@ -16,10 +16,11 @@ from qlora import attach_adapters, finetune, load_base
 from qlora.adapters import adapter_parameters
 from qlora.cli import main
 from qlora.config import FinetuneConfig, PlanConfig
+from qlora.data import Example
 from qlora.errors import UserError
 from qlora.loss import layout_of
 from qlora.plan import Skeleton, asked, fit, largest, predict
-from qlora.recipe import adamw
+from qlora.recipe import adamw, micro_batches
 
 HOUSE = Path(__file__).parents[1]
 
@@ -98,6 +99,21 @@ def test_the_order_of_sacrifice():
     assert fit(skeleton, smallest.budget - 1, lengths)[0] is None
 
 
+def test_the_largest_batch_is_one_of_the_run(tmp_path):
+    """Of most tokens, and of most with padding, among the very batches that `finetune` makes."""
+    lengths = [3, 40, 5, 9, 22, 8, 31, 17, 4, 6, 90, 12, 13]
+    examples = [Example((1,) * n, (False,) + (True,) * (n - 1)) for n in lengths]
+    config = FinetuneConfig(model="-", data="-", output="-", batch_size=4, accumulate=2, steps=5, seed=3)
+    for size in (4, 2, 1):
+        trained, evaluated = largest(config, examples, examples[:3])(size)
+        cut = dataclasses.replace(config, batch_size=size, accumulate=8 // size)
+        batches = [batch for step in range(5) for batch in micro_batches(cut, examples, 40)(step)]
+        assert max(map(sum, trained)) == max(batch.tokens for batch in batches)
+        assert max(len(b) * max(b) for b in trained) == max(batch.input_ids.numel() for batch in batches)
+        assert max(map(sum, evaluated)) == {4: 48, 2: 40, 1: 40}[size]  # 3, 5, 40: of like length together
+    assert largest(config)(2) == ([(1024, 1024)], [])
+
+
 def test_command(capsys):
     line = ["plan", "--model", "smollm2-135m", "--max-tokens", "256", "--device", "cpu", "--dtype", "bf16"]
     assert main([*line, "--memory", "100GB", "--json"]) == 0
@@ -105,6 +121,10 @@ def test_command(capsys):
     assert found["fits"] and sum(found["parts"].values()) == found["peak"]
     assert main([*line, "--memory", "50MB"]) == 0
     assert "the smallest that works is" in capsys.readouterr().out
+    data = str(HOUSE / "scripts/data/tickets_train.jsonl")
+    assert main([*line, "--data", data, "--json"]) == 0  # of real records, which are shorter
+    real = json.loads(capsys.readouterr().out)
+    assert 4 * 70 < real["tokens"] < 4 * 256 == found["tokens"] and real["peak"] < found["peak"]
 
 
 # ---------------------------------------------------------------- finetune --memory
