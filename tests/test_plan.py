@@ -37,7 +37,7 @@ def held(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
+@pytest.mark.parametrize("options", [{}, {"bits": 16}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
 def test_what_lies_still_is_exact(place, tmp_path, options):
     name = str(place / "model")
     config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
