@@ -44,7 +44,8 @@ from qlora.optim import state_bytes
 from qlora.sources import load_config, resolve
 from qlora.train import anonymous_memory, checkpoint_activations, return_freed_memory
 
-LIBRARIES = 120_000_000  # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
+LIBRARIES = 100_000_000  # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
+SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`model.bound_kernel_caches`)
 MARGIN = 0.1  # what a budget leaves free of a predicted peak
 
 
@@ -120,16 +121,18 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 class Skeleton:
-    """The model of a run on the meta device: the exact sizes of all that lies still, and steps of any micro-batch.
+    """The model of a run on the meta device: the exact sizes of all that lies still, and steps of any micro-batch. `real`: it runs
+    on records, whose batches differ in length.
 
     Raises:
         UserError: the model, its targets or its type are wrong.
     """
 
-    def __init__(self, config: FinetuneConfig):
+    def __init__(self, config: FinetuneConfig, real: bool = False):
         self.step, self._runnable = functools.cache(self.step), functools.cache(self._runnable)  # that go with it
         self.options = config
         self.device = device_of(config.device)
+        self.libraries = LIBRARIES + SHAPES * real if self.device == "cpu" else 0
         name = config.dtype
         if name == "auto":
             name = "bf16" if self.device == "cuda" and not torch.cuda.is_available() else resolve_dtype(name, torch.device(self.device))
@@ -300,7 +303,7 @@ def predict(skeleton: Skeleton, settings: Settings, largest: Largest) -> Plan:
     resident, spilled = state_bytes(s.adapters, s.options.optimizer_state, settings.optimizer_memory)
     gradients, kept = s.adapter_bytes, step.kept
     model = s.weights + s.constants + s.others - s.mapped
-    libraries = LIBRARIES if s.device == "cpu" else 0
+    libraries = s.libraries
     # In the first micro-batch of a step the gradients come as the activations go, a layer at a time.
     both = kept + gradients if settings.accumulate > 1 else max(kept + gradients // s.count, gradients + kept // s.count)
     parts = {
@@ -393,7 +396,7 @@ def within(config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[
         UserError: nothing keeps it; the smallest budget that works.
     """
     used = held(config)
-    skeleton = Skeleton(config)
+    skeleton = Skeleton(config, real=True)
     chosen, smallest = fit(skeleton, config.memory - used, largest(config, train, held_out))
     if chosen is None:
         raise refusal(config.memory, smallest, used)
@@ -412,7 +415,7 @@ def plan_command(config: PlanConfig, train: Sequence[Example] | None = None, hel
     """`qlora plan`: what a run with these options needs, whether it fits `config.memory`, and the settings that do. With the
     examples of its data, in batches of their lengths; else of max_tokens."""
     baseline, batches = held(config), largest(config, train, held_out)
-    skeleton = Skeleton(config)
+    skeleton = Skeleton(config, real=train is not None)
     wanted = predict(skeleton, asked(config), batches)
     found = {"device": skeleton.device, "baseline": baseline, "peak": wanted.peak, "total": baseline + wanted.peak, **_shown(wanted)}
     text = [f"{config.model} on {skeleton.device}" + (" (not verified on a card)" if skeleton.device == "cuda" else ""), table(wanted)]
