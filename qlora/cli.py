@@ -85,9 +85,9 @@ def _quantize(config: QuantizeConfig) -> None:
 
 def _plan(config: PlanConfig) -> None:
     _quiet()
-    from qlora.plan import plan_command
+    from qlora.recipe import planned
 
-    found = plan_command(config)
+    found = planned(config)
     text = found.pop("text")
     print(json.dumps(found, indent=2) if config.json else text)
 

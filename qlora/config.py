@@ -225,7 +225,7 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
 class PlanConfig(_Json, FinetuneConfig):
     """Options of `qlora plan`: those of finetune, so that its config file serves."""
 
-    data: str | None = option(None, group=MODEL, min_length=1, help="not read: max_tokens is planned for")
+    data: str | None = option(None, group=MODEL, min_length=1, help="plan for the batches of this data; without it for examples of max_tokens")
     output: str | None = option(None, group=MODEL, min_length=1, help="not written to")
 
 

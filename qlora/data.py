@@ -26,12 +26,13 @@ from qlora.chat import (
     REFUSALS, Rendered, no_template, prompt_ids, render_chat, render_plain, render_prompt, special_tokens, stop_ids,
     without_bos,
 )
+from qlora.config import FinetuneConfig
 from qlora.errors import UserError, problem
 from qlora.records import kind_of, raise_all, read_records, text_of
 
 __all__ = [
-    "Batch", "Dataset", "Example", "collate", "epoch_order", "pick_format", "prompt_ids", "read_records",
-    "render_prompt", "split", "step_count", "step_indices", "stop_ids", "stream_length", "tokenize",
+    "Batch", "Dataset", "Example", "by_length", "collate", "epoch_order", "pick_format", "prompt_ids", "read_records",
+    "render_prompt", "run_length", "split", "step_count", "step_indices", "stop_ids", "stream_length", "tokenize",
 ]
 
 IGNORE = -100  # the label that transformers and cross_entropy leave out of the loss
@@ -336,6 +337,12 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
     return Batch(input_ids, attention_mask, labels, int((labels != IGNORE).sum()), int(attention_mask.sum()))
 
 
+def by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Cut into batches in which examples of like length are together, which pads less."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return [ordered[start:start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
 def _permutation(count: int, *key: object) -> list[int]:
     """A permutation of range(count) from a generator of its own, seeded by a hash: (0, 1) and (1, 0) differ."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
@@ -360,6 +367,18 @@ def stream_length(count: int, epochs: float) -> int:
 def step_count(count: int, per_step: int, epochs: float) -> int:
     """How many steps of `per_step` examples these passes take; the last may be short."""
     return math.ceil(stream_length(count, epochs) / per_step)
+
+
+def run_length(config: FinetuneConfig, count: int) -> dict[str, int]:
+    """How many steps a run on `count` examples takes, and how many examples it sees: epochs end with a short step."""
+    per_step = config.batch_size * config.accumulate
+    if config.steps is not None:
+        return {"steps": config.steps, "examples": config.steps * per_step}
+    steps = step_count(count, per_step, config.epochs)
+    if config.warmup > steps:
+        rule = f"epochs={config.epochs:g} are only {steps} steps"
+        raise UserError(problem("warmup", config.warmup, rule, "Give a shorter warmup or more epochs"))
+    return {"steps": steps, "examples": stream_length(count, config.epochs)}
 
 
 def step_indices(count: int, per_step: int, seed: int, step: int, limit: int | None = None) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qlora.adapter_files import load_adapted
 from qlora.checkpoint import random_states, set_random_states
 from qlora.config import EvalConfig
-from qlora.data import Example, collate, read_records, tokenize
+from qlora.data import Example, by_length, collate, read_records, tokenize
 from qlora.errors import UserError, problem
 from qlora.loss import logit_chunks
 
@@ -48,7 +48,6 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
         raise UserError(
             problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers")
         )
-    ordered = sorted(examples, key=lambda example: len(example.ids))
     training, states = model.training, random_states()
     model.eval()
     device = next(model.parameters()).device
@@ -57,8 +56,8 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
     try:
         # Not inference_mode: norms that adapters keep from here are used in training.
         with torch.no_grad():
-            for start in range(0, len(ordered), batch_size):
-                for lost, hit, count in token_sums(model, collate(ordered[start : start + batch_size], pad_id)):
+            for batch in by_length(examples, batch_size):
+                for lost, hit, count in token_sums(model, collate(batch, pad_id)):
                     loss += lost
                     right += hit
                     targets += count

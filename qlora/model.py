@@ -11,6 +11,7 @@ The alternative not taken: a loader of our own for each architecture.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,7 @@ def load_base(
     place = resolve_device(device)
     dtype = resolve_dtype(dtype, place)
     layers = LinearLayers(source, bits, blocksize, double_quant, scales)
+    bound_kernel_caches()
     loaded = stream(
         source, layers.visit, dtype=DTYPES[dtype], device=place,
         prepare=layers.prepare, wants=layers.wants, trust_remote_code=trust_remote_code,
@@ -265,6 +267,15 @@ def load_base(
     if ops.fuses(place):
         fuse(loaded)
     return loaded.eval()
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN, which multiplies on a CPU, keep few of the kernels that it compiles, one for each shape. A micro-batch of another
+    number of tokens has other shapes: 25 MB more of kernels for SmolLM2, and with 1024 kept in each of two caches, the default, 900 MB
+    after 40 batches of real data. These numbers are several times what the layers of one micro-batch need, and as fast: what is
+    evicted is seldom asked for again. Works before the first product; what the environment already says stands."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 class LinearLayers:

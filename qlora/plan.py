@@ -9,8 +9,8 @@ storage that comes and goes (`Account`). Three layers and two are run and the di
 are not alike are all run. So the plan follows the code and knows every architecture that trains. The alternative, a formula of bytes
 a layer, is faster but has to be kept true by hand for each of them, and cannot know what a backward pass holds at its worst moment.
 
-On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, of a process that gives freed memory
-back before each step (`train.return_freed_memory`), as one with a budget does; glibc's own way keeps more, in holes.
+On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, without what is freed but kept by
+glibc: a process with a budget gives that back when memory comes near it (`train.PeakMemory`), one without peaks higher by a fifth.
 On CUDA they are allocated bytes, by the same account, which no card has verified yet.
 """
 
@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora import linear, loss
 from qlora.adapters import attach_adapters, linear_names, match_targets
 from qlora.config import FinetuneConfig, PlanConfig
-from qlora.data import Batch, Example, collate
+from qlora.data import Batch, Example, by_length, collate, run_length, step_indices
 from qlora.errors import UserError, problem
 from qlora.evaluate import token_sums
 from qlora.fused import fuse
@@ -42,9 +42,10 @@ from qlora.linear import NF4Linear
 from qlora.model import DTYPES, LinearLayers, resolve_dtype
 from qlora.optim import state_bytes
 from qlora.sources import load_config, resolve
-from qlora.train import anonymous_memory, checkpoint_activations
+from qlora.train import anonymous_memory, checkpoint_activations, return_freed_memory
 
-LIBRARIES = 100_000_000  # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured by scripts/measure_plan.py
+LIBRARIES = 100_000_000  # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
+SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`model.bound_kernel_caches`)
 MARGIN = 0.1  # what a budget leaves free of a predicted peak
 
 
@@ -120,15 +121,18 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 class Skeleton:
-    """The model of a run on the meta device: the exact sizes of all that lies still, and steps of any micro-batch.
+    """The model of a run on the meta device: the exact sizes of all that lies still, and steps of any micro-batch. `real`: it runs
+    on records, whose batches differ in length.
 
     Raises:
         UserError: the model, its targets or its type are wrong.
     """
 
-    def __init__(self, config: FinetuneConfig):
+    def __init__(self, config: FinetuneConfig, real: bool = False):
+        self.step, self._runnable = functools.cache(self.step), functools.cache(self._runnable)  # that go with it
         self.options = config
         self.device = device_of(config.device)
+        self.libraries = LIBRARIES + SHAPES * real if self.device == "cpu" else 0
         name = config.dtype
         if name == "auto":
             name = "bf16" if self.device == "cuda" and not torch.cuda.is_available() else resolve_dtype(name, torch.device(self.device))
@@ -184,7 +188,6 @@ class Skeleton:
 
         return count, all(tells(i) == tells(0) for i in range(1, count))
 
-    @functools.cache
     def step(self, lengths: tuple[int, ...], checkpointing: bool) -> Step:
         """What a micro-batch of examples of these lengths needs, all of it targets."""
         batch = collate([Example((1,) * length, (False,) + (True,) * (length - 1)) for length in lengths])
@@ -198,7 +201,6 @@ class Skeleton:
             raise UserError(problem("model", kind, f"its steps cannot be followed without its weights ({reason})", "Leave --memory out")) from error
         return Step(*(c + (self.count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
 
-    @functools.cache
     def _runnable(self, count: int, checkpointing: bool) -> nn.Module:
         """The model with its first `count` layers, with what else a run puts into it."""
         short = copy.deepcopy(self.config)
@@ -288,17 +290,20 @@ class Plan:
         return int(self.peak * (1 + MARGIN)) + 1
 
 
-Lengths = Callable[[int], tuple[int, ...]]  # batch size -> the lengths of the examples of the largest micro-batch
+Lengths = tuple[int, ...]  # of the examples of a micro-batch
+Largest = Callable[[int], tuple[list[Lengths], list[Lengths]]]  # batch size -> the largest micro-batches of the steps, of the evaluations
 
 
-def predict(skeleton: Skeleton, settings: Settings, lengths: Lengths) -> Plan:
+def predict(skeleton: Skeleton, settings: Settings, largest: Largest) -> Plan:
     """What a run with these settings needs."""
-    s, batch = skeleton, lengths(settings.batch_size)
-    step = s.step(batch, settings.gradient_checkpointing)
+    s, (trained, evaluated) = skeleton, largest(settings.batch_size)
+    steps = {batch: s.step(batch, settings.gradient_checkpointing) for batch in trained}
+    batch, step = max(steps.items(), key=lambda item: item[1].kept + item[1].passing)
+    evaluating = max((s.step(lengths, settings.gradient_checkpointing).evaluating for lengths in evaluated), default=None)
     resident, spilled = state_bytes(s.adapters, s.options.optimizer_state, settings.optimizer_memory)
     gradients, kept = s.adapter_bytes, step.kept
     model = s.weights + s.constants + s.others - s.mapped
-    libraries = LIBRARIES if s.device == "cpu" else 0
+    libraries = s.libraries
     # In the first micro-batch of a step the gradients come as the activations go, a layer at a time.
     both = kept + gradients if settings.accumulate > 1 else max(kept + gradients // s.count, gradients + kept // s.count)
     parts = {
@@ -306,9 +311,9 @@ def predict(skeleton: Skeleton, settings: Settings, lengths: Lengths) -> Plan:
         "gradients": gradients, "optimizer": resident, "activations": kept, "not at the same time": both - kept - gradients,
         "workspace": step.passing, "libraries": libraries, "mapped from the file": -s.mapped,
     }  # fmt: skip
-    held_out = s.options.eval_data is not None or s.options.eval_fraction > 0
     still = model + s.adapter_bytes + gradients + resident + libraries
-    return Plan(settings, parts, spilled, s.mapped, model + s.loading + libraries, still + step.evaluating if held_out else 0, sum(batch))
+    evaluation = 0 if evaluating is None else still + evaluating
+    return Plan(settings, parts, spilled, s.mapped, model + s.loading + libraries, evaluation, sum(batch))
 
 
 def choices(config: FinetuneConfig) -> Iterator[tuple[int, int, bool]]:
@@ -327,31 +332,43 @@ def asked(config: FinetuneConfig) -> Settings:
     return Settings(config.batch_size, config.accumulate, config.gradient_checkpointing, config.optimizer_memory)
 
 
-def fit(skeleton: Skeleton, available: int, lengths: Lengths) -> tuple[Plan | None, Plan]:
+def fit(skeleton: Skeleton, available: int, largest: Largest) -> tuple[Plan | None, Plan]:
     """(the cheapest plan whose `budget` is at most `available` bytes or None, the smallest plan there is)."""
     config = skeleton.options
     smallest = None
-    wanted = predict(skeleton, asked(config), lengths)
+    wanted = predict(skeleton, asked(config), largest)
     if wanted.budget <= available:
         return wanted, wanted
     for size, accumulate, checkpointing in choices(config):
-        least = predict(skeleton, Settings(size, accumulate, checkpointing, "none"), lengths)
+        least = predict(skeleton, Settings(size, accumulate, checkpointing, "none"), largest)
         smallest = least if smallest is None or least.budget < smallest.budget else smallest
         if least.budget > available:
             continue
         room = int(available / (1 + MARGIN)) - least.peak - 1
         more = wanted.parts["optimizer"]
-        best = predict(skeleton, Settings(size, accumulate, checkpointing, min(more, max(0, room))), lengths)
+        best = predict(skeleton, Settings(size, accumulate, checkpointing, min(more, max(0, room))), largest)
         return (best if best.budget <= available else least), smallest
     return None, smallest
 
 
-def longest(examples: Sequence[Example] | None, config: FinetuneConfig) -> Lengths:
-    """The largest micro-batch there can be: of the longest examples, or without data of max_tokens each."""
-    if examples is None:
-        return lambda size: (config.max_tokens,) * size
-    lengths = sorted((len(example.ids) for example in examples), reverse=True)
-    return lambda size: tuple((lengths * (size // len(lengths) + 1))[:size])
+def largest(config: FinetuneConfig, train: Sequence[Example] | None = None, held_out: Sequence[Example] = ()) -> Largest:
+    """The largest micro-batches of the run, those of most tokens without and with padding: its steps are looked through in their
+    order, since the longest examples rarely meet in one. Without data every example has max_tokens."""
+
+    def most(batches: Iterable[Sequence[Example]]) -> list[Lengths]:
+        found = {tuple(len(example.ids) for example in batch) for batch in batches}
+        return list({max(found, key=sum), max(found, key=lambda lengths: len(lengths) * max(lengths))}) if found else []
+
+    @functools.cache
+    def of(size: int) -> tuple[list[Lengths], list[Lengths]]:
+        if train is None:
+            full = [(config.max_tokens,) * size]
+            return full, full if config.eval_data is not None or config.eval_fraction > 0 else []
+        length, per_step = run_length(config, len(train)), config.batch_size * config.accumulate
+        steps = (step_indices(len(train), per_step, config.seed, step, length["examples"]) for step in range(length["steps"]))
+        return most(b for chosen in steps for b in by_length([train[i] for i in chosen], size)), most(by_length(held_out, size))
+
+    return of
 
 
 # ---------------------------------------------------------------- what is said
@@ -367,36 +384,45 @@ def table(plan: Plan) -> str:
 
 
 def refusal(memory: int, smallest: Plan, baseline: int) -> UserError:
-    least = -(-(smallest.budget + baseline) // 1_000_000)
+    least = -(-(smallest.budget + baseline) // 1_000_000) + 5  # the process' own size differs by a little from run to run
     rule = f"the smallest that works is {least}MB ({baseline / 1e6:.0f} MB of it the process itself, then {smallest.settings.flags()})"
     return UserError(problem("memory", f"{memory / 1e6:.0f}MB", f"too little for this model and these options: {rule}", f"Give --memory {least}MB"))
 
 
-def within(config: FinetuneConfig, examples: Sequence[Example]) -> tuple[FinetuneConfig, Plan]:
-    """`config` with settings that keep `config.memory`, and their plan. What this process holds now counts.
+def within(config: FinetuneConfig, train: Sequence[Example], held_out: Sequence[Example]) -> tuple[FinetuneConfig, Plan, int]:
+    """`config` with settings that keep `config.memory`, their plan, and what this process holds now (on a CPU), which counts.
 
     Raises:
         UserError: nothing keeps it; the smallest budget that works.
     """
-    skeleton = Skeleton(config)
-    used = anonymous_memory() if skeleton.device == "cpu" else 0
-    chosen, smallest = fit(skeleton, config.memory - used, longest(examples, config))
+    used = held(config)
+    skeleton = Skeleton(config, real=True)
+    chosen, smallest = fit(skeleton, config.memory - used, largest(config, train, held_out))
     if chosen is None:
         raise refusal(config.memory, smallest, used)
-    return dataclasses.replace(config, **dataclasses.asdict(chosen.settings)), chosen
+    return dataclasses.replace(config, **dataclasses.asdict(chosen.settings)), chosen, used
 
 
-def plan_command(config: PlanConfig) -> dict[str, Any]:
-    """`qlora plan`: what a run with these options needs, whether it fits `config.memory`, and the settings that do."""
-    skeleton = Skeleton(config)
-    wanted = predict(skeleton, asked(config), longest(None, config))
-    baseline = anonymous_memory() if skeleton.device == "cpu" else 0
+def held(config: FinetuneConfig) -> int:
+    """What this process holds before a run on a CPU, without what is free."""
+    if device_of(config.device) != "cpu":
+        return 0
+    return_freed_memory()
+    return anonymous_memory()
+
+
+def plan_command(config: PlanConfig, train: Sequence[Example] | None = None, held_out: Sequence[Example] = ()) -> dict[str, Any]:
+    """`qlora plan`: what a run with these options needs, whether it fits `config.memory`, and the settings that do. With the
+    examples of its data, in batches of their lengths; else of max_tokens."""
+    baseline, batches = held(config), largest(config, train, held_out)
+    skeleton = Skeleton(config, real=train is not None)
+    wanted = predict(skeleton, asked(config), batches)
     found = {"device": skeleton.device, "baseline": baseline, "peak": wanted.peak, "total": baseline + wanted.peak, **_shown(wanted)}
     text = [f"{config.model} on {skeleton.device}" + (" (not verified on a card)" if skeleton.device == "cuda" else ""), table(wanted)]
     if baseline:
-        text.append(f"  {'with the process itself':<24} {(baseline + wanted.peak) / 1e6:>10.1f} MB")
+        text.append(f"  {'with the process itself':<24} {(baseline + wanted.peak) / 1e6:>10.1f} MB; without --memory up to a fifth more, freed but kept")
     if config.memory is not None:
-        fitting, smallest = fit(skeleton, config.memory - baseline, longest(None, config))
+        fitting, smallest = fit(skeleton, config.memory - baseline, batches)
         found |= {"memory": config.memory, "fits": fitting is wanted or fitting is not None and fitting.settings == asked(config)}
         found |= {"fitting": _shown(fitting) if fitting else None, "smallest": smallest.budget + baseline}
         if fitting is None:

@@ -32,20 +32,19 @@ from transformers import set_seed
 from qlora.adapter_files import save_adapter
 from qlora.adapters import adapter_parameters, attach_adapters, named_adapters
 from qlora.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from qlora.config import FinetuneConfig, to_yaml
+from qlora.config import FinetuneConfig, PlanConfig, to_yaml
 from qlora.data import (
-    Batch, Dataset, Example, collate, read_records, split, step_count, step_indices, stream_length, tokenize,
+    Batch, Dataset, Example, by_length, collate, read_records, run_length, split, step_indices, tokenize,
 )  # fmt: skip
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
 from qlora.model import LinearLayers, load_base, resolve_device, resolve_dtype
 from qlora.optim import PagedAdamW
-from qlora.plan import table, within
+from qlora.plan import plan_command, table, within
 from qlora.sources import load_tokenizer, resolve
 from qlora.train import (
-    Interrupted, MetricsLog, anonymous_memory, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard,
-    return_freed_memory, train,
+    Interrupted, MetricsLog, PeakMemory, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
 )  # fmt: skip
 
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
@@ -58,7 +57,8 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to. `loss` is the last step's; evaluations are None without held-out data. Seconds, bytes."""
+    """What a run came to. `loss` is the last step's; evaluations are None without held-out data. Seconds, bytes: `memory_bytes`
+    is the measured peak of the process, `predicted_bytes` the plan's, None without --memory."""
 
     output: Path
     adapter: Path
@@ -69,6 +69,7 @@ class FinetuneResult:
     eval_loss_after: float | None
     seconds: float
     memory_bytes: int
+    predicted_bytes: int | None = None
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -88,12 +89,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         identity = run_identity(config, data, length)
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
-        asked, plan = config, None
+        memory = owned.enter_context(hold(config))
+        asked, plan, baseline = config, None, 0
         if config.memory is not None:
-            hold(config)
-            config, plan = within(config, data.train + data.held_out)
+            config, plan, baseline = within(config, data.train, data.held_out)
             print(f"memory   {config.memory / 1e6:.0f} MB: {plan.settings.flags()}\n{table(plan)}", flush=True)
-            baseline = anonymous_memory()
 
         model = load_base(
             config.model, bits=config.bits, dtype=config.dtype, device=config.device, blocksize=config.blocksize,
@@ -123,47 +123,35 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             def held_out_loss() -> float:
                 return evaluate(model, data.held_out, config.batch_size).loss
 
-            batches = micro_batches(config, data.train, length["examples"])
             try:
                 train(
-                    model, optimizer, batches if plan is None else giving_back(batches),
-                    steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
+                    model, optimizer, micro_batches(config, data.train, length["examples"]), steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
                     rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
                     evaluate=held_out_loss if data.held_out else None, eval_every=config.eval_every,
+                    memory=memory,
                 )  # fmt: skip
             except Interrupted as stop:
                 print(how_to_go_on(stop.step, config.output), file=sys.stderr, flush=True)
                 raise
-        result = summarize(output, time.monotonic() - began)
+        result = summarize(output, time.monotonic() - began, None if plan is None else plan.peak + baseline)
         measured = ("tokens", "loss", "eval_loss_before", "eval_loss_after")
         notes |= {name: getattr(result, name) for name in measured}
         save_adapter(model, result.adapter, tokenizer, notes=notes)
     print(after(result), flush=True)
     if plan is not None:
-        used = baseline if model.device.type == "cpu" else 0
-        predicted = f"predicted {(plan.peak + used) / 1e6:.0f} MB, measured {result.memory_bytes / 1e6:.0f} MB"
+        predicted = f"predicted {result.predicted_bytes / 1e6:.0f} MB, measured {memory.peak() / 1e6:.0f} MB"
         print(f"memory   {predicted}, of {config.memory / 1e6:.0f} MB", flush=True)
     return result
 
 
-def hold(config: FinetuneConfig) -> None:
-    """Keep this process to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes back to the system."""
+def hold(config: FinetuneConfig) -> PeakMemory:
+    """The peak of this process, kept to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes back to the
+    system."""
     device = resolve_device(config.device)
-    if device.type == "cuda":
+    if config.memory is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory / total), device)
-    else:
-        return_freed_memory()
-
-
-def giving_back(batches: Callable[[int], list[Batch]]) -> Callable[[int], list[Batch]]:
-    """The same batches; before each step freed memory goes back to the system."""
-
-    def first(step: int) -> list[Batch]:
-        return_freed_memory()
-        return batches(step)
-
-    return first
+    return PeakMemory(device, limit=config.memory)
 
 
 # ---------------------------------------------------------------- the output folder
@@ -279,41 +267,40 @@ def read_data(config: FinetuneConfig, output: Path):
         raise UserError(problems)
     if config.eval_fraction > 0:
         records, held_out = split(records, config.eval_fraction, config.seed)
-
-    def tokens(part: list[dict]) -> Dataset:
-        return tokenize(
-            part, tokenizer, format=config.format, max_tokens=config.max_tokens,
-            train_on_prompt=config.train_on_prompt, truncate=config.truncate,
-        )  # fmt: skip
-
-    made = gather(lambda: tokens(records))
-    held = gather(lambda: tokens(held_out).examples) if held_out else []
+    made = gather(lambda: tokens(config, tokenizer, records))
+    held = gather(lambda: tokens(config, tokenizer, held_out).examples) if held_out else []
     if problems:
         raise UserError(problems)
     quantization = {"blocksize": layers.blocksize, "double_quant": layers.double_quant, "scales": layers.scales}
     return tokenizer, Data(made.examples, held, made, quantization)
 
 
-def run_length(config: FinetuneConfig, count: int) -> dict[str, int]:
-    """How many steps a run on `count` examples takes, and how many examples it sees: epochs end with a short step."""
-    per_step = config.batch_size * config.accumulate
-    if config.steps is not None:
-        return {"steps": config.steps, "examples": config.steps * per_step}
-    steps = step_count(count, per_step, config.epochs)
-    if config.warmup > steps:
-        rule = f"epochs={config.epochs:g} are only {steps} steps"
-        raise UserError(problem("warmup", config.warmup, rule, "Give a shorter warmup or more epochs"))
-    return {"steps": steps, "examples": stream_length(count, config.epochs)}
+def tokens(config: FinetuneConfig, tokenizer, records: list[dict]) -> Dataset:
+    return tokenize(
+        records, tokenizer, format=config.format, max_tokens=config.max_tokens,
+        train_on_prompt=config.train_on_prompt, truncate=config.truncate,
+    )  # fmt: skip
+
+
+def planned(config: PlanConfig) -> dict[str, Any]:
+    """`qlora plan` (see `plan.plan_command`), with --data of the batches that this run would have."""
+    if config.data is None:
+        return plan_command(config)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision, weights=False)
+    records, held_out = read_records(config.data), read_records(config.eval_data) if config.eval_data else []
+    if config.eval_fraction > 0:
+        records, held_out = split(records, config.eval_fraction, config.seed)
+    held = tokens(config, tokenizer, held_out).examples if held_out else []
+    return plan_command(config, tokens(config, tokenizer, records).examples, held)
 
 
 def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -> Callable[[int], list[Batch]]:
-    """The batches of a step as a function of its number. Within a step, examples of like length share a batch."""
+    """The batches of a step as a function of its number (`plan.largest` looks through the same ones)."""
     per_step = config.batch_size * config.accumulate
 
     def batches(step: int) -> list[Batch]:
         chosen = [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]
-        chosen.sort(key=lambda example: len(example.ids))
-        return [collate(chosen[i : i + config.batch_size]) for i in range(0, len(chosen), config.batch_size)]
+        return [collate(batch) for batch in by_length(chosen, config.batch_size)]
 
     return batches
 
@@ -435,7 +422,7 @@ def how_to_go_on(step: int, output: str) -> str:
     return f"Stopped after step {step}, with a checkpoint. Go on:\n    {command} --resume"
 
 
-def summarize(output: Path, seconds: float) -> FinetuneResult:
+def summarize(output: Path, seconds: float, predicted: int | None) -> FinetuneResult:
     """The result, from metrics.jsonl: a resumed run counts with all its parts (but for the time)."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["step"] > 0]
@@ -450,4 +437,5 @@ def summarize(output: Path, seconds: float) -> FinetuneResult:
         eval_loss_after=evaluations[-1] if evaluations else None,
         seconds=seconds,
         memory_bytes=max(line["memory_bytes"] for line in lines),
+        predicted_bytes=predicted,
     )

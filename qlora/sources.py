@@ -88,7 +88,7 @@ def _download(model: str, revision: str | None, weights: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] if weights else ["config.json", "*.py"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     offline, no_network = constants.HF_HUB_OFFLINE, None
     try:
         if weights and not offline:
@@ -122,13 +122,14 @@ def _folder(path: Path) -> Source:
     return Source(path, packed=True)
 
 
-def load_tokenizer(model: str, *, trust_remote_code: bool = False, revision: str | None = None):
-    """The tokenizer of a model given as for `load_base`, with its chat template.
+def load_tokenizer(model: str, *, trust_remote_code: bool = False, revision: str | None = None, weights: bool = True):
+    """The tokenizer of a model given as for `load_base` (without `weights`, which are not needed, as `resolve` says), with its chat
+    template.
 
     Raises:
         UserError: the model cannot be found, or has no tokenizer that loads.
     """
-    source = resolve(model, revision)
+    source = resolve(model, revision, weights=weights)
     try:
         if source.gguf is not None:
             return AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf.name)

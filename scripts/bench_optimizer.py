@@ -1,6 +1,7 @@
 """An optimizer step alone: PagedAdamW resident, half spilled and fully spilled, beside torch's and bitsandbytes' optimizers.
 
     python scripts/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output scripts/results/optimizer.json]
+    python scripts/bench_optimizer.py --shape --training [--learning DATA.jsonl] [--output ...]          # whole training steps instead
 
 Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B parameters, and of a
 full embedding and head (32000 x 1024 each). Every candidate steps once a round on the same parameters and gradients, round after
@@ -8,6 +9,10 @@ round (A B A B ...); times are medians, ratios the medians of the ratios within 
 the first rounds, which do not count: it lies in the page cache, as it does in training while memory allows.
 
 RssAnon is what a process of its own has more after three steps than before the optimizer was made, by budget.
+
+`--training`: a whole step of SmolLM2 (DoRA, rank 16, all-linear, 4 x 256 random tokens, bf16) with resident and with fully spilled state,
+in turns on the same model, so that what else the machine does meets both. `--learning`: two runs of `finetune` on the same batches of real
+records that differ in --optimizer-state alone, float32 and 8bit; the training loss is the mean over the last ten steps.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,21 +117,71 @@ def memory(shape: str, share: float, folder: str) -> dict:
     return {"resident": optimizer.pager.resident, "spilled": optimizer.pager.spilled, "rss_anon": anonymous_memory() - before}
 
 
+def training(rounds: int, folder: str) -> dict:
+    """Whole training steps with resident and with spilled state, in turns (A B, B A, ...); the ratio is the median of the pairs'."""
+    import transformers
+    from bench_train import random_batch
+
+    from qlora.adapters import adapter_parameters
+    from qlora.train import optimizer_step
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    model = qlora.attach_adapters(qlora.load_base("smollm2-135m", dtype="bf16", device="cpu"), method="dora", rank=RANK).train()
+    params, batch = adapter_parameters(model), random_batch("4x256")
+    optimizers = {"resident": qlora.PagedAdamW(params, memory="all"), "spilled": qlora.PagedAdamW(params, memory="none", folder=folder)}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for number in range(WARM + rounds):
+        for name in sorted(optimizers, reverse=number % 2 == 1):
+            began = time.perf_counter()
+            optimizer_step(model, optimizers[name], [batch], 1e-4, 1.0)
+            times[name].append(time.perf_counter() - began)
+    resident, spilled = (times[name][WARM:] for name in ("resident", "spilled"))
+    ratios = sorted(a / b for a, b in zip(spilled, resident, strict=True))
+    return {
+        "pairs": rounds, "seconds": {"resident": statistics.median(resident), "spilled": statistics.median(spilled)},
+        "ratio": statistics.median(ratios), "ratios": ratios, "spilled": optimizers["spilled"].pager.spilled,
+    }  # fmt: skip
+
+
+def learning(data: str, steps: int, folder: str) -> dict:
+    """What float32 and 8-bit state come to on the same batches of real records."""
+    found: dict = {"data": Path(data).name, "steps": steps}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for state in ("float32", "8bit"):
+            result = qlora.finetune(qlora.FinetuneConfig(
+                model="smollm2-135m", data=data, eval_fraction=0.05, output=f"{scratch}/{state}", steps=steps, batch_size=4, learning_rate=5e-4,
+                warmup=5, max_tokens=256, dtype="bf16", device="cpu", optimizer_state=state,
+            ))  # fmt: skip
+            lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+            losses = [line["loss"] for line in lines if line["step"] > 0]
+            found[state] = {
+                "first_loss": losses[0], "training_loss": statistics.mean(losses[-10:]),
+                "held_out_before": result.eval_loss_before, "held_out_loss": result.eval_loss_after,
+            }  # fmt: skip
+    for name in ("training_loss", "held_out_loss"):
+        found[f"{name}_ratio"] = found["8bit"][name] / found["float32"][name]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", nargs="+", choices=[*SHAPES, "embedding"], default=[*SHAPES, "embedding"])
+    parser.add_argument("--shape", nargs="*", choices=[*SHAPES, "embedding"], default=[*SHAPES, "embedding"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=".", help="where the spilled pages lie: on a disk")
-    parser.add_argument("--output", help="write the figures here, as JSON, over those of the same shapes")
+    parser.add_argument("--training", action="store_true", help="whole training steps of SmolLM2, resident and spilled")
+    parser.add_argument("--learning", metavar="DATA", help="two runs on these records, with float32 and with 8-bit state")
+    parser.add_argument("--steps", type=int, default=40, help="of each run of --learning")
+    parser.add_argument("--output", help="write the figures here, as JSON, over those of the same kind")
     parser.add_argument("--memory", nargs=2, metavar=("SHAPE", "SHARE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(json.dumps(memory(arguments.memory[0], float(arguments.memory[1]), arguments.folder)))
         return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"commit": commit, "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "shapes": {}}
+    result = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "shapes": {}}
     for shape in arguments.shape:
-        found = measure(shape, arguments.rounds, arguments.folder)
+        found = {"commit": commit, **measure(shape, arguments.rounds, arguments.folder)}
         gc.collect()
         found["memory"] = {}
         for share in (1.0, 0.1, 0.0):
@@ -140,10 +196,18 @@ def main() -> None:
             print(f"  {name:28} {why}")
         for share, row in found["memory"].items():
             print(f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB")
+    if arguments.training:
+        result["training"] = found = {"commit": commit, **training(arguments.rounds, arguments.folder)}
+        print(f"training step: {found['seconds']['resident']:.3f} s resident, spilled {found['ratio']:.3f} of it (of {found['pairs']} pairs the median)")
+    if arguments.learning:
+        result["learning"] = found = {"commit": commit, **learning(arguments.learning, arguments.steps, arguments.folder)}
+        for name in ("training_loss", "held_out_loss"):
+            print(f"{name}: float32 {found['float32'][name]:.4f}, 8bit {found['8bit'][name]:.4f}, {found[f'{name}_ratio'] - 1:+.2%}")
     if arguments.output:
         path = Path(arguments.output)
-        if path.exists():  # the shapes that were not measured now stay
-            result["shapes"] = {**json.loads(path.read_text())["shapes"], **result["shapes"]}
+        if path.exists():  # what was not measured now stays
+            before = json.loads(path.read_text())
+            result = {**before, **result, "shapes": {**before["shapes"], **result["shapes"]}}
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 

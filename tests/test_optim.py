@@ -575,6 +575,29 @@ def test_a_full_disk_is_told_before_anything_begins(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_disk_that_is_full_in_the_middle_is_one_error(tmp_path):
+    """An allocation fails, and there is no room to spill to: nothing has moved, and the last checkpoint goes on as if nothing had been."""
+    import resource
+
+    undisturbed, one = OneStep(tmp_path), OneStep(tmp_path)
+    undisturbed.step()
+    save_checkpoint(tmp_path / "out", 1, one.model, one.optimizer, {})
+    before = [p.detach().clone() for p in one.parameters]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with Failing(50), pytest.raises(UserError) as error:
+            one.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = error.value.problems
+    assert "the disk has no room" in line and same(before, one.parameters)
+    two = OneStep(tmp_path)
+    load_checkpoint(tmp_path / "out/checkpoints/step-000001", two.model, two.optimizer)
+    two.step()
+    assert same(two.result()[0], undisturbed.result()[0]) and same(two.result()[1], undisturbed.result()[1])
+
+
 # ---------------------------------------------------------------- in its places
 
 

@@ -16,10 +16,11 @@ from qlora import attach_adapters, finetune, load_base
 from qlora.adapters import adapter_parameters
 from qlora.cli import main
 from qlora.config import FinetuneConfig, PlanConfig
+from qlora.data import Example
 from qlora.errors import UserError
 from qlora.loss import layout_of
-from qlora.plan import Skeleton, asked, fit, longest, predict
-from qlora.recipe import adamw
+from qlora.plan import Skeleton, asked, fit, largest, predict
+from qlora.recipe import adamw, micro_batches
 
 HOUSE = Path(__file__).parents[1]
 
@@ -36,11 +37,11 @@ def held(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
+@pytest.mark.parametrize("options", [{}, {"bits": 16}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
 def test_what_lies_still_is_exact(place, tmp_path, options):
     name = str(place / "model")
     config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
-    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: (8,) * size), Skeleton(config)
+    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: ([(8,) * size], [])), Skeleton(config)
     built = load_base(name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant)
     assert skeleton.weights + skeleton.constants + skeleton.others == held([*built.parameters(), *built.buffers()])
     attach_adapters(built, method=config.method, rank=config.rank, targets=config.targets)
@@ -75,14 +76,14 @@ def test_70b_needs_no_weights(tmp_path):
         vocab_size=128256, dtype="bfloat16",
     ).save_pretrained(tmp_path)  # fmt: skip
     config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
-    plan = predict(Skeleton(config), asked(config), longest(None, config))
+    plan = predict(Skeleton(config), asked(config), largest(config))
     assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
     assert plan.parts["weights"] < plan.peak < 100e9
 
 
 def test_the_order_of_sacrifice():
     config = PlanConfig(model="smollm2-135m", device="cpu", dtype="bf16", batch_size=4, max_tokens=256, rank=64)
-    skeleton, lengths = Skeleton(config), longest(None, config)
+    skeleton, lengths = Skeleton(config), largest(config)
     wanted = predict(skeleton, asked(config), lengths)
     assert fit(skeleton, wanted.budget, lengths)[0] == wanted
     less, smallest = fit(skeleton, wanted.budget - 10_000_000, lengths)
@@ -98,6 +99,21 @@ def test_the_order_of_sacrifice():
     assert fit(skeleton, smallest.budget - 1, lengths)[0] is None
 
 
+def test_the_largest_batch_is_one_of_the_run(tmp_path):
+    """Of most tokens, and of most with padding, among the very batches that `finetune` makes."""
+    lengths = [3, 40, 5, 9, 22, 8, 31, 17, 4, 6, 90, 12, 13]
+    examples = [Example((1,) * n, (False,) + (True,) * (n - 1)) for n in lengths]
+    config = FinetuneConfig(model="-", data="-", output="-", batch_size=4, accumulate=2, steps=5, seed=3)
+    for size in (4, 2, 1):
+        trained, evaluated = largest(config, examples, examples[:3])(size)
+        cut = dataclasses.replace(config, batch_size=size, accumulate=8 // size)
+        batches = [batch for step in range(5) for batch in micro_batches(cut, examples, 40)(step)]
+        assert max(map(sum, trained)) == max(batch.tokens for batch in batches)
+        assert max(len(b) * max(b) for b in trained) == max(batch.input_ids.numel() for batch in batches)
+        assert max(map(sum, evaluated)) == {4: 48, 2: 40, 1: 40}[size]  # 3, 5, 40: of like length together
+    assert largest(config)(2) == ([(1024, 1024)], [])
+
+
 def test_command(capsys):
     line = ["plan", "--model", "smollm2-135m", "--max-tokens", "256", "--device", "cpu", "--dtype", "bf16"]
     assert main([*line, "--memory", "100GB", "--json"]) == 0
@@ -105,6 +121,10 @@ def test_command(capsys):
     assert found["fits"] and sum(found["parts"].values()) == found["peak"]
     assert main([*line, "--memory", "50MB"]) == 0
     assert "the smallest that works is" in capsys.readouterr().out
+    data = str(HOUSE / "scripts/data/tickets_train.jsonl")
+    assert main([*line, "--data", data, "--json"]) == 0  # of real records, which are shorter
+    real = json.loads(capsys.readouterr().out)
+    assert 4 * 70 < real["tokens"] < 4 * 256 == found["tokens"] and real["peak"] < found["peak"]
 
 
 # ---------------------------------------------------------------- finetune --memory
@@ -136,4 +156,4 @@ def test_same_losses_within_a_budget(place, tmp_path, capsys):
 def test_no_other_masks_for_a_budget(place, tmp_path):
     """Dropout draws by batch: a run with it keeps its batches."""
     config = options(place, tmp_path / "x", dropout=0.1)
-    assert fit(Skeleton(config), 1, longest(None, config))[1].settings.batch_size == 4
+    assert fit(Skeleton(config), 1, largest(config))[1].settings.batch_size == 4

@@ -342,6 +342,13 @@ def test_no_room_for_spilled_state_is_told_before_training(config, tmp_path):
     assert "the disk has no room" in problem and not (tmp_path / "run").exists()
 
 
+def test_an_error_in_training_gives_the_spilled_state_back(config, tmp_path):
+    (line,) = refused(config(learning_rate=1e20, steps=6, clip=0.0, optimizer_memory="none"))
+    assert "is no finite number at step" in line
+    assert not [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and str(tmp_path) in os.readlink(link)]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(config, tmp_path):
     problems = refused(config(learning_rate=1e20, steps=6, save_every=1, clip=0.0))
     assert "is no finite number at step" in problems[0]

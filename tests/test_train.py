@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import signal
+import time
 
 import pytest
 import tiny
@@ -30,6 +31,7 @@ from qlora.train import (
     MetricsLog,
     PeakMemory,
     accumulate,
+    anonymous_memory,
     checkpoint_activations,
     cut_back,
     duration,
@@ -259,6 +261,24 @@ def test_a_second_signal_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stop:
         train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=saved.append, save=saved.append)
     assert not isinstance(stop.value, Interrupted) and saved == []
+
+
+def test_a_limit_gives_freed_memory_back():
+    """Freed blocks below one that stays, which glibc keeps: a process that comes near its limit returns them."""
+    blocks = [torch.empty(100_000, dtype=torch.uint8).fill_(1) for _ in range(1000)]
+    stays, full = blocks.pop(), anonymous_memory()
+    blocks.clear()
+    before = anonymous_memory()
+    with PeakMemory(torch.device("cpu"), limit=10**12):  # far away
+        time.sleep(0.2)
+        assert before - anonymous_memory() < 30e6
+    with PeakMemory(torch.device("cpu"), limit=before) as memory:
+        for _ in range(100):
+            time.sleep(0.05)
+            if full - anonymous_memory() > 80e6:
+                break
+        assert full - anonymous_memory() > 80e6 and memory.peak() <= full + 10e6
+    assert stays.sum() == 100_000
 
 
 def test_peak_memory_sees_what_was_freed():

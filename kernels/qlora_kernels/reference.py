@@ -345,8 +345,7 @@ def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scal
             continue
         own = torch.linalg.vector_norm(W, dim=1).square_()
         squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
-        lost = (squared < 1e-3 * own).nonzero().squeeze(1)
-        if lost.numel():
+        if not squared.is_meta and (lost := (squared < 1e-3 * own).nonzero().squeeze(1)).numel():  # without numbers none is lost
             squared[lost] = (W[lost] + scaling * (b[lost] @ A)).square().sum(1)
         n[part] = squared.sqrt()
     return n
