@@ -39,6 +39,7 @@ from qlora.data import (
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
+from qlora.loss import layout_of
 from qlora.model import LinearLayers, load_base, resolve_device, resolve_dtype
 from qlora.optim import PagedAdamW
 from qlora.plan import plan_command, table, within
@@ -393,13 +394,14 @@ def before(
     lost += f", {source.dropped} dropped" if source.dropped else ""
     lost += f", {source.skipped_turns} assistant turns not trained on" if source.skipped_turns else ""
     going = f", going on from step {first}" if first else ""
+    laid = "end to end without padding" if layout_of(model).packed else "padded to one length"
     lines = [
         ("model", f"{config.model}: {kind}, {base_bytes / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
         ("adapter", f"{config.method} of rank {config.rank} on {adapters} layers, {trained:,} trainable parameters"),
         ("state", f"AdamW in {config.optimizer_state}, {(pager.resident + pager.spilled) / 1e6:.1f} MB{spilled}"),
         ("data", f"{config.data} ({source.format}): {len(data.train)} examples{held}{lost}"),
         ("", f"{source.tokens:,} tokens, {source.target_tokens:,} of them count in the loss"),
-        ("steps", f"{steps} of {config.batch_size * config.accumulate} examples{going}"),
+        ("steps", f"{steps} of {config.batch_size * config.accumulate} examples, {laid}{going}"),
     ]
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 

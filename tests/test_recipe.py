@@ -99,7 +99,7 @@ def test_a_run(config, tmp_path, capsys):
         "18 examples, 6 held out",
         f"dora of rank 4 on 14 layers, {parameters:,} trainable",
         "NF4 in blocks of 64",
-        "12 of 2 examples",
+        "12 of 2 examples, end to end without padding",
     ):
         assert words in said.out
     assert (
