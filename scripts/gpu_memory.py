@@ -41,7 +41,7 @@ def smallest_limit(bench: Bench, step: Callable[[], Any], low: float, high: floa
 
 def part_plan(bench: Bench) -> None:
     import qlora
-    from qlora.plan import Skeleton, asked, longest, predict
+    from qlora.plan import Skeleton, asked, largest, predict
     from qlora.train import anonymous_memory
 
     shape, lengths = ("small", (64,)) if bench.small else ("7B", (512, 2048))
@@ -65,7 +65,7 @@ def part_plan(bench: Bench) -> None:
                     )  # fmt: skip
                     skeleton = Skeleton(config)
                     skeleton.mapped = 0  # the model came from no file
-                    predicted = sum(predict(skeleton, asked(config), longest(None, config)).parts.values())
+                    predicted = sum(predict(skeleton, asked(config), largest(config)).parts.values())
                     ratio = predicted / (measured["peak"] - base)
                     bench.row(f"{name}: predicted", predicted / 1e9, "GB")
                     bench.row(f"{name}: predicted over measured peak", ratio, "(0.9 to 1.1)", met=None if bench.small else 0.9 <= ratio <= 1.1)
