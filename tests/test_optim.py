@@ -580,8 +580,8 @@ def test_a_disk_that_is_full_in_the_middle_is_one_error(tmp_path):
     import resource
 
     undisturbed, one = OneStep(tmp_path), OneStep(tmp_path)
-    undisturbed.step()
     save_checkpoint(tmp_path / "out", 1, one.model, one.optimizer, {})
+    undisturbed.step()
     before = [p.detach().clone() for p in one.parameters]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
