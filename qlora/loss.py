@@ -30,6 +30,9 @@ from qlora import attention
 
 IGNORED = -100  # the label of a token that does not count, as in torch.nn.functional.cross_entropy
 CHUNK = 256  # target tokens at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
+# On a CPU a row of examples is filled up to a multiple of ROUND tokens by an example of its own without targets: oneDNN compiles its
+# kernels anew for each number of rows, which takes longer than the products of a few more.
+ROUND = 64
 # How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong position,
 # moves them by tenths; rounding by less than this.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -58,12 +61,13 @@ def target_states(model: nn.Module, batch, layout: Layout) -> tuple[Tensor, Tens
     if layout.packed:
         present = batch.attention_mask.bool()
         lengths = present.sum(1).tolist()
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        filler = -sum(lengths) % ROUND if device.type != "cuda" and sum(lengths) >= 8 * ROUND else 0
+        positions = torch.cat([torch.arange(length) for length in [*lengths, filler]])
+        ids, following = F.pad(batch.input_ids[present], (0, filler)), F.pad(following[present], (0, filler), value=IGNORED)
         states = layers(
-            input_ids=_sent(batch.input_ids[present].unsqueeze(0), device), position_ids=_sent(positions.unsqueeze(0), device),
-            attention_mask=attention.bounds(lengths), use_cache=False,
+            input_ids=_sent(ids.unsqueeze(0), device), position_ids=_sent(positions.unsqueeze(0), device),
+            attention_mask=attention.bounds([*lengths, filler] if filler else lengths), use_cache=False,
         ).last_hidden_state  # fmt: skip
-        following = following[present]
     else:
         states = layers(
             input_ids=_sent(batch.input_ids, device), attention_mask=_sent(batch.attention_mask, device), use_cache=False

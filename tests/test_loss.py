@@ -112,6 +112,22 @@ def test_no_padding_is_computed():
     assert sizes == [54]
 
 
+@pytest.mark.parametrize("name", sorted({*CONFIGS, *MORE} - PADDED))
+def test_a_row_is_filled_up_without_a_trace(monkeypatch, name):
+    monkeypatch.setattr(loss, "ROUND", 4)
+    model, batch, sizes = adapted(build(name), "lora"), collate(examples((20, 3), (13, 12))), []
+    parameters = adapter_parameters(model)
+    expected = plain(model, batch)
+    gradients = torch.autograd.grad(expected, parameters)
+    layout_of(model)
+    model.get_decoder().register_forward_hook(lambda m, i, out: sizes.append(out.last_hidden_state.shape[1]))
+    found = loss_sum(model, batch)
+    assert sizes == [36]  # 33 and 3 more
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(found, parameters), gradients, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
 def test_another_attention_mask_is_still_a_mask():
     """A packed model that somebody calls himself, with padding or to generate, is an ordinary model."""
     model = build("llama")
