@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from qlora import UserError, load_base, nf4
 from qlora.adapters import linear_names
 from qlora.linear import NF4Linear
 from qlora.merging import quantize_checkpoint
+from qlora.model import bound_kernel_caches
 from qlora.sources import resolve
 
 IDS = torch.arange(2, 20).view(2, 9)
@@ -260,3 +262,10 @@ def test_code_of_the_model_does_not_run_unasked(saved_models, tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(UserError, match="--trust-remote-code"):
         load_base(str(tmp_path))
+
+
+def test_kernel_caches_are_bounded_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    bound_kernel_caches()
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("128", "7")
