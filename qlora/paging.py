@@ -87,7 +87,7 @@ class Pager:
             try:
                 if fits:
                     fast[index] = torch.zeros(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else anonymous(size)
-            except Exception as error:
+            except ALLOCATION_ERRORS as error:
                 if not (self.spill and out_of_memory(error)):
                     raise
             if index not in fast:
@@ -172,6 +172,9 @@ def anonymous(nbytes: int) -> Tensor:
     except OSError as error:
         raise MemoryError(f"cannot map {nbytes} bytes") from error
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+ALLOCATION_ERRORS = (MemoryError, OSError, RuntimeError)  # among which `out_of_memory` tells; torch.OutOfMemoryError is a RuntimeError
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from qlora.checkpoint import random_states, set_random_states
 from qlora.errors import UserError, problem
 from qlora.loss import loss_sum
-from qlora.paging import out_of_memory
+from qlora.paging import ALLOCATION_ERRORS, out_of_memory
 
 Metrics = dict[str, Any]
 
@@ -103,7 +103,7 @@ def optimizer_step(
         before = random_states()
         try:
             return _optimizer_step(model, optimizer, batches, rate, clip, step)
-        except Exception as error:
+        except ALLOCATION_ERRORS as error:
             if not out_of_memory(error):
                 raise
             said = (str(error).splitlines() or [type(error).__name__])[0]

@@ -126,7 +126,7 @@ def measure_steps(bench: Bench, model: nn.Module, length: int, optimizer: torch.
                 bench.wait()
                 times.append(time.perf_counter() - began)
             return {"seconds": median(times[2:]), "loss": losses[0], "peak": memory.allocated(), "reserved": memory.peak()}
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         if "out of memory" not in str(error):  # torch's own, or what optimizer_step made of it
             raise
         return None

@@ -30,7 +30,7 @@ def smallest_limit(bench: Bench, step: Callable[[], Any], low: float, high: floa
         try:
             step()
             high = middle
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:  # torch's own, or the UserError that optimizer_step makes of it
             if "out of memory" not in str(error):
                 raise
             low = middle

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the real SmolLM2 model, and small models saved to disk."""
+"""Fixtures shared by the tests: the real SmolLM2 model, small models saved to disk, the native kernels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ build()  # before anything loads the library: an edited source is never tested t
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from helpers import random_model  # noqa: E402
+from qlora_kernels.cpu import native  # noqa: E402
 
 import qlora  # noqa: E402
 
@@ -40,6 +41,32 @@ def saved_models(tmp_path_factory, tokenizer):
         return folder / name
 
     return saved
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The native kernels themselves, whatever the operators were bound to when they were imported."""
+    loaded, words = native.load()
+    assert loaded is not None, words
+    yield loaded
+    loaded.select()
+
+
+@pytest.fixture
+def poisoned():
+    """Every `torch.empty` comes filled with NaN, or with the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """One thread unless a test says more: most of the work here is too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,21 @@
-"""Shared by the tests: the tolerance table, tiny models of every architecture, and adapters away from their start."""
+"""Shared by the tests: the tolerance table, tiny models of every architecture, adapters away from their start, instruction sets."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import torch
 import transformers
+from qlora_kernels.cpu import native
 from torch import nn
 
 from qlora.adapters import attach_adapters, named_adapters, refresh_norms
 
 # Largest difference allowed, relative to the largest value, between two ways to compute the same thing in a dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
 
 _SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
 CONFIGS = {
@@ -66,3 +72,16 @@ def without_quantized_gemm(model: nn.Module) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def wait(child: int, seconds: float) -> int:
+    """The exit status of a child, which is killed when it takes longer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGKILL

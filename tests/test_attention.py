@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 import warnings
 from itertools import accumulate
 
 import pytest
 import torch
-from helpers import adapted, random_model, relative
+from helpers import adapted, random_model, relative, wait
 from qlora_kernels import ops, reference
 from qlora_kernels.cpu import native
 from torch.nn.functional import scaled_dot_product_attention
@@ -38,12 +37,7 @@ def kernels(request):
     loaded.select()
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Every `torch.empty` comes filled with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def drawn(lengths, heads, groups, D, dtype=torch.bfloat16):
@@ -168,15 +162,7 @@ def test_a_forked_child_does_not_hang(kernels):
         same = [(x.view(torch.int16).numpy() == y).all() for x, y in zip(both(kernels, bounds, tensors, 0.125), expected)]
         os._exit(0 if all(same) else 1)
     torch.set_num_threads(before)
-    end, status = time.monotonic() + 20, None
-    while status is None and time.monotonic() < end:
-        pid, found = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(found) if pid else None
-        time.sleep(0.01)
-    if status is None:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert status == 0
+    assert wait(child, 20) == 0
 
 
 # ---------------------------------------------------------------- in a model

@@ -7,35 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from helpers import ISAS
 from qlora_kernels import bitsandbytes_nf4, ops, reference
-from qlora_kernels.cpu import build, native
 
 SHAPES = [(1, 1), (3, 1), (1, 5), (7, 64), (33, 77), (64, 64), (5, 4097), (130, 576)]
 BLOCKSIZES = [32, 64, 256, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NESTED = 256
-ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    """The native kernels themselves, whatever the operators were bound to when they were imported."""
-    build.build()
-    loaded, words = native.load()
-    assert loaded is not None, words
-    yield loaded
-    loaded.select()
+pytestmark = pytest.mark.usefixtures("poisoned", "threads")
 
 
 @pytest.fixture(params=ISAS)
@@ -43,23 +26,6 @@ def isa(request, kernels):
     kernels.select(request.param)
     yield kernels
     kernels.select()
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Every `torch.empty` comes filled with NaN, or with the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test says more: most of the work here is too small for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def same_bits(a, b):
@@ -508,51 +474,7 @@ def test_writing_into_a_tensor_counts_as_a_change(kernels):
         assert out._version > before
 
 
-def test_environment_chooses_the_code(monkeypatch):
-    for name, words in zip(ISAS, ("portable C++", "AVX2", "AVX-512"), strict=False):
-        monkeypatch.setenv("QLORA_CPU_ISA", name)
-        assert native.load()[1].startswith(f"native ({words}, ")
-    monkeypatch.setenv("QLORA_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx512"):
-        native.load()
-    monkeypatch.delenv("QLORA_CPU_ISA")
-
-
-SHOW_BACKENDS = "from qlora_kernels import ops; found = ops.backends(); print(found['cpu'], found['cuda'], sep='\\n')"
-
-
-@pytest.mark.parametrize(
-    "backend, cpu, cuda",
-    [
-        ("", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
-        ("native", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
-        ("reference", "reference (plain PyTorch), because QLORA_BACKEND=reference", "reference (plain PyTorch), because QLORA_BACKEND=reference"),
-        ("bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes"),
-    ],
-)
-def test_environment_chooses_the_backend(kernels, monkeypatch, backend, cpu, cuda):
-    monkeypatch.setenv("QLORA_BACKEND", backend)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = python(SHOW_BACKENDS)
-    on_cpu, on_cuda = found.stdout.splitlines()
-    assert on_cpu.startswith(cpu) and on_cuda == cuda, found.stderr
-
-
-@pytest.mark.parametrize(
-    "backend, error",
-    [
-        ("fastest", "QLORA_BACKEND=fastest: must be one of native, triton, bitsandbytes, reference, or unset"),
-        ("triton", "QLORA_BACKEND=triton: the Triton kernels cannot run, torch sees no CUDA device. Unset it"),
-    ],
-)
-def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, backend, error):
-    monkeypatch.setenv("QLORA_BACKEND", backend)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    found = python(SHOW_BACKENDS)
-    assert found.returncode != 0 and error in found.stderr
-
-
-def test_bitsandbytes_as_a_backend_gives_the_same_values(poisoned):
+def test_bitsandbytes_as_a_backend_gives_the_same_values():
     """Where it is taken (whole blocks in each row), and where the reference stands in for it."""
     for shape, blocksize in [((40, 192), 64), ((3, 1024), 512), ((7, 77), 64), ((4, 64), 32)]:
         weight = torch.randn(shape)
@@ -567,86 +489,3 @@ def test_bitsandbytes_as_a_backend_gives_the_same_values(poisoned):
                     into = torch.full(shape, float("nan"), dtype=dtype)
                     bitsandbytes_nf4.dequantize_nf4_into(into, packed, *parts, gain, blocksize, NESTED)
                     assert same_bits(into, got)
-
-
-def wait(child: int, seconds: float) -> int:
-    """The exit status of a child, which is killed when it takes longer."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGKILL
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_does_not_hang(kernels, threads):
-    """libgomp's threads do not survive a fork: with them, the child would wait in its first parallel region."""
-    threads(2)
-    weight = torch.randn(600, 1024)
-    packed, absmax = kernels.quantize_nf4(weight, 64)
-    expected = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
-    many = torch.rand(1 << 17)
-    kernels.quantize_absmax(many, NESTED)
-    child = os.fork()
-    if child == 0:
-        torch.use_deterministic_algorithms(False)  # torch fills a large tensor with its threads, which are gone
-        got = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
-        codes = kernels.quantize_absmax(many, NESTED)[0].numpy()
-        os._exit(0 if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)") else 1)
-    assert wait(child, 20) == 0
-
-
-FORKED_BEFORE_LOADING = """
-import os, signal, torch
-torch.set_num_threads(2)
-torch.randn(1 << 20).mul_(2)
-child = os.fork()
-if child == 0:
-    signal.alarm(20)
-    torch.set_num_threads(1)
-    weight = torch.randn(600, 1024)
-    torch.set_num_threads(2)
-    from qlora_kernels import ops
-    ops.quantize_nf4(weight, 64)
-    os._exit(0)
-os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def python(code: str, *, path: Path | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
-    """Run `code` in a new interpreter, which imports `qlora_kernels` from `path`."""
-    environment = {**os.environ, "PYTHONPATH": str(path or build.FOLDER.parents[1])}
-    arguments = ["-m", build.__name__] if code == "build" else ["-c", code]
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
-    """The parent never loaded the kernels, but torch had threads there: the child must not count on them either."""
-    result = python(FORKED_BEFORE_LOADING)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_stale_library_is_refused(kernels, tmp_path):
-    """In a checkout: an edited source stops the import and names the command; that command helps; no library is no error."""
-    tree = tmp_path / "kernels"
-    shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
-    source = tree / "qlora_kernels" / "cpu" / "portable.cpp"
-    show = "from qlora_kernels import ops; print(ops.backends()['cpu'])"
-    source.write_text(source.read_text() + "// edited\n")
-    stale = python(show, path=tree)
-    assert stale.returncode != 0 and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
-    assert python("build", path=tree).returncode == 0
-    assert python(show, path=tree).stdout.startswith("native (")
-    (tree / "qlora_kernels" / "cpu" / build.LIBRARY).unlink()
-    assert f"the native kernels are not built: run {build.COMMAND}" in python(show, path=tree).stdout
-
-
-def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    with pytest.raises(build.BuildError, match="no-such-compiler"):
-        build.compile_library(tmp_path / "library.so")
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,130 @@
+"""Which code runs the operators, and when none may: the environment's choice, forks, stale and missing libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ISAS, wait
+from qlora_kernels.cpu import build, native
+
+NESTED = 256
+
+
+def test_environment_chooses_the_code(monkeypatch):
+    for name, words in zip(ISAS, ("portable C++", "AVX2", "AVX-512"), strict=False):
+        monkeypatch.setenv("QLORA_CPU_ISA", name)
+        assert native.load()[1].startswith(f"native ({words}, ")
+    monkeypatch.setenv("QLORA_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx512"):
+        native.load()
+    monkeypatch.delenv("QLORA_CPU_ISA")
+
+
+SHOW_BACKENDS = "from qlora_kernels import ops; found = ops.backends(); print(found['cpu'], found['cuda'], sep='\\n')"
+
+
+@pytest.mark.parametrize(
+    "backend, cpu, cuda",
+    [
+        ("", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
+        ("native", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
+        ("reference", "reference (plain PyTorch), because QLORA_BACKEND=reference", "reference (plain PyTorch), because QLORA_BACKEND=reference"),
+        ("bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes"),
+    ],
+)
+def test_environment_chooses_the_backend(kernels, monkeypatch, backend, cpu, cuda):
+    monkeypatch.setenv("QLORA_BACKEND", backend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = python(SHOW_BACKENDS)
+    on_cpu, on_cuda = found.stdout.splitlines()
+    assert on_cpu.startswith(cpu) and on_cuda == cuda, found.stderr
+
+
+@pytest.mark.parametrize(
+    "backend, error",
+    [
+        ("fastest", "QLORA_BACKEND=fastest: must be one of native, triton, bitsandbytes, reference, or unset"),
+        ("triton", "QLORA_BACKEND=triton: the Triton kernels cannot run, torch sees no CUDA device. Unset it"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, backend, error):
+    monkeypatch.setenv("QLORA_BACKEND", backend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = python(SHOW_BACKENDS)
+    assert found.returncode != 0 and error in found.stderr
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_hang(kernels, threads):
+    """libgomp's threads do not survive a fork: with them, the child would wait in its first parallel region."""
+    threads(2)
+    weight = torch.randn(600, 1024)
+    packed, absmax = kernels.quantize_nf4(weight, 64)
+    expected = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
+    many = torch.rand(1 << 17)
+    kernels.quantize_absmax(many, NESTED)
+    child = os.fork()
+    if child == 0:
+        torch.use_deterministic_algorithms(False)  # torch fills a large tensor with its threads, which are gone
+        got = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
+        codes = kernels.quantize_absmax(many, NESTED)[0].numpy()
+        os._exit(0 if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)") else 1)
+    assert wait(child, 20) == 0
+
+
+FORKED_BEFORE_LOADING = """
+import os, signal, torch
+torch.set_num_threads(2)
+torch.randn(1 << 20).mul_(2)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    torch.set_num_threads(1)
+    weight = torch.randn(600, 1024)
+    torch.set_num_threads(2)
+    from qlora_kernels import ops
+    ops.quantize_nf4(weight, 64)
+    os._exit(0)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def python(code: str, *, path: Path | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
+    """Run `code` in a new interpreter, which imports `qlora_kernels` from `path`."""
+    environment = {**os.environ, "PYTHONPATH": str(path or build.FOLDER.parents[1])}
+    arguments = ["-m", build.__name__] if code == "build" else ["-c", code]
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
+    """The parent never loaded the kernels, but torch had threads there: the child must not count on them either."""
+    result = python(FORKED_BEFORE_LOADING)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stale_library_is_refused(kernels, tmp_path):
+    """In a checkout: an edited source stops the import and names the command; that command helps; no library is no error."""
+    tree = tmp_path / "kernels"
+    shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
+    source = tree / "qlora_kernels" / "cpu" / "portable.cpp"
+    show = "from qlora_kernels import ops; print(ops.backends()['cpu'])"
+    source.write_text(source.read_text() + "// edited\n")
+    stale = python(show, path=tree)
+    assert stale.returncode != 0 and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
+    assert python("build", path=tree).returncode == 0
+    assert python(show, path=tree).stdout.startswith("native (")
+    (tree / "qlora_kernels" / "cpu" / build.LIBRARY).unlink()
+    assert f"the native kernels are not built: run {build.COMMAND}" in python(show, path=tree).stdout
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.compile_library(tmp_path / "library.so")
+    assert list(tmp_path.iterdir()) == []
