@@ -18,12 +18,6 @@
 namespace qlora {
 namespace {
 
-inline float block_scale(const Weight& w, int64_t block) {
-  if (w.nested == nullptr) return static_cast<const float*>(w.absmax)[block];
-  const float part = tables.dynamic[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested[block >> w.nested_shift];
-  return part + *w.offset;  // two roundings: the build forbids contraction
-}
-
 // Elements position..end, which lie in one block, with that block's table.
 template <class T>
 inline void decode_part(const Table<T>& table, const uint8_t* packed, int64_t position, int64_t end, T* out) {

@@ -13,6 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+
 #include "attention.h"
 #include "nf4.h"
 #include "types.h"
@@ -176,6 +178,13 @@ void qlora_initialize(const float* levels, const float* dynamic, const float* mi
   const float infinity = __builtin_inff();
   for (int i = 0; i < 16; ++i) tables.levels[i] = levels[i];
   for (int i = 0; i < 256; ++i) tables.dynamic[i] = dynamic[i];
+  for (int i = 0; i < 32; ++i) {
+    const double level = levels[i & 15];
+    const BF16 high = round_to<BF16>(float(level)), low = round_to<BF16>(float(level - to_float(high)));
+    const uint32_t square = uint32_t(level * level * 0x1p28 + 0.5);
+    const uint32_t parts[4] = {high.bits, low.bits, square >> 14, square & 0x3fff};
+    for (int k = 0; k < 4; ++k) tables.level_parts[k][i] = uint16_t(parts[k]);
+  }
   dynamic_cells.fill(midpoints);
   for (int cell = -15, below = 0; cell <= 15; ++cell) {
     tables.cell_code[cell & 31] = below;
@@ -315,6 +324,18 @@ void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float*
                          int64_t blocksize, int64_t nested_blocksize, const float* A, float* tiles, const float* B, float* gram,
                          int64_t rank, float scaling, float* n, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
+  if (attention == &matrix_attention && columns % 64 == 0 && blocksize >= 64) {
+    const int64_t blocks = columns / 64, step = ceil_div(kPiece / 8, rank * 64);
+    parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
+      matrix_norms.pack(A, rank, columns, i * step, minimum(blocks, (i + 1) * step), tiles);
+    });
+    parallel(rank / 16, threads, [&](int64_t i) { matrix_norms.gram(A, tiles, rank, columns, i, gram); });
+    std::atomic<bool> exact{true};
+    parallel(ceil_div(rows, kMatrixNormRows), threads, [&](int64_t i) {
+      if (!matrix_norms.norms(w, tiles, B, gram, rank, scaling, i * kMatrixNormRows, minimum(rows, (i + 1) * kMatrixNormRows), n)) exact = false;
+    });
+    if (exact) return;
+  }
   const int64_t step = 128, strips = ceil_div(columns, step);
   parallel(rank / 16 * strips, threads, [&](int64_t i) {
     const int64_t k = i / strips * 16;
