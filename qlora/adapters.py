@@ -134,17 +134,15 @@ class AdaptedProduct(torch.autograd.Function):
         weight, dtype, wide = ctx.weight, dy.dtype, ctx.wide
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dB = dm = None
-        if need_m:
-            dm = ops.column_dots(dy, y) / safe
         folded = gain if weight.folds else None
         if gain is not None and folded is None:
-            dy = dy * gain.to(dtype)
-        v = dy @ up
+            dm = ops.column_dots(dy, y) / safe if need_m else None
+            dy, y = dy * gain.to(dtype), None
+        v, dB, sums = ops.adapter_gradients(dy, up, u, y, folded, safe, ctx.scaling)
+        if y is not None:
+            dm = sums
         if need_A:
-            dA = (v.t() @ x_adapter).to(wide)
-        if need_B:
-            dB = (dy.t() @ u).to(wide)
-            dB *= ctx.scaling if folded is None else (ctx.scaling * gain).unsqueeze(1)
+            dA = ops.token_product(v, x_adapter)
         if need_x or need_xa:
             low = v @ down
             if ctx.shared:
@@ -152,7 +150,7 @@ class AdaptedProduct(torch.autograd.Function):
             else:
                 dxa = low
                 dx = product(dy, weight.scratch(dtype, folded)) if need_x else None
-        return dx, dxa, dA, dB, dm, None, None, None, None
+        return dx, dxa, dA, dB if need_B else None, dm, None, None, None, None
 
 
 # ---------------------------------------------------------------- the module
@@ -190,6 +188,9 @@ class AdaptedLinear(nn.Module):
         self._norm_key: tuple | None = None
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
+    def _norm_state(self) -> tuple:
+        return (_optimizer_steps, *((t._version, t.data_ptr()) for t in (self.lora_A, self.lora_B, self.base.weight)))
+
     def norm(self) -> Tensor:
         """n [out], kept until A, B or the base may have changed.
 
@@ -197,7 +198,7 @@ class AdaptedLinear(nn.Module):
         torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
         through `.data`) need `refresh_norms(model)`.
         """
-        key = (_optimizer_steps, *((t._version, t.data_ptr()) for t in (self.lora_A, self.lora_B, self.base.weight)))
+        key = self._norm_state()
         if self._norm is None or key != self._norm_key:
             with torch.no_grad():
                 self._norm = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling)
@@ -349,6 +350,9 @@ def attach_adapters(
         layer = model.get_submodule(name)
         model.set_submodule(name, AdaptedLinear(layer, spec).train(layer.training))
     model.qlora_adapter = spec
+    if method == "dora":
+        inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
+        inner.register_forward_pre_hook(compute_norms)
     return model
 
 
@@ -360,6 +364,27 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every trainable parameter of the adapters: what an optimizer needs."""
     return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
+
+
+@torch.no_grad()
+def compute_norms(model: nn.Module, inputs: tuple = ()) -> None:
+    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run before the forward pass of a
+    model: what a layer cannot know, that its neighbours want theirs as well, halves the time. A layer run by itself computes its own."""
+    stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
+    for _, adapter in named_adapters(model):
+        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (key := adapter._norm_state()) != adapter._norm_key:
+            w = adapter.base.nf4
+            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append((adapter, key))
+    for (_, nested, nested_blocksize), changed in stale.items():
+        weights = [adapter.base.nf4 for adapter, _ in changed]
+        norms = ops.row_norms_nf4_all(
+            [w.packed for w in weights], [w.absmax for w in weights],
+            [w.nested_absmax for w in weights if nested], [w.nested_offset for w in weights if nested],
+            [a.lora_A for a, _ in changed], [a.lora_B for a, _ in changed], [a.scaling for a, _ in changed],
+            [w.shape[0] for w in weights], [w.shape[1] for w in weights], [w.blocksize for w in weights], nested_blocksize,
+        )  # fmt: skip
+        for (adapter, key), norm in zip(changed, norms, strict=True):
+            adapter._norm, adapter._norm_key = norm, key
 
 
 def refresh_norms(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ The alternative, decoding through an int64 index of every element, costs sixteen
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -309,6 +309,23 @@ def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scali
         gain = safe / n
         up = up * gain.unsqueeze(1)
     return A.to(dtype, copy=True), up.to(dtype), gain, safe
+
+
+def token_product(left: Tensor, x: Tensor) -> Tensor:
+    """left [tokens, r], x [tokens, in] -> left^T x [r, in], in float32 (float64 for float64)."""
+    return _wide(left.t() @ x)
+
+
+def adapter_gradients(
+    dy: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float, dots: Callable = column_dots
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums over dy [tokens, out] that a layer's backward pass wants, with up [out, r] = diag(gain) s B, u [tokens, r] = x At:
+
+        v [tokens, r] = dy up    dB [out, r] = diag(s gain) dyt u    dm [out] = sum_t dy y / safe, empty without y
+    """
+    dB = _wide(dy.t() @ u)
+    dB *= scaling if gain is None else (scaling * gain).unsqueeze(1)
+    return dy @ up, dB, dB.new_empty(0) if y is None else dots(dy, y) / safe
 
 
 def nf4_gemv(

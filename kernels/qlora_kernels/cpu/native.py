@@ -55,6 +55,25 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A [rank, in] and B [out, rank] with zeros up to a rank that is a multiple of 16, and that rank."""
+    pad = -A.shape[0] % 16
+    if pad:
+        A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
+    return A.contiguous(), B.contiguous(), A.shape[0]
+
+
+class NormJob(ctypes.Structure):
+    """As in nf4.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "nested", "offset", "A", "B", "n")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocksize", "nested_blocksize", "rank")),
+        ("scaling", ctypes.c_float),
+        ("exact", ctypes.c_int32),
+    ]
+
+
 class Native:
     """The operators of `ops.py`, same arguments and results, on CPU tensors."""
 
@@ -77,6 +96,7 @@ class Native:
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
+            "qlora_row_norms_matrix": [pointer, size, pointer, size, integer],
             "qlora_cross_entropy": [integer, pointer, pointer, size, size, pointer, integer],
             "qlora_rms_norm": [integer, pointer, pointer, size, size, ctypes.c_float, pointer, pointer, integer],
             "qlora_rms_norm_backward": [integer, pointer, pointer, pointer, pointer, size, size, pointer, integer],
@@ -84,12 +104,14 @@ class Native:
             "qlora_swiglu_backward": [integer, *[pointer] * 3, size, pointer, pointer, integer],
             "qlora_swiglu_backward_dots": [integer, *[pointer] * 3, size, size, *[pointer] * 4, integer],
             "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
+            "qlora_narrow_room": [size, size, size],
+            "qlora_narrow": [pointer, size, pointer, size, pointer, pointer, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
         results = {
             "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
-            "qlora_attention_bytes": size,
+            "qlora_attention_bytes": size, "qlora_narrow_room": size,
         }  # fmt: skip
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -233,26 +255,55 @@ class Native:
         self, packed, absmax, nested_absmax, nested_offset, A: Tensor, B: Tensor, scaling: float, rows: int, columns: int,
         blocksize: int, nested_blocksize: int,
     ) -> Tensor:  # fmt: skip
-        rank = A.shape[0]
-        if (
-            A.dtype != torch.float32
-            or B.dtype != torch.float32
-            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
-        ):
-            return reference.row_norms_nf4(
-                packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize
-            )
-        if A.shape != (rank, columns) or B.shape != (rows, rank):
+        constants = ([], []) if nested_absmax is None else ([nested_absmax], [nested_offset])
+        return self.row_norms_nf4_all([packed], [absmax], *constants, [A], [B], [scaling], [rows], [columns], [blocksize], nested_blocksize)[0]
+
+    def row_norms_nf4_all(self, packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
+        norms, jobs, kept, room = [], [], [], 0
+        for i, (codes, scales, a, b) in enumerate(zip(packed, absmax, A, B, strict=True)):
+            constants = (nested_absmax[i], nested_offset[i]) if nested_absmax else (None, None)
+            layer = (codes, scales, *constants, a, b, scaling[i], rows[i], columns[i], blocksizes[i], nested_blocksize)
+            if self.attention_unit != "AMX" or columns[i] % 64 or blocksizes[i] < 64 or not self._norms(layer):
+                norms.append(self._row_norms(*layer))
+                continue
+            a, b, rank = _in_sixteens(a, b)
+            norms.append(torch.empty(rows[i], dtype=torch.float32))
+            jobs.append(
+                NormJob(
+                    codes.data_ptr(), scales.data_ptr(), *map(_pointer, constants), a.data_ptr(), b.data_ptr(), norms[i].data_ptr(),
+                    rows[i], columns[i], blocksizes[i], nested_blocksize, rank, scaling[i], 1,
+                )
+            )  # fmt: skip
+            kept.append((i, layer, a, b))
+            room = max(room, rank * (columns[i] + rank))
+        if jobs:
+            threads, array = torch.get_num_threads(), (NormJob * len(jobs))(*jobs)
+            work = torch.empty(min(threads, len(jobs)) * room, dtype=torch.float32)  # room is a multiple of 16, so each thread's part is aligned to 64
+            self.library.qlora_row_norms_matrix(array, len(jobs), work.data_ptr(), room, threads)
+            for (i, layer, *_), job in zip(kept, array, strict=True):
+                if not job.exact:
+                    norms[i] = self._row_norms(*layer)
+        return norms
+
+    def _norms(self, layer: tuple) -> bool:
+        """Whether the kernels take this layer of row_norms_nf4."""
+        *parts, A, B, scaling, rows, columns, blocksize, nested_blocksize = layer
+        if A.dtype != torch.float32 or B.dtype != torch.float32 or not self._takes(*parts, rows * columns, blocksize, nested_blocksize):
+            return False
+        if A.shape[1:] != (columns,) or B.shape != (rows, A.shape[0]):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
-        pad = -rank % 16
-        if pad:
-            A = torch.nn.functional.pad(A, (0, 0, 0, pad))
-            B = torch.nn.functional.pad(B, (0, pad))
-        A, B = A.contiguous(), B.contiguous()
-        tiles, gram, n = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), (rank + pad) ** 2, rows))
+        return True
+
+    def _row_norms(self, *layer) -> Tensor:
+        """By vectors of float32, a layer cut over the threads."""
+        if not self._norms(layer):
+            return reference.row_norms_nf4(*layer)
+        packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize = layer
+        A, B, rank = _in_sixteens(A, B)
+        tiles, gram, n = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), rank**2, rows))
         self.library.qlora_row_norms_nf4(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize,
-            nested_blocksize, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank + pad, scaling, n.data_ptr(),
+            nested_blocksize, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank, scaling, n.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         return n
@@ -294,6 +345,42 @@ class Native:
             gain.data_ptr(), safe.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return down, up, gain, safe
+
+    def adapter_gradients(
+        self, dy: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._narrow(dy, u) or up.dtype != dy.dtype or y is not None and y.dtype != dy.dtype:
+            return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, self.column_dots)
+        (tokens, columns), rank = dy.shape, u.shape[1]
+        factors = [part for part in (gain, safe) if part is not None]
+        if up.shape != (columns, rank) or y is not None and (y.shape != dy.shape or safe is None) or any(f.shape != (columns,) or f.dtype != torch.float32 for f in factors):
+            raise ValueError(f"gradient {tuple(dy.shape)} with u {tuple(u.shape)}, up {tuple(up.shape)} and {len(factors)} factors")
+        dy, up, u, y, gain, safe = (None if part is None else part.contiguous() for part in (dy, up, u, y, gain, safe))
+        v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
+        dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
+        work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
+        self.library.qlora_narrow(
+            dy.data_ptr(), columns, _pointer(y), columns, u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
+            work.data_ptr(), v.data_ptr(), dB.data_ptr(), dm.data_ptr(), None, torch.get_num_threads(),
+        )  # fmt: skip
+        return v, dB, dm
+
+    def token_product(self, left: Tensor, x: Tensor) -> Tensor:
+        if not self._narrow(x, left):
+            return reference.token_product(left, x)
+        (tokens, columns), rank = x.shape, left.shape[1]
+        left, x, out = left.contiguous(), x.contiguous(), torch.empty(rank, columns, dtype=torch.float32)
+        work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
+        self.library.qlora_narrow(
+            x.data_ptr(), columns, None, 0, left.data_ptr(), None, tokens, columns, rank, 1.0, None, None, work.data_ptr(), None, None, None,
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def _narrow(self, x: Tensor, left: Tensor) -> bool:
+        """Whether narrow.cpp has these sums: bf16, and not so many ranks that the products no longer wait for memory."""
+        fits = x.dim() == left.dim() == 2 and x.shape[0] == left.shape[0] and x.numel() and 0 < left.shape[1] <= 64
+        return self.attention_unit == "AMX" and bool(fits) and x.dtype == left.dtype == torch.bfloat16
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape

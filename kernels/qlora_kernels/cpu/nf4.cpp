@@ -13,9 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <atomic>
-
 #include "attention.h"
+#include "narrow.h"
 #include "nf4.h"
 #include "types.h"
 
@@ -319,23 +318,45 @@ void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int
   });
 }
 
+// One layer of qlora_row_norms_matrix; native.py has the same structure. A [rank, columns], B [rows, rank], the rank a multiple of 16; n [rows].
+struct NormJob {
+  const uint8_t* packed;
+  const void* absmax;
+  const float *nested, *offset, *A, *B;
+  float* n;
+  int64_t rows, columns, blocksize, nested_blocksize, rank;
+  float scaling;
+  int32_t exact;  // written: 0 where a row's sums cancel, so that n is not exact
+};
+
+// DoRA's row norms of many layers by the matrix unit, a layer to a thread at a time, or where they are few, each cut over the threads; work,
+// aligned to 64: `room` floats for each thread, rank columns and rank rank of the largest. Columns in 64s, blocks of no less.
+void qlora_row_norms_matrix(NormJob* jobs, int64_t count, float* work, int64_t room, int threads) {
+  const auto run = [&](NormJob& job, float* pairs, int cut) {
+    const Weight w = weight_of(job.packed, job.absmax, job.nested, job.offset, nullptr, job.rows, job.columns, job.blocksize, job.nested_blocksize);
+    float* gram = pairs + job.rank * job.columns;
+    matrix_norms.pack(job.A, job.rank, job.columns, pairs);
+    for (int64_t k = 0; k < job.rank / 16; ++k) matrix_norms.gram(job.A, pairs, job.rank, job.columns, k, gram);
+    job.exact = 1;
+    parallel(ceil_div(job.rows, kMatrixNormRows), cut, [&](int64_t i) {
+      const int64_t last = minimum(job.rows, (i + 1) * kMatrixNormRows);
+      if (!matrix_norms.norms(w, pairs, job.B, gram, job.rank, job.scaling, i * kMatrixNormRows, last, job.n)) __atomic_store_n(&job.exact, 0, __ATOMIC_RELAXED);
+    });
+  };
+  const int used = threads_for(count, threads);
+  if (used == 1 || used < threads) {
+    for (int64_t i = 0; i < count; ++i) run(jobs[i], work, threads);
+    return;
+  }
+#pragma omp parallel for num_threads(used) schedule(dynamic)  // layers are of any size
+  for (int64_t i = 0; i < count; ++i) run(jobs[i], work + omp_get_thread_num() * room, 1);
+}
+
 // A [rank, columns], B [rows, rank]; room for the tiles [rank / 16, columns, 16] and for gram [rank, rank]; the rank a multiple of 16.
 void qlora_row_norms_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns,
                          int64_t blocksize, int64_t nested_blocksize, const float* A, float* tiles, const float* B, float* gram,
                          int64_t rank, float scaling, float* n, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
-  if (attention == &matrix_attention && columns % 64 == 0 && blocksize >= 64) {
-    const int64_t blocks = columns / 64, step = ceil_div(kPiece / 8, rank * 64);
-    parallel(ceil_div(blocks, step), threads, [&](int64_t i) {
-      matrix_norms.pack(A, rank, columns, i * step, minimum(blocks, (i + 1) * step), tiles);
-    });
-    parallel(rank / 16, threads, [&](int64_t i) { matrix_norms.gram(A, tiles, rank, columns, i, gram); });
-    std::atomic<bool> exact{true};
-    parallel(ceil_div(rows, kMatrixNormRows), threads, [&](int64_t i) {
-      if (!matrix_norms.norms(w, tiles, B, gram, rank, scaling, i * kMatrixNormRows, minimum(rows, (i + 1) * kMatrixNormRows), n)) exact = false;
-    });
-    if (exact) return;
-  }
   const int64_t step = 128, strips = ceil_div(columns, step);
   parallel(rank / 16 * strips, threads, [&](int64_t i) {
     const int64_t k = i / strips * 16;
@@ -420,6 +441,41 @@ void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B
     else
       kernels->scaled(Dtype(dtype), A + (i - first) * kPiece, 1, minimum(kPiece, count - (i - first) * kPiece), 1.0f, nullptr,
                       static_cast<char*>(down) + (i - first) * kPiece * width);
+  });
+}
+
+// Floats of `work` for the two below.
+int64_t qlora_narrow_room(int64_t tokens, int64_t columns, int64_t rank) {
+  const int64_t padded = ceil_div(rank, 16) * 16;
+  return ceil_div(columns, kStrip) * tokens * padded + ceil_div(tokens, kPart) * columns * (padded + 1);
+}
+
+// All of a layer's gradients that are sums over dy = x [tokens, columns]: v = dy up, dB = diag(scaling gain) dyt left, dm_c = sum_t dy y / safe;
+// with out, not v, dB and dm: out [rank, columns] = leftt x.
+void qlora_narrow(const void* x, int64_t x_stride, const void* y, int64_t y_stride, const void* left, const void* up, int64_t tokens, int64_t columns,
+                  int64_t rank, float scaling, const float* gain, const float* safe, float* work, void* v, float* dB, float* dm, float* out, int threads) {
+  const auto bf16 = [](const void* p) { return static_cast<const uint16_t*>(p); };
+  const Narrow n{bf16(x), bf16(y), bf16(left), bf16(up), x_stride, y_stride, tokens, columns, rank};
+  const int64_t padded = ceil_div(rank, 16) * 16, parts = ceil_div(tokens, kPart), strips = ceil_div(columns, kStrip);
+  const int64_t width = ceil_div(ceil_div(columns, strips), 32) * 32;  // strips of one size, and so the last is never much narrower
+  float *partial_v = work, *partial_p = work + strips * tokens * padded, *partial_dots = partial_p + parts * columns * padded;
+  if (tokens * columns < kPiece) threads = 1;
+  parallel(parts * strips, threads, [&](int64_t i) {
+    const int64_t part = i / strips, strip = i % strips, token = part * kPart, column = strip * width;
+    if (column < columns)
+      matrix_products.piece(n, token, minimum(kPart, tokens - token), column, minimum(width, columns - column), partial_v + strip * tokens * padded,
+                            partial_p + part * columns * padded, partial_dots + part * columns);
+  });
+  const int64_t used = ceil_div(columns, width), step = 256, pieces = ceil_div(columns, step);
+  parallel(pieces + (v == nullptr ? 0 : ceil_div(tokens, step)), threads, [&](int64_t i) {
+    if (i >= pieces) return matrix_products.finish_tokens(n, partial_v, used, (i - pieces) * step, minimum(step, tokens - (i - pieces) * step), static_cast<uint16_t*>(v));
+    const int64_t stop = minimum(columns, (i + 1) * step);
+    matrix_products.finish_columns(n, partial_p, parts, i * step, stop - i * step, out == nullptr, scaling, gain, out == nullptr ? dB : out);
+    for (int64_t c = i * step; y != nullptr && c < stop; ++c) {
+      float sum = partial_dots[c];
+      for (int64_t p = 1; p < parts; ++p) sum += partial_dots[p * columns + c];
+      dm[c] = sum / safe[c];
+    }
   });
 }
 

@@ -81,8 +81,8 @@ constexpr int64_t kNormRows = 96, kMatrixNormRows = 32;
 
 // The norms by the matrix unit, see row_norms.cpp; empty where the compiler cannot make them. For columns in 64s, and blocks of no less.
 struct MatrixNorms {
-  // Columns 64 first to 64 last of A [rank, columns], the rank a multiple of 16, to `pairs`, which takes as many bytes as A and is aligned to 64.
-  void (*pack)(const float* A, int64_t rank, int64_t columns, int64_t first, int64_t last, void* pairs);
+  // A [rank, columns], the rank a multiple of 16, to `pairs`, which takes as many bytes as A and is aligned to 64.
+  void (*pack)(const float* A, int64_t rank, int64_t columns, void* pairs);
   // Rows 16 k to 16 k + 15 of A At.
   void (*gram)(const float* A, const void* pairs, int64_t rank, int64_t columns, int64_t k, float* out);
   // n[j] for rows first..last, at most kMatrixNormRows. False where the sums cancel in one of them, so that it is not exact.

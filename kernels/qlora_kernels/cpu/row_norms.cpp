@@ -10,8 +10,6 @@
 
 #include "nf4.h"
 
-#include <string.h>
-
 #if defined(QLORA_TILES)
 namespace qlora {
 namespace {
@@ -30,9 +28,9 @@ inline void split_rows(const float* x, int64_t stride, Tile& high, Tile& low) {
   }
 }
 
-// Columns 64 first to 64 last of A [rank, columns] to pairs [columns / 64][rank / 16][high 0..31, high 32..63, low 0..31, low 32..63].
-void pack(const float* A, int64_t rank, int64_t columns, int64_t first, int64_t last, void* pairs) {
-  for (int64_t b = first; b < last; ++b)
+// A [rank, columns] to pairs [columns / 64][rank / 16][high 0..31, high 32..63, low 0..31, low 32..63].
+void pack(const float* A, int64_t rank, int64_t columns, void* pairs) {
+  for (int64_t b = 0; b < columns / 64; ++b)
     for (int64_t k = 0; k < rank / 16; ++k) {
       Tile* to = static_cast<Tile*>(pairs) + (b * rank / 16 + k) * 4;
       for (int half = 0; half < 2; ++half) {

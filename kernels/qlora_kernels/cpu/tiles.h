@@ -13,6 +13,7 @@
 #define QLORA_TILES
 #include <immintrin.h>
 #include <math.h>
+#include <string.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
