@@ -27,6 +27,10 @@ struct F16 {
   }
 };
 
+struct F32 {
+  F16 a, b;
+};
+
 inline F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 inline F16 madd(F16 a, F16 b, F16 c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
@@ -82,13 +86,46 @@ inline __m128i rounded(__m256 x, BF16) {
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 
+// For step.h.
+inline F16 fused(F16 a, F16 b, F16 c) { return madd(a, b, c); }
 inline F16 maximum(F16 a, F16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline F16 minimum(F16 a, F16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
 inline F16 div(F16 a, F16 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
 
-inline __m256 power_of_two(__m256 n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+inline __m256 exponent(__m256 x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
+inline F16 exponent(F16 x) { return {exponent(x.low), exponent(x.high)}; }
+
+template <class T>
+inline F32 load32(const T* p) {
+  return {load16(p), load16(p + 16)};
 }
-inline F16 power_of_two(F16 n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+template <>
+inline F32 load32(const BF16* p) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  const __m256i low = _mm256_loadu_si256(from), high = _mm256_loadu_si256(from + 1), above = _mm256_set1_epi32(-0x10000);
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))},
+          {_mm256_castsi256_ps(_mm256_and_si256(low, above)), _mm256_castsi256_ps(_mm256_and_si256(high, above))}};
+}
+
+inline __m256i rounded_above(__m256 x) {  // the upper half is x rounded to bf16
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+}
+
+inline __m256 round8(__m256 x, FP16) { return _mm256_cvtph_ps(rounded(x, FP16())); }
+inline __m256 round8(__m256 x, BF16) { return _mm256_castsi256_ps(_mm256_and_si256(rounded_above(x), _mm256_set1_epi32(-0x10000))); }
+
+template <class T>
+inline F16 round16(F16 x) {
+  return {round8(x.low, T()), round8(x.high, T())};
+}
+template <>
+inline F16 round16<float>(F16 x) {
+  return x;
+}
 
 template <class T>
 inline void store16(T* p, F16 x) {
@@ -98,6 +135,31 @@ inline void store16(T* p, F16 x) {
 template <>
 inline void store16<float>(float* p, F16 x) {
   x.store(p);
+}
+
+template <class T>
+inline void store32(T* p, F32 x) {
+  store16(p, x.a);
+  store16(p + 16, x.b);
+}
+template <>
+inline void store32(BF16* p, F32 x) {
+  __m256i* to = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(to, _mm256_blend_epi16(_mm256_srli_epi32(rounded_above(x.a.low), 16), rounded_above(x.b.low), 0xaa));
+  _mm256_storeu_si256(to + 1, _mm256_blend_epi16(_mm256_srli_epi32(rounded_above(x.a.high), 16), rounded_above(x.b.high), 0xaa));
+}
+
+inline F16 zipped(__m256 even, __m256 odd) {
+  const __m256 a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+  return {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)};
+}
+template <class T>
+inline F32 in_order(F32 x) {
+  return x;
+}
+template <>
+inline F32 in_order<BF16>(F32 x) {
+  return {zipped(x.a.low, x.b.low), zipped(x.a.high, x.b.high)};
 }
 
 template <class T>

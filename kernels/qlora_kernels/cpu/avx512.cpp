@@ -24,6 +24,10 @@ struct F16 {
   }
 };
 
+struct F32 {
+  F16 a, b;
+};
+
 inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 madd(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -80,10 +84,41 @@ inline __m256i rounded(__m512 x, BF16) {  // by integers: the instruction for it
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
 }
 
+// For step.h.
+inline F16 fused(F16 a, F16 b, F16 c) { return madd(a, b, c); }
 inline F16 maximum(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 minimum(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline F16 power_of_two(F16 n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+inline F16 exponent(F16 x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))}; }
+
+template <class T>
+inline F32 load32(const T* p) {
+  return {load16(p), load16(p + 16)};
+}
+template <>
+inline F32 load32(const BF16* p) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))}};
+}
+
+// The upper half is x rounded to bf16. It adds 0x7fff and the last bit that stays, by taking away the complement; NaN becomes 0x7fc0.
+inline __m512i rounded_above(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i less = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);  // ~a & b | c
+  return _mm512_mask_sub_epi32(_mm512_set1_epi32(0x7fc00000), _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, less);
+}
+
+template <class T>
+inline F16 round16(F16 x) {
+  return {widen(rounded(x.v, T()), T())};
+}
+template <>
+inline F16 round16<float>(F16 x) {
+  return x;
+}
+template <>
+inline F16 round16<BF16>(F16 x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(rounded_above(x.v), _mm512_set1_epi32(-0x10000)))};
 }
 
 template <class T>
@@ -93,6 +128,28 @@ inline void store16(T* p, F16 x) {
 template <>
 inline void store16<float>(float* p, F16 x) {
   x.store(p);
+}
+
+template <class T>
+inline void store32(T* p, F32 x) {
+  store16(p, x.a);
+  store16(p + 16, x.b);
+}
+template <>
+inline void store32(BF16* p, F32 x) {
+  const __m512i even = _mm512_srli_epi32(rounded_above(x.a.v), 16), odd = rounded_above(x.b.v);
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(even, odd, _mm512_set1_epi32(-0x10000), 0xd8));  // c ? b : a
+}
+
+template <class T>
+inline F32 in_order(F32 x) {
+  return x;
+}
+template <>
+inline F32 in_order<BF16>(F32 x) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(x.a.v, first, x.b.v)}, {_mm512_permutex2var_ps(x.a.v, second, x.b.v)}};
 }
 
 template <class T>

@@ -32,6 +32,10 @@ struct F16 {
   }
 };
 
+struct F32 {
+  F16 a, b;
+};
+
 inline F16 add(F16 a, const F16& b) {
   for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
   return a;
@@ -58,8 +62,38 @@ inline F16 load_some(const T* p, int64_t n) {
   return r;
 }
 
+// For step.h.
+
+// a * b + c, rounded once. The product is exact in double. The sum, where it is not, is made odd in its last place, which says on
+// which side of every float and of every middle between two floats it lies, so that its rounding to float is right.
+inline float fused(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  const double product = double(a) * double(b), sum = product + double(c);
+  const double part = sum - product, rest = (product - (sum - part)) + (double(c) - part);
+  int64_t bits;
+  __builtin_memcpy(&bits, &sum, 8);
+  const int64_t up = (rest > 0.0) - (rest < 0.0), outward = sum > 0.0 ? up : -up;
+  bits += bits & 1 ? 0 : outward;
+  double odd;
+  __builtin_memcpy(&odd, &bits, 8);
+  return float(odd);
+#endif
+}
+
+inline F16 fused(F16 a, const F16& b, const F16& c) {
+  for (int i = 0; i < 16; ++i) a.v[i] = fused(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
+
 inline F16 maximum(const F16& a, F16 b) {
   for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+
+inline F16 minimum(const F16& a, F16 b) {
+  for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return b;
 }
 
@@ -68,14 +102,49 @@ inline F16 div(F16 a, const F16& b) {
   return a;
 }
 
-inline F16 power_of_two(F16 n) {
-  for (int i = 0; i < 16; ++i) n.v[i] = float_of(uint32_t(int32_t(bits_of(n.v[i] + kRounder) - bits_of(kRounder)) + 127) << 23);
-  return n;
+inline F16 exponent(F16 x) {
+  for (int i = 0; i < 16; ++i) x.v[i] = float_of(bits_of(x.v[i]) << 23);
+  return x;
+}
+
+template <class T>
+inline F16 round16(F16 x) {
+  for (int i = 0; i < 16; ++i) x.v[i] = to_float(round_to<T>(x.v[i]));
+  return x;
 }
 
 template <class T>
 inline void store16(T* p, const F16& x) {
   for (int i = 0; i < 16; ++i) p[i] = round_to<T>(x.v[i]);
+}
+
+// Where value i of an F32 lies, the 16 of b behind the 16 of a.
+template <class T>
+constexpr int place(int i) {
+  return i;
+}
+template <>
+constexpr int place<BF16>(int i) {
+  return i < 16 ? 2 * i : 2 * i - 31;
+}
+
+template <class T>
+inline F32 load32(const T* p) {
+  F32 r;
+  for (int i = 0; i < 16; ++i) r.a.v[i] = to_float(p[place<T>(i)]), r.b.v[i] = to_float(p[place<T>(16 + i)]);
+  return r;
+}
+
+template <class T>
+inline void store32(T* p, const F32& x) {
+  for (int i = 0; i < 16; ++i) p[place<T>(i)] = round_to<T>(x.a.v[i]), p[place<T>(16 + i)] = round_to<T>(x.b.v[i]);
+}
+
+template <class T>
+inline F32 in_order(const F32& x) {
+  float all[32];
+  for (int i = 0; i < 16; ++i) all[place<T>(i)] = x.a.v[i], all[place<T>(16 + i)] = x.b.v[i];
+  return {F16::load(all), F16::load(all + 16)};
 }
 
 template <class T>

@@ -1,52 +1,57 @@
 // What else a training step does element by element, once, over the primitives of kernels.h and these:
 //
-//   maximum(a, b)      a > b ? a : b, lane by lane: b where one of them is NaN
-//   div(a, b);  power_of_two(n)   2^n for whole n in [-126, 127]
-//   store16(T*, F16)   16 values rounded to float, BF16 or FP16
+//   fused(a, b, c)               a * b + c, rounded once on every instruction set
+//   maximum(a, b);  minimum(a, b)   a > b ? a : b;  a < b ? a : b, lane by lane: b where one of them is NaN
+//   div(a, b);  exponent(x)      the float whose bits are those of x, shifted left by 23
+//   round16<T>(F16);  store16(T*, F16)   to the values that T has
+//   F32 {F16 a, b}               32 values in an order that T alone fixes: the first and the second 16; for BF16 the even and the odd,
+//                                which lie in the lower and upper halves of 16 integers and need one operation each to be floats
+//   load32(const T*), store32(T*, F32), in_order<T>(F32)   the last: the first and the second 16 for every T
 //
 // PyTorch has no fused CPU kernel for these three: it makes four float32 copies of a tensor to normalize it, and writes a
 // float32 tensor of [tokens, vocabulary] three times for a loss. Each value is rounded where transformers' modules round it, so
-// the results are theirs. Sums are of 16 lanes in order: the same bits on every instruction set.
+// the results are theirs. Sums are of 32 lanes in order, and a product and a sum are rounded together only by `fused`: the same
+// bits on every instruction set. Loops run over whole 32s (`All`), the rest goes through a copy.
 #pragma once
 
 namespace qlora {
 namespace {
 
+struct All {};  // of 32 values; or n < 32 of them, and `fill` behind them
+
 template <class T>
-inline void store_some(T* p, F16 x, int64_t n) {
-  T all[16];
-  store16(all, x);
+inline F32 load32(const T* p, All) {
+  return load32(p);
+}
+
+template <class T>
+inline F32 load32(const T* p, int64_t n, float fill = 0.0f) {
+  T all[32];
+  for (int64_t i = 0; i < 32; ++i) all[i] = i < n ? p[i] : round_to<T>(fill);
+  return load32(all);
+}
+
+template <class T>
+inline void store32(T* p, const F32& x, All) {
+  store32(p, x);
+}
+
+template <class T>
+inline void store32(T* p, const F32& x, int64_t n) {
+  T all[32];
+  store32(all, x);
   for (int64_t i = 0; i < n; ++i) p[i] = all[i];
 }
 
-// The last n < 16 values and `fill` behind them.
-template <class T>
-inline F16 load_filled(const T* p, int64_t n, float fill) {
-  float all[16];
-  for (int64_t i = 0; i < 16; ++i) all[i] = i < n ? to_float(p[i]) : fill;
-  return F16::load(all);
+template <class F>
+inline void each32(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) f(i, All());
+  if (i < n) f(i, n - i);
 }
 
-template <class T>
-inline F16 load_upto(const T* p, int64_t n) {
-  return n >= 16 ? load16(p) : load_some(p, n);
-}
-
-template <class T>
-inline void store_upto(T* p, F16 x, int64_t n) {
-  n >= 16 ? store16(p, x) : store_some(p, x, n);
-}
-
-template <class T>
-inline F16 round16(F16 x) {  // to the values T has
-  T all[16];
-  store16(all, x);
-  return load16(all);
-}
-template <>
-inline F16 round16<float>(F16 x) {
-  return x;
-}
+inline F32 zeros() { return {F16::zero(), F16::zero()}; }
+inline float sum(const F32& x) { return add(x.a, x.b).sum(); }
 
 template <class F>
 inline void with_type(Dtype dtype, F f) {
@@ -57,46 +62,58 @@ inline void with_type(Dtype dtype, F f) {
 
 inline F16 negative(F16 x) { return mul(x, F16::broadcast(-1.0f)); }
 
-// e^x by 2^n e^r, |r| <= ln(2) / 2, and a polynomial (Cephes expf: within 1 unit in the last place); x outside [-87, 88] counts as the bound.
+// e^x for x in [kLow, kHigh], where 2^n below is a normal number; NaN of NaN. As 2^n e^r with |r| <= ln(2) / 2, n rounded by the
+// addition of 1.5 * 2^23, with 127 so that the last bits are the exponent's; e^r as 1 + r + r^2 q(r), q of degree 4 with the least
+// relative error that its float32 coefficients can have (3e-9). Within 1 unit in the last place (all 2^31 arguments tried).
+constexpr float kLow = -87.0f, kHigh = 88.0f;
+
 inline F16 exponential(F16 x) {
-  x = maximum(F16::broadcast(-87.0f), negative(maximum(F16::broadcast(-88.0f), negative(x))));
-  const F16 n = add(add(mul(x, F16::broadcast(1.44269504f)), F16::broadcast(kRounder)), F16::broadcast(-kRounder));
-  const F16 r = add(add(x, mul(n, F16::broadcast(-0.693359375f))), mul(n, F16::broadcast(2.12194440e-4f)));
-  F16 p = F16::broadcast(1.9875691500e-4f);
-  p = add(mul(p, r), F16::broadcast(1.3981999507e-3f));
-  p = add(mul(p, r), F16::broadcast(8.3334519073e-3f));
-  p = add(mul(p, r), F16::broadcast(4.1665795894e-2f));
-  p = add(mul(p, r), F16::broadcast(1.6666665459e-1f));
-  p = add(mul(p, r), F16::broadcast(5.0000001201e-1f));
-  return mul(add(add(mul(mul(p, r), r), r), F16::broadcast(1.0f)), power_of_two(n));
+  const F16 shifted = fused(x, F16::broadcast(1.44269504f), F16::broadcast(kRounder + 127.0f));
+  const F16 n = add(shifted, F16::broadcast(-kRounder - 127.0f));
+  const F16 r = fused(n, F16::broadcast(2.12194440e-4f), fused(n, F16::broadcast(-0.693359375f), x));  // the first product is exact
+  F16 p = F16::broadcast(0x1.6a4d5ap-10f);
+  p = fused(p, r, F16::broadcast(0x1.12398ep-7f));
+  p = fused(p, r, F16::broadcast(0x1.5558b0p-5f));
+  p = fused(p, r, F16::broadcast(0x1.555492p-3f));
+  p = fused(p, r, F16::broadcast(0x1.fffffcp-2f));
+  p = fused(p, r, F16::broadcast(1.0f));
+  p = fused(p, r, F16::broadcast(1.0f));
+  return mul(p, exponent(shifted));
 }
 
 // The loss log(sum_k e^(x_k)) - x_target of one row, which becomes its gradient softmax(x) - onehot(target).
 template <class T>
 float cross_entropy_row(T* x, int64_t n, int64_t target) {
   const float infinity = __builtin_inff();
-  const int64_t whole = n & ~int64_t(15);
-  F16 lanes = load_filled(x + whole, n - whole, -infinity);
-  for (int64_t i = 0; i < whole; i += 16) lanes = maximum(lanes, load16(x + i));
+  const int64_t whole = n & ~int64_t(31);
+  const F32 rest = load32(x + whole, n - whole, -infinity);
+  F32 lanes = rest;
+  each32(whole, [&](int64_t i, auto) {
+    const F32 logits = load32(x + i);
+    lanes = {maximum(lanes.a, logits.a), maximum(lanes.b, logits.b)};
+  });
   float all[16], largest = -infinity;
-  lanes.store(all);
+  maximum(lanes.a, lanes.b).store(all);
   for (int i = 0; i < 16; ++i) largest = all[i] > largest ? all[i] : largest;
 
-  const F16 shift = F16::broadcast(-largest);
-  double sum = exponential(add(load_filled(x + whole, n - whole, -infinity), shift)).sum();
+  const F16 shift = F16::broadcast(-largest), low = F16::broadcast(kLow);
+  const auto power = [&](F16 logits) { return exponential(maximum(low, add(logits, shift))); };  // a NaN stays one
+  double sum_of_powers = sum(F32{power(rest.a), power(rest.b)});
   for (int64_t start = 0; start < whole; start += 4096) {
-    const int64_t stop = whole - start < 4096 ? whole : start + 4096;
-    F16 part = F16::zero();
-    for (int64_t i = start; i < stop; i += 16) part = add(part, exponential(add(load16(x + i), shift)));
-    sum += part.sum();
+    F32 part = zeros();
+    each32(whole - start < 4096 ? whole - start : 4096, [&](int64_t i, auto) {
+      const F32 logits = load32(x + start + i);
+      part = {add(part.a, power(logits.a)), add(part.b, power(logits.b))};
+    });
+    sum_of_powers += sum(part);
   }
   const double wanted = to_float(x[target]);
-  const F16 scale = F16::broadcast(float(1.0 / sum));
-  for (int64_t i = 0; i < n; i += 16) {
-    const F16 logits = n - i < 16 ? load_filled(x + i, n - i, -infinity) : load16(x + i);
-    store_upto(x + i, mul(exponential(add(logits, shift)), scale), n - i);
-  }
-  const double loss = __builtin_log(sum) + largest - wanted;
+  const F16 scale = F16::broadcast(float(1.0 / sum_of_powers));
+  each32(n, [&](int64_t i, auto left) {
+    const F32 logits = load32(x + i, left);
+    store32(x + i, F32{mul(power(logits.a), scale), mul(power(logits.b), scale)}, left);
+  });
+  const double loss = __builtin_log(sum_of_powers) + largest - wanted;
   x[target] = round_to<T>(float(__builtin_expm1(-loss)));  // p - 1, with p = e^-loss, without the cancellation near p = 1
   return float(loss);
 }
@@ -111,15 +128,17 @@ void cross_entropy(Dtype dtype, void* row, int64_t n, int64_t target, float* los
 // y = weight * round(x / rms), rms = sqrt(mean(x^2) + eps)
 template <class T>
 float rms_norm_row(const T* x, const T* weight, int64_t n, float eps, T* y) {
-  F16 squares = F16::zero();
-  for (int64_t i = 0; i < n; i += 16) {
-    const F16 v = load_upto(x + i, n - i);
-    squares = add(squares, mul(v, v));
-  }
-  const float inverse = 1.0f / __builtin_sqrtf(squares.sum() / float(n) + eps);
+  F32 squares = zeros();
+  each32(n, [&](int64_t i, auto left) {
+    const F32 v = load32(x + i, left);
+    squares = {fused(v.a, v.a, squares.a), fused(v.b, v.b, squares.b)};
+  });
+  const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / float(n) + eps);
   const F16 scale = F16::broadcast(inverse);
-  for (int64_t i = 0; i < n; i += 16)
-    store_upto(y + i, mul(load_upto(weight + i, n - i), round16<T>(mul(load_upto(x + i, n - i), scale))), n - i);
+  each32(n, [&](int64_t i, auto left) {
+    const F32 v = load32(x + i, left), w = load32(weight + i, left);
+    store32(y + i, F32{mul(w.a, round16<T>(mul(v.a, scale))), mul(w.b, round16<T>(mul(v.b, scale)))}, left);
+  });
   return inverse;
 }
 
@@ -133,14 +152,20 @@ void rms_norm(Dtype dtype, const void* x, const void* weight, int64_t n, float e
 // dx = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy
 template <class T>
 void rms_norm_backward_row(const T* dy, const T* x, const T* weight, int64_t n, float inverse, T* dx) {
-  F16 dots = F16::zero();
-  for (int64_t i = 0; i < n; i += 16)
-    dots = add(dots, mul(round16<T>(mul(load_upto(dy + i, n - i), load_upto(weight + i, n - i))), load_upto(x + i, n - i)));
-  const F16 scale = F16::broadcast(inverse), pull = F16::broadcast(-dots.sum() / float(n) * inverse * inverse);
-  for (int64_t i = 0; i < n; i += 16) {
-    const F16 g = round16<T>(mul(load_upto(dy + i, n - i), load_upto(weight + i, n - i)));
-    store_upto(dx + i, mul(add(g, mul(load_upto(x + i, n - i), pull)), scale), n - i);
-  }
+  const auto gradient = [&](int64_t i, auto left) {
+    const F32 g = load32(dy + i, left), w = load32(weight + i, left);
+    return F32{round16<T>(mul(g.a, w.a)), round16<T>(mul(g.b, w.b))};
+  };
+  F32 dots = zeros();
+  each32(n, [&](int64_t i, auto left) {
+    const F32 g = gradient(i, left), v = load32(x + i, left);
+    dots = {fused(g.a, v.a, dots.a), fused(g.b, v.b, dots.b)};
+  });
+  const F16 scale = F16::broadcast(inverse), pull = F16::broadcast(-sum(dots) / float(n) * inverse * inverse);
+  each32(n, [&](int64_t i, auto left) {
+    const F32 g = gradient(i, left), v = load32(x + i, left);
+    store32(dx + i, F32{mul(fused(v.a, pull, g.a), scale), mul(fused(v.b, pull, g.b), scale)}, left);
+  });
 }
 
 void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx) {
@@ -150,15 +175,19 @@ void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* w
   });
 }
 
-inline F16 logistic(F16 x) { return div(F16::broadcast(1.0f), add(F16::broadcast(1.0f), exponential(negative(x)))); }
+inline F16 logistic(F16 x) {
+  const F16 one = F16::broadcast(1.0f), opposite = minimum(F16::broadcast(kHigh), negative(x));
+  return div(one, add(one, exponential(maximum(F16::broadcast(kLow), opposite))));
+}
 
 // y = silu(gate) * up, silu(x) = x / (1 + e^-x)
 template <class T>
 void swiglu_as(const T* gate, const T* up, int64_t n, T* y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const F16 g = load_upto(gate + i, n - i);
-    store_upto(y + i, mul(round16<T>(mul(g, logistic(g))), load_upto(up + i, n - i)), n - i);
-  }
+  const auto gated = [](F16 g, F16 u) { return mul(round16<T>(mul(g, logistic(g))), u); };
+  each32(n, [&](int64_t i, auto left) {
+    const F32 g = load32(gate + i, left), u = load32(up + i, left);
+    store32(y + i, F32{gated(g.a, u.a), gated(g.b, u.b)}, left);
+  });
 }
 
 void swiglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) {
@@ -168,23 +197,24 @@ void swiglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) {
   });
 }
 
-// d gate = dy up s (1 + gate (1 - s)) with s = logistic(gate);  d up = dy silu(gate): 16 of each, rounded to T
+// d gate = dy up s (1 + gate (1 - s)) with s = logistic(gate);  d up = dy silu(gate)
 template <class T>
 inline void swiglu_gradients(F16 dy, F16 gate, F16 up, F16& dgate, F16& dup) {
-  const F16 one = F16::broadcast(1.0f), s = logistic(gate);
-  const F16 slope = mul(s, add(one, mul(gate, add(one, negative(s)))));
-  dgate = round16<T>(mul(round16<T>(mul(dy, up)), slope));
-  dup = round16<T>(mul(dy, round16<T>(mul(gate, s))));
+  const F16 s = logistic(gate), silu = mul(gate, s), others = fused(s, F16::broadcast(-1.0f), F16::broadcast(1.0f));
+  dgate = mul(round16<T>(mul(dy, up)), fused(silu, others, s));
+  dup = mul(dy, round16<T>(silu));
 }
 
 template <class T>
 void swiglu_backward_as(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
-  for (int64_t i = 0; i < n; i += 16) {
-    F16 dg, du;
-    swiglu_gradients<T>(load_upto(dy + i, n - i), load_upto(gate + i, n - i), load_upto(up + i, n - i), dg, du);
-    store_upto(dup + i, du, n - i);
-    store_upto(dgate + i, dg, n - i);
-  }
+  each32(n, [&](int64_t i, auto left) {
+    const F32 d = load32(dy + i, left), g = load32(gate + i, left), u = load32(up + i, left);
+    F32 dg, du;
+    swiglu_gradients<T>(d.a, g.a, u.a, dg.a, du.a);
+    swiglu_gradients<T>(d.b, g.b, u.b, dg.b, du.b);
+    store32(dup + i, du, left);
+    store32(dgate + i, dg, left);
+  });
 }
 
 void swiglu_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
@@ -200,16 +230,23 @@ template <class T>
 void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t stride, int64_t rows, int64_t columns, T* dgate, T* dup, float* gate_dots, float* up_dots) {
   for (int64_t c = 0; c < columns; ++c) gate_dots[c] = up_dots[c] = 0.0f;
   for (int64_t t = 0; t < rows; ++t)
-    for (int64_t c = 0; c < columns; c += 16) {
-      const int64_t i = t * stride + c, left = columns - c;
-      const F16 g = load_upto(gate + i, left), u = load_upto(up + i, left);
-      F16 dg, du;
-      swiglu_gradients<T>(load_upto(dy + i, left), g, u, dg, du);
-      store_upto(dup + i, du, left);
-      store_upto(dgate + i, dg, left);
-      store_upto(gate_dots + c, add(load_upto(gate_dots + c, left), mul(dg, g)), left);
-      store_upto(up_dots + c, add(load_upto(up_dots + c, left), mul(du, u)), left);
-    }
+    each32(columns, [&](int64_t c, auto left) {
+      const int64_t i = t * stride + c;
+      const auto add_products = [&](float* sums, const F32& x, const F32& y) {
+        const F32 before = load32(sums + c, left), product = in_order<T>(F32{mul(x.a, y.a), mul(x.b, y.b)});
+        store32(sums + c, F32{add(before.a, product.a), add(before.b, product.b)}, left);
+      };
+      const F32 d = load32(dy + i, left), g = load32(gate + i, left), u = load32(up + i, left);
+      F32 dg, du;
+      swiglu_gradients<T>(d.a, g.a, u.a, dg.a, du.a);
+      swiglu_gradients<T>(d.b, g.b, u.b, dg.b, du.b);
+      dg = {round16<T>(dg.a), round16<T>(dg.b)};
+      du = {round16<T>(du.a), round16<T>(du.b)};
+      store32(dup + i, du, left);
+      store32(dgate + i, dg, left);
+      add_products(gate_dots, dg, g);
+      add_products(up_dots, du, u);
+    });
 }
 
 void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns, void* dgate, void* dup,
@@ -225,11 +262,11 @@ void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const v
 template <class T>
 void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, const float* gain, T* out) {
   for (int64_t row = 0; row < rows; ++row) {
-    const F16 s = F16::broadcast(factor), g = F16::broadcast(gain == nullptr ? 1.0f : gain[row]);
-    for (int64_t i = row * columns; i < (row + 1) * columns; i += 16) {
-      const int64_t left = (row + 1) * columns - i;
-      store_upto(out + i, mul(mul(load_upto(in + i, left), s), g), left);
-    }
+    const float g = gain == nullptr ? 1.0f : gain[row];
+    int64_t i = row * columns;
+    const int64_t end = i + columns;
+    for (; i + 16 <= end; i += 16) store16(out + i, mul(mul(F16::load(in + i), F16::broadcast(factor)), F16::broadcast(g)));
+    for (; i < end; ++i) out[i] = round_to<T>((in[i] * factor) * g);
   }
 }
 
