@@ -123,6 +123,12 @@ def step_cases(out: int, columns: int) -> list[Case]:
     def both(function: Callable, *inputs: torch.Tensor):
         return lambda: torch.autograd.grad(function(*inputs), inputs, dy)
 
+    gate_, up_ = gate.detach(), up.detach()
+
+    def swiglu_sums_of_torch():
+        dgate, dup = torch.ops.aten.silu_backward(dy * up_, gate_), dy * torch.nn.functional.silu(gate_)
+        return (dgate * gate_).sum(0, dtype=torch.float32), (dup * up_).sum(0, dtype=torch.float32)
+
     def loss():
         return torch.autograd.grad(torch.nn.functional.cross_entropy(logits.float(), tokens, reduction="sum"), logits)
 
@@ -140,6 +146,8 @@ def step_cases(out: int, columns: int) -> list[Case]:
         Case("loss of 64 x 49152 logits and gradient", 4 * logits.numel(), lambda: ops.cross_entropy_(logits.detach().clone(), tokens), loss),
         Case(f"RMSNorm, {TOKENS} tokens, both ways", 10 * TOKENS * out, both(fused, x), both(norm, x)),
         Case(f"SwiGLU, {TOKENS} tokens, both ways", 16 * TOKENS * out, both(_SwiGLU.apply, gate, up), both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)),
+        Case(f"SwiGLU, {TOKENS} tokens, forward", 6 * TOKENS * out, lambda: ops.swiglu(gate_, up_), lambda: torch.nn.functional.silu(gate_) * up_),
+        Case(f"SwiGLU, {TOKENS} tokens, backward with DoRA's sums", 10 * TOKENS * out, lambda: ops.swiglu_backward_dots(dy, gate_, up_), swiglu_sums_of_torch),
         Case(f"attention, 4 x 256 tokens, {out // 64} heads of 64, both ways", 24 * TOKENS * out, attention, attention_of_torch),
     ]  # fmt: skip
 

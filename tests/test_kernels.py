@@ -391,6 +391,43 @@ def test_elementwise_kernels_give_the_same_bits_everywhere(kernels, dtype, threa
         assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
 
 
+def test_every_bf16_gate(kernels):
+    """All 65536, infinities and NaN among them: the nearest bf16 to float64's result, up to float32's error, and one result everywhere."""
+    gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    one, x = torch.ones_like(gate), gate.double()
+    s = x.sigmoid()
+    exact, results = (x * s, s * (1 + x * (1 - s)), x * s), []
+    for isa in ISAS:
+        kernels.select(isa)
+        results.append((kernels.swiglu(gate, one), *kernels.swiglu_backward(one, gate, one)))
+        for found, expected in zip(results[-1], exact, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=2**-8 + 2**-20, atol=2e-7, equal_nan=True)
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(results[-1], results[0], strict=True))
+
+
+def test_any_floats_give_the_same_bits_everywhere(kernels):
+    """Subnormal, huge and infinite ones too."""
+    bits = torch.randint(-(1 << 31), 1 << 31, (3, 1 << 16)).to(torch.int32)
+    gate, up, dy = bits.view(torch.float32)
+    gate, up, dy = torch.cat((gate, 180 * torch.rand(1 << 16) - 90)), up.repeat(2), dy.repeat(2)
+    results = []
+    for isa in ISAS:
+        kernels.select(isa)
+        parts = kernels.swiglu(gate, up), *kernels.swiglu_backward(dy, gate, up)
+        results.append([part.masked_fill(part.isnan(), 7.0) for part in parts])
+        assert all(map(same_bits, results[-1], results[0]))
+
+
+def test_a_product_and_a_sum_are_rounded_once(isa):
+    """1 + 2^-23 + 2^-24 (1 - 2^-46), which a sum in double turns into the middle between two floats, and that into the upper one."""
+    last = 2.0**-23
+    dy, x = torch.zeros(2, 1, 64)
+    dy[0, 0], dy[0, 32] = 1 + last, 2.0**-12 * (1 + last)
+    x[0, :2], x[0, 32] = 1, 2.0**-12 * (1 - last)
+    dx = isa.rms_norm_backward(dy, x, torch.ones(64), torch.ones(1))
+    assert dx[0, 1].item() == -(1 + last) / 64
+
+
 def test_the_sums_of_a_gated_product_are_column_dots(isa, threads):
     """To the bit, and beside gradients that are those without the sums."""
     for count, shape in itertools.product((1, 2), ((1, 1), (5, 16), (129, 33), (300, 4100))):

@@ -107,16 +107,13 @@ inline F32 load32(const BF16* p) {
           {_mm256_castsi256_ps(_mm256_and_si256(low, above)), _mm256_castsi256_ps(_mm256_and_si256(high, above))}};
 }
 
-inline __m256i rounded_above(__m256 x) {  // the upper half is x rounded to bf16
+inline __m256 round8(__m256 x, FP16) { return _mm256_cvtph_ps(rounded(x, FP16())); }
+inline __m256 round8(__m256 x, BF16) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), _mm256_set1_epi32(-0x10000));
+  return _mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
-
-inline __m256 round8(__m256 x, FP16) { return _mm256_cvtph_ps(rounded(x, FP16())); }
-inline __m256 round8(__m256 x, BF16) { return _mm256_castsi256_ps(_mm256_and_si256(rounded_above(x), _mm256_set1_epi32(-0x10000))); }
 
 template <class T>
 inline F16 round16(F16 x) {
@@ -138,15 +135,18 @@ inline void store16<float>(float* p, F16 x) {
 }
 
 template <class T>
-inline void store32(T* p, F32 x) {
+inline F32 store32(T* p, F32 x) {
   store16(p, x.a);
   store16(p + 16, x.b);
+  return {round16<T>(x.a), round16<T>(x.b)};
 }
 template <>
-inline void store32(BF16* p, F32 x) {
+inline F32 store32(BF16* p, F32 x) {
+  const F16 a = round16<BF16>(x.a), b = round16<BF16>(x.b);
   __m256i* to = reinterpret_cast<__m256i*>(p);
-  _mm256_storeu_si256(to, _mm256_blend_epi16(_mm256_srli_epi32(rounded_above(x.a.low), 16), rounded_above(x.b.low), 0xaa));
-  _mm256_storeu_si256(to + 1, _mm256_blend_epi16(_mm256_srli_epi32(rounded_above(x.a.high), 16), rounded_above(x.b.high), 0xaa));
+  _mm256_storeu_si256(to, _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.low), 16), _mm256_castps_si256(b.low)));
+  _mm256_storeu_si256(to + 1, _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.high), 16), _mm256_castps_si256(b.high)));
+  return {a, b};
 }
 
 inline F16 zipped(__m256 even, __m256 odd) {

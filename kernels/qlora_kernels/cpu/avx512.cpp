@@ -131,14 +131,16 @@ inline void store16<float>(float* p, F16 x) {
 }
 
 template <class T>
-inline void store32(T* p, F32 x) {
+inline F32 store32(T* p, F32 x) {
   store16(p, x.a);
   store16(p + 16, x.b);
+  return {round16<T>(x.a), round16<T>(x.b)};
 }
 template <>
-inline void store32(BF16* p, F32 x) {
-  const __m512i even = _mm512_srli_epi32(rounded_above(x.a.v), 16), odd = rounded_above(x.b.v);
-  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(even, odd, _mm512_set1_epi32(-0x10000), 0xd8));  // c ? b : a
+inline F32 store32(BF16* p, F32 x) {
+  const __m512i above = _mm512_set1_epi32(-0x10000), even = rounded_above(x.a.v), odd = rounded_above(x.b.v);
+  _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, above, 0xd8));  // c ? b : a
+  return {{_mm512_castsi512_ps(_mm512_and_si512(even, above))}, {_mm512_castsi512_ps(_mm512_and_si512(odd, above))}};
 }
 
 template <class T>

@@ -64,18 +64,20 @@ inline F16 load_some(const T* p, int64_t n) {
 
 // For step.h.
 
-// a * b + c, rounded once. The product is exact in double. The sum, where it is not, is made odd in its last place, which says on
-// which side of every float and of every middle between two floats it lies, so that its rounding to float is right.
+// a * b + c, rounded once. The product is exact in double; the sum is rounded to double and then to float, which differs from one
+// rounding only where the sum lies in the middle between two floats. There, and below 2^-126 where the middles lie elsewhere, a sum
+// that is not exact is made odd in its last place first: it then lies on the same side of every middle as the exact one.
 inline float fused(float a, float b, float c) {
 #if defined(__FP_FAST_FMAF)
   return __builtin_fmaf(a, b, c);
 #else
   const double product = double(a) * double(b), sum = product + double(c);
-  const double part = sum - product, rest = (product - (sum - part)) + (double(c) - part);
   int64_t bits;
   __builtin_memcpy(&bits, &sum, 8);
+  if ((bits & 0x1fffffff) != 0x10000000 && __builtin_fabs(sum) >= 0x1p-126) return float(sum);
+  const double part = sum - product, rest = (product - (sum - part)) + (double(c) - part);  // what the rounding left out, exactly
   const int64_t up = (rest > 0.0) - (rest < 0.0), outward = sum > 0.0 ? up : -up;
-  bits += bits & 1 ? 0 : outward;
+  if (!(bits & 1)) bits += outward;
   double odd;
   __builtin_memcpy(&odd, &bits, 8);
   return float(odd);
@@ -136,8 +138,9 @@ inline F32 load32(const T* p) {
 }
 
 template <class T>
-inline void store32(T* p, const F32& x) {
+inline F32 store32(T* p, const F32& x) {
   for (int i = 0; i < 16; ++i) p[place<T>(i)] = round_to<T>(x.a.v[i]), p[place<T>(16 + i)] = round_to<T>(x.b.v[i]);
+  return load32(p);
 }
 
 template <class T>
