@@ -95,23 +95,33 @@ inline void multiply(const Tile (&levels)[2][2][2], const Tile* pairs, Tile (&su
 }
 
 // The levels of 64 columns of W from element `at` on in each of some rows, and their scales; the squares onto `own`, if it is given.
-inline void decode(const Weight& w, const __m512i (&part)[4], int64_t at, int64_t rows, Tile (&levels)[2][2][2], float* scale, __m512* own) {
-  const __m512i one = _mm512_set1_epi16(1);
-  for (int64_t r = 0; r < rows; ++r, at += w.columns) {
-    _mm_prefetch(reinterpret_cast<const char*>(w.packed + at / 2 + kRows * w.columns / 2), _MM_HINT_T0);  // the next piece
-    scale[r] = block_scale(w, at >> w.block_shift);
-    __m512i squares[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // upper and lower 14 bits
-    for (int half = 0; half < 2; ++half) {
-      const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.packed + at / 2 + 16 * half)));
-      const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-      for (int i = 0; i < 2; ++i) {
-        levels[r / 16][i][half].set(r % 16, _mm512_permutexvar_epi16(codes, part[i]));
-        if (own != nullptr) squares[i] = _mm512_add_epi32(squares[i], _mm512_madd_epi16(_mm512_permutexvar_epi16(codes, part[2 + i]), one));
+template <bool kSquares>
+inline void decode(const Weight& w, const __m512i (&part)[4], uint64_t at, int64_t rows, Tile (&levels)[2][2][2], float* scale, __m512* own) {
+  const __m512i one = _mm512_set1_epi16(1), upper = part[2], lower = part[3];
+  const uint64_t stride = uint64_t(w.columns) / 2;
+  const uint8_t* codes = w.packed + at / 2;
+  for (int64_t r = 0; r < rows; ++r, at += uint64_t(w.columns)) scale[r] = block_scale(w, int64_t(at >> w.block_shift));
+  for (int64_t group = 0; group < rows; group += 16) {
+    uint32_t* high = levels[group / 16][0][0].row[0];  // low: two tiles further on, the second half one
+    for (int64_t r = group; r < rows && r < group + 16; ++r, codes += stride, high += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + kRows * stride), _MM_HINT_T0);  // the next piece
+      __m512i squares[2];  // upper and lower 14 bits
+      for (int half = 0; half < 2; ++half) {
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * half)));
+        const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+        _mm512_store_si512(high + 256 * half, _mm512_permutexvar_epi16(pairs, part[0]));
+        _mm512_store_si512(high + 256 * (2 + half), _mm512_permutexvar_epi16(pairs, part[1]));
+        if constexpr (kSquares) {
+          const __m512i a = _mm512_madd_epi16(_mm512_permutexvar_epi16(pairs, upper), one), b = _mm512_madd_epi16(_mm512_permutexvar_epi16(pairs, lower), one);
+          squares[0] = half == 0 ? a : _mm512_add_epi32(squares[0], a);
+          squares[1] = half == 0 ? b : _mm512_add_epi32(squares[1], b);
+        }
+      }
+      if constexpr (kSquares) {
+        const __m512 square = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(squares[0], 14), squares[1]));
+        own[r] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r] * scale[r] * 0x1p-28f), square, own[r]);
       }
     }
-    if (own == nullptr) continue;
-    const __m512 square = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(squares[0], 14), squares[1]));
-    own[r] = _mm512_fmadd_ps(_mm512_set1_ps(scale[r] * scale[r] * 0x1p-28f), square, own[r]);
   }
 }
 
@@ -125,16 +135,16 @@ bool norms(const Weight& weight, const void* pairs, const float* B, const float*
   Tile levels[2][2][2][2], sums[2][kGroup][2][2];
   if (rows < kRows) memset(levels, 0, sizeof levels);
   alignas(64) float product[kRows][16 * kGroup];
-  float scale[3][kRows] = {}, cross[kRows] = {};
-  __m512 own[kRows];
-  for (int r = 0; r < kRows; ++r) own[r] = _mm512_setzero_ps();
+  float scale[3][kRows] = {};
+  __m512 own[kRows], rest[kRows];
+  for (int r = 0; r < kRows; ++r) own[r] = rest[r] = _mm512_setzero_ps();
   const Unit<true> unit;
   for (int64_t k0 = 0; k0 < rank / 16; k0 += kGroup) {
     const int64_t group = minimum(kGroup, rank / 16 - k0);
     for (int r = 0; r < kRows; ++r)
       for (int64_t k = 0; k < group; ++k) _mm512_store_ps(product[r] + 16 * k, _mm512_setzero_ps());
     for (int64_t b = 0; b < blocks + 2; ++b) {
-      if (b < blocks) decode(w, part, first * w.columns + 64 * b, rows, levels[b & 1], scale[b % 3], k0 == 0 ? own : nullptr);
+      if (b < blocks) (k0 == 0 ? decode<true> : decode<false>)(w, part, first * w.columns + 64 * b, rows, levels[b & 1], scale[b % 3], own);
       if (b >= 1 && b <= blocks)
         for (int64_t k = 0; k < group; ++k) multiply(levels[(b - 1) & 1], static_cast<const Tile*>(pairs) + ((b - 1) * rank / 16 + k0 + k) * 4, sums[(b - 1) & 1][k]);
       if (b >= 2)
@@ -145,20 +155,22 @@ bool norms(const Weight& weight, const void* pairs, const float* B, const float*
             _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(scale[(b - 2) % 3][r]), _mm512_add_ps(sum[0].floats(r % 16), sum[1].floats(r % 16)), _mm512_load_ps(to)));
           }
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < group; ++k)
-        cross[r] += _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_load_ps(product[r] + 16 * k), _mm512_loadu_ps(B + (first + r) * rank + 16 * (k0 + k))));
+    // Of the last two sums, what these ranks add: sum_k B_jk (2 s P_jk + s^2 (B gram)_jk).
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* b = B + (first + r) * rank;
+      for (int64_t k = 0; k < group; ++k) {
+        __m512 update[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t l = 0; l < rank; l += 2)
+          for (int i = 0; i < 2; ++i)
+            update[i] = _mm512_fmadd_ps(_mm512_set1_ps(b[l + i]), _mm512_loadu_ps(gram + (l + i) * rank + 16 * (k0 + k)), update[i]);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.5f * scaling), _mm512_add_ps(update[0], update[1]), _mm512_load_ps(product[r] + 16 * k));
+        rest[r] = _mm512_fmadd_ps(_mm512_loadu_ps(b + 16 * (k0 + k)), sum, rest[r]);
+      }
+    }
   }
   bool exact = true;
   for (int64_t r = 0; r < rows; ++r) {
-    const float* b = B + (first + r) * rank;
-    double update = 0.0;
-    for (int64_t k = 0; k < rank; k += 16) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t l = 0; l < rank; ++l) sum = _mm512_fmadd_ps(_mm512_set1_ps(b[l]), _mm512_loadu_ps(gram + l * rank + k), sum);
-      update += _mm512_reduce_add_ps(_mm512_mul_ps(sum, _mm512_loadu_ps(b + k)));
-    }
-    const double total = _mm512_reduce_add_ps(own[r]), s = scaling, squared = total + 2.0 * s * cross[r] + s * s * update;
+    const double total = _mm512_reduce_add_ps(own[r]), squared = total + 2.0 * scaling * _mm512_reduce_add_ps(rest[r]);
     exact = exact && !(squared < 1e-3 * total);
     n[first + r] = float(__builtin_sqrt(squared));
   }
