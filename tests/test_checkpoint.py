@@ -248,6 +248,26 @@ def test_another_base_of_the_same_shape(tmp_path, folders, bits):
     )
 
 
+@pytest.mark.parametrize("here", [dict(scales="mse"), dict(blocksize=32), dict(double_quant=False), dict(bits=16)])
+def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
+    """The fingerprint knows the checkpoint, not what was made of it. Refused in both directions, and loaded where it is the same."""
+    for trained, other in (({}, here), (here, {})):
+        one, two = (load_base(str(folders[0]), dtype="fp32", device="cpu", **options) for options in (trained, other))
+        assert one.qlora_base.fingerprint == two.qlora_base.fingerprint and not close(logits(one), logits(two))
+        folder = save_adapter(tiny.adapted(one), tmp_path / "adapter")
+        before = logits(two)
+        with pytest.raises(UserError) as error:
+            load_adapter(two, folder)
+        words = [f"{name}={getattr(model.qlora_base, name)}" for name in here for model in (one, two)]
+        (line,) = error.value.problems
+        assert line.startswith(f"adapter={folder}: was trained on bits=") and line.endswith(".")
+        rule, remedy = line.split(". ")
+        assert words[0] in rule.split("; ")[0] and words[1] in rule.split("; ")[1] and words[0] in remedy
+        assert torch.equal(logits(two), before)
+        again = load_adapter(load_base(str(folders[0]), dtype="fp32", device="cpu", **trained), folder)
+        assert torch.equal(logits(again), logits(one))
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 def test_load_adapted_makes_the_base_again(tmp_path, folders, bits):
     recipe = dict(bits=bits, blocksize=32, double_quant=False) if bits == 4 else dict(bits=bits)
