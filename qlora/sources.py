@@ -174,6 +174,19 @@ def _safetensors(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def stored_types(source: Source) -> dict[str, torch.dtype | None]:
+    """The type of every tensor in a folder's safetensors files by the name it has there, from their headers; empty without such files."""
+    from safetensors import safe_open
+
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
+    types: dict[str, torch.dtype | None] = {}
+    for path in _safetensors(source.folder):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                types |= {key: names.get(file.get_slice(key).get_dtype()) for key in file.keys()}
+    return types
+
+
 def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:
     """Layers that a bitsandbytes checkpoint holds in 4 bits: their block sizes, and whether the scales are double-quantized."""
     from safetensors import safe_open
