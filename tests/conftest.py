@@ -11,8 +11,8 @@ build()  # before anything loads the library: an edited source is never tested t
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from helpers import random_model  # noqa: E402
 from qlora_kernels.cpu import native  # noqa: E402
+from tiny import random_model  # noqa: E402
 
 import qlora  # noqa: E402
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, TOLERANCE, adapted, relative
+from helpers import TOLERANCE, relative
+from tiny import CONFIGS, adapted
 
 from qlora import UserError, load_base, merge, save_adapter
 from qlora.adapter_files import load_adapted, read_adapter_recipe

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny
 import transformers
-from helpers import random_model
 from safetensors.torch import save_file
 
 from qlora import attach_adapters, finetune, load_base
@@ -65,7 +64,7 @@ def mapped(model) -> int:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_stays_in_the_file_is_exact(tmp_path, name):
     """The file's header tells, tensor by tensor, whatever the config says; GPT-2's own file names its tensors without a prefix."""
-    model = random_model(name)
+    model = tiny.random_model(name)
     model.config.save_pretrained(tmp_path)  # which says float32
     stored = {key.removeprefix("transformer."): value for key, value in model.state_dict().items() if key != "lm_head.weight"}
     stored = {key: value.clone() if i % 2 else value.bfloat16() for i, (key, value) in enumerate(sorted(stored.items()))}

@@ -7,7 +7,6 @@ import json
 import math
 import mmap
 import os
-import random
 import signal
 import time
 
@@ -15,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny import examples
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -39,15 +39,6 @@ from qlora.train import (
     optimizer_step,
     train,
 )
-
-
-def examples(*lengths_and_targets: tuple[int, int], seed: int = 0) -> list[Example]:
-    """Random tokens; of each example's `length` tokens the last `targets` count."""
-    dice = random.Random(seed)
-    return [
-        Example(tuple(dice.randrange(256) for _ in range(length)), tuple(i >= length - targets for i in range(length)))
-        for length, targets in lengths_and_targets
-    ]
 
 
 UNEVEN = ((30, 2), (9, 7), (17, 1), (25, 20))  # very different numbers of targets
