@@ -248,7 +248,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         UserError: every missing, unexpected, misshapen or non-finite tensor, a different kind of adapter, and a base
-            other than the one it was trained on, in one list.
+            other than the one it was trained on, or quantized otherwise, in one list.
     """
     folder = _adapter_folder(folder)
     base, spec = read_adapter_recipe(folder)
@@ -376,17 +376,26 @@ def _modules(keys) -> list[str]:
 
 
 def _base_problems(model: nn.Module, trained: BaseRecipe, folder: Path) -> list[str]:
+    """Other weights, or the same weights quantized otherwise: an adapter corrects the error of the weights that it was trained on."""
     base = getattr(model, "qlora_base", None)
-    if base is None or trained.fingerprint is None or trained.fingerprint == base.fingerprint:
+    if base is None or trained.fingerprint is None:
         return []
+    if trained.fingerprint != base.fingerprint:
+        where = f"was trained on {trained.model} ({_made(trained)}, fingerprint {trained.fingerprint[:12]})"
+        rule = f"{where}; this model is {base.model} ({_made(base)}, fingerprint {base.fingerprint[:12]})"
+        return [problem("adapter", folder, rule, "Load the base it was trained on")]
+    names = ("bits", "blocksize", "double_quant", "scales") if trained.bits == base.bits == 4 else ("bits",)
+    pairs = [(getattr(trained, name), getattr(base, name)) for name in names]
+    if all(one == two or one is None or two is None for one, two in pairs):  # None: a checkpoint that was NF4 already does not tell
+        return []
+    rule = f"was trained on {_made(trained)}; this model has {_made(base)}"
+    return [problem("adapter", folder, rule, f"Load the base with {_made(trained)}")]
 
-    def words(recipe: BaseRecipe) -> str:
-        made = f", block size {recipe.blocksize}, double_quant {recipe.double_quant}, scales {recipe.scales}"
-        quantized = made if recipe.bits == 4 else ""
-        return f"{recipe.model} ({recipe.bits} bits{quantized}, fingerprint {recipe.fingerprint[:12]})"
 
-    rule = f"was trained on {words(trained)}; this model is {words(base)}"
-    return [problem("adapter", folder, rule, "Load the base it was trained on")]
+def _made(base: BaseRecipe) -> str:
+    """The options of `load_base` that decide the weights."""
+    names = ("bits", "blocksize", "double_quant", "scales") if base.bits == 4 else ("bits",)
+    return ", ".join(f"{name}={getattr(base, name)}" for name in names)
 
 
 def _tensor_problems(

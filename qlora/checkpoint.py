@@ -11,8 +11,10 @@ state, runs code when it is read and knows parameters by position, so that a cha
 from __future__ import annotations
 
 import base64
+import os
 import random
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,12 +53,29 @@ def save_checkpoint(
 
 def latest_checkpoint(output: str | Path) -> Path | None:
     """The checkpoint of the highest step in an output folder. What is not whole is not seen."""
+    found = _checkpoints(output)
+    return found[max(found)] if found else None
+
+
+def _checkpoints(output: str | Path) -> dict[int, Path]:
+    """The whole checkpoints in an output folder by step."""
     found = {}
     for path in (Path(output) / "checkpoints").glob("step-*"):
         whole = all((path / name).is_file() for name in (TENSORS, PEFT_CONFIG, OPTIMIZER, STATE))
         if whole and re.fullmatch(r"step-\d+", path.name):
             found[int(path.name.removeprefix("step-"))] = path
-    return found[max(found)] if found else None
+    return found
+
+
+def drop_checkpoints(newest: Path, keep: int) -> None:
+    """Remove whole checkpoints of earlier steps than `newest`, the one just saved, so that `keep` with it stay (0: all). One that
+    holds anything which `newest` does not is left alone."""
+    output, step = newest.parents[1], int(newest.name.removeprefix("step-"))
+    written = {file.name for file in newest.iterdir()}
+    earlier = sorted(((n, path) for n, path in _checkpoints(output).items() if n < step), reverse=True)
+    for _, path in earlier[keep - 1 :] if keep else ():
+        if not path.is_symlink() and {file.name for file in path.iterdir()} <= written:
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old.part")))  # a kill leaves what `remove_partial` removes
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Command:
 COMMANDS = {
     "finetune": Command(FinetuneConfig, _finetune, "train an adapter on your data",
                         "--model smollm2-135m --data train.jsonl --output runs/first"),
-    "plan": Command(PlanConfig, _plan, "predict the memory of a fine-tuning run, without weights or data",
+    "plan": Command(PlanConfig, _plan, "predict the memory of a fine-tuning run, without its weights",
                     "--model smollm2-135m --batch-size 8 --memory 2GB"),
     "generate": Command(GenerateConfig, _generate, "let a model, or a model with an adapter, write",
                         "--adapter runs/first/adapter --prompt \"Hello\""),

@@ -197,6 +197,8 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
                              help="steps between evaluations; 0: only at the start and the end")
     save_every: int = option(0, group=CHECKPOINTS, ge=0, aka="save_steps",
                              help="steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = option(0, group=CHECKPOINTS, ge=0, aka="save_total_limit",
+                                   help="checkpoints to keep, the newest ones; 0: all")
     resume: bool = option(False, group=CHECKPOINTS, aka="resume_from_checkpoint",
                           help="go on from the last checkpoint in the output folder")
     tensorboard: bool = option(False, group=CHECKPOINTS, help="write TensorBoard events beside metrics.jsonl")

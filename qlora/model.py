@@ -155,15 +155,20 @@ def stream(
 
     Raises:
         UserError: the checkpoint lacks tensors, has them in other shapes, or `visit` found something wrong.
+        OSError: what `visit` writes could not be written.
     """
     config = load_config(source, trust_remote_code)
     problems: list[str] = []
+    unwritten: list[OSError] = []
 
     def guarded(name: str, value: object) -> dict[str, Tensor]:
         try:
             return visit(name, value)
         except UserError as error:  # transformers turns an exception here into a report of its own; ours is raised below
             problems.extend(error.problems)
+            raise
+        except OSError as error:
+            unwritten.append(error)
             raise
 
     shapes: dict[str, torch.Size] = {}
@@ -193,6 +198,8 @@ def stream(
     except (RuntimeError, OSError, ValueError) as error:
         if problems:
             raise UserError(problems) from None
+        if unwritten:
+            raise unwritten[0] from None
         if isinstance(error, (OSError, ValueError)) and not isinstance(error, UserError):
             reason = str(error).strip().splitlines()[0]
             raise UserError(problem("model", source.gguf or source.folder, f"cannot be loaded ({reason})", "Check that the folder is whole")) from error

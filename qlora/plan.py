@@ -40,8 +40,9 @@ from qlora.evaluate import token_sums
 from qlora.fused import fuse
 from qlora.linear import NF4Linear
 from qlora.model import DTYPES, LinearLayers, resolve_dtype
+from qlora.nf4 import PART_KEYS
 from qlora.optim import state_bytes
-from qlora.sources import load_config, resolve
+from qlora.sources import load_config, resolve, stored_types
 from qlora.train import anonymous_memory, checkpoint_activations, return_freed_memory
 
 LIBRARIES = 100_000_000  # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
@@ -139,6 +140,7 @@ class Skeleton:
         self.dtype = DTYPES[name]
         self.source = resolve(config.model, config.revision, weights=False)
         self.config = load_config(self.source, config.trust_remote_code)
+        stated = getattr(self.config, "dtype", None)  # before transformers writes ours over it
         model = self._build(self.config)
         modules = dict(model.named_modules())
         layers = [modules[name] for name in (linear_names(model) if config.bits == 16 else modules) if name and _is_weight(modules[name])]
@@ -148,9 +150,8 @@ class Skeleton:
         rest = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.weights, self.constants = _bytes(layer.weight for layer in layers), _bytes(constants)
         self.others = _bytes(rest.values()) - self.weights - self.constants
-        self.mapped = 0  # what is used as it is stored stays in the checkpoint's file
-        if self.device == "cpu" and self.source.gguf is None and getattr(self.config, "dtype", None) == self.dtype:
-            self.mapped = _bytes({id(p): p for p in model.parameters()}.values())
+        here = [] if config.bits == 16 or self.source.packed else [*(layer.weight for layer in layers), *constants]
+        self.mapped = self._mapped(model, here, stated) if self.device == "cpu" and self.source.gguf is None else 0
         sizes = [numel(layer) * self.dtype.itemsize for layer in layers]
         sizes += [_bytes([t]) for key, t in rest.items() if key not in quantized]
         self.loading = sum(sorted(sizes)[-2:])
@@ -170,6 +171,20 @@ class Skeleton:
         model.requires_grad_(False)
         model.config.use_cache = False
         return model
+
+    def _mapped(self, model: nn.Module, quantized_here: list[Tensor | None], stated: torch.dtype | None) -> int:
+        """Bytes that stay in the checkpoint's files: of what is used in the type that it is stored in. The files' headers tell that
+        type; the config, which can be wrong or silent, only where the files are not here."""
+        there = dict(model.named_parameters(remove_duplicate=False))
+        stored = stored_types(self.source) or dict.fromkeys(there, stated)
+        made, held = {id(t) for t in quantized_here}, {}
+        for name, tensor in (there | dict(model.named_buffers())).items():
+            layer, _, part = name.rpartition(".")
+            key = f"{layer}.weight.{part}" if part in PART_KEYS else name
+            kind = stored.get(key, stored.get(key.removeprefix(f"{model.base_model_prefix}.")))  # as GPT-2's own file has it
+            if kind == tensor.dtype and id(tensor) not in made:
+                held[id(tensor)] = tensor
+        return _bytes(held.values())
 
     def _layers(self, model: nn.Module) -> tuple[int, bool]:
         """How many layers there are, and whether one tells what another needs."""

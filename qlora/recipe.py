@@ -31,7 +31,7 @@ from transformers import set_seed
 
 from qlora.adapter_files import save_adapter
 from qlora.adapters import adapter_parameters, attach_adapters, named_adapters
-from qlora.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from qlora.checkpoint import drop_checkpoints, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from qlora.config import FinetuneConfig, PlanConfig, to_yaml
 from qlora.data import (
     Batch, Dataset, Example, by_length, collate, read_records, run_length, split, step_indices, tokenize,
@@ -51,8 +51,8 @@ from qlora.train import (
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
 # base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
 FREE_TO_CHANGE = {
-    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "memory", "model", "optimizer_memory", "output",
-    "resume", "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
+    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "keep_checkpoints", "memory", "model",
+    "optimizer_memory", "output", "resume", "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
 }  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
             def save(step: int) -> None:
                 log.sync()
-                save_checkpoint(output, step, model, optimizer, identity, tokenizer, notes=notes)
+                saved = save_checkpoint(output, step, model, optimizer, identity, tokenizer, notes=notes)
+                drop_checkpoints(saved, config.keep_checkpoints)
 
             def held_out_loss() -> float:
                 return evaluate(model, data.held_out, config.batch_size).loss

@@ -30,6 +30,11 @@ from qlora.nf4 import NF4Weight
 SMOLLM2 = "smollm2-135m"
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
+STORED = {  # the types of safetensors files
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Source:
@@ -172,6 +177,18 @@ def _safetensors(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     return [folder / name for name in sorted(names)]
+
+
+def stored_types(source: Source) -> dict[str, torch.dtype | None]:
+    """The type of every tensor in a folder's safetensors files by the name it has there, from their headers; empty without such files."""
+    from safetensors import safe_open
+
+    types: dict[str, torch.dtype | None] = {}
+    for path in _safetensors(source.folder):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                types |= {key: STORED.get(file.get_slice(key).get_dtype()) for key in file.keys()}
+    return types
 
 
 def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:

@@ -203,7 +203,8 @@ def train(
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this."""
+    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this. One that the
+    process was told to ignore stays ignored: a shell starts what runs behind it (`&`) so that its Ctrl-C is not meant for it."""
 
     def __init__(self):
         self.asked = False
@@ -221,7 +222,8 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error) -> None:

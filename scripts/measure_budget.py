@@ -41,7 +41,7 @@ def watched(command: list[str]) -> dict:
 
 
 def finetune(data: str, steps: int, memory: int | None) -> dict:
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [sys.executable, "-m", "qlora.cli", "finetune", *OPTIONS.split(), "--data", data, "--steps", str(steps), "--output", str(output)]
         run = watched(command + (["--memory", str(memory)] if memory is not None else []))

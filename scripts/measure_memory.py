@@ -3,7 +3,7 @@
     python scripts/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
 
     loading   the quantized model + about two of its largest tensors
-    merging   one output shard (1 GB) + about two tensors
+    merging   about two tensors
     speed     loading and quantizing beside reading the same tensors and converting them to float32 with plain torch, files cached
 
 Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as in
@@ -112,7 +112,7 @@ def main() -> None:
         print(f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, so {read['seconds'] / load['seconds']:.2f} of its speed")
         bound = load["model"] + 2 * load["largest_tensor"]
         print(f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed")
-        print(f"merging: 1000 MB of shard + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {1000 + 2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
+        print(f"merging: 2 x {load['largest_tensor'] / 1e6:.0f} MB = {2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from qlora_kernels.cpu.build import build
 
@@ -9,12 +11,13 @@ build()  # before anything loads the library: an edited source is never tested t
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from helpers import random_model  # noqa: E402
 from qlora_kernels.cpu import native  # noqa: E402
+from tiny import random_model  # noqa: E402
 
 import qlora  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with the signal ignored, for its children too
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import TOLERANCE, adapted, random_model, relative
+from helpers import TOLERANCE, relative
+from tiny import adapted, random_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

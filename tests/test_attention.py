@@ -9,9 +9,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from helpers import adapted, random_model, relative, wait
+from helpers import relative, wait
 from qlora_kernels import ops, reference
 from qlora_kernels.cpu import native
+from tiny import adapted, random_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora.adapters import adapter_parameters

@@ -70,7 +70,7 @@ def test_peft_loads_ours(tmp_path, build, kind):
 
 @pytest.mark.parametrize(("build", "kind"), CASES)
 def test_ours_loads_peft(tmp_path, build, kind):
-    settings = {"method": "dora", "rank": 4, "alpha": 8.0, "rslora": False, "targets": "all-linear"} | kind
+    settings = {"method": "dora", "rank": 3, "alpha": 7.0, "rslora": False, "targets": "all-linear"} | kind
     config = peft.LoraConfig(
         r=settings["rank"], lora_alpha=settings["alpha"], use_rslora=settings["rslora"], init_lora_weights="gaussian",
         use_dora=settings["method"] == "dora", target_modules=settings["targets"], task_type="CAUSAL_LM",
@@ -185,7 +185,7 @@ def test_all_mismatches_are_told_at_once(tmp_path):
     del tensors[f"{prefix}0.mlp.up_proj.lora_B.weight"]
     tensors[f"{prefix}0.mlp.down_proj.lora_A.weight"] = torch.zeros(7, wide)
     tensors[f"{prefix}1.mlp.up_proj.lora_A.weight"][0, 0] = torch.nan
-    tensors[f"{prefix}9.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 64)
+    tensors[f"{prefix}9.mlp.up_proj.lora_A.weight"] = torch.zeros(3, 64)
     tensors["something.else"] = torch.zeros(2)
     save_file(tensors, path)
     for model in (tiny.llama(), tiny.adapted(tiny.llama(), seed=5)):
@@ -195,11 +195,11 @@ def test_all_mismatches_are_told_at_once(tmp_path):
         problems = {line.split("=")[0]: line for line in error.value.problems}
         assert (
             "(missing)" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
-            and f"[{wide}, 4]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
+            and f"[{wide}, 3]" in problems[f"{prefix}0.mlp.up_proj.lora_B.weight"]
         )
         assert (
             f"[7, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
-            and f"[4, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
+            and f"[3, {wide}]" in problems[f"{prefix}0.mlp.down_proj.lora_A.weight"]
         )
         assert "finite" in problems[f"{prefix}1.mlp.up_proj.lora_A.weight"]
         assert "nearest" in problems[f"{prefix}9.mlp.up_proj.lora_A.weight"]
@@ -226,7 +226,7 @@ def test_another_model(tmp_path):
     assert len(shapes) == 2 * (
         6 + 5 + 5
     )  # in two layers: A of all but down_proj, B and m of all but gate_proj and up_proj
-    assert any("k_proj.lora_A.weight=[4, 64]: the model needs shape [4, 32]" in line for line in shapes)
+    assert any("k_proj.lora_A.weight=[3, 64]: the model needs shape [3, 32]" in line for line in shapes)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,26 @@ def test_another_base_of_the_same_shape(tmp_path, folders, bits):
         and str(folders[1]) in str(error.value)
         and "was trained on" in str(error.value)
     )
+
+
+@pytest.mark.parametrize("here", [dict(scales="mse"), dict(blocksize=32), dict(double_quant=False), dict(bits=16)])
+def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
+    """The fingerprint knows the checkpoint, not what was made of it. Refused in both directions, and loaded where it is the same."""
+    for trained, other in (({}, here), (here, {})):
+        one, two = (load_base(str(folders[0]), dtype="fp32", device="cpu", **options) for options in (trained, other))
+        assert one.qlora_base.fingerprint == two.qlora_base.fingerprint and not close(logits(one), logits(two))
+        folder = save_adapter(tiny.adapted(one), tmp_path / "adapter")
+        before = logits(two)
+        with pytest.raises(UserError) as error:
+            load_adapter(two, folder)
+        words = [f"{name}={getattr(model.qlora_base, name)}" for name in here for model in (one, two)]
+        (line,) = error.value.problems
+        assert line.startswith(f"adapter={folder}: was trained on bits=") and line.endswith(".")
+        rule, remedy = line.split(". ")
+        assert words[0] in rule.split("; ")[0] and words[1] in rule.split("; ")[1] and words[0] in remedy
+        assert torch.equal(logits(two), before)
+        again = load_adapter(load_base(str(folders[0]), dtype="fp32", device="cpu", **trained), folder)
+        assert torch.equal(logits(again), logits(one))
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -319,7 +339,7 @@ def test_files_and_card(tmp_path, folders):
     _, front, card = (folder / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == str(folders[0]) and yaml.safe_load(front)["library_name"] == "peft"
     assert (
-        "QDoRA, rank 4, alpha 8" in card
+        "QDoRA, rank 3, alpha 7" in card
         and "| loss | 1.2346 |" in card
         and "sums.jsonl" in card
         and "PeftModel.from_pretrained" in card

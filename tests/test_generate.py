@@ -7,7 +7,6 @@ import copy
 import pytest
 import tiny
 import torch
-from helpers import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import qlora
@@ -24,7 +23,7 @@ PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
 def talkative(name: str = "llama", **changes):
     """A random model of the tiny tokenizer's 258 tokens whose answers vary; with small weights they do not."""
     torch.manual_seed(1)
-    config = CONFIGS[name]()
+    config = tiny.CONFIGS[name]()
     for option, value in {"vocab_size": 258, "tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None,
                           "pad_token_id": None, **changes}.items():
         setattr(config, option, value)

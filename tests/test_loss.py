@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import _SMALL, CONFIGS, adapted, random_model, relative
+from helpers import relative
+from tiny import CONFIGS, SMALL, adapted, examples, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -18,12 +19,12 @@ from qlora.data import Example, collate
 from qlora.fused import GatedMLP, RMSNorm, fuse
 from qlora.loss import HeadLoss, Layout, layout_of, loss_sum
 
-_GROUPED = dict(**_SMALL, intermediate_size=160, num_key_value_heads=2)
+_GROUPED = dict(**SMALL, intermediate_size=160, num_key_value_heads=2)
 MORE = {
     "granite": lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2),
     "cohere": lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2),
     "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
-    "opt": lambda: transformers.OPTConfig(**_SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
+    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
     "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
     "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
     "lfm2": lambda: transformers.Lfm2Config(**_GROUPED, layer_types=["conv", "full_attention"]),  # a convolution over tokens
@@ -42,14 +43,6 @@ def build(name: str) -> torch.nn.Module:
         return random_model(name)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(MORE[name]()).eval()
-
-
-def examples(*sizes: tuple[int, int], seed: int = 3) -> list[Example]:
-    """(tokens, targets at their end) each."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Example(tuple(torch.randint(0, 320, (n,), generator=generator).tolist()), (False,) * (n - k) + (True,) * k) for n, k in sizes
-    ]
 
 
 def plain(model: torch.nn.Module, batch) -> torch.Tensor:
@@ -191,7 +184,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("adapted_head", [False, True])
 def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_SMALL, "vocab_size": 4000}, intermediate_size=160))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "vocab_size": 4000}, intermediate_size=160))
     adapted(model, "dora", targets=["q_proj", "lm_head"] if adapted_head else ["q_proj"])
     batch = collate(examples((120, 119), (100, 99)))
     expected = plain(model, batch)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 import transformers
-from helpers import CONFIGS, TOLERANCE, adapted, relative
+from helpers import TOLERANCE, relative
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import CONFIGS, adapted
 
-from qlora import UserError, load_base, merge, save_adapter
+from qlora import UserError, attach_adapters, load_base, merge, save_adapter
 from qlora.adapter_files import load_adapted, read_adapter_recipe
 from qlora.merging import ShardWriter, quantize_checkpoint
 
@@ -124,15 +129,92 @@ def test_shards(saved_models, tmp_path):
         assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
 
 
-def test_a_shard_holds_no_more_than_its_size(tmp_path):
+MEASURE = """
+import sys, threading, transformers
+from qlora.merging import merge, quantize_checkpoint
+from qlora.train import anonymous_memory
+transformers.utils.logging.disable_progress_bar()
+small, adapter, model, out = sys.argv[1:]
+quantize_checkpoint(small, out + "/small")  # what is imported and started at the first time
+for work in (lambda: merge(adapter, out + "/merged"), lambda: quantize_checkpoint(model, out + "/quantized")):
+    baseline, peak, stop = anonymous_memory(), 0, threading.Event()
+    def watch():
+        global peak
+        while not stop.wait(0.002):
+            peak = max(peak, anonymous_memory())
+    thread = threading.Thread(target=watch); thread.start()
+    work()
+    stop.set(); thread.join()
+    print(peak - baseline)
+"""
+
+
+def test_nothing_is_kept(tmp_path, saved_models):
+    """Peak RssAnon of writing a model is far below the model, which fits one shard. 1B: scripts/measure_memory.py."""
+    config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=2048, num_attention_heads=8, dtype="bfloat16")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dense = sum(p.numel() * 2 for p in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    del model
+    save_adapter(attach_adapters(load_base(str(tmp_path / "model"), dtype="bf16"), rank=4), tmp_path / "adapter")
+    where = [str(path) for path in (saved_models("llama"), tmp_path / "adapter", tmp_path / "model", tmp_path)]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *where], capture_output=True, text=True, check=True)
+    assert all(int(peak) < 0.4 * dense for peak in done.stdout.split()), (done.stdout, dense)
+
+
+def test_the_writer(tmp_path):
+    """What is written is what safetensors reads, aligned for its readers, in shards of their size; odd sizes and no values included."""
+    sizes, torch_types = (0, 1, 3, 8, 25, 60, 500, 30, 2, 749, 4), (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
+    tensors = {f"t{i}.{j}": torch.randn(n, 4).mul(50).to(kind)[:, : 1 + i % 4] for i, n in enumerate(sizes) for j, kind in enumerate(torch_types)}
+    tensors["scalar"] = torch.tensor(3.5)
     writer = ShardWriter(tmp_path, 1000)
-    for i, size in enumerate((100, 120, 240, 20, 3000, 8)):
-        writer.add(f"t{i}", torch.zeros(size // 4))
-        assert writer.pending_bytes <= 1000 or len(writer.pending) == 1
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
     writer.close()
+    found, files = {}, sorted(tmp_path.glob("model-*.safetensors"))
+    for path in files:
+        shard = load_file(path)
+        assert sum(t.nbytes for t in shard.values()) <= 1000 or len(shard) == 1
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert all(torch.equal(file.get_slice(key)[...], value) for key, value in shard.items())
+        header = json.loads(path.read_bytes()[8 : 8 + ShardWriter.HEADER])
+        assert all(entry["data_offsets"][0] % shard[key].element_size() == 0 for key, entry in header.items() if key in shard)
+        found |= shard
+    assert found.keys() == tensors.keys() and all(torch.equal(value, tensors[key]) for key, value in found.items())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values()) and len(set(index["weight_map"].values())) == len(files) > 5
+
+
+def test_a_full_header_ends_a_shard(tmp_path):
+    writer = ShardWriter(tmp_path, 10**9)
+    names = [f"{i}." + "x" * 1000 for i in range(1500)]
+    for name in names:
+        writer.add(name, torch.zeros(1))
+    writer.close()
+    shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert [len(shard) > 900 for shard in shards] == [True, False] and {*shards[0], *shards[1]} == {*names}
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("work", ["merge", "quantize"])
+def test_a_full_disk_leaves_nothing(saved_models, tmp_path, work):
+    """RLIMIT_FSIZE refuses to let a file grow past it, as a full disk does."""
+    _, adapter = trained(saved_models("llama"), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ShardWriter.HEADER + 50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"output=.*out: the disk is full; nothing was left half written"):
+            if work == "merge":
+                merge(adapter, tmp_path / "out")
+            else:
+                quantize_checkpoint(str(saved_models("llama")), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_another_base_is_refused(saved_models, tmp_path):

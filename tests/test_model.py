@@ -13,8 +13,9 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, TOLERANCE, random_model, relative, without_quantized_gemm
+from helpers import TOLERANCE, relative, without_quantized_gemm
 from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, random_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import disturb, relative, without_quantized_gemm
+from helpers import relative, without_quantized_gemm
+from tiny import disturb
 
 from qlora import adapter_parameters, attach_adapters, load_base, named_adapters, save_adapter
 from qlora.data import collate, tokenize

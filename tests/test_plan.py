@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import transformers
+from safetensors.torch import save_file
 
 from qlora import attach_adapters, finetune, load_base
 from qlora.adapters import adapter_parameters
@@ -19,6 +20,7 @@ from qlora.config import FinetuneConfig, PlanConfig
 from qlora.data import Example
 from qlora.errors import UserError
 from qlora.loss import layout_of
+from qlora.merging import quantize_checkpoint
 from qlora.plan import Skeleton, asked, fit, largest, predict
 from qlora.recipe import adamw, micro_batches
 
@@ -49,6 +51,31 @@ def test_what_lies_still_is_exact(place, tmp_path, options):
     optimizer = adamw(built, config)
     assert plan.parts["optimizer"] == optimizer.pager.resident
     optimizer.close()
+
+
+def mapped(model) -> int:
+    """Bytes of the tensors of a model that lie where a file of safetensors is mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    places = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if any(start <= t.data_ptr() < end for start, end in places)]
+    return held(tensors)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_stays_in_the_file_is_exact(tmp_path, name):
+    """The file's header tells, tensor by tensor, whatever the config says; GPT-2's own file names its tensors without a prefix."""
+    model = tiny.random_model(name)
+    model.config.save_pretrained(tmp_path)  # which says float32
+    stored = {key.removeprefix("transformer."): value for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    stored = {key: value.clone() if i % 2 else value.bfloat16() for i, (key, value) in enumerate(sorted(stored.items()))}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tiny.tokenizer().save_pretrained(tmp_path)
+    quantize_checkpoint(str(tmp_path), tmp_path / "nf4", dtype="bf16")
+    for folder, bits, dtype in ((".", 4, "bf16"), (".", 16, "bf16"), (".", 16, "fp32"), ("nf4", 4, "bf16"), ("nf4", 4, "fp32")):
+        where = str(tmp_path / folder)
+        skeleton = Skeleton(FinetuneConfig(model=where, data="-", output="-", bits=bits, dtype=dtype, device="cpu"))
+        loaded = load_base(where, bits=bits, dtype=dtype, device="cpu")
+        assert 0 < skeleton.mapped == mapped(loaded) < held([*loaded.parameters(), *loaded.buffers()]), (folder, bits, dtype)
 
 
 def test_layers_alike_are_extrapolated():

@@ -213,6 +213,34 @@ def test_resuming_a_finished_run_only_writes_what_is_missing(config, tmp_path):
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    """The same run, which can be gone on with; what is no checkpoint of ours, or holds more than one, is left alone."""
+    finetune(config("all", save_every=1, keep_checkpoints=4))
+    assert names(tmp_path / "all/checkpoints") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+    finetune(config("two", save_every=1, keep_checkpoints=2))
+    assert names(tmp_path / "two/checkpoints") == ["step-000003", "step-000004"]
+    same_files(tmp_path / "all/checkpoints/step-000004", tmp_path / "two/checkpoints/step-000004")
+
+    cut = tmp_path / "cut/checkpoints"
+    shutil.copytree(tmp_path / "all", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000003", "step-000004"))
+    in_the_way = cut / f".step-000003.{os.getpid()}.part"  # where the next checkpoint is to be written
+    in_the_way.touch()
+    going_on = config("cut", save_every=1, keep_checkpoints=1, resume=True)
+    assert "cannot be written" in refused(going_on)[0]
+    assert names(cut) == [in_the_way.name, "step-000001", "step-000002"]
+    in_the_way.unlink()
+    (cut / "step-000001/notes.txt").write_text("the best of all")
+    shutil.copytree(cut / "step-000001", cut / "step-000000").joinpath("state.json").unlink()  # not whole
+    shutil.copytree(cut / "step-000002", cut / "best")
+    finetune(going_on)
+    assert names(cut) == ["best", "step-000000", "step-000001", "step-000004"]
+    same_files(tmp_path / "all/checkpoints/step-000004", cut / "step-000004")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "qlora.cli", "finetune", *arguments]
 
@@ -459,7 +487,7 @@ CHANGES_THE_ADAPTER = {
     "max_tokens": 34, "truncate": "drop", "optimizer_state": "8bit", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
 }  # fmt: skip
 TESTED_ELSEWHERE = {
-    "model", "data", "output", "eval_data", "eval_every", "save_every", "resume", "gradient_checkpointing",
+    "model", "data", "output", "eval_data", "eval_every", "save_every", "keep_checkpoints", "resume", "gradient_checkpointing",
     "optimizer_memory",  # above
     "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
     "memory", "optimizer_memory",  # test_plan.py, test_optim.py

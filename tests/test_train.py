@@ -7,7 +7,6 @@ import json
 import math
 import mmap
 import os
-import random
 import signal
 import time
 
@@ -15,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny import examples
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -39,15 +39,6 @@ from qlora.train import (
     optimizer_step,
     train,
 )
-
-
-def examples(*lengths_and_targets: tuple[int, int], seed: int = 0) -> list[Example]:
-    """Random tokens; of each example's `length` tokens the last `targets` count."""
-    dice = random.Random(seed)
-    return [
-        Example(tuple(dice.randrange(256) for _ in range(length)), tuple(i >= length - targets for i in range(length)))
-        for length, targets in lengths_and_targets
-    ]
 
 
 UNEVEN = ((30, 2), (9, 7), (17, 1), (25, 20))  # very different numbers of targets
@@ -258,13 +249,29 @@ def test_a_second_signal_stops_at_once(tmp_path):
         signal.raise_signal(signal.SIGINT)
         return [collate(examples(*UNEVEN))]
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with the signal ignored
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=saved.append, save=saved.append)
+    assert not isinstance(stop.value, Interrupted) and saved == []
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As of a run behind a shell, whose Ctrl-C is not meant for it; SIGTERM stops it as ever."""
+    model, saved = tiny.adapted(tiny.llama()), []
+
+    def batches(step):
+        signal.raise_signal(signal.SIGINT)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return [collate(examples(*UNEVEN))]
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt) as stop:
-            train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=saved.append, save=saved.append)
+        with pytest.raises(Interrupted) as stop:
+            train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=lambda line: None, save=saved.append)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not isinstance(stop.value, Interrupted) and saved == []
+    assert stop.value.step == 5 and saved == [5]
 
 
 def test_a_limit_gives_freed_memory_back():

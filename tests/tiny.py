@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and data that fit it, for tests that train: real transformers objects, fast steps."""
+"""Tiny models of every architecture, adapters on them, a tokenizer and data that fit: real transformers objects, fast steps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 
 import torch
-from helpers import disturb, random_model
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora.adapters import attach_adapters, named_adapters
+from qlora.adapters import attach_adapters, named_adapters, refresh_norms
+from qlora.data import Example
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -19,21 +21,58 @@ TEMPLATE = (
 )
 
 
-def llama(seed: int = 1) -> torch.nn.Module:
-    """A Llama of 2 layers in float32."""
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=150, num_key_value_heads=2),  # blocks across rows, biases
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=160, num_key_value_heads=2),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "phi": lambda: transformers.PhiConfig(**SMALL, intermediate_size=160),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, intermediate_size=160, pad_token_id=0),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
+}
+
+
+def random_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A tiny float32 model of an architecture with random weights, biases and norms included, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: float = 0.5) -> nn.Module:
+    """Move every adapter away from its start: random B, magnitudes up to half of the row norm away from it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, adapter in named_adapters(model):
+            adapter.lora_B.normal_(0, spread, generator=generator)
+            if adapter.magnitude is not None:
+                adapter.magnitude *= 1 + magnitudes * (2 * torch.rand(adapter.magnitude.shape, generator=generator) - 1)
+    refresh_norms(model)
+    return model
+
+
+def adapted(model: nn.Module, method: str = "dora", seed: int = 2, **spec) -> nn.Module:
+    """`model` with adapters (of odd rank and alpha / r not 1, unless `spec` says otherwise) away from their start, where they would
+    compute the base and a test that compares anything would pass whatever the code does."""
+    torch.manual_seed(seed)
+    return disturb(attach_adapters(model, method=method, **({"rank": 3, "alpha": 7.0} | spec)), seed)
+
+
+def llama(seed: int = 1) -> nn.Module:
     return random_model("llama", seed)
 
 
-def gpt2(seed: int = 1) -> torch.nn.Module:
-    """A GPT-2 of 2 layers in float32: Conv1D layers with biases."""
+def gpt2(seed: int = 1) -> nn.Module:
+    """With Conv1D layers and biases."""
     return random_model("gpt2", seed)
-
-
-def adapted(model: torch.nn.Module, seed: int = 2, **spec) -> torch.nn.Module:
-    """`model` with adapters (DoRA, rank 4, unless `spec` says otherwise) away from their start, where they would
-    compute the base and a test that compares anything would pass whatever the code does."""
-    torch.manual_seed(seed)
-    return disturb(attach_adapters(model, **({"rank": 4, "alpha": 8.0} | spec)), seed)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -66,7 +105,13 @@ def write_data(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
-def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def examples(*sizes: tuple[int, int], seed: int = 0) -> list[Example]:
+    """Random tokens: (tokens, targets at their end) of each."""
+    dice = random.Random(seed)
+    return [Example(tuple(dice.randrange(256) for _ in range(n)), (False,) * (n - k) + (True,) * k) for n, k in sizes]
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all adapter parameters by name."""
     return {
         f"{name}.{part}": p.detach().clone()
