@@ -85,7 +85,7 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     packed, absmax = reference.quantize_nf4(weight, blocksize)
     if dtype == torch.bfloat16:
         parts = reference.quantize_absmax(absmax, 256)
-        for rank in (16, 64, 3, 128) if columns == 4096 or rows == 130 else (16,):
+        for rank in (16, 32, 64, 3, 128) if columns == 4096 or rows == 130 else (16,):
             A, B = 0.02 * normal(bench, rank, columns, seed=3), 0.02 * normal(bench, rows, rank, seed=4)
             arguments = (packed, *parts, A, B, 2.0, rows, columns, blocksize, 256)
             worst("row_norms_nf4", ops.row_norms_nf4(*arguments), reference.row_norms_nf4(*arguments), 2e-5)

@@ -196,25 +196,26 @@ def interpret() -> None:
 # ---------------------------------------------------------------- the compiler
 
 FLOAT = {name: "*fp32" for name in (
-    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "own", "cross", "A", "B", "gram", "midpoints", "scales", "stretches",
+    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches",
     "maxima", "values", "p", "g", "m", "v",
 )} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction")}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
-BYTES = {name: "*u8" for name in ("packed", "codes")}
+BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32"}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
 FACTORS = {name: "*fp32" for name in ("A", "B", "m", "n", "gain", "safe")}
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
-NORMS = {**DOUBLE, "WORDS": 4}
 COMPILED = {  # name -> kernel, types that differ, constants, options as the callers give them, whether it may not spill
     "dequantize": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 0, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize with gain": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 1, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize to float32": (triton_nf4.dequantize_kernel, {"out": "*fp32"}, {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512}, triton_nf4.EXACT, False),
     "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, triton_nf4.FUSED, True),
-    "row sums": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
-    "row sums, rank 64": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 64}, {**triton_nf4.EXACT, "num_stages": 1}, True),
-    "row norms": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**NORMS, "ROWS": 16, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
+    **{
+        f"row norms, rank {rank}": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": words, "RANK": rank},
+                                    {**triton_nf4.FUSED, "num_stages": 1}, True)
+        for rank, words in ((16, 8), (32, 8), (64, 4))
+    },
     "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
     "encode blocks": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True}, triton_nf4.EXACT, False),
@@ -226,15 +227,16 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
     "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
-    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 128, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
     "fold factors": (triton_step.fold_factors_kernel, {**FACTORS, "down": "*bf16", "up": "*bf16"}, {"DORA": True, "BLOCK": 2048, "RANK": 16}, triton_nf4.EXACT, True),
     "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
-    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
 }  # fmt: skip
 
 
-def compile_for(name: str, card: int) -> dict[str, int | bool]:
-    """Bytes that spill, registers and shared memory of a kernel on a card; whether it has to do without spills or contraction."""
+def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
+    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether it has to do without
+    spills or contraction."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -263,6 +265,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
         "shared": compiled.metadata.shared,
         "hot": hot,
         "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
+        "order": "".join(re.findall(r"(?:st|ld)(?=\.global)|bar(?=\.sync)|atom(?=\.global\.gpu\.acq_rel)", ptx)),
     }
 
 

@@ -3,7 +3,8 @@
     fold_factors     all that a layer's product needs of A, B, m and n in one launch, where PyTorch's chain makes ten: a small step is bound
                      by its launches
     column_dots      sum_t a[t, j] * b[t, j] in float32. Two stages, so that narrow matrices fill a card: each program sums a tile of
-                     columns over its share of the tokens, then torch adds the shares. No atomics, so every run gives the same bits.
+                     columns over its share of the tokens, and the last of a tile's adds the shares up, always in the same order, so
+                     every run gives the same bits
     cross_entropy_   a row of logits is read once for its sum and once to become its gradient
     rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors; with the sums of DoRA's
                      gradients for gate and up, which are at hand in that pass
@@ -21,17 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, on
+from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, counters, last_of, on, sum_of_shares
 
-SHARE = 128  # tokens that a program sums
+SHARE = 64  # tokens that a program sums
 
 
 @triton.jit
 def column_dots_kernel(
-    out, a, b, tokens, columns, a_stride, b_stride,
+    out, sums, arrived, a, b, tokens, columns, a_stride, b_stride,
     SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [share, column]: the sum over SHARE tokens, TOKENS at a time."""
+    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -41,7 +42,9 @@ def column_dots_kernel(
         x = tl.load(a + token[:, None] * a_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(b + token[:, None] * b_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         total += x * y
-    tl.store(out + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    tl.store(sums + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    if last_of(arrived + tl.program_id(0), tl.num_programs(1)):
+        tl.store(out + column, sum_of_shares(sums, column, tl.num_programs(1), columns, COLUMNS), mask=column < columns)
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -49,13 +52,14 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
         return reference.column_dots(a, b)
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    shares = triton.cdiv(tokens, SHARE)
-    out = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
+    groups, shares = triton.cdiv(columns, 128), triton.cdiv(tokens, SHARE)
+    sums = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
+    out = torch.empty(columns, dtype=torch.float32, device=a.device)
     with on(a):
-        column_dots_kernel[(triton.cdiv(columns, 128), shares)](
-            out, a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
+        column_dots_kernel[(groups, shares)](
+            out, sums, counters(a.device, groups), a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
         )
-    return out.sum(0) if shares > 1 else out[0]
+    return out
 
 
 def adapter_gradients(dy, up, u, y, gain, safe, scaling):
@@ -162,9 +166,9 @@ def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_dots_kernel(
-    dgate, dup, dots, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+    dgate, dup, dots, sums, arrived, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The same, and dots [2, shares, columns]: the sums of d gate * gate and d up * up over SHARE tokens."""
+    """The same, and dots [2, columns]: the sums of d gate * gate and d up * up; sums [2, shares, columns]: over SHARE tokens."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     first, second = tl.zeros([TOKENS, COLUMNS], tl.float32), tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -178,9 +182,14 @@ def swiglu_backward_dots_kernel(
         tl.store(dup + at, du, mask=inside)
         first += dg.to(tl.float32) * g.to(tl.float32)
         second += du.to(tl.float32) * u.to(tl.float32)
-    place = dots + share.to(tl.int64) * columns + column
-    tl.store(place, tl.sum(first, axis=0), mask=column < columns)
-    tl.store(place + tl.num_programs(1).to(tl.int64) * columns, tl.sum(second, axis=0), mask=column < columns)
+    shares = tl.num_programs(1)
+    others = sums + shares.to(tl.int64) * columns
+    place = share.to(tl.int64) * columns + column
+    tl.store(sums + place, tl.sum(first, axis=0), mask=column < columns)
+    tl.store(others + place, tl.sum(second, axis=0), mask=column < columns)
+    if last_of(arrived + tl.program_id(0), shares):
+        tl.store(dots + column, sum_of_shares(sums, column, shares, columns, COLUMNS), mask=column < columns)
+        tl.store(dots + columns + column, sum_of_shares(others, column, shares, columns, COLUMNS), mask=column < columns)
 
 
 @triton.jit
@@ -262,13 +271,15 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     if not _alike(dy, gate, up) or gate.shape != up.shape or gate.dim() != 2 or gate.numel() == 0:
         return reference.swiglu_backward_dots(dy, gate, up)
     tokens, columns = gate.shape
-    dgate, dup, shares = torch.empty_like(gate), torch.empty_like(up), triton.cdiv(tokens, SHARE)
-    dots = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    groups, shares = triton.cdiv(columns, 128), triton.cdiv(tokens, SHARE)
+    sums = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
+    dots = torch.empty(2, columns, dtype=torch.float32, device=gate.device)
     with on(gate):
-        swiglu_backward_dots_kernel[(triton.cdiv(columns, 128), shares)](
-            dgate, dup, dots, dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
+        swiglu_backward_dots_kernel[(groups, shares)](
+            dgate, dup, dots, sums, counters(gate.device, groups), dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
         )
-    return dgate, dup, dots.sum(1) if shares > 1 else dots[:, 0]
+    return dgate, dup, dots
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
