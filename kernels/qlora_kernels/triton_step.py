@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, counters, last_of, on, sum_of_shares
+from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
 
 SHARE = 64  # tokens that a program sums
 
@@ -52,7 +52,7 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
         return reference.column_dots(a, b)
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    groups, shares = triton.cdiv(columns, 128), triton.cdiv(tokens, SHARE)
+    groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
     sums = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
     out = torch.empty(columns, dtype=torch.float32, device=a.device)
     with on(a):
@@ -105,9 +105,9 @@ def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scali
         raise ValueError(f"{m.numel()} magnitudes and {n.numel()} norms for {rows} rows")
     down, up = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
     gain, safe = (B.new_empty(0 if m is None else rows) for _ in range(2))
-    width = max(16, triton.next_power_of_2(rank))
+    width = max(16, power_of_2(rank))
     with on(A):
-        fold_factors_kernel[(triton.cdiv(A.numel(), 2048) + triton.cdiv(rows, 2048 // width),)](
+        fold_factors_kernel[(cdiv(A.numel(), 2048) + cdiv(rows, 2048 // width),)](
             down, up, gain, safe, A, B, B if m is None else m, B if m is None else n, scaling, A.numel(), rows, rank,
             DORA=m is not None, BLOCK=2048, RANK=width, **EXACT,
         )  # fmt: skip
@@ -231,7 +231,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _alike(x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
         return reference.rms_norm(x, weight, eps)
     y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_2(x.shape[1])
     with on(x):
         rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return y, inverse
@@ -241,7 +241,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
     dy = dy.contiguous()
     if not _alike(dy, x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
         return reference.rms_norm_backward(dy, x, weight, inverse)
-    dx, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+    dx, block = torch.empty_like(x), power_of_2(x.shape[1])
     with on(x):
         rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return dx
@@ -252,7 +252,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     y, n = torch.empty_like(gate), gate.numel()
     with on(gate):
-        swiglu_kernel[(triton.cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
+        swiglu_kernel[(cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
     return y
 
 
@@ -262,7 +262,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
         return reference.swiglu_backward(dy, gate, up)
     dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     with on(gate):
-        swiglu_backward_kernel[(triton.cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
+        swiglu_backward_kernel[(cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
     return dgate, dup
 
 
@@ -272,7 +272,7 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
         return reference.swiglu_backward_dots(dy, gate, up)
     tokens, columns = gate.shape
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    groups, shares = triton.cdiv(columns, 128), triton.cdiv(tokens, SHARE)
+    groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
     sums = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
     dots = torch.empty(2, columns, dtype=torch.float32, device=gate.device)
     with on(gate):
