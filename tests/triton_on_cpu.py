@@ -171,6 +171,54 @@ def check_not_finite() -> None:
             assert scales.isfinite().tolist() == [True, False, True], bad
 
 
+def check_model() -> None:
+    """Two DoRA steps of a whole NF4 model, its optimizer's included: all operators from these kernels, as on a card, or from the reference."""
+    from helpers import adapted, random_model
+    from qlora_kernels import ops
+
+    import qlora
+    from qlora import nf4
+    from qlora.adapters import linear_names
+    from qlora.data import Example, collate
+    from qlora.fused import fuse
+    from qlora.linear import NF4Linear
+    from qlora.train import optimizer_step
+
+    kernels = {name: getattr(module, name) for module in (triton_nf4, triton_step, triton_optim) for name in ops.OPERATORS if hasattr(module, name)}
+    called, ends = set(), []
+
+    def chosen(name: str, mine: bool):
+        def call(*arguments):
+            called.add(name)
+            return (kernels[name] if mine else getattr(reference, name))(*arguments)
+
+        return call
+
+    batches = [collate([Example(tuple(range(step, step + 70)), (False,) + (True,) * 69)]) for step in range(4)]
+    for mine in (False, True):
+        library = torch.library.Library("qlora", "IMPL")
+        for name in ops.OPERATORS:
+            library.impl(name, chosen(name, mine and name in kernels), "CPU", allow_override=True)
+        model = random_model("llama").requires_grad_(False)
+        for name in linear_names(model):
+            dense = model.get_submodule(name)
+            layer = NF4Linear(dense.in_features, dense.out_features)
+            layer.nf4 = nf4.quantize(dense.weight)
+            model.set_submodule(name, layer)
+        model = fuse(adapted(model, "dora")).train()
+        parameters = qlora.adapter_parameters(model)
+        start = [p.detach().clone() for p in parameters]
+        optimizer = qlora.PagedAdamW(parameters, lr=1e-2)
+        called.clear()
+        steps = [optimizer_step(model, optimizer, batches[2 * step : 2 * step + 2], 1e-2, 1.0) for step in range(2)]
+        ends.append((torch.tensor([list(step.values()) for step in steps]), torch.cat([(p.detach() - was).flatten() for p, was in zip(parameters, start)])))
+    missing = {"dequantize_nf4_into", "row_norms_nf4", "fold_factors", "column_dots", "swiglu_backward_dots", "rms_norm", "cross_entropy_", "adamw_"} - called
+    assert not missing, missing
+    (expected, moved), (found, also) = ends
+    close(found, expected)
+    close(also, moved, 1e-3)  # AdamW divides a gradient near nothing by itself
+
+
 INTERPRETED = {
     **{f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b) for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))},
     **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
@@ -182,6 +230,7 @@ INTERPRETED = {
     **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
     **{f"8-bit {n} blocks of {b}": (check_blocks, n, b) for n, b in ((256, 256), (5 * 256, 256), (40 * 64, 64))},
     "not finite": (check_not_finite,),
+    "a model's steps": (check_model,),
 }
 
 
