@@ -88,6 +88,22 @@ def check_row_norms(rows: int, columns: int, rank: int) -> None:
         assert abs(n[row] - expected[row]) <= 1e-4 * W[row].norm(), (n[row], expected[row])
 
 
+def check_many_row_norms() -> None:
+    """Layers of three shapes, of one a pair, the last misaligned: the same bits as each alone."""
+    layers = []
+    for rows, columns, rank in ((70, 192, 3), (5, 64, 3), (70, 192, 3), (9, 77, 3), (5, 64, 3)):
+        packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), 64)
+        A, B = torch.randn(rank, columns), torch.randn(rank * rows + 1)[1:].view(rows, rank) if len(layers) == 4 else torch.randn(rows, rank)
+        layers.append((packed, *reference.quantize_absmax(absmax, NESTED), A, B, 0.5 + len(layers), rows, columns, 64))
+    for nested in (True, False):
+        parts = layers if nested else [(codes, torch.rand(len(scales)), None, None, *rest) for codes, scales, _, _, *rest in layers]
+        lists = [list(part) for part in zip(*parts, strict=True)]
+        together = triton_nf4.row_norms_nf4_all(*lists[:2], *(lists[2:4] if nested else ([], [])), *lists[4:], NESTED)
+        for n, layer in zip(together, parts, strict=True):
+            equal(n, triton_nf4.row_norms_nf4(*layer, NESTED))
+            close(n, reference.row_norms_nf4(*layer, NESTED))
+
+
 def check_column_dots(tokens: int, columns: int) -> None:
     a, b = torch.randn(tokens, columns + 3)[:, :columns], torch.randn(tokens, columns)
     close(triton_step.column_dots(a, b), reference.column_dots(a, b))
@@ -223,6 +239,7 @@ INTERPRETED = {
     **{f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b) for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))},
     **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
     **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
+    "row norms of many layers": (check_many_row_norms,),
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
     **{f"factors rank {k}, {c} to {r}": (check_factors, k, c, r) for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))},
@@ -245,11 +262,11 @@ def interpret() -> None:
 # ---------------------------------------------------------------- the compiler
 
 FLOAT = {name: "*fp32" for name in (
-    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches",
+    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches", "scalings",
     "maxima", "values", "p", "g", "m", "v",
 )} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction")}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
-BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32"}
+BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32", "table": "*i64"}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
 FACTORS = {name: "*fp32" for name in ("A", "B", "m", "n", "gain", "safe")}
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
@@ -265,6 +282,8 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
                                     {**triton_nf4.FUSED, "num_stages": 1}, True)
         for rank, words in ((16, 8), (32, 8), (64, 4))
     },
+    "row norms of many layers": (triton_nf4.row_norms_all_kernel, {"n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": 8, "RANK": 16},
+                                 {**triton_nf4.FUSED, "num_stages": 1}, True),
     "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
     "encode blocks": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True}, triton_nf4.EXACT, False),

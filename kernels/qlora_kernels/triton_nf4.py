@@ -172,8 +172,8 @@ def _halves(value):
 
 
 @triton.jit
-def row_norms_kernel(
-    n, sums, arrived, packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank, share,
+def _norms_of_rows(
+    n, sums, counter, packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank, share,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """n [rows] = ||W_j + s B_j A||: a program squares ROWS rows of W + s B A over `share` words, the last of a row's adds the shares up."""
@@ -195,8 +195,35 @@ def row_norms_kernel(
         value = tl.dot(b_high, a_high, value, input_precision="tf32")
         squares += value * value
     tl.store(sums + part * rows + row, tl.sum(squares, axis=1), mask=row < rows)
-    if last_of(arrived + tl.program_id(0), parts):
+    if last_of(counter, parts):
         tl.store(n + row, tl.sqrt_rn(sum_of_shares(sums, row, parts, rows, ROWS)), mask=row < rows)
+
+
+@triton.jit
+def row_norms_kernel(
+    n, sums, arrived, packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank, share,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    _norms_of_rows(n, sums, arrived + tl.program_id(0), packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank,
+                   share, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS, RANK)  # fmt: skip
+
+
+@triton.jit
+def row_norms_all_kernel(
+    n, sums, arrived, table, scalings, levels, dynamic_map, rows, columns, bytes, rank, share,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """The same of many layers of one shape; table [layers, 6] holds the addresses of packed, absmax, nested, offset, A and B."""
+    layer = tl.program_id(2)
+    entry = table + layer * 6
+    packed = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), 16)
+    absmax = tl.load(entry + 1).to(tl.pointer_type(tl.float32 if NESTED_BLOCKSIZE == 0 else tl.uint8))
+    nested, offset = tl.load(entry + 2).to(tl.pointer_type(tl.float32)), tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    A = tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(tl.float32)), 16)
+    B = tl.multiple_of(tl.load(entry + 5).to(tl.pointer_type(tl.float32)), 16)
+    counter = arrived + layer * tl.num_programs(0) + tl.program_id(0)
+    _norms_of_rows(n + layer * rows, sums + layer * tl.num_programs(1) * rows, counter, packed, absmax, nested, offset, A, B, levels, dynamic_map,
+                   tl.load(scalings + layer), rows, columns, bytes, rank, share, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS, RANK)  # fmt: skip
 
 
 # ---------------------------------------------------------------- encoding
@@ -393,19 +420,56 @@ def row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling: f
     if A.shape != (rank, columns) or B.shape != (rows, rank):
         raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
     A, B = A.contiguous(), B.contiguous()
-    groups, words = cdiv(rows, 64), columns // 8
-    share = 16 * cdiv(words, 16 * min(32, max(1, PROGRAMS // groups)))
-    shares = cdiv(words, share)
-    sums = torch.empty(shares, rows, dtype=torch.float32, device=A.device)
+    grid, sizes, options = _norms_grid(rows, columns, rank, blocksize, nested_blocksize if nested_absmax is not None else 0)
+    sums = torch.empty(grid[1], rows, dtype=torch.float32, device=A.device)
     n = torch.empty(rows, dtype=torch.float32, device=A.device)
     with on(n):
-        row_norms_kernel[(groups, shares)](
-            n, sums, counters(A.device, groups), *parts, A, B, *_tables(A.device), scaling, rows, columns, rows * columns // 2, rank, share,
-            BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0,
-            # One stage: pipelined, registers would spill. Contracted: the last bit of a scale is nothing in a sum of thousands.
-            ROWS=64, WORDS=8 if rank <= 32 else 4, RANK=max(16, power_of_2(rank)), num_stages=1, **FUSED,
-        )  # fmt: skip
+        row_norms_kernel[grid](n, sums, counters(A.device, grid[0]), *parts, A, B, *_tables(A.device), scaling, *sizes, **options)
     return n
+
+
+def _norms_grid(rows: int, columns: int, rank: int, blocksize: int, nested_blocksize: int) -> tuple[tuple, tuple, dict]:
+    """Grid, sizes and options of the kernels of row norms: the same for a layer alone and among others, so that the bits are the same."""
+    groups, words = cdiv(rows, 64), columns // 8
+    share = 16 * cdiv(words, 16 * min(32, max(1, PROGRAMS // groups)))
+    return (groups, cdiv(words, share)), (rows, columns, rows * columns // 2, rank, share), {
+        "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize,
+        # One stage: pipelined, registers would spill. Contracted: the last bit of a scale is nothing in a sum of thousands.
+        "ROWS": 64, "WORDS": 8 if rank <= 32 else 4, "RANK": max(16, power_of_2(rank)), "num_stages": 1, **FUSED,
+    }  # fmt: skip
+
+
+def row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
+    """`row_norms_nf4` of many layers, lists of its arguments (those of double quantization empty where there is none): a launch for all of
+    one shape. A 7B then takes three, where 224 take 5 ms of Python."""
+    constants = list(zip(nested_absmax, nested_offset, strict=True)) if nested_absmax else [(None, None)] * len(packed)
+    alike: dict[tuple, list[int]] = {}
+    found: list[Tensor | None] = [None] * len(packed)
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        parts = _constants(packed[i], absmax[i], *constants[i], rows[i] * columns[i], blocksizes[i], nested_blocksize)
+        together = (
+            parts is not None and columns[i] % blocksizes[i] == 0 and a.shape[0] <= MAX_RANK
+            and all(t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (a, b)) and packed[i].data_ptr() % 16 == 0
+            and a.shape[1] == columns[i] and b.shape == (rows[i], a.shape[0])
+        )  # fmt: skip
+        if together:
+            alike.setdefault((a.device, rows[i], columns[i], a.shape[0], blocksizes[i]), []).append(i)
+        else:
+            found[i] = row_norms_nf4(packed[i], absmax[i], *constants[i], a, b, scaling[i], rows[i], columns[i], blocksizes[i], nested_blocksize)
+    for (device, count, width, rank, blocksize), members in alike.items():
+        grid, sizes, options = _norms_grid(count, width, rank, blocksize, nested_blocksize if nested_absmax else 0)
+        tensors = [(packed[i], absmax[i], *(part if part is not None else absmax[i] for part in constants[i]), A[i], B[i]) for i in members]
+        table = torch.tensor([[part.data_ptr() for part in parts] for parts in tensors]).to(device, non_blocking=True)
+        scalings = torch.tensor([float(scaling[i]) for i in members]).to(device, non_blocking=True)
+        sums = torch.empty(len(members), grid[1], count, dtype=torch.float32, device=device)
+        n = torch.empty(len(members), count, dtype=torch.float32, device=device)
+        with on(n):
+            row_norms_all_kernel[(*grid, len(members))](
+                n, sums, counters(device, len(members) * grid[0]), table, scalings, *_tables(device), *sizes, **options
+            )
+        for i, norms in zip(members, n.unbind(), strict=True):
+            found[i] = norms
+    return found
 
 
 def _row_norms_by_chunks(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize) -> Tensor:
