@@ -90,11 +90,8 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
             arguments = (packed, *parts, A, B, 2.0, rows, columns, blocksize, 256)
             n = ops.row_norms_nf4(*arguments)
             worst("row_norms_nf4", n, reference.row_norms_nf4(*arguments), 2e-5)
-            if bench.cuda and ops.fuses(bench.device):  # many layers in a launch: the same bits
-                from qlora_kernels import triton_nf4
-
-                lists = [[argument] * 3 for argument in arguments[:-1]]
-                worst("row_norms_nf4 of many layers", tuple(triton_nf4.row_norms_nf4_all(*lists, 256)), (n, n, n))
+            many = ops.row_norms_nf4_all(*([argument] * 3 for argument in arguments[:-1]), 256)
+            worst("row_norms_nf4_all, beside one at a time", tuple(many), (n, n, n))
     A, B, m, n = normal(bench, 16, columns, seed=3), normal(bench, rows, 16, seed=4), normal(bench, rows, seed=5), normal(bench, rows, seed=6).abs()
     m[0], n[-1] = -1e-9, 0.0
     for parts in ((m, n), (None, None)):
@@ -183,6 +180,7 @@ def part_bandwidth(bench: Bench) -> None:
         "dequantize with row gain": (lambda: nf4.dequantize_into(target, weight, gain), weight.nbytes + 2 * n, 0.8),
         "gemv": (lambda: ops.nf4_gemv(x, *state, *sizes), weight.nbytes, None),
         "row norms, rank 16": (lambda: ops.row_norms_nf4(*state, A, B, 2.0, *sizes), weight.nbytes, None),
+        "row norms of 8 layers": (lambda: ops.row_norms_nf4_all(*([part] * 8 for part in (*state, A, B, 2.0, out, columns, 64)), 256), 8 * weight.nbytes, None),
         "column dots": (lambda: ops.column_dots(y, y), 2 * y.nbytes, None),
         "SwiGLU": (lambda: ops.swiglu(y, y), 3 * y.nbytes, None),
         "SwiGLU, backward": (lambda: ops.swiglu_backward(y, y, y), 5 * y.nbytes, None),
