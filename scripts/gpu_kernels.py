@@ -99,6 +99,12 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     dots = (weight, weight.flip(0).contiguous())
     exact, scale = reference.column_dots(*(t.double() for t in dots)).float(), reference.column_dots(*(t.abs() for t in dots)).max()
     worst("column_dots", ops.column_dots(*dots) / scale, exact / scale, 1e-4)
+    u, up, safe = normal(bench, rows, 16, dtype=dtype, seed=7), normal(bench, columns, 16, dtype=dtype, seed=8), normal(bench, columns, seed=9).abs() + 0.5
+    for y, part in ((dots[1], safe), (None, None)):
+        pairs = zip(*(code.adapter_gradients(dots[0], up, u, y, part, part, 0.7) for code in (ops, reference)), strict=True)
+        for name, (found, expected) in zip(("v", "dB", "dm"), pairs, strict=True):
+            if expected.numel():
+                worst(f"adapter_gradients, {name}", found, expected, 1.6e-2)
 
 
 def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:

@@ -110,6 +110,15 @@ def check_column_dots(tokens: int, columns: int) -> None:
     close(triton_step.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
 
 
+def check_adapter_gradients(tokens: int, columns: int, rank: int) -> None:
+    dy, y, u, up = (torch.randn(*shape) for shape in ((tokens, columns), (tokens, columns), (tokens, rank), (columns, rank)))
+    gain, safe = torch.randn(columns), torch.rand(columns) + 0.1
+    for arguments in ((y, gain, safe), (None, gain, safe), (None, None, None)):
+        for got, wanted in zip(triton_step.adapter_gradients(dy, up, u, *arguments, 0.7), reference.adapter_gradients(dy, up, u, *arguments, 0.7), strict=True):
+            if wanted.numel():
+                close(got, wanted)
+
+
 def check_factors(rank: int, columns: int, rows: int) -> None:
     A, B, m, n = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(rows), torch.rand(rows)
     m[0], n[-1] = -1e-9, 0.0
@@ -241,6 +250,7 @@ INTERPRETED = {
     **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
     "row norms of many layers": (check_many_row_norms,),
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
+    **{f"gradients {t}x{c} rank {k}": (check_adapter_gradients, t, c, k) for t, c, k in ((1, 1, 1), (3, 200, 16), (150, 130, 3), (5, 64, 80))},
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
     **{f"factors rank {k}, {c} to {r}": (check_factors, k, c, r) for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))},
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
@@ -298,7 +308,11 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
     "fold factors": (triton_step.fold_factors_kernel, {**FACTORS, "down": "*bf16", "up": "*bf16"}, {"DORA": True, "BLOCK": 2048, "RANK": 16}, triton_nf4.EXACT, True),
     "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
-    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    **{
+        name: (triton_step.column_dots_kernel, {"out": "*fp32", "safe": "*fp32", "raw": "*bf16", "dB": "*fp32"},
+               {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish}, triton_nf4.FUSED, True)
+        for name, finish in (("column dots", False), ("gradients", True))
+    },
 }  # fmt: skip
 
 

@@ -29,12 +29,21 @@ SHARE = 64  # tokens that a program sums
 
 @triton.jit
 def column_dots_kernel(
-    out, sums, arrived, a, b, tokens, columns, a_stride, b_stride,
-    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, sums, arrived, a, b, safe, gain, raw, dB, scaling, tokens, columns, a_stride, b_stride, rank,
+    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time."""
+    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time. FINISH: out is divided by safe, and on the way
+    dB [columns, rank] = scaling gain raw."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
+    if FINISH:
+        if share == 0:
+            factor = tl.cast(scaling, tl.float32) * tl.load(gain + column, mask=column < columns, other=0.0)
+            for start in range(0, rank, 16):
+                k = start + tl.arange(0, 16)
+                inside = (column < columns)[:, None] & (k < rank)[None, :]
+                at = column[:, None] * rank + k[None, :]
+                tl.store(dB + at, tl.load(raw + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None], mask=inside)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
@@ -44,27 +53,44 @@ def column_dots_kernel(
         total += x * y
     tl.store(sums + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
     if last_of(arrived + tl.program_id(0), tl.num_programs(1)):
-        tl.store(out + column, sum_of_shares(sums, column, tl.num_programs(1), columns, COLUMNS), mask=column < columns)
+        found = sum_of_shares(sums, column, tl.num_programs(1), columns, COLUMNS)
+        if FINISH:
+            found = tl.div_rn(found, tl.load(safe + column, mask=column < columns, other=1.0))
+        tl.store(out + column, found, mask=column < columns)
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2 or a.numel() == 0:
         return reference.column_dots(a, b)
+    return _column_dots(a, b)
+
+
+def _column_dots(a: Tensor, b: Tensor, finish: tuple | None = None) -> Tensor:
+    """`finish`: safe, gain, raw, dB, scaling and rank of the kernel."""
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
     groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
     sums = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
     out = torch.empty(columns, dtype=torch.float32, device=a.device)
+    safe, gain, raw, dB, scaling, rank = finish or (out, out, out, out, 0.0, 0)
     with on(a):
         column_dots_kernel[(groups, shares)](
-            out, sums, counters(a.device, groups), a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
-        )
+            out, sums, counters(a.device, groups), a, b, safe, gain, raw, dB, scaling, tokens, columns, a.stride(0), b.stride(0), rank,
+            SHARE=SHARE, TOKENS=16, COLUMNS=128, FINISH=finish is not None, **FUSED,
+        )  # fmt: skip
     return out
 
 
 def adapter_gradients(dy, up, u, y, gain, safe, scaling):
-    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above."""
-    return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, column_dots)
+    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above. Those of DoRA also make dB what it has to be and divide
+    dm, in the place of four launches."""
+    parts = (safe, gain)
+    takes = y is not None and y.shape == dy.shape and y.numel() > 0 and dy.dtype == y.dtype == u.dtype and dy.dtype in DTYPES
+    if not takes or any(t is None or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in parts):
+        return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, column_dots)
+    raw = dy.t() @ u
+    dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
+    return dy @ up, dB, _column_dots(dy, y, (safe, gain, raw.contiguous(), dB, scaling, u.shape[1]))
 
 
 @triton.jit
