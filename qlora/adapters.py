@@ -109,7 +109,7 @@ class AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float):
+    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend: list[Tensor] | None = None):
         dtype, learns = x.dtype, ctx.needs_input_grad[4]
         fold = m is not None and weight.folds
         down, up, gain, safe = ops.fold_factors(A, B, m if fold else None, n if fold else None, scaling, dtype)
@@ -125,6 +125,8 @@ class AdaptedProduct(torch.autograd.Function):
             y *= gain.to(dtype)
         ctx.weight, ctx.scaling, ctx.shared, ctx.wide = weight, scaling, x_adapter is x, A.dtype
         ctx.save_for_backward(x_adapter, down, up, u, y if learns else None, safe if learns else None, gain)
+        if lend is not None:
+            lend.append(safe)
         return y if bias is None else y + bias.to(dtype)
 
     @staticmethod
@@ -150,7 +152,7 @@ class AdaptedProduct(torch.autograd.Function):
             else:
                 dxa = low
                 dx = product(dy, weight.scratch(dtype, folded)) if need_x else None
-        return dx, dxa, dA, dB if need_B else None, dm, None, None, None, None
+        return dx, dxa, dA, dB if need_B else None, dm, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- the module
@@ -206,7 +208,7 @@ class AdaptedLinear(nn.Module):
         return self._norm
 
     def lends(self) -> bool:
-        """Whether `forward(lend=True)` is possible: the output is y itself, and m learns."""
+        """Whether `forward` can lend: the output is y itself, and m learns."""
         hooks = self._forward_hooks or self._forward_pre_hooks
         return self.magnitude is not None and self.magnitude.requires_grad and self.base.bias is None and not hooks
 
@@ -214,18 +216,18 @@ class AdaptedLinear(nn.Module):
         """Compute n anew at the next use."""
         self._norm = self._norm_key = None
 
-    def forward(self, x: Tensor, lend: bool = False) -> Tensor:
-        """`lend`: the caller sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
+    def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
+        """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
         x = autocast(x)
         flat = x.reshape(-1, x.shape[-1])
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         norm = None if self.magnitude is None else self.norm()
-        magnitude = self.magnitude.detach() if lend else self.magnitude
+        magnitude = self.magnitude if lend is None else self.magnitude.detach()
         weight, bias = FrozenWeight(self.base), self.base.bias
         if adapter_input is flat and weight.takes_one_token(x):
             y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling)
+        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling, lend)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):

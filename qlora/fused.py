@@ -15,7 +15,7 @@ from __future__ import annotations
 from types import FunctionType, MethodType
 
 import torch
-from qlora_kernels import ops, reference
+from qlora_kernels import ops
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -34,24 +34,23 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Where gate and up are DoRA's y, also the gradients of the magnitudes m they were made with, from norms n:
+    """silu(gate) * up. Where gate and up are DoRA's y, also the gradients of their magnitudes, from the guarded m that made them:
     dm_j = sum_t dy_tj y_tj / m_j, summed while both are at hand (`adapters.AdaptedProduct` would save y and read both again)."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, gate_m=None, gate_n=None, up_m=None, up_n=None) -> Tensor:
-        ctx.save_for_backward(gate, up, gate_m, gate_n, up_m, up_n)
+    def forward(ctx, gate: Tensor, up: Tensor, gate_m=None, up_m=None, gate_safe=None, up_safe=None) -> Tensor:
+        ctx.save_for_backward(gate, up, gate_safe, up_safe)
         return ops.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        gate, up, gate_m, gate_n, up_m, up_n = ctx.saved_tensors
-        if gate_m is None:
+        gate, up, gate_safe, up_safe = ctx.saved_tensors
+        if gate_safe is None:
             return *ops.swiglu_backward(dy, gate, up), None, None, None, None
         width = gate.shape[-1]
         dgate, dup, dots = ops.swiglu_backward_dots(*(part.reshape(-1, width) for part in (dy, gate, up)))
-        dgate_m, dup_m = dots[0] / reference.guarded(gate_m, gate_n)[0], dots[1] / reference.guarded(up_m, up_n)[0]
-        return dgate.view(gate.shape), dup.view(up.shape), dgate_m, None, dup_m, None
+        return dgate.view(gate.shape), dup.view(up.shape), dots[0] / gate_safe, dots[1] / up_safe, None, None
 
 
 class _Rotation(torch.autograd.Function):
@@ -100,7 +99,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
         if torch.is_grad_enabled() and all(getattr(part, "lends", bool)() for part in (gate, up)):
-            hidden = _SwiGLU.apply(gate(x, lend=True), up(x, lend=True), gate.magnitude, gate.norm(), up.magnitude, up.norm())
+            lent: list[Tensor] = []
+            hidden = _SwiGLU.apply(gate(x, lend=lent), up(x, lend=lent), gate.magnitude, up.magnitude, *lent)
         else:
             hidden = _SwiGLU.apply(gate(x), up(x))
         return self.down_proj(hidden)

@@ -119,6 +119,9 @@ class Run:
     pieces: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
 
+Prepared = tuple[dict[Parameter, Scalars], list[tuple[int, list[Run]]]]  # see PagedAdamW.prepare
+
+
 class PagedAdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with a budget for its state. `memory` is what of it may lie on the parameters' device: bytes, a text
     such as "200MB", "none", "all" (never spill), or "auto": all of it until an allocation fails, see `make_room`. The rest lies
@@ -201,8 +204,16 @@ class PagedAdamW(torch.optim.Optimizer):
     # ---------------------------------------------------------------- a step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the loss of `closure`, if given.
+    def prepare(self) -> Prepared:
+        """What `step` does first, which needs no value of a gradient. Of a 7B it takes milliseconds: time that a GPU spends on the
+        gradients if `step` gets it from here, and waiting if not. Good for the next step, with the gradients and rates that there are."""
+        self._open()
+        due = self._due()
+        return due, [(number, runs) for number, page in enumerate(self._pages) if (runs := self._runs(page, due))]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, prepared: Prepared | None = None) -> Any:
+        """Update every parameter that has a gradient; returns the loss of `closure`, if given. `prepared`: from `prepare`.
 
         Raises:
             MemoryError, torch.OutOfMemoryError, RuntimeError, OSError: an allocation failed (`paging.out_of_memory` tells). Nothing
@@ -212,9 +223,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._open()
-        due = self._due()
-        work = [(number, runs) for number, page in enumerate(self._pages) if (runs := self._runs(page, due))]
+        due, work = self.prepare() if prepared is None or closure is not None else prepared
         with self.pager.sequence([number for number, _ in work]) as pages:
             update = _Update([run for _, runs in work for run in runs], self.pager.device, self._kind == "8bit")
             # From here on nothing is allocated: what begins ends.

@@ -124,14 +124,15 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(model, batches, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    prepared = {"prepared": optimizer.prepare()} if hasattr(optimizer, "prepare") else {}  # while a GPU still computes
     loss, norm = torch.stack([loss.to(norm.device), norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         name, value = ("loss", loss) if not math.isfinite(loss) else ("grad_norm", norm)
         remedy = "Begin again with a smaller --learning-rate, or with --dtype bf16 or fp32 if this is fp16"
         raise UserError(problem(name, value, f"is no finite number at step {step + 1}", remedy))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
+    optimizer.step(**prepared)
     return {"loss": loss, "grad_norm": norm}
 
 

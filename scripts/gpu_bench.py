@@ -70,6 +70,13 @@ class Bench:
         finally:
             self.clean()
 
+    def installed(self, package: str) -> bool:
+        """Whether a package is there; if not, that is told."""
+        there = importlib.util.find_spec(package) is not None
+        if not there:
+            self.row(package, "not installed")
+        return there
+
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()

@@ -85,10 +85,13 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     packed, absmax = reference.quantize_nf4(weight, blocksize)
     if dtype == torch.bfloat16:
         parts = reference.quantize_absmax(absmax, 256)
-        for rank in (16, 64, 3, 128) if columns == 4096 or rows == 130 else (16,):
+        for rank in (16, 32, 64, 3, 128) if columns == 4096 or rows == 130 else (16,):
             A, B = 0.02 * normal(bench, rank, columns, seed=3), 0.02 * normal(bench, rows, rank, seed=4)
             arguments = (packed, *parts, A, B, 2.0, rows, columns, blocksize, 256)
-            worst("row_norms_nf4", ops.row_norms_nf4(*arguments), reference.row_norms_nf4(*arguments), 2e-5)
+            n = ops.row_norms_nf4(*arguments)
+            worst("row_norms_nf4", n, reference.row_norms_nf4(*arguments), 2e-5)
+            many = ops.row_norms_nf4_all(*([argument] * 3 for argument in arguments[:-1]), 256)
+            worst("row_norms_nf4_all, beside one at a time", tuple(many), (n, n, n))
     A, B, m, n = normal(bench, 16, columns, seed=3), normal(bench, rows, 16, seed=4), normal(bench, rows, seed=5), normal(bench, rows, seed=6).abs()
     m[0], n[-1] = -1e-9, 0.0
     for parts in ((m, n), (None, None)):
@@ -96,6 +99,12 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     dots = (weight, weight.flip(0).contiguous())
     exact, scale = reference.column_dots(*(t.double() for t in dots)).float(), reference.column_dots(*(t.abs() for t in dots)).max()
     worst("column_dots", ops.column_dots(*dots) / scale, exact / scale, 1e-4)
+    u, up, safe = normal(bench, rows, 16, dtype=dtype, seed=7), normal(bench, columns, 16, dtype=dtype, seed=8), normal(bench, columns, seed=9).abs() + 0.5
+    for y, part in ((dots[1], safe), (None, None)):
+        pairs = zip(*(code.adapter_gradients(dots[0], up, u, y, part, part, 0.7) for code in (ops, reference)), strict=True)
+        for name, (found, expected) in zip(("v", "dB", "dm"), pairs, strict=True):
+            if expected.numel():
+                worst(f"adapter_gradients, {name}", found, expected, 1.6e-2)
 
 
 def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
@@ -177,6 +186,7 @@ def part_bandwidth(bench: Bench) -> None:
         "dequantize with row gain": (lambda: nf4.dequantize_into(target, weight, gain), weight.nbytes + 2 * n, 0.8),
         "gemv": (lambda: ops.nf4_gemv(x, *state, *sizes), weight.nbytes, None),
         "row norms, rank 16": (lambda: ops.row_norms_nf4(*state, A, B, 2.0, *sizes), weight.nbytes, None),
+        "row norms of 8 layers": (lambda: ops.row_norms_nf4_all(*([part] * 8 for part in (*state, A, B, 2.0, out, columns, 64)), 256), 8 * weight.nbytes, None),
         "column dots": (lambda: ops.column_dots(y, y), 2 * y.nbytes, None),
         "SwiGLU": (lambda: ops.swiglu(y, y), 3 * y.nbytes, None),
         "SwiGLU, backward": (lambda: ops.swiglu_backward(y, y, y), 5 * y.nbytes, None),

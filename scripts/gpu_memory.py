@@ -44,6 +44,8 @@ def part_plan(bench: Bench) -> None:
     from qlora.plan import Skeleton, asked, largest, predict
     from qlora.train import anonymous_memory
 
+    if not bench.installed("pydantic"):  # which checks the options of a run
+        return
     shape, lengths = ("small", (64,)) if bench.small else ("7B", (512, 2048))
     with tempfile.TemporaryDirectory() as folder:
         llama_config(shape).save_pretrained(folder)
@@ -73,9 +75,21 @@ def part_plan(bench: Bench) -> None:
 
 
 def part_cap(bench: Bench) -> None:
+    shape, length = ("small", 64) if bench.small else ("7B", 1024)
+    if bench.installed("pydantic"):
+        finetune(bench, shape, length)
+    bench.clean()
+    if not bench.cuda:
+        bench.row("smallest limit", "a CPU has none")
+        return
+    for length in (64,) if bench.small else (512, 2048):
+        with bench.attempt(f"{length} tokens: smallest limit"):
+            smallest(bench, shape, length)
+
+
+def finetune(bench: Bench, shape: str, length: int) -> None:
     import qlora
 
-    shape, length = ("small", 64) if bench.small else ("7B", 1024)
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(shape, Path(scratch) / "model", bench.device)
         bench.clean()
@@ -99,13 +113,6 @@ def part_cap(bench: Bench) -> None:
                 finally:
                     limit(bench, None)
                 bench.row(f"finetune --memory {budget / 1e9:g}GB, {shape}: reserved", result.memory_bytes / 1e9, "GB", most=budget / 1e9, must=True)
-    bench.clean()
-    if not bench.cuda:
-        bench.row("smallest limit", "a CPU has none")
-        return
-    for length in (64,) if bench.small else (512, 2048):
-        with bench.attempt(f"{length} tokens: smallest limit"):
-            smallest(bench, shape, length)
 
 
 def smallest(bench: Bench, shape: str, length: int) -> None:

@@ -40,6 +40,19 @@ def test_what_fails_does_not_take_the_rest_along(tmp_path):
     assert "wrong: bitsandbytes; short" in done.stdout and "RuntimeError: no library" in done.stderr
 
 
+def test_what_is_not_installed_is_said_in_a_row(tmp_path):
+    """As on a machine that has torch, transformers and little else."""
+    absent = ("pydantic", "bitsandbytes", "datasets", "rich", "gguf")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({absent}))")
+    done = run("--device", "cpu", "--small", "--only", "bandwidth,plan,cap,generate", "--json", str(tmp_path / "found.json"), before=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["failed"] == {} and "Traceback" not in done.stderr
+    assert [(row["part"], row["name"]) for row in found["rows"] if row["value"] == "not installed"] == [
+        ("bandwidth", "dequantize, times bitsandbytes' speed"), ("plan", "pydantic"), ("cap", "pydantic"), ("generate", "PEFT + bitsandbytes"),
+    ]  # fmt: skip
+
+
 def test_without_a_card_it_says_so_in_one_line():
     done = run()
     assert done.returncode == 2 and done.stdout == ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_decoding_touches_no_shared_memory(compiled):
 def test_nothing_exact_is_contracted(compiled):
     """A fused map[q] * nested + offset would change 2.4 % of the scales."""
     assert [name for name, found in compiled.items() if found["contracted"]] == []
+
+
+def test_shares_are_stored_before_they_are_counted_and_read_after(compiled):
+    """The last program of a column adds up what others have stored: each of its threads stores, waits, and one counts, and the rest wait."""
+    orders = {name: found["order"] for name, found in compiled.items() if "atom" in found["order"]}
+    assert len(orders) == 7 * len(triton_on_cpu.CARDS)
+    assert [name for name, order in orders.items() if not re.search(r"st(bar)+atom(bar)+.*ld", order)] == []
 
 
 def test_triton_is_not_imported_before_a_gpu_needs_it():

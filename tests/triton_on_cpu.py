@@ -88,10 +88,35 @@ def check_row_norms(rows: int, columns: int, rank: int) -> None:
         assert abs(n[row] - expected[row]) <= 1e-4 * W[row].norm(), (n[row], expected[row])
 
 
+def check_many_row_norms() -> None:
+    """Layers of three shapes, of one a pair, the last misaligned: the same bits as each alone."""
+    layers = []
+    for rows, columns, rank in ((70, 192, 3), (5, 64, 3), (70, 192, 3), (9, 77, 3), (5, 64, 3)):
+        packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), 64)
+        A, B = torch.randn(rank, columns), torch.randn(rank * rows + 1)[1:].view(rows, rank) if len(layers) == 4 else torch.randn(rows, rank)
+        layers.append((packed, *reference.quantize_absmax(absmax, NESTED), A, B, 0.5 + len(layers), rows, columns, 64))
+    for nested in (True, False):
+        parts = layers if nested else [(codes, torch.rand(len(scales)), None, None, *rest) for codes, scales, _, _, *rest in layers]
+        lists = [list(part) for part in zip(*parts, strict=True)]
+        together = triton_nf4.row_norms_nf4_all(*lists[:2], *(lists[2:4] if nested else ([], [])), *lists[4:], NESTED)
+        for n, layer in zip(together, parts, strict=True):
+            equal(n, triton_nf4.row_norms_nf4(*layer, NESTED))
+            close(n, reference.row_norms_nf4(*layer, NESTED))
+
+
 def check_column_dots(tokens: int, columns: int) -> None:
     a, b = torch.randn(tokens, columns + 3)[:, :columns], torch.randn(tokens, columns)
     close(triton_step.column_dots(a, b), reference.column_dots(a, b))
     close(triton_step.column_dots(b.t(), a.t()), reference.column_dots(b.t(), a.t()))
+
+
+def check_adapter_gradients(tokens: int, columns: int, rank: int) -> None:
+    dy, y, u, up = (torch.randn(*shape) for shape in ((tokens, columns), (tokens, columns), (tokens, rank), (columns, rank)))
+    gain, safe = torch.randn(columns), torch.rand(columns) + 0.1
+    for arguments in ((y, gain, safe), (None, gain, safe), (None, None, None)):
+        for got, wanted in zip(triton_step.adapter_gradients(dy, up, u, *arguments, 0.7), reference.adapter_gradients(dy, up, u, *arguments, 0.7), strict=True):
+            if wanted.numel():
+                close(got, wanted)
 
 
 def check_factors(rank: int, columns: int, rows: int) -> None:
@@ -171,17 +196,68 @@ def check_not_finite() -> None:
             assert scales.isfinite().tolist() == [True, False, True], bad
 
 
+def check_model() -> None:
+    """Two DoRA steps of a whole NF4 model, its optimizer's included: all operators from these kernels, as on a card, or from the reference."""
+    from helpers import adapted, random_model
+    from qlora_kernels import ops
+
+    import qlora
+    from qlora import nf4
+    from qlora.adapters import linear_names
+    from qlora.data import Example, collate
+    from qlora.fused import fuse
+    from qlora.linear import NF4Linear
+    from qlora.train import optimizer_step
+
+    kernels = {name: getattr(module, name) for module in (triton_nf4, triton_step, triton_optim) for name in ops.OPERATORS if hasattr(module, name)}
+    called, ends = set(), []
+
+    def chosen(name: str, mine: bool):
+        def call(*arguments):
+            called.add(name)
+            return (kernels[name] if mine else getattr(reference, name))(*arguments)
+
+        return call
+
+    batches = [collate([Example(tuple(range(step, step + 70)), (False,) + (True,) * 69)]) for step in range(4)]
+    for mine in (False, True):
+        library = torch.library.Library("qlora", "IMPL")
+        for name in ops.OPERATORS:
+            library.impl(name, chosen(name, mine and name in kernels), "CPU", allow_override=True)
+        model = random_model("llama").requires_grad_(False)
+        for name in linear_names(model):
+            dense = model.get_submodule(name)
+            layer = NF4Linear(dense.in_features, dense.out_features)
+            layer.nf4 = nf4.quantize(dense.weight)
+            model.set_submodule(name, layer)
+        model = fuse(adapted(model, "dora")).train()
+        parameters = qlora.adapter_parameters(model)
+        start = [p.detach().clone() for p in parameters]
+        optimizer = qlora.PagedAdamW(parameters, lr=1e-2)
+        called.clear()
+        steps = [optimizer_step(model, optimizer, batches[2 * step : 2 * step + 2], 1e-2, 1.0) for step in range(2)]
+        ends.append((torch.tensor([list(step.values()) for step in steps]), torch.cat([(p.detach() - was).flatten() for p, was in zip(parameters, start)])))
+    missing = {"dequantize_nf4_into", "row_norms_nf4_all", "fold_factors", "adapter_gradients", "swiglu_backward_dots", "rms_norm", "cross_entropy_", "adamw_"} - called
+    assert not missing, missing
+    (expected, moved), (found, also) = ends
+    close(found, expected)
+    close(also, moved, 1e-3)  # AdamW divides a gradient near nothing by itself
+
+
 INTERPRETED = {
     **{f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b) for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))},
     **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
     **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
+    "row norms of many layers": (check_many_row_norms,),
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
+    **{f"gradients {t}x{c} rank {k}": (check_adapter_gradients, t, c, k) for t, c, k in ((1, 1, 1), (3, 200, 16), (150, 130, 3), (5, 64, 80))},
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
     **{f"factors rank {k}, {c} to {r}": (check_factors, k, c, r) for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))},
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
     **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
     **{f"8-bit {n} blocks of {b}": (check_blocks, n, b) for n, b in ((256, 256), (5 * 256, 256), (40 * 64, 64))},
     "not finite": (check_not_finite,),
+    "a model's steps": (check_model,),
 }
 
 
@@ -196,25 +272,28 @@ def interpret() -> None:
 # ---------------------------------------------------------------- the compiler
 
 FLOAT = {name: "*fp32" for name in (
-    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "own", "cross", "A", "B", "gram", "midpoints", "scales", "stretches",
+    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches", "scalings",
     "maxima", "values", "p", "g", "m", "v",
 )} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction")}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
-BYTES = {name: "*u8" for name in ("packed", "codes")}
+BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32", "table": "*i64"}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
 FACTORS = {name: "*fp32" for name in ("A", "B", "m", "n", "gain", "safe")}
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
-NORMS = {**DOUBLE, "WORDS": 4}
 COMPILED = {  # name -> kernel, types that differ, constants, options as the callers give them, whether it may not spill
     "dequantize": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 0, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize with gain": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 1, "WORDS": 512}, triton_nf4.EXACT, True),
     "dequantize to float32": (triton_nf4.dequantize_kernel, {"out": "*fp32"}, {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512}, triton_nf4.EXACT, False),
     "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, triton_nf4.FUSED, True),
-    "row sums": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
-    "row sums, rank 64": (triton_nf4.row_sums_kernel, {"absmax": "*u8"}, {**NORMS, "ROWS": 64, "RANK": 64}, {**triton_nf4.EXACT, "num_stages": 1}, True),
-    "row norms": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**NORMS, "ROWS": 16, "RANK": 16}, {**triton_nf4.EXACT, "num_stages": 1}, True),
+    **{
+        f"row norms, rank {rank}": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": words, "RANK": rank},
+                                    {**triton_nf4.FUSED, "num_stages": 1}, True)
+        for rank, words in ((16, 8), (32, 8), (64, 4))
+    },
+    "row norms of many layers": (triton_nf4.row_norms_all_kernel, {"n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": 8, "RANK": 16},
+                                 {**triton_nf4.FUSED, "num_stages": 1}, True),
     "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
     "encode blocks": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True}, triton_nf4.EXACT, False),
@@ -226,15 +305,20 @@ COMPILED = {  # name -> kernel, types that differ, constants, options as the cal
     "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
     "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
     "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
-    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 128, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
     "fold factors": (triton_step.fold_factors_kernel, {**FACTORS, "down": "*bf16", "up": "*bf16"}, {"DORA": True, "BLOCK": 2048, "RANK": 16}, triton_nf4.EXACT, True),
     "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
-    "column dots": (triton_step.column_dots_kernel, {"out": "*fp32"}, {"SHARE": 128, "TOKENS": 16, "COLUMNS": 128}, triton_nf4.FUSED, True),
+    **{
+        name: (triton_step.column_dots_kernel, {"out": "*fp32", "safe": "*fp32", "raw": "*bf16", "dB": "*fp32"},
+               {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish}, triton_nf4.FUSED, True)
+        for name, finish in (("column dots", False), ("gradients", True))
+    },
 }  # fmt: skip
 
 
-def compile_for(name: str, card: int) -> dict[str, int | bool]:
-    """Bytes that spill, registers and shared memory of a kernel on a card; whether it has to do without spills or contraction."""
+def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
+    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether it has to do without
+    spills or contraction."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -263,6 +347,7 @@ def compile_for(name: str, card: int) -> dict[str, int | bool]:
         "shared": compiled.metadata.shared,
         "hot": hot,
         "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
+        "order": "".join(re.findall(r"(?:st|ld)(?=\.global)|bar(?=\.sync)|atom(?=\.global\.gpu\.acq_rel)", ptx)),
     }
 
 

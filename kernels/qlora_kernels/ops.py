@@ -202,13 +202,8 @@ def row_norms_nf4_all(
     packed: Sequence[Tensor], absmax: Sequence[Tensor], nested_absmax: Sequence[Tensor], nested_offset: Sequence[Tensor], A: Sequence[Tensor],
     B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
 ) -> list[Tensor]:  # fmt: skip
-    """`row_norms_nf4` of many layers in one call, the constants of double quantization empty lists where there are none.
-
-    A layer alone is small: what it costs is half the way there. Where no kernel takes them together, each goes to `row_norms_nf4`.
-    """
-    constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
-    layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
-    return [row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
+    """`row_norms_nf4` of many layers in one call: a layer alone is small, what it costs is half the way there."""
+    return reference.row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize)
 
 
 @shape_of("row_norms_nf4_all")
@@ -382,7 +377,7 @@ def _(values, codes, absmax, work, blocksize, signed):
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
-    "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4",
+    "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
     "fold_factors", "column_dots", "token_product", "adapter_gradients", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
     "adamw_", "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
 )  # fmt: skip
@@ -484,8 +479,6 @@ for _name in OPERATORS:
         use(_name, "CPU", _late(_name, _other))
     for _device in ACCELERATORS:
         use(_name, _device, _late(_name, _cuda if _device == "CUDA" else _other))
-if NATIVE is not None:
-    use("row_norms_nf4_all", "CPU", NATIVE.row_norms_nf4_all)  # elsewhere it is row_norms_nf4 for each layer
 
 
 def multiplies_a_vector(device: torch.device) -> bool:

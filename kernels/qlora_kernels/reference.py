@@ -396,6 +396,16 @@ def row_norms_nf4(
     return row_norms(chunks(), A, B, scaling)
 
 
+def row_norms_nf4_all(
+    packed: Sequence[Tensor], absmax: Sequence[Tensor], nested_absmax: Sequence[Tensor], nested_offset: Sequence[Tensor], A: Sequence[Tensor],
+    B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
+) -> list[Tensor]:  # fmt: skip
+    """`row_norms_nf4` of each layer; the constants of double quantization are empty lists where there are none."""
+    constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
+    layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
+    return [row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

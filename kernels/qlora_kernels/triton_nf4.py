@@ -2,7 +2,8 @@
 
     dequantize   one launch: codes, double-quantized constants, row gain and cast (bitsandbytes takes three launches and no gain)
     gemv         y = W x, decoding in registers: what one token of generation costs is reading the codes once
-    row norms    DoRA's n: two launches, W is decoded once and never written
+    row norms    DoRA's n: W + s B A is made tile by tile and never written. One launch; the three sums of `reference.row_norms` cost as
+                 many products, need the rows where they cancel a second time, and a launch each for gram and total
     quantize     absmax, fitted scales and double quantization, to the codes of `reference.py`
 
 A thread decodes whole words: 4 bytes, 8 weights, which share a scale because every block size is a multiple of 8. So a scale is
@@ -32,6 +33,7 @@ EXACT, FUSED = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}  # never 
 WORDS = 512  # words that a program decodes: 4 for each of its 128 threads
 TILE = 4096  # weights that a program quantizes
 MAX_RANK = 64  # of the row norms: what fits in registers
+PROGRAMS = 528  # of the row norms: as many as an H100 has room for at a time; where the rows make fewer, a row is shared out
 
 
 # ---------------------------------------------------------------- what the kernels share
@@ -49,12 +51,16 @@ def _scales(absmax, nested, offset, dynamic_map, block, mask, NESTED_BLOCKSIZE: 
 
 
 @triton.jit
-def _word_levels(packed, levels, word, bytes, COUNT: tl.constexpr):
-    """The levels [COUNT, 8] of words [COUNT]; a byte past the end gives code 0, which nobody stores."""
+def _word_codes(packed, word, bytes, COUNT: tl.constexpr):
+    """The codes [COUNT, 8] of words [COUNT]; a byte past the end gives code 0, which nobody stores."""
     at = word.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     byte = tl.load(packed + at, mask=at < bytes, other=0).to(tl.int32)
-    code = tl.reshape(tl.join(byte >> 4, byte & 15), [COUNT, 8])
-    return tl.load(levels + code)
+    return tl.reshape(tl.join(byte >> 4, byte & 15), [COUNT, 8])
+
+
+@triton.jit
+def _word_levels(packed, levels, word, bytes, COUNT: tl.constexpr):
+    return tl.load(levels + _word_codes(packed, word, bytes, COUNT))
 
 
 @triton.jit
@@ -65,6 +71,27 @@ def _count_below(value, midpoints, BITS: tl.constexpr):
         middle = tl.load(midpoints + code + ((1 << (BITS - 1 - step)) - 1))
         code = tl.where(middle < value, code + (1 << (BITS - 1 - step)), code)
     return code
+
+
+@triton.jit
+def last_of(counter, parts):
+    """Whether this is the last of `parts` programs to come here; then it sees what all of them have stored, and sets the counter back to 0."""
+    tl.debug_barrier()  # every thread has stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def sum_of_shares(sums, column, parts, columns, COLUMNS: tl.constexpr):
+    """sums [parts, columns] added up over the parts, for COLUMNS of the columns: in the same order whichever program does it."""
+    total = tl.zeros([16, COLUMNS], tl.float32)
+    for start in range(0, parts, 16):
+        part = (start + tl.arange(0, 16)).to(tl.int64)[:, None]
+        inside = (part < parts) & (column < columns)[None, :]
+        total += tl.load(sums + part * columns + column[None, :], mask=inside, other=0.0, cache_modifier=".cg")  # not from this core's cache
+    return tl.sum(total, axis=0)
 
 
 # ---------------------------------------------------------------- decoding
@@ -121,7 +148,7 @@ def gemv_kernel(
 @triton.jit
 def _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start,
            BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """WORDS words of each of ROWS rows from word `start` on, as float32 [ROWS * WORDS, 8]; zeros outside of the matrix."""
+    """WORDS words of each of ROWS rows from word `start` on, as float32 [ROWS, WORDS * 8]; zeros outside of the matrix."""
     local = tl.arange(0, ROWS * WORDS)
     row = first + local // WORDS
     per_row = columns // 8
@@ -129,64 +156,74 @@ def _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, col
     inside = (row < rows) & (at < per_row)
     word = tl.where(inside, row.to(tl.int64) * per_row + at, 0)
     scale = _scales(absmax, nested, offset, dynamic_map, (word * 8 // BLOCKSIZE).to(tl.int32), inside, NESTED_BLOCKSIZE)
-    return _word_levels(packed, levels, word, bytes, ROWS * WORDS) * tl.where(inside, scale, 0.0)[:, None]
+    # From shared memory, which costs no 64-bit address a weight; here, unlike in `dequantize_kernel`, there is time to bring the levels there.
+    level = tl.gather(levels, tl.reshape(_word_codes(packed, word, bytes, ROWS * WORDS), [ROWS * WORDS * 8]), 0)
+    return tl.reshape(tl.reshape(level, [ROWS * WORDS, 8]) * tl.where(inside, scale, 0.0)[:, None], [ROWS, WORDS * 8])
 
 
 @triton.jit
-def row_sums_kernel(
-    own, cross, packed, absmax, nested, offset, A, B, levels, dynamic_map, rows, columns, bytes, rank, share,
+def _halves(value):
+    """value = high + low, both of TF32's 11 digits: three products of such have float32's digits, from the tensor cores.
+
+    As Triton's own "tf32x3", without its search for NaN in the results, which are as many as the weights here.
+    """
+    high = (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, value - high
+
+
+@triton.jit
+def _norms_of_rows(
+    n, sums, counter, packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank, share,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Over the words of share s: own [s, rows] = sum W^2, cross [s, rows] = sum_k (W At)_jk B_jk."""
+    """n [rows] = ||W_j + s B_j A||: a program squares ROWS rows of W + s B A over `share` words, the last of a row's adds the shares up."""
     first = tl.program_id(0) * ROWS
-    part = tl.program_id(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     row = first + tl.arange(0, ROWS)
     k = tl.arange(0, RANK)
-    product = tl.zeros([ROWS, RANK], tl.float32)
+    b = tl.load(B + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0)
+    b_high, b_low = _halves(b * tl.cast(scaling, tl.float32))  # the interpreter of Triton 3.6 passes float64
     squares = tl.zeros([ROWS, WORDS * 8], tl.float32)
+    levels = tl.load(levels + tl.arange(0, 16))
     for start in range(part * share, min(part * share + share, columns // 8), WORDS):
         W = _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS)
-        W = tl.reshape(W, [ROWS, WORDS * 8])
         column = start * 8 + tl.arange(0, WORDS * 8)
-        At = tl.load(A + k[None, :] * columns + column[:, None], mask=(k < rank)[None, :] & (column < columns)[:, None], other=0.0)
-        # Three products of TF32 parts: float32's digits from the tensor cores.
-        product = tl.dot(W, At, product, input_precision="tf32x3")
-        squares += W * W
-    b = tl.load(B + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0)
-    tl.store(own + part * rows + row, tl.sum(squares, axis=1), mask=row < rows)
-    tl.store(cross + part * rows + row, tl.sum(product * b, axis=1), mask=row < rows)
+        a = tl.load(A + k[:, None] * columns + column[None, :], mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0)
+        a_high, a_low = _halves(a)
+        value = tl.dot(b_low, a_high, W, input_precision="tf32")
+        value = tl.dot(b_high, a_low, value, input_precision="tf32")
+        value = tl.dot(b_high, a_high, value, input_precision="tf32")
+        squares += value * value
+    tl.store(sums + part * rows + row, tl.sum(squares, axis=1), mask=row < rows)
+    if last_of(counter, parts):
+        tl.store(n + row, tl.sqrt_rn(sum_of_shares(sums, row, parts, rows, ROWS)), mask=row < rows)
 
 
 @triton.jit
 def row_norms_kernel(
-    n, own, cross, parts, packed, absmax, nested, offset, A, B, gram, levels, dynamic_map, scaling, rows, columns, bytes, rank,
+    n, sums, arrived, packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank, share,
     BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """n [rows] from the sums over the shares and gram = A At; rows where they cancel are computed densely."""
-    first = tl.program_id(0) * ROWS
-    row = first + tl.arange(0, ROWS)
-    inside = row < rows
-    mine, other = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for part in range(parts):
-        mine += tl.load(own + part * rows + row, mask=inside, other=0.0)
-        other += tl.load(cross + part * rows + row, mask=inside, other=0.0)
-    k = tl.arange(0, RANK)
-    b = tl.load(B + row[:, None] * rank + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
-    g = tl.load(gram + k[:, None] * rank + k[None, :], mask=(k < rank)[:, None] & (k < rank)[None, :], other=0.0)
-    scaling = tl.cast(scaling, tl.float32)  # the interpreter of Triton 3.6 passes float64
-    update = tl.sum(tl.dot(b, g, input_precision="tf32x3") * b, axis=1)
-    squared = mine + 2 * scaling * other + scaling * scaling * update
-    lost = inside & (squared < 1e-3 * mine)
-    if tl.max(lost.to(tl.int32), axis=0) > 0:
-        dense = tl.zeros([ROWS], tl.float32)
-        for start in range(0, columns // 8, WORDS):
-            W = _words(packed, absmax, nested, offset, levels, dynamic_map, first, rows, columns, bytes, start, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS)
-            column = start * 8 + tl.arange(0, WORDS * 8)
-            a = tl.load(A + k[:, None] * columns + column[None, :], mask=(k < rank)[:, None] & (column < columns)[None, :], other=0.0)
-            value = tl.reshape(W, [ROWS, WORDS * 8]) + scaling * tl.dot(b, a, input_precision="tf32x3")
-            dense += tl.sum(value * value, axis=1)
-        squared = tl.where(lost, dense, squared)
-    tl.store(n + row, tl.sqrt_rn(tl.maximum(squared, 0.0)), mask=inside)
+    _norms_of_rows(n, sums, arrived + tl.program_id(0), packed, absmax, nested, offset, A, B, levels, dynamic_map, scaling, rows, columns, bytes, rank,
+                   share, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS, RANK)  # fmt: skip
+
+
+@triton.jit
+def row_norms_all_kernel(
+    n, sums, arrived, table, scalings, levels, dynamic_map, rows, columns, bytes, rank, share,
+    BLOCKSIZE: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """The same of many layers of one shape; table [layers, 6] holds the addresses of packed, absmax, nested, offset, A and B."""
+    layer = tl.program_id(2)
+    entry = table + layer * 6
+    packed = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint8)), 16)
+    absmax = tl.load(entry + 1).to(tl.pointer_type(tl.float32 if NESTED_BLOCKSIZE == 0 else tl.uint8))
+    nested, offset = tl.load(entry + 2).to(tl.pointer_type(tl.float32)), tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    A = tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(tl.float32)), 16)
+    B = tl.multiple_of(tl.load(entry + 5).to(tl.pointer_type(tl.float32)), 16)
+    counter = arrived + layer * tl.num_programs(0) + tl.program_id(0)
+    _norms_of_rows(n + layer * rows, sums + layer * tl.num_programs(1) * rows, counter, packed, absmax, nested, offset, A, B, levels, dynamic_map,
+                   tl.load(scalings + layer), rows, columns, bytes, rank, share, BLOCKSIZE, NESTED_BLOCKSIZE, ROWS, WORDS, RANK)  # fmt: skip
 
 
 # ---------------------------------------------------------------- encoding
@@ -283,11 +320,32 @@ def fit_scales_kernel(
 # ---------------------------------------------------------------- as operators: see ops.py for what they mean
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of `size` make n. Triton's own takes 1.3 us, a tenth of a launch."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest one from n on."""
+    return 1 << (n - 1).bit_length()
+
+
 def on(tensor: Tensor):
     """Triton launches on the current device; make that the one of `tensor`."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """Zeros int32 [count or more] for `last_of`, which leaves zeros. Each stream has its own: kernels at the same time must not share them."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -333,7 +391,7 @@ def dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_g
     gain = 0 if row_gain is None else 1 if columns % blocksize == 0 else 2
     reference.count_write(out)
     with on(out):
-        dequantize_kernel[(triton.cdiv(n, WORDS * 8),)](
+        dequantize_kernel[(cdiv(n, WORDS * 8),)](
             out, *parts, parts[1] if row_gain is None else row_gain, *_tables(out.device), n, (n + 1) // 2, columns,
             BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, GAIN=gain, WORDS=WORDS, **EXACT,
         )  # fmt: skip
@@ -346,7 +404,7 @@ def nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows: int, columns
     x = x.contiguous()
     y = torch.empty(rows, dtype=torch.float32, device=x.device)
     with on(y):
-        gemv_kernel[(triton.cdiv(rows, 4),)](
+        gemv_kernel[(cdiv(rows, 4),)](
             y, x, *parts, *_tables(x.device), rows, columns, rows * columns // 2, BLOCKSIZE=blocksize,
             NESTED_BLOCKSIZE=nested_blocksize if nested_absmax is not None else 0, ROWS=4, WORDS=128, **FUSED,
         )  # fmt: skip
@@ -362,22 +420,56 @@ def row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling: f
     if A.shape != (rank, columns) or B.shape != (rows, rank):
         raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
     A, B = A.contiguous(), B.contiguous()
-    gram = A @ A.t()
-    share = 128  # words of 1024 columns: so many programs that a small matrix fills a card too
-    shares = triton.cdiv(columns // 8, share)
-    sums = torch.empty(2, shares, rows, dtype=torch.float32, device=A.device)
+    grid, sizes, options = _norms_grid(rows, columns, rank, blocksize, nested_blocksize if nested_absmax is not None else 0)
+    sums = torch.empty(grid[1], rows, dtype=torch.float32, device=A.device)
     n = torch.empty(rows, dtype=torch.float32, device=A.device)
-    tables, options = _tables(A.device), {
-        "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize if nested_absmax is not None else 0,
-        # One stage: pipelined, every level would be copied to shared memory first, and registers would spill.
-        "WORDS": 4, "RANK": max(16, triton.next_power_of_2(rank)), "num_stages": 1, **EXACT,
-    }  # fmt: skip
     with on(n):
-        row_sums_kernel[(triton.cdiv(rows, 64), shares)](sums[0], sums[1], *parts, A, B, *tables, rows, columns, rows * columns // 2, rank, share, ROWS=64, **options)
-        row_norms_kernel[(triton.cdiv(rows, 16),)](
-            n, sums[0], sums[1], shares, *parts, A, B, gram, *tables, scaling, rows, columns, rows * columns // 2, rank, ROWS=16, **options
-        )  # fmt: skip
+        row_norms_kernel[grid](n, sums, counters(A.device, grid[0]), *parts, A, B, *_tables(A.device), scaling, *sizes, **options)
     return n
+
+
+def _norms_grid(rows: int, columns: int, rank: int, blocksize: int, nested_blocksize: int) -> tuple[tuple, tuple, dict]:
+    """Grid, sizes and options of the kernels of row norms: the same for a layer alone and among others, so that the bits are the same."""
+    groups, words = cdiv(rows, 64), columns // 8
+    share = 16 * cdiv(words, 16 * min(32, max(1, PROGRAMS // groups)))
+    return (groups, cdiv(words, share)), (rows, columns, rows * columns // 2, rank, share), {
+        "BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize,
+        # One stage: pipelined, registers would spill. Contracted: the last bit of a scale is nothing in a sum of thousands.
+        "ROWS": 64, "WORDS": 8 if rank <= 32 else 4, "RANK": max(16, power_of_2(rank)), "num_stages": 1, **FUSED,
+    }  # fmt: skip
+
+
+def row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
+    """`row_norms_nf4` of many layers, lists of its arguments (those of double quantization empty where there is none): a launch for all of
+    one shape. A 7B then takes three, where 224 take 5 ms of Python."""
+    constants = list(zip(nested_absmax, nested_offset, strict=True)) if nested_absmax else [(None, None)] * len(packed)
+    alike: dict[tuple, list[int]] = {}
+    found: list[Tensor | None] = [None] * len(packed)
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        parts = _constants(packed[i], absmax[i], *constants[i], rows[i] * columns[i], blocksizes[i], nested_blocksize)
+        together = (
+            parts is not None and columns[i] % blocksizes[i] == 0 and a.shape[0] <= MAX_RANK
+            and all(t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (a, b)) and packed[i].data_ptr() % 16 == 0
+            and a.shape[1] == columns[i] and b.shape == (rows[i], a.shape[0])
+        )  # fmt: skip
+        if together:
+            alike.setdefault((a.device, rows[i], columns[i], a.shape[0], blocksizes[i]), []).append(i)
+        else:
+            found[i] = row_norms_nf4(packed[i], absmax[i], *constants[i], a, b, scaling[i], rows[i], columns[i], blocksizes[i], nested_blocksize)
+    for (device, count, width, rank, blocksize), members in alike.items():
+        grid, sizes, options = _norms_grid(count, width, rank, blocksize, nested_blocksize if nested_absmax else 0)
+        tensors = [(packed[i], absmax[i], *(part if part is not None else absmax[i] for part in constants[i]), A[i], B[i]) for i in members]
+        table = torch.tensor([[part.data_ptr() for part in parts] for parts in tensors]).to(device, non_blocking=True)
+        scalings = torch.tensor([float(scaling[i]) for i in members]).to(device, non_blocking=True)
+        sums = torch.empty(len(members), grid[1], count, dtype=torch.float32, device=device)
+        n = torch.empty(len(members), count, dtype=torch.float32, device=device)
+        with on(n):
+            row_norms_all_kernel[(*grid, len(members))](
+                n, sums, counters(device, len(members) * grid[0]), table, scalings, *_tables(device), *sizes, **options
+            )
+        for i, norms in zip(members, n.unbind(), strict=True):
+            found[i] = norms
+    return found
 
 
 def _row_norms_by_chunks(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize) -> Tensor:
@@ -417,7 +509,7 @@ def _encode(weight: Tensor, absmax: Tensor, blocksize: int, given: bool) -> Tens
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     midpoints = reference._midpoints(weight.device, nested=False)
     with on(packed):
-        quantize_kernel[(triton.cdiv(n, TILE),)](
+        quantize_kernel[(cdiv(n, TILE),)](
             packed, absmax, weight, midpoints, n, packed.numel(), reference.TINY, BLOCKSIZE=blocksize, BLOCKS=TILE // blocksize, GIVEN=given, **EXACT
         )  # fmt: skip
     return packed
@@ -430,7 +522,7 @@ def fit_scales_nf4(weight: Tensor, blocksize: int) -> Tensor:
     scales = torch.empty(-(-n // blocksize), dtype=torch.float32, device=device)
     stretches = torch.tensor([32.0 / candidate for candidate in reference.FIT], device=device)
     with on(scales):
-        fit_scales_kernel[(triton.cdiv(scales.numel(), 64),)](
+        fit_scales_kernel[(cdiv(scales.numel(), 64),)](
             scales, weight, reference.nf4_levels(device), reference._midpoints(device, nested=False), stretches, len(reference.FIT), n,
             reference.TINY, BLOCKSIZE=blocksize, BLOCKS=64, **EXACT,
         )  # fmt: skip
@@ -445,7 +537,7 @@ def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tens
     codes = torch.empty_like(absmax, dtype=torch.uint8)
     nested = torch.empty(-(-n // nested_blocksize), dtype=torch.float32, device=absmax.device)
     with on(codes):
-        encode_blocks_kernel[(triton.cdiv(n, TILE),)](
+        encode_blocks_kernel[(cdiv(n, TILE),)](
             codes, nested, absmax, offset, reference._midpoints(absmax.device, nested=True), n, reference.TINY,
             BLOCKSIZE=nested_blocksize, BLOCKS=TILE // nested_blocksize, OFFSET=True, **EXACT,
         )  # fmt: skip

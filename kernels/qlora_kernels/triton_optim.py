@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import BLOCKSIZES, EXACT, TILE, encode_blocks_kernel, on
+from qlora_kernels.triton_nf4 import BLOCKSIZES, EXACT, TILE, cdiv, encode_blocks_kernel, on
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def adamw_(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tens
         return reference.adamw_(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction)
     reference.count_write(p)
     with on(p):
-        adamw_kernel[(triton.cdiv(n, 1024),)](
+        adamw_kernel[(cdiv(n, 1024),)](
             p, g, exp_avg, exp_avg_sq, 1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, n, BLOCK=1024, **EXACT
         )
 
@@ -73,7 +73,7 @@ def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tens
         return reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
     n, midpoints = values.numel(), reference.block_tables(values.device, signed)[1]
     with on(values):
-        encode_blocks_kernel[(triton.cdiv(n, TILE),)](
+        encode_blocks_kernel[(cdiv(n, TILE),)](
             codes, absmax, values, absmax, midpoints, n, reference.TINY, BLOCKSIZE=blocksize, BLOCKS=TILE // blocksize, OFFSET=False, **EXACT
         )
 
@@ -82,6 +82,6 @@ def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tens
     if not _check_blocks(codes, absmax, values, blocksize):
         return reference.decode_blocks_into(values, codes, absmax, work, blocksize, signed)
     with on(values):
-        decode_blocks_kernel[(triton.cdiv(values.numel(), 1024),)](
+        decode_blocks_kernel[(cdiv(values.numel(), 1024),)](
             values, codes, absmax, reference.block_tables(values.device, signed)[0], values.numel(), BLOCKSIZE=blocksize, BLOCK=1024, **EXACT
         )

@@ -3,7 +3,8 @@
     fold_factors     all that a layer's product needs of A, B, m and n in one launch, where PyTorch's chain makes ten: a small step is bound
                      by its launches
     column_dots      sum_t a[t, j] * b[t, j] in float32. Two stages, so that narrow matrices fill a card: each program sums a tile of
-                     columns over its share of the tokens, then torch adds the shares. No atomics, so every run gives the same bits.
+                     columns over its share of the tokens, and the last of a tile's adds the shares up, always in the same order, so
+                     every run gives the same bits
     cross_entropy_   a row of logits is read once for its sum and once to become its gradient
     rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors; with the sums of DoRA's
                      gradients for gate and up, which are at hand in that pass
@@ -21,19 +22,28 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, on
+from qlora_kernels.triton_nf4 import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
 
-SHARE = 128  # tokens that a program sums
+SHARE = 64  # tokens that a program sums
 
 
 @triton.jit
 def column_dots_kernel(
-    out, a, b, tokens, columns, a_stride, b_stride,
-    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, sums, arrived, a, b, safe, gain, raw, dB, scaling, tokens, columns, a_stride, b_stride, rank,
+    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """out [share, column]: the sum over SHARE tokens, TOKENS at a time."""
+    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time. FINISH: out is divided by safe, and on the way
+    dB [columns, rank] = scaling gain raw."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
+    if FINISH:
+        if share == 0:
+            factor = tl.cast(scaling, tl.float32) * tl.load(gain + column, mask=column < columns, other=0.0)
+            for start in range(0, rank, 16):
+                k = start + tl.arange(0, 16)
+                inside = (column < columns)[:, None] & (k < rank)[None, :]
+                at = column[:, None] * rank + k[None, :]
+                tl.store(dB + at, tl.load(raw + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None], mask=inside)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
@@ -41,26 +51,46 @@ def column_dots_kernel(
         x = tl.load(a + token[:, None] * a_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         y = tl.load(b + token[:, None] * b_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         total += x * y
-    tl.store(out + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    tl.store(sums + share.to(tl.int64) * columns + column, tl.sum(total, axis=0), mask=column < columns)
+    if last_of(arrived + tl.program_id(0), tl.num_programs(1)):
+        found = sum_of_shares(sums, column, tl.num_programs(1), columns, COLUMNS)
+        if FINISH:
+            found = tl.div_rn(found, tl.load(safe + column, mask=column < columns, other=1.0))
+        tl.store(out + column, found, mask=column < columns)
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2 or a.numel() == 0:
         return reference.column_dots(a, b)
+    return _column_dots(a, b)
+
+
+def _column_dots(a: Tensor, b: Tensor, finish: tuple | None = None) -> Tensor:
+    """`finish`: safe, gain, raw, dB, scaling and rank of the kernel."""
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    shares = triton.cdiv(tokens, SHARE)
-    out = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
+    groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
+    sums = torch.empty(shares, columns, dtype=torch.float32, device=a.device)
+    out = torch.empty(columns, dtype=torch.float32, device=a.device)
+    safe, gain, raw, dB, scaling, rank = finish or (out, out, out, out, 0.0, 0)
     with on(a):
-        column_dots_kernel[(triton.cdiv(columns, 128), shares)](
-            out, a, b, tokens, columns, a.stride(0), b.stride(0), SHARE=SHARE, TOKENS=16, COLUMNS=128, **FUSED
-        )
-    return out.sum(0) if shares > 1 else out[0]
+        column_dots_kernel[(groups, shares)](
+            out, sums, counters(a.device, groups), a, b, safe, gain, raw, dB, scaling, tokens, columns, a.stride(0), b.stride(0), rank,
+            SHARE=SHARE, TOKENS=16, COLUMNS=128, FINISH=finish is not None, **FUSED,
+        )  # fmt: skip
+    return out
 
 
 def adapter_gradients(dy, up, u, y, gain, safe, scaling):
-    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above."""
-    return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, column_dots)
+    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above. Those of DoRA also make dB what it has to be and divide
+    dm, in the place of four launches."""
+    parts = (safe, gain)
+    takes = y is not None and y.shape == dy.shape and y.numel() > 0 and dy.dtype == y.dtype == u.dtype and dy.dtype in DTYPES
+    if not takes or any(t is None or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in parts):
+        return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, column_dots)
+    raw = dy.t() @ u
+    dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
+    return dy @ up, dB, _column_dots(dy, y, (safe, gain, raw.contiguous(), dB, scaling, u.shape[1]))
 
 
 @triton.jit
@@ -101,9 +131,9 @@ def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scali
         raise ValueError(f"{m.numel()} magnitudes and {n.numel()} norms for {rows} rows")
     down, up = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
     gain, safe = (B.new_empty(0 if m is None else rows) for _ in range(2))
-    width = max(16, triton.next_power_of_2(rank))
+    width = max(16, power_of_2(rank))
     with on(A):
-        fold_factors_kernel[(triton.cdiv(A.numel(), 2048) + triton.cdiv(rows, 2048 // width),)](
+        fold_factors_kernel[(cdiv(A.numel(), 2048) + cdiv(rows, 2048 // width),)](
             down, up, gain, safe, A, B, B if m is None else m, B if m is None else n, scaling, A.numel(), rows, rank,
             DORA=m is not None, BLOCK=2048, RANK=width, **EXACT,
         )  # fmt: skip
@@ -162,9 +192,9 @@ def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_dots_kernel(
-    dgate, dup, dots, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+    dgate, dup, dots, sums, arrived, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The same, and dots [2, shares, columns]: the sums of d gate * gate and d up * up over SHARE tokens."""
+    """The same, and dots [2, columns]: the sums of d gate * gate and d up * up; sums [2, shares, columns]: over SHARE tokens."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     first, second = tl.zeros([TOKENS, COLUMNS], tl.float32), tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -178,9 +208,14 @@ def swiglu_backward_dots_kernel(
         tl.store(dup + at, du, mask=inside)
         first += dg.to(tl.float32) * g.to(tl.float32)
         second += du.to(tl.float32) * u.to(tl.float32)
-    place = dots + share.to(tl.int64) * columns + column
-    tl.store(place, tl.sum(first, axis=0), mask=column < columns)
-    tl.store(place + tl.num_programs(1).to(tl.int64) * columns, tl.sum(second, axis=0), mask=column < columns)
+    shares = tl.num_programs(1)
+    others = sums + shares.to(tl.int64) * columns
+    place = share.to(tl.int64) * columns + column
+    tl.store(sums + place, tl.sum(first, axis=0), mask=column < columns)
+    tl.store(others + place, tl.sum(second, axis=0), mask=column < columns)
+    if last_of(arrived + tl.program_id(0), shares):
+        tl.store(dots + column, sum_of_shares(sums, column, shares, columns, COLUMNS), mask=column < columns)
+        tl.store(dots + columns + column, sum_of_shares(others, column, shares, columns, COLUMNS), mask=column < columns)
 
 
 @triton.jit
@@ -222,7 +257,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _alike(x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
         return reference.rms_norm(x, weight, eps)
     y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_2(x.shape[1])
     with on(x):
         rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return y, inverse
@@ -232,7 +267,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
     dy = dy.contiguous()
     if not _alike(dy, x, weight) or x.dim() != 2 or x.shape[1] > WIDEST or x.numel() == 0:
         return reference.rms_norm_backward(dy, x, weight, inverse)
-    dx, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+    dx, block = torch.empty_like(x), power_of_2(x.shape[1])
     with on(x):
         rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
     return dx
@@ -243,7 +278,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     y, n = torch.empty_like(gate), gate.numel()
     with on(gate):
-        swiglu_kernel[(triton.cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
+        swiglu_kernel[(cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
     return y
 
 
@@ -253,7 +288,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
         return reference.swiglu_backward(dy, gate, up)
     dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
     with on(gate):
-        swiglu_backward_kernel[(triton.cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
+        swiglu_backward_kernel[(cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
     return dgate, dup
 
 
@@ -262,13 +297,15 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     if not _alike(dy, gate, up) or gate.shape != up.shape or gate.dim() != 2 or gate.numel() == 0:
         return reference.swiglu_backward_dots(dy, gate, up)
     tokens, columns = gate.shape
-    dgate, dup, shares = torch.empty_like(gate), torch.empty_like(up), triton.cdiv(tokens, SHARE)
-    dots = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
+    sums = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
+    dots = torch.empty(2, columns, dtype=torch.float32, device=gate.device)
     with on(gate):
-        swiglu_backward_dots_kernel[(triton.cdiv(columns, 128), shares)](
-            dgate, dup, dots, dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
+        swiglu_backward_dots_kernel[(groups, shares)](
+            dgate, dup, dots, sums, counters(gate.device, groups), dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
         )
-    return dgate, dup, dots.sum(1) if shares > 1 else dots[:, 0]
+    return dgate, dup, dots
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
