@@ -186,12 +186,13 @@ class AdaptedLinear(nn.Module):
         self.magnitude = None
         if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
-        self._norm: Tensor | None = None
-        self._norm_key: tuple | None = None
+        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
-    def _norm_state(self) -> tuple:
-        return (_optimizer_steps, *((t._version, t.data_ptr()) for t in (self.lora_A, self.lora_B, self.base.weight)))
+    def norm_state(self) -> tuple:
+        """What n was or would be computed from. Asked for each layer twice a step, so it goes past `Module.__getattr__`."""
+        A, B, W = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"].weight
+        return (_optimizer_steps, A._version, A.data_ptr(), B._version, B.data_ptr(), W._version, W.data_ptr())
 
     def norm(self) -> Tensor:
         """n [out], kept until A, B or the base may have changed.
@@ -200,12 +201,12 @@ class AdaptedLinear(nn.Module):
         torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
         through `.data`) need `refresh_norms(model)`.
         """
-        key = self._norm_state()
-        if self._norm is None or key != self._norm_key:
+        state, (computed_from, norm) = self.norm_state(), self._norm
+        if norm is None or state != computed_from:
             with torch.no_grad():
-                self._norm = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling)
-            self._norm_key = key
-        return self._norm
+                norm = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling)
+            self._norm = (state, norm)
+        return norm
 
     def lends(self) -> bool:
         """Whether `forward` can lend: the output is y itself, and m learns."""
@@ -214,7 +215,7 @@ class AdaptedLinear(nn.Module):
 
     def forget_norm(self) -> None:
         """Compute n anew at the next use."""
-        self._norm = self._norm_key = None
+        self._norm = (None, None)
 
     def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
         """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
@@ -242,7 +243,7 @@ class AdaptedLinear(nn.Module):
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_norm": None, "_norm_key": None}
+        return {**super().__getstate__(), "_norm": (None, None)}
 
     def extra_repr(self) -> str:
         return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
@@ -374,9 +375,9 @@ def compute_norms(model: nn.Module, inputs: tuple = ()) -> None:
     model: what a layer cannot know, that its neighbours want theirs as well, halves the time. A layer run by itself computes its own."""
     stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
     for _, adapter in named_adapters(model):
-        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (key := adapter._norm_state()) != adapter._norm_key:
+        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (state := adapter.norm_state()) != adapter._norm[0]:
             w = adapter.base.nf4
-            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append((adapter, key))
+            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append((adapter, state))
     for (_, nested, nested_blocksize), changed in stale.items():
         weights = [adapter.base.nf4 for adapter, _ in changed]
         norms = ops.row_norms_nf4_all(
@@ -385,8 +386,8 @@ def compute_norms(model: nn.Module, inputs: tuple = ()) -> None:
             [a.lora_A for a, _ in changed], [a.lora_B for a, _ in changed], [a.scaling for a, _ in changed],
             [w.shape[0] for w in weights], [w.shape[1] for w in weights], [w.blocksize for w in weights], nested_blocksize,
         )  # fmt: skip
-        for (adapter, key), norm in zip(changed, norms, strict=True):
-            adapter._norm, adapter._norm_key = norm, key
+        for (adapter, state), norm in zip(changed, norms, strict=True):
+            adapter._norm = (state, norm)
 
 
 def refresh_norms(model: nn.Module) -> None:

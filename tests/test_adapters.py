@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+import qlora
 from qlora import UserError, adapter_parameters, attach_adapters, named_adapters, nf4
 from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, merged_weight, one_token, refresh_norms, row_norms
 from qlora.linear import NF4Linear
@@ -328,20 +329,49 @@ def test_norm_follows_other_changes(change):
     assert torch.equal(adapter.norm(), expected_norm(adapter))
 
 
-def test_norm_is_computed_once_per_optimizer_step(monkeypatch):
-    """Not per micro-batch, and not in the recomputation of a checkpointed layer."""
-    import qlora.adapters as module
+class NormWatch(TorchDispatchMode):
+    """Counts the operators that compute norms."""
 
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += "row_norms" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_norm_is_computed_once_per_optimizer_step():
+    """Not per micro-batch, and not in the recomputation of a checkpointed layer."""
     model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
     adapted(model, "dora")
-    calls = []
-    monkeypatch.setattr(module, "row_norms", lambda *a: calls.append(1) or row_norms(*a))
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
-    for _ in range(3):
-        for _ in range(4):
-            checkpoint(model, torch.randn(5, 64, requires_grad=True), use_reentrant=False).sum().backward()
-        optimizer.step()
-    assert len(calls) == 3
+    with NormWatch() as watch:
+        for _ in range(3):
+            for _ in range(4):
+                checkpoint(model, torch.randn(5, 64, requires_grad=True), use_reentrant=False).sum().backward()
+            optimizer.step()
+    assert watch.calls == 3
+
+
+def test_norms_of_a_model_come_from_one_operator():
+    """Whether the head is called or the model under it; with the bits that a layer by itself finds, and only those that have changed."""
+    model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
+    adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
+    tokens = torch.arange(5, 9).unsqueeze(0)
+    for call in (model, model.model):
+        refresh_norms(model)
+        with NormWatch() as watch:
+            call(tokens)
+        assert watch.calls == 1
+    for adapter in adapters.values():
+        assert torch.equal(adapter.norm(), expected_norm(adapter))
+    first, *others = adapters.values()
+    before, untouched = first.norm(), [adapter.norm() for adapter in others]
+    with torch.no_grad():
+        first.lora_B += 0.1
+    with NormWatch() as watch:
+        model(tokens)
+    assert watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
+    assert all(adapter.norm() is kept for adapter, kept in zip(others, untouched, strict=True))
 
 
 # ---------------------------------------------------------------- targets and attaching
