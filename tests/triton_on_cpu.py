@@ -198,7 +198,7 @@ def check_not_finite() -> None:
 
 def check_model() -> None:
     """Two DoRA steps of a whole NF4 model, its optimizer's included: all operators from these kernels, as on a card, or from the reference."""
-    from helpers import adapted, random_model
+    from tiny import adapted, random_model
     from qlora_kernels import ops
 
     import qlora
@@ -241,7 +241,8 @@ def check_model() -> None:
     assert not missing, missing
     (expected, moved), (found, also) = ends
     close(found, expected)
-    close(also, moved, 1e-3)  # AdamW divides a gradient near nothing by itself
+    # As a whole: AdamW divides a gradient near nothing by itself, so a single element may move anyhow.
+    assert ((also - moved).norm() <= 2e-4 * moved.norm()).item(), (also - moved).norm() / moved.norm()
 
 
 INTERPRETED = {

@@ -138,13 +138,14 @@ class Native:
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa = name.decode()
-        # Attention has a kernel only where the processor multiplies bf16 itself: AMX where nothing is forced.
+        # Attention has a kernel only where the processor multiplies bf16 itself: AMX where nothing is forced, which an adapter's sums use too.
         self.attention_unit = ("", "AVX512-BF16", "AMX")[self.library.qlora_select_attention({"": 2, "avx512": 1}.get(isa, 0))]
 
     def describe(self) -> str:
-        """Such as "native (AVX-512, attention by AMX, 2 threads)"."""
+        """Such as "native (AVX-512, attention and adapters by AMX, 2 threads)"."""
         threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
-        attention = f"attention by {self.attention_unit}, " if self.attention_unit else ""
+        what = "attention and adapters" if self.attention_unit == "AMX" else "attention"
+        attention = f"{what} by {self.attention_unit}, " if self.attention_unit else ""
         return f"native ({self.isa}, {attention}{threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
