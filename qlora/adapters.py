@@ -355,7 +355,7 @@ def attach_adapters(
     model.qlora_adapter = spec
     if method == "dora":
         inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
-        inner.register_forward_pre_hook(compute_norms)
+        inner.register_forward_pre_hook(_before_forward)
     return model
 
 
@@ -369,10 +369,15 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
 
 
+def _before_forward(model: nn.Module, inputs: tuple) -> None:
+    if torch.is_grad_enabled():  # in training; to look at every layer for each token generated would be dear
+        compute_norms(model)
+
+
 @torch.no_grad()
-def compute_norms(model: nn.Module, inputs: tuple = ()) -> None:
-    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run before the forward pass of a
-    model: what a layer cannot know, that its neighbours want theirs as well, halves the time. A layer run by itself computes its own."""
+def compute_norms(model: nn.Module) -> None:
+    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run before the forward passes of
+    training: what a layer cannot know, that its neighbours want theirs as well, halves the time. A layer run by itself computes its own."""
     stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
     for _, adapter in named_adapters(model):
         if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (state := adapter.norm_state()) != adapter._norm[0]:
