@@ -61,7 +61,7 @@ class Bench:
         """What fails inside is told, and the part goes on."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # of any kind: a lent card's minutes must cost a row, not the rows behind it; the row counts as wrong
             if self.cuda:
                 torch.cuda.synchronize()  # raises where the card is past saving
             traceback.print_exc()

@@ -34,7 +34,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
@@ -92,12 +91,8 @@ def work(parts: list[str], device: torch.device, small: bool) -> None:
     bench = Bench(device, small, lambda row: tell({"row": asdict(row)}))
     for bench.part in parts:
         tell({"begin": bench.part})
-        try:
+        with bench.attempt("the part as a whole"):
             PARTS[bench.part](bench)
-        except Exception as error:
-            traceback.print_exc()
-            tell({"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]})
-        bench.clean()
         bench.wait()  # raises where the card is past saving: the rest needs another process
         tell({"end": bench.part})
 
@@ -177,8 +172,6 @@ def main() -> int:
             elif "row" in told:
                 found.append(Row(**told["row"]))
                 print(found[-1], flush=True)
-            elif "failed" in told:
-                failed[part] = told["failed"]
             elif "end" in told:
                 finish(part)
                 parts, part = parts[1:], None

@@ -79,7 +79,7 @@ def test_what_the_kernels_lack_goes_to_the_reference(kernels):
         assert torch.equal(got, expected)
     kernels.select("portable")
     low = [x.bfloat16() for x in tensors]
-    assert kernels.attention_unit == "" and not kernels.attends(*low[:3])
+    assert kernels.bf16_unit == "" and not kernels.attends(*low[:3])
     for got, expected in zip(both(kernels, bounds, low, 0.25), exact, strict=True):
         assert relative(got, expected) < 0.05
 
@@ -132,14 +132,14 @@ def test_bits_do_not_depend_on_threads_nor_on_other_examples(kernels):
     torch.set_num_threads(before)
     alone = both(kernels, [0, 290], [x[103:] for x in tensors], 0.125)
     for one, two, three, last in zip(*results, alone, strict=True):
-        if kernels.attention_unit:  # torch, which computes the reference, promises no such thing
+        if kernels.bf16_unit:  # torch, which computes the reference, promises no such thing
             assert torch.equal(one, two) and torch.equal(one, three) and torch.equal(one[103:], last)
     assert torch.equal(x @ x, product)  # torch's products use the same unit, and find it as they left it
 
 
 def test_wrong_shapes_are_refused(kernels):
     bounds, (q, k, v, dout) = drawn((8, 8), 4, 2, 64)
-    if kernels.attention_unit:  # the reference has torch's own errors
+    if kernels.bf16_unit:  # the reference has torch's own errors
         with pytest.raises(ValueError, match=r"examples at \[0, 9, 17\] of 16 tokens"):
             kernels.attention(q, k, v, [0, 9, 17], 1.0)
         with pytest.raises(ValueError, match="queries"):
@@ -158,7 +158,7 @@ def test_a_forked_child_does_not_hang(kernels):
         child = os.fork()
     if child == 0:
         torch.use_deterministic_algorithms(False)
-        if not kernels.attention_unit:
+        if not kernels.bf16_unit:
             os._exit(0)  # the reference is torch's, whose threads are not ours to care for
         same = [(x.view(torch.int16).numpy() == y).all() for x, y in zip(both(kernels, bounds, tensors, 0.125), expected)]
         os._exit(0 if all(same) else 1)
@@ -185,5 +185,5 @@ def test_a_model_in_bf16(name):
     ops.NATIVE.select("portable")
     theirs = gradients(model)
     ops.NATIVE.select()
-    assert torch.equal(ours, theirs) == (not ops.NATIVE.attention_unit)  # that it is used at all
+    assert torch.equal(ours, theirs) == (not ops.NATIVE.bf16_unit)  # that it is used at all
     assert (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.1 * exact.norm()

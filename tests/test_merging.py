@@ -130,22 +130,17 @@ def test_shards(saved_models, tmp_path):
 
 
 MEASURE = """
-import sys, threading, transformers
+import sys, torch, transformers
 from qlora.merging import merge, quantize_checkpoint
-from qlora.train import anonymous_memory
+from qlora.train import PeakMemory, anonymous_memory
 transformers.utils.logging.disable_progress_bar()
 small, adapter, model, out = sys.argv[1:]
 quantize_checkpoint(small, out + "/small")  # what is imported and started at the first time
 for work in (lambda: merge(adapter, out + "/merged"), lambda: quantize_checkpoint(model, out + "/quantized")):
-    baseline, peak, stop = anonymous_memory(), 0, threading.Event()
-    def watch():
-        global peak
-        while not stop.wait(0.002):
-            peak = max(peak, anonymous_memory())
-    thread = threading.Thread(target=watch); thread.start()
-    work()
-    stop.set(); thread.join()
-    print(peak - baseline)
+    baseline = anonymous_memory()
+    with PeakMemory(torch.device("cpu"), every=0.002) as memory:
+        work()
+        print(memory.peak() - baseline)
 """
 
 

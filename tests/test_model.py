@@ -166,20 +166,15 @@ def test_transformers_generates_with_it(tokenizer):
 
 MEASURE = """
 import sys, torch, transformers
-from qlora.train import anonymous_memory
-import threading, time
+from qlora.train import PeakMemory, anonymous_memory
 import qlora.merging
 from transformers import AutoModelForCausalLM
 transformers.utils.logging.disable_progress_bar()
 qlora.load_base(sys.argv[2], dtype="bf16")  # the architecture's code is imported at the first load
-baseline, peak, stop = anonymous_memory(), 0, threading.Event()
-def watch():
-    global peak
-    while not stop.wait(0.002):
-        peak = max(peak, anonymous_memory())
-thread = threading.Thread(target=watch); thread.start()
-model = qlora.load_base(sys.argv[1], dtype="bf16")
-stop.set(); thread.join()
+baseline = anonymous_memory()
+with PeakMemory(torch.device("cpu"), every=0.002) as memory:
+    model = qlora.load_base(sys.argv[1], dtype="bf16")
+    peak = memory.peak()
 size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
 print(peak - baseline, size)
 """

@@ -44,22 +44,22 @@ void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64
     memset(sums, 0, sizeof sums);
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t rest = minimum(32, tokens - 32 * s);
-      const uint16_t* row = n.x + (token + 32 * s) * n.x_stride + column;
-      const uint16_t* other = n.y == nullptr || k > 0 ? nullptr : n.y + (token + 32 * s) * n.y_stride + column;
+      const uint16_t* row = n.x + (token + 32 * s) * n.columns + column;
+      const uint16_t* other = n.y == nullptr || k > 0 ? nullptr : n.y + (token + 32 * s) * n.columns + column;
       for (int64_t b = 0; b < blocks; ++b) {
         const __mmask32 mask = first(columns - 32 * b);
         const bool whole = rest == 32 && mask == ~0u;
         for (int t = 0; t < 32; t += 2) {
           __m512i x[2];
           for (int i = 0; i < 2; ++i) {
-            const uint16_t* at = row + (t + i) * n.x_stride + 32 * b;
+            const uint16_t* at = row + (t + i) * n.columns + 32 * b;
             x[i] = t + i < rest ? _mm512_maskz_loadu_epi16(mask, at) : _mm512_setzero_si512();
-            _mm_prefetch(reinterpret_cast<const char*>(at + 32 * n.x_stride), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at + 32 * n.columns), _MM_HINT_T0);
             if (!whole) edge[b][t / 16].set(t % 16 + i, x[i]);
             if (other == nullptr || t + i >= rest) continue;
-            const uint16_t* beside = other + (t + i) * n.y_stride + 32 * b;
+            const uint16_t* beside = other + (t + i) * n.columns + 32 * b;
             const __m512i y = _mm512_maskz_loadu_epi16(mask, beside);
-            _mm_prefetch(reinterpret_cast<const char*>(beside + 32 * n.y_stride), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(beside + 32 * n.columns), _MM_HINT_T0);
             dot[b][0] = _mm512_fmadd_ps(even(x[i]), even(y), dot[b][0]);
             dot[b][1] = _mm512_fmadd_ps(odd(x[i]), odd(y), dot[b][1]);
           }
@@ -75,8 +75,8 @@ void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64
           const bool whole = rest == 32 && columns - 32 * b >= 32;
           _tile_loadd(2, &up[b], 64);
           if (whole) {
-            _tile_loadd(3, row + 32 * b, 2 * n.x_stride);
-            _tile_loadd(4, row + 16 * n.x_stride + 32 * b, 2 * n.x_stride);
+            _tile_loadd(3, row + 32 * b, 2 * n.columns);
+            _tile_loadd(4, row + 16 * n.columns + 32 * b, 2 * n.columns);
           } else {
             _tile_loadd(3, &edge[b][0], 64);
             _tile_loadd(4, &edge[b][1], 64);

@@ -11,7 +11,7 @@ struct Narrow {
   const uint16_t* y;     // the same, or null: no dots
   const uint16_t* left;  // bf16 [tokens, rank]
   const uint16_t* up;    // bf16 [columns, rank], or null: no v
-  int64_t x_stride, y_stride, tokens, columns, rank;
+  int64_t tokens, columns, rank;
 };
 
 struct NarrowProducts {

@@ -105,7 +105,7 @@ class Native:
             "qlora_swiglu_backward_dots": [integer, *[pointer] * 3, size, size, *[pointer] * 4, integer],
             "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
             "qlora_narrow_room": [size, size, size],
-            "qlora_narrow": [pointer, size, pointer, size, pointer, pointer, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
+            "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
@@ -138,14 +138,14 @@ class Native:
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa = name.decode()
-        # Attention has a kernel only where the processor multiplies bf16 itself: AMX where nothing is forced, which an adapter's sums use too.
-        self.attention_unit = ("", "AVX512-BF16", "AMX")[self.library.qlora_select_attention({"": 2, "avx512": 1}.get(isa, 0))]
+        # What multiplies bf16: attention has a kernel only where something does. AMX, where nothing is forced, takes an adapter's sums too.
+        self.bf16_unit = ("", "AVX512-BF16", "AMX")[self.library.qlora_select_attention({"": 2, "avx512": 1}.get(isa, 0))]
 
     def describe(self) -> str:
         """Such as "native (AVX-512, attention and adapters by AMX, 2 threads)"."""
         threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
-        what = "attention and adapters" if self.attention_unit == "AMX" else "attention"
-        attention = f"{what} by {self.attention_unit}, " if self.attention_unit else ""
+        what = "attention and adapters" if self.bf16_unit == "AMX" else "attention"
+        attention = f"{what} by {self.bf16_unit}, " if self.bf16_unit else ""
         return f"native ({self.isa}, {attention}{threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -264,7 +264,7 @@ class Native:
         for i, (codes, scales, a, b) in enumerate(zip(packed, absmax, A, B, strict=True)):
             constants = (nested_absmax[i], nested_offset[i]) if nested_absmax else (None, None)
             layer = (codes, scales, *constants, a, b, scaling[i], rows[i], columns[i], blocksizes[i], nested_blocksize)
-            if self.attention_unit != "AMX" or columns[i] % 64 or blocksizes[i] < 64 or not self._norms(layer):
+            if self.bf16_unit != "AMX" or columns[i] % 64 or blocksizes[i] < 64 or not self._norms(layer):
                 norms.append(self._row_norms(*layer))
                 continue
             a, b, rank = _in_sixteens(a, b)
@@ -361,7 +361,7 @@ class Native:
         dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
         work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
         self.library.qlora_narrow(
-            dy.data_ptr(), columns, _pointer(y), columns, u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
+            dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
             work.data_ptr(), v.data_ptr(), dB.data_ptr(), dm.data_ptr(), None, torch.get_num_threads(),
         )  # fmt: skip
         return v, dB, dm
@@ -373,7 +373,7 @@ class Native:
         left, x, out = left.contiguous(), x.contiguous(), torch.empty(rank, columns, dtype=torch.float32)
         work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
         self.library.qlora_narrow(
-            x.data_ptr(), columns, None, 0, left.data_ptr(), None, tokens, columns, rank, 1.0, None, None, work.data_ptr(), None, None, None,
+            x.data_ptr(), None, left.data_ptr(), None, tokens, columns, rank, 1.0, None, None, work.data_ptr(), None, None, None,
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -381,7 +381,7 @@ class Native:
     def _narrow(self, x: Tensor, left: Tensor) -> bool:
         """Whether narrow.cpp has these sums: bf16, and not so many ranks that the products no longer wait for memory."""
         fits = x.dim() == left.dim() == 2 and x.shape[0] == left.shape[0] and x.numel() and 0 < left.shape[1] <= 64
-        return self.attention_unit == "AMX" and bool(fits) and x.dtype == left.dtype == torch.bfloat16
+        return self.bf16_unit == "AMX" and bool(fits) and x.dtype == left.dtype == torch.bfloat16
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape
@@ -468,7 +468,7 @@ class Native:
 
     def attends(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether `attention` has a kernel for these: one type of head, in bf16."""
-        return bool(self.attention_unit) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1]
+        return bool(self.bf16_unit) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1]
 
     def _attention(self, views: tuple[Tensor, ...], lse: Tensor, bounds: Sequence[int], scale: float) -> None:
         backward = len(views) > 4

@@ -452,10 +452,10 @@ int64_t qlora_narrow_room(int64_t tokens, int64_t columns, int64_t rank) {
 
 // All of a layer's gradients that are sums over dy = x [tokens, columns]: v = dy up, dB = diag(scaling gain) dyt left, dm_c = sum_t dy y / safe;
 // with out, not v, dB and dm: out [rank, columns] = leftt x.
-void qlora_narrow(const void* x, int64_t x_stride, const void* y, int64_t y_stride, const void* left, const void* up, int64_t tokens, int64_t columns,
+void qlora_narrow(const void* x, const void* y, const void* left, const void* up, int64_t tokens, int64_t columns,
                   int64_t rank, float scaling, const float* gain, const float* safe, float* work, void* v, float* dB, float* dm, float* out, int threads) {
   const auto bf16 = [](const void* p) { return static_cast<const uint16_t*>(p); };
-  const Narrow n{bf16(x), bf16(y), bf16(left), bf16(up), x_stride, y_stride, tokens, columns, rank};
+  const Narrow n{bf16(x), bf16(y), bf16(left), bf16(up), tokens, columns, rank};
   const int64_t padded = ceil_div(rank, 16) * 16, parts = ceil_div(tokens, kPart), strips = ceil_div(columns, kStrip);
   const int64_t width = ceil_div(ceil_div(columns, strips), 32) * 32;  // strips of one size, and so the last is never much narrower
   float *partial_v = work, *partial_p = work + strips * tokens * padded, *partial_dots = partial_p + parts * columns * padded;

@@ -94,7 +94,7 @@ inline void multiply(const Tile (&levels)[2][2][2], const Tile* pairs, Tile (&su
   _tile_stored(3, &sums[1][1], 64);
 }
 
-// The levels of 64 columns of W from element `at` on in each of some rows, and their scales; the squares onto `own`, if it is given.
+// The levels of 64 columns of W from element `at` on in each of some rows, and their scales; kSquares: the squares onto `own`.
 template <bool kSquares>
 inline void decode(const Weight& w, const __m512i (&part)[4], uint64_t at, int64_t rows, Tile (&levels)[2][2][2], float* scale, __m512* own) {
   const __m512i one = _mm512_set1_epi16(1), upper = part[2], lower = part[3];
