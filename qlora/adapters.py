@@ -101,11 +101,6 @@ class AdaptedProduct(torch.autograd.Function):
 
     Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
-
-    The low-rank product comes first and the large product is accumulated onto it. In bf16 the order matters: the large product
-    rounded first already lies on bf16's grid, and an update smaller than half a step of that grid, as every update is early in
-    training, then vanishes altogether. This way round there is one rounding after both (measured on SmolLM2: of what a first
-    step of B should gain, 100 % arrive, 60 % the other way round).
     """
 
     @staticmethod
@@ -119,8 +114,7 @@ class AdaptedProduct(torch.autograd.Function):
         elif not fold:
             safe, n = reference.guarded(m, n)
             gain = safe / n
-        u = x_adapter @ down.t()
-        y = product(x, weight.scratch(dtype, folded).t(), onto=u @ up.t())
+        y, u = weight.product(x, x_adapter, down, up, folded)
         if gain is not None and folded is None:
             y *= gain.to(dtype)
         ctx.weight, ctx.scaling, ctx.shared, ctx.wide = weight, scaling, x_adapter is x, A.dtype
@@ -145,13 +139,11 @@ class AdaptedProduct(torch.autograd.Function):
             dm = sums
         if need_A:
             dA = ops.token_product(v, x_adapter)
-        if need_x or need_xa:
-            low = v @ down
-            if ctx.shared:
-                dx = product(dy, weight.scratch(dtype, folded), onto=low)
-            else:
-                dxa = low
-                dx = product(dy, weight.scratch(dtype, folded)) if need_x else None
+        if ctx.shared and need_x:
+            dx = weight.product_backward(dy, v, down, folded)
+        else:
+            dxa = v @ down if need_xa else None
+            dx = product(dy, weight.scratch(dtype, folded)) if need_x else None
         return dx, dxa, dA, dB if need_B else None, dm, None, None, None, None, None
 
 

@@ -10,6 +10,7 @@
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
     torch.ops.qlora.row_norms_nf4_all the same of many layers at once
+    torch.ops.qlora.nf4_product, nf4_product_backward  x, packed, constants, an adapter's factors -> x W't + (x At) (s g B)t, and back
     torch.ops.qlora.fold_factors    A, B, m, n -> A, s diag(m / n) B in the dtype of a product, m / n, and a safe m
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
     torch.ops.qlora.token_product   u [tokens, r], x [tokens, in] -> ut x in float32                       (dA)
@@ -212,6 +213,34 @@ def _(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns
 
 
 @operator()
+def nf4_product(
+    x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
+    row_gain: Optional[Tensor], rows: int, columns: int, blocksize: int, nested_blocksize: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
+    return reference.nf4_product(x, x_adapter, down, up, *weight)
+
+
+@shape_of("nf4_product")
+def _(x, x_adapter, down, up, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize):
+    return x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], down.shape[0])
+
+
+@operator()
+def nf4_product_backward(
+    dy: Tensor, v: Tensor, down: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
+    row_gain: Optional[Tensor], rows: int, columns: int, blocksize: int, nested_blocksize: int,
+) -> Tensor:  # fmt: skip
+    weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
+    return reference.nf4_product_backward(dy, v, down, *weight)
+
+
+@shape_of("nf4_product_backward")
+def _(dy, v, down, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize):
+    return dy.new_empty(dy.shape[0], columns)
+
+
+@operator()
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     return reference.column_dots(a, b)
 
@@ -378,7 +407,7 @@ def _(values, codes, absmax, work, blocksize, signed):
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
-    "fold_factors", "column_dots", "token_product", "adapter_gradients", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
+    "nf4_product", "nf4_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
     "adamw_", "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
@@ -489,6 +518,11 @@ def multiplies_a_vector(device: torch.device) -> bool:
 def fuses(device: torch.device) -> bool:
     """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's chains."""
     return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def multiplies(x: Tensor, *weight: Tensor | int | None) -> bool:
+    """Whether `nf4_product` of a weight [packed ... nested_blocksize] has a kernel there; elsewhere a dense weight for the usual product is faster."""
+    return x.device.type == "cpu" and NATIVE is not None and NATIVE.multiplies(x, *weight)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:

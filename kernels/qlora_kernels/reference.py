@@ -406,6 +406,25 @@ def row_norms_nf4_all(
     return [row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
 
 
+def nf4_product(
+    x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
+    row_gain: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x, x_adapter [tokens, columns], down [r, columns], up [rows, r] -> y [tokens, rows] = x W't + u upt and u = x_adapter downt, W' = diag(row_gain) W."""
+    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+    u = x_adapter @ down.t()
+    return torch.addmm(u @ up.t(), x, weight.t()), u
+
+
+def nf4_product_backward(
+    dy: Tensor, v: Tensor, down: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
+    row_gain: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+) -> Tensor:  # fmt: skip
+    """dy [tokens, rows], v [tokens, r], down [r, columns] -> dx [tokens, columns] = dy W' + v down, W' as in `nf4_product`."""
+    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
+    return torch.addmm(v @ down, dy, weight)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -15,14 +15,6 @@ namespace {
 
 constexpr int64_t kBlocks = kStrip / 32;  // of 32 columns
 
-// Two rows of 32 values to pairs of the first 16 columns, and of the others.
-inline void interleave(__m512i even, __m512i odd, Tile* to, int p) {
-  alignas(64) static constexpr uint16_t order[2][32] = {
-      {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  for (int h = 0; h < 2; ++h) to[h].set(p, _mm512_permutex2var_epi16(even, _mm512_load_si512(order[h]), odd));
-}
-
 inline __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
 
@@ -63,7 +55,7 @@ void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64
             dot[b][0] = _mm512_fmadd_ps(even(x[i]), even(y), dot[b][0]);
             dot[b][1] = _mm512_fmadd_ps(odd(x[i]), odd(y), dot[b][1]);
           }
-          interleave(x[0], x[1], pairs[b], t / 2);
+          interleave(x[0], x[1], pairs[b][0], pairs[b][1], t / 2);
         }
       }
       asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -106,17 +107,20 @@ class Native:
             "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
             "qlora_narrow_room": [size, size, size],
             "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
+            "qlora_product_bytes": [size, size, size, integer],
+            "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 4, size, pointer, pointer, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
         results = {
             "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
-            "qlora_attention_bytes": size, "qlora_narrow_room": size,
+            "qlora_attention_bytes": size, "qlora_narrow_room": size, "qlora_product_bytes": size,
         }  # fmt: skip
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, results.get(name)
         self.library = library
+        self._work = threading.local()  # memory that the products of a thread share: warm, it is half of what it would be cold
         cpu = torch.device("cpu")
         values, edges = zip(*(reference.block_tables(cpu, signed) for signed in (False, True)), strict=True)
         library.qlora_initialize(
@@ -382,6 +386,57 @@ class Native:
         """Whether narrow.cpp has these sums: bf16, and not so many ranks that the products no longer wait for memory."""
         fits = x.dim() == left.dim() == 2 and x.shape[0] == left.shape[0] and x.numel() and 0 < left.shape[1] <= 64
         return self.bf16_unit == "AMX" and bool(fits) and x.dtype == left.dtype == torch.bfloat16
+
+    def nf4_product(
+        self, x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int,
+        blocksize: int, nested_blocksize: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
+        if not self.multiplies(x, *weight) or not x.dtype == x_adapter.dtype == down.dtype == up.dtype:
+            return reference.nf4_product(x, x_adapter, down, up, *weight)
+        rank = down.shape[0]
+        if x.shape[1] != columns or x_adapter.shape != x.shape or down.shape != (rank, columns) or up.shape != (rows, rank):
+            raise ValueError(f"x {tuple(x.shape)}, down {tuple(down.shape)} and up {tuple(up.shape)} for a weight of {rows} x {columns}")
+        u = torch.empty(x.shape[0], rank, dtype=x.dtype)
+        return self._product(x, x_adapter.contiguous(), down.contiguous(), u, up, True, *weight), u
+
+    def nf4_product_backward(
+        self, dy: Tensor, v: Tensor, down: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int,
+        blocksize: int, nested_blocksize: int,
+    ) -> Tensor:  # fmt: skip
+        weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
+        if not self.multiplies(dy, *weight) or not dy.dtype == v.dtype == down.dtype:
+            return reference.nf4_product_backward(dy, v, down, *weight)
+        if dy.shape[1] != rows or v.shape != (dy.shape[0], down.shape[0]) or down.shape[1] != columns:
+            raise ValueError(f"gradient {tuple(dy.shape)}, v {tuple(v.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns}")
+        return self._product(dy, None, None, v.contiguous(), down, False, *weight)
+
+    def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
+        """Whether product.cpp multiplies these: bf16, whole tiles."""
+        fits = x.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[0] >= 32 and rows % 32 == 0 == columns % 64 and blocksize >= 64
+        return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+
+    def _product(
+        self, x: Tensor, x_adapter: Tensor | None, down: Tensor | None, u: Tensor, right: Tensor, transposed: bool, packed, absmax, nested_absmax,
+        nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+    ) -> Tensor:  # fmt: skip
+        if row_gain is not None:
+            if row_gain.numel() != rows:
+                raise ValueError(f"row_gain holds {row_gain.numel()} values for {rows} rows")
+            row_gain = row_gain.float().contiguous()
+        x, right = x.contiguous(), right.contiguous()
+        tokens, rank, threads = x.shape[0], u.shape[1], torch.get_num_threads()
+        inner, outer = (columns, rows) if transposed else (rows, columns)
+        y, size = torch.empty(tokens, outer, dtype=x.dtype), self.library.qlora_product_bytes(tokens, inner, rank, threads)
+        work = self._work.__dict__.get("bytes")
+        if work is None or work.numel() < size:
+            work = self._work.bytes = torch.empty(size, dtype=torch.uint8)
+        self.library.qlora_product(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(row_gain), rows, columns, blocksize,
+            nested_blocksize, transposed, x.data_ptr(), tokens, _pointer(x_adapter), _pointer(down), u.data_ptr(), right.data_ptr(), rank,
+            work.data_ptr(), y.data_ptr(), threads,
+        )  # fmt: skip
+        return y
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape

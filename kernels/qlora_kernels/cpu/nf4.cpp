@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "narrow.h"
 #include "nf4.h"
+#include "product.h"
 #include "types.h"
 
 namespace qlora {
@@ -475,6 +476,41 @@ void qlora_narrow(const void* x, const void* y, const void* left, const void* up
       float sum = partial_dots[c];
       for (int64_t p = 1; p < parts; ++p) sum += partial_dots[p * columns + c];
       dm[c] = sum / safe[c];
+    }
+  });
+}
+
+// Bytes of `work` for the product below.
+int64_t qlora_product_bytes(int64_t tokens, int64_t inner, int64_t rank, int threads) {
+  return tokens * ceil_div(rank, 32) * 64 + threads * matrix_product.room(inner, rank);
+}
+
+// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, or y [tokens, columns] = x [tokens, rows] W' + u down, W' = diag(gain) W, everything else bf16;
+// with x_narrow, u = x_narrow down^T is made first. `right` is up [rows, rank] or down [rank, columns]. `work` is aligned to 64.
+void qlora_product(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain, int64_t rows, int64_t columns,
+                   int64_t blocksize, int64_t nested_blocksize, int transposed, const uint16_t* x, int64_t tokens, const uint16_t* x_narrow,
+                   const uint16_t* down, uint16_t* u, const uint16_t* right, int64_t rank, char* work, uint16_t* y, int threads) {
+  const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
+  const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns, room = matrix_product.room(inner, rank);
+  uint16_t* left = reinterpret_cast<uint16_t*>(work);
+  char* const rooms = work + tokens * ceil_div(rank, 32) * 64;
+  const Product product{w, transposed != 0, x, tokens, inner, outer, left, right, rank, y};
+  const int64_t blocks = ceil_div(tokens, kProductBlock), panels = outer / kProductBlock;
+  const int64_t cut = threads_for(blocks, threads);
+  if (rank > 0)
+    parallel(cut, threads, [&](int64_t i) {
+      const int64_t token = blocks * i / cut * kProductBlock, stop = minimum(tokens, blocks * (i + 1) / cut * kProductBlock);
+      if (x_narrow != nullptr) matrix_product.narrow(x_narrow, down, columns, rank, token, stop - token, rooms + i * room, u, left);
+      else matrix_product.widen(u, rank, token, stop - token, left);
+    });
+  // A thread's share: panels, and where there are too few, parts of the tokens too.
+  const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
+  parallel(shares, threads, [&](int64_t i) {
+    for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
+      const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
+      const int64_t token = blocks * part / parts * kProductBlock, end = minimum(tokens, blocks * (part + 1) / parts * kProductBlock);
+      matrix_product.wide(product, token, end - token, at % panels, count, rooms + i * room);
+      at += count;
     }
   });
 }

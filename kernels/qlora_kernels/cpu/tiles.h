@@ -150,6 +150,15 @@ inline __m512i interleaved(__m512i x) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), x);
 }
 
+// Two rows of 32 values to pairs of the first 16 columns, and of the others.
+inline void interleave(__m512i even, __m512i odd, Tile& first, Tile& second, int p) {
+  alignas(64) static constexpr uint16_t order[2][32] = {
+      {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  first.set(p, _mm512_permutex2var_epi16(even, _mm512_load_si512(order[0]), odd));
+  second.set(p, _mm512_permutex2var_epi16(even, _mm512_load_si512(order[1]), odd));
+}
+
 inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // 16 rows of 32 values: A. Rows past n and columns past `columns` are zeros.
