@@ -135,35 +135,24 @@ class FrozenWeight:
 
     def times(self, x: Tensor) -> Tensor:
         """W x [out] in float32, for x [in]: an NF4 weight is read once, four bits a value, and never written out."""
+        return ops.nf4_gemv(x, *self.parts())
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether a kernel decodes this weight as it multiplies with `x`; elsewhere it is made dense for the usual product."""
+        return self.nf4 is not None and ops.multiplies(x, *self.parts())
+
+    def parts(self) -> tuple:
+        """An NF4 weight as the operators take it."""
         w = self.nf4
-        return ops.nf4_gemv(x, w.packed, w.absmax, w.nested_absmax, w.nested_offset, *w.shape, w.blocksize, w.nested_blocksize)
+        return (w.packed, w.absmax, w.nested_absmax, w.nested_offset, *w.shape, w.blocksize, w.nested_blocksize)
 
-    def product(self, x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, row_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """y [tokens, out] = x W't + u upt and u [tokens, r] = x_adapter downt, W' = diag(row_gain) W, all in the dtype of x.
-
-        The low-rank product comes first and the large product is accumulated onto it. In bf16 the order matters: the large product
-        rounded first already lies on bf16's grid, and an update smaller than half a step of that grid, as every update is early in
-        training, then vanishes altogether. This way round there is one rounding after both (measured on SmolLM2: of what a first
-        step of B should gain, 100 % arrive, 60 % the other way round).
-        """
-        if self._multiplies(x, row_gain):
-            return ops.nf4_product(x, x_adapter, down, up, *self._parts(row_gain))
-        u = x_adapter @ down.t()
-        return product(x, self.scratch(x.dtype, row_gain).t(), onto=u @ up.t()), u
-
-    def product_backward(self, dy: Tensor, v: Tensor, down: Tensor, row_gain: Tensor | None = None) -> Tensor:
-        """dx [tokens, in] = dy W' + v down, as in `product`."""
-        if self._multiplies(dy, row_gain):
-            return ops.nf4_product_backward(dy, v, down, *self._parts(row_gain))
-        return product(dy, self.scratch(dy.dtype, row_gain), onto=v @ down)
-
-    def _parts(self, row_gain: Tensor | None) -> tuple:
-        w = self.nf4
-        return (w.packed, w.absmax, w.nested_absmax, w.nested_offset, row_gain, *w.shape, w.blocksize, w.nested_blocksize)
-
-    def _multiplies(self, x: Tensor, row_gain: Tensor | None) -> bool:
-        """Whether a kernel decodes as it multiplies; elsewhere the weight is made dense for the usual product."""
-        return self.nf4 is not None and ops.multiplies(x, *self._parts(row_gain))
+    def product(self, x: Tensor, transposed: bool, row_gain: Tensor | None = None) -> Tensor:
+        """x W't, or x W' if not `transposed`, of a matrix x, W' = diag(row_gain) W."""
+        if self.multiplies(x):
+            *constants, rows, columns, blocksize, nested_blocksize = self.parts()
+            return ops.nf4_product(x, *constants, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
+        dense = self.scratch(x.dtype, row_gain)
+        return product(x, dense.t() if transposed else dense)
 
     def chunks(self, dtype: torch.dtype = torch.float32, elements: int = 1 << 22) -> Iterator[tuple[slice, Tensor]]:
         """(rows, W[rows] in `dtype`) in chunks of about `elements` values: a whole weight is never held in float32."""
@@ -198,7 +187,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        y = product(x.reshape(-1, x.shape[-1]), weight.scratch(x.dtype).t())
+        y = weight.product(x.reshape(-1, x.shape[-1]), transposed=True)
         y = y if bias is None else y.add_(bias.to(x.dtype))
         return y.view(*x.shape[:-1], -1)
 
@@ -207,7 +196,7 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy.reshape(-1, dy.shape[-1]), ctx.weight.scratch(dy.dtype)).view(*dy.shape[:-1], -1)
+            dx = ctx.weight.product(dy.reshape(-1, dy.shape[-1]), transposed=False).view(*dy.shape[:-1], -1)
         return dx, None, None
 
 

@@ -203,7 +203,7 @@ def check_model() -> None:
 
     import qlora
     from qlora import nf4
-    from qlora.adapters import linear_names
+    from qlora.adapters import compute_norms, linear_names
     from qlora.data import Example, collate
     from qlora.fused import fuse
     from qlora.linear import NF4Linear
@@ -235,7 +235,10 @@ def check_model() -> None:
         start = [p.detach().clone() for p in parameters]
         optimizer = qlora.PagedAdamW(parameters, lr=1e-2)
         called.clear()
-        steps = [optimizer_step(model, optimizer, batches[2 * step : 2 * step + 2], 1e-2, 1.0) for step in range(2)]
+        steps = []
+        for step in range(2):
+            compute_norms(model)  # as before each forward pass on a GPU
+            steps.append(optimizer_step(model, optimizer, batches[2 * step : 2 * step + 2], 1e-2, 1.0))
         ends.append((torch.tensor([list(step.values()) for step in steps]), torch.cat([(p.detach() - was).flatten() for p, was in zip(parameters, start)])))
     missing = {"dequantize_nf4_into", "row_norms_nf4_all", "fold_factors", "adapter_gradients", "swiglu_backward_dots", "rms_norm", "cross_entropy_", "adamw_"} - called
     assert not missing, missing

@@ -10,7 +10,8 @@
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
     torch.ops.qlora.row_norms_nf4   packed, constants, A, B, scaling -> norms of the rows of W + s B A     (DoRA's n)
     torch.ops.qlora.row_norms_nf4_all the same of many layers at once
-    torch.ops.qlora.nf4_product, nf4_product_backward  x, packed, constants, an adapter's factors -> x W't + (x At) (s g B)t, and back
+    torch.ops.qlora.nf4_product     x, packed, constants -> x Wt or x W
+    torch.ops.qlora.adapted_product, adapted_product_backward: a whole adapted layer, x, A, B, m, packed, constants -> y, and dy -> dx, dA, dB, dm
     torch.ops.qlora.fold_factors    A, B, m, n -> A, s diag(m / n) B in the dtype of a product, m / n, and a safe m
     torch.ops.qlora.column_dots     a, b [tokens, out] -> sum_t a * b [out]                                (DoRA's dm)
     torch.ops.qlora.token_product   u [tokens, r], x [tokens, in] -> ut x in float32                       (dA)
@@ -214,30 +215,48 @@ def _(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns
 
 @operator()
 def nf4_product(
-    x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
-    row_gain: Optional[Tensor], rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
-    return reference.nf4_product(x, x_adapter, down, up, *weight)
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor], row_gain: Optional[Tensor],
+    rows: int, columns: int, blocksize: int, nested_blocksize: int, transposed: bool,
+) -> Tensor:  # fmt: skip
+    return reference.nf4_product(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
 
 
 @shape_of("nf4_product")
-def _(x, x_adapter, down, up, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize):
-    return x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], down.shape[0])
+def _(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed):
+    return x.new_empty(x.shape[0], rows if transposed else columns)
 
 
 @operator()
-def nf4_product_backward(
-    dy: Tensor, v: Tensor, down: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
-    row_gain: Optional[Tensor], rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> Tensor:  # fmt: skip
-    weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
-    return reference.nf4_product_backward(dy, v, down, *weight)
+def adapted_product(
+    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Optional[Tensor], n: Optional[Tensor], base: Optional[Tensor], scaling: float,
+    packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
+    rows: int, columns: int, blocksize: int, nested_blocksize: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+    return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight)
 
 
-@shape_of("nf4_product_backward")
-def _(dy, v, down, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize):
-    return dy.new_empty(dy.shape[0], columns)
+@shape_of("adapted_product")
+def _(x, x_adapter, A, B, m, n, base, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize):
+    factors = [B.new_empty(count) for count in (0 if m is None else rows, 0 if m is None else rows, rows if m is not None and n is None else 0)]
+    return x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], A.shape[0]), x.new_empty(A.shape), x.new_empty(B.shape), *factors
+
+
+@operator()
+def adapted_product_backward(
+    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Optional[Tensor], gain: Optional[Tensor], safe: Optional[Tensor], scaling: float,
+    packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
+    rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+    return reference.adapted_product_backward(dy, x, down, up, u, y, gain, safe, scaling, *weight, needs_x)
+
+
+@shape_of("adapted_product_backward")
+def _(dy, x, down, up, u, y, gain, safe, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, needs_x):
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx = dy.new_empty((dy.shape[0], columns) if needs_x else 0)
+    return dx, down.new_empty(down.shape, dtype=wide), up.new_empty(up.shape, dtype=wide), up.new_empty(0 if y is None else rows, dtype=wide)
 
 
 @operator()
@@ -407,7 +426,8 @@ def _(values, codes, absmax, work, blocksize, signed):
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
-    "nf4_product", "nf4_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients", "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
+    "nf4_product", "adapted_product", "adapted_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients",
+    "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
     "adamw_", "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
@@ -521,8 +541,9 @@ def fuses(device: torch.device) -> bool:
 
 
 def multiplies(x: Tensor, *weight: Tensor | int | None) -> bool:
-    """Whether `nf4_product` of a weight [packed ... nested_blocksize] has a kernel there; elsewhere a dense weight for the usual product is faster."""
-    return x.device.type == "cpu" and NATIVE is not None and NATIVE.multiplies(x, *weight)
+    """Whether `nf4_product` and `adapted_product` of a weight [packed ... nested_blocksize] are one kernel; elsewhere a dense weight for the usual
+    product is faster. Tensors without a device count as the CPU's, for `plan`."""
+    return x.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.multiplies(x, *weight)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:

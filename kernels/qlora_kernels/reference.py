@@ -14,6 +14,7 @@ The alternative, decoding through an int64 index of every element, costs sixteen
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -407,22 +408,48 @@ def row_norms_nf4_all(
 
 
 def nf4_product(
-    x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    row_gain: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x, x_adapter [tokens, columns], down [r, columns], up [rows, r] -> y [tokens, rows] = x W't + u upt and u = x_adapter downt, W' = diag(row_gain) W."""
-    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, x.dtype)
-    u = x_adapter @ down.t()
-    return torch.addmm(u @ up.t(), x, weight.t()), u
-
-
-def nf4_product_backward(
-    dy: Tensor, v: Tensor, down: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    row_gain: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, row_gain: Tensor | None,
+    rows: int, columns: int, blocksize: int, nested_blocksize: int, transposed: bool,
 ) -> Tensor:  # fmt: skip
-    """dy [tokens, rows], v [tokens, r], down [r, columns] -> dx [tokens, columns] = dy W' + v down, W' as in `nf4_product`."""
-    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
-    return torch.addmm(v @ down, dy, weight)
+    """x [tokens, columns] -> x W't [tokens, rows], W' = diag(row_gain) W; not transposed: x [tokens, rows] -> x W' [tokens, columns]."""
+    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+    return x @ (weight.t() if transposed else weight)
+
+
+def adapted_product(
+    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, kernels=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """An adapted layer forward: x [tokens, in], x_adapter (x, or x after dropout), A [r, in], B [out, r], m and n [out] or None
+
+        -> y [tokens, out] = x W't + u upt,  u [tokens, r] = x_adapter downt,  and `fold_factors`' down, up, gain, safe, with W' = diag(gain) W
+
+    and n, the `row_norms`, where m is given without (else empty). A kernel may make it from base [out], the norms of W alone. `kernels` stands in for
+    this module in the steps.
+    """
+    steps, constants = kernels or sys.modules[__name__], (packed, absmax, nested_absmax, nested_offset)
+    made = B.new_empty(0)
+    if m is not None and n is None:
+        n = made = steps.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+    down, up, gain, safe = steps.fold_factors(A, B, m, n, scaling, x.dtype)
+    weight = steps.dequantize_nf4(*constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+    u = x_adapter @ down.t()
+    return torch.addmm(u @ up.t(), x, weight.t()), u, down, up, gain, safe, made
+
+
+def adapted_product_backward(
+    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float, packed: Tensor,
+    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
+    kernels=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`."""
+    steps = kernels or sys.modules[__name__]
+    v, dB, dm = steps.adapter_gradients(dy, up, u, y, gain, safe, scaling)
+    dx = dy.new_empty(0)
+    if needs_x:
+        weight = steps.dequantize_nf4(packed, absmax, nested_absmax, nested_offset, gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
+        dx = torch.addmm(v @ down, dy, weight)
+    return dx, steps.token_product(v, x), dB, dm
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -64,17 +64,6 @@ def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
     return A.contiguous(), B.contiguous(), A.shape[0]
 
 
-class NormJob(ctypes.Structure):
-    """As in nf4.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "nested", "offset", "A", "B", "n")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "blocksize", "nested_blocksize", "rank")),
-        ("scaling", ctypes.c_float),
-        ("exact", ctypes.c_int32),
-    ]
-
-
 class Native:
     """The operators of `ops.py`, same arguments and results, on CPU tensors."""
 
@@ -97,7 +86,7 @@ class Native:
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
-            "qlora_row_norms_matrix": [pointer, size, pointer, size, integer],
+            "qlora_row_norms_matrix": [*weight, *[size] * 4, *[pointer] * 2, size, ctypes.c_float, pointer, pointer, integer],
             "qlora_cross_entropy": [integer, pointer, pointer, size, size, pointer, integer],
             "qlora_rms_norm": [integer, pointer, pointer, size, size, ctypes.c_float, pointer, pointer, integer],
             "qlora_rms_norm_backward": [integer, pointer, pointer, pointer, pointer, size, size, pointer, integer],
@@ -108,19 +97,19 @@ class Native:
             "qlora_narrow_room": [size, size, size],
             "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_product_bytes": [size, size, size, integer],
-            "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 4, size, pointer, pointer, integer],
+            "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 4, size, ctypes.c_float, *[pointer] * 9, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
         results = {
-            "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
-            "qlora_attention_bytes": size, "qlora_narrow_room": size, "qlora_product_bytes": size,
+            "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_row_norms_matrix": integer, "qlora_partials": size,
+            "qlora_attention_bytes": size, "qlora_narrow_room": size, "qlora_product_bytes": size, "qlora_product": integer,
         }  # fmt: skip
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, results.get(name)
         self.library = library
-        self._work = threading.local()  # memory that the products of a thread share: warm, it is half of what it would be cold
+        self._work = threading.local()  # see _room
         cpu = torch.device("cpu")
         values, edges = zip(*(reference.block_tables(cpu, signed) for signed in (False, True)), strict=True)
         library.qlora_initialize(
@@ -243,7 +232,7 @@ class Native:
         if (
             out.dtype not in DTYPES
             or not out.is_contiguous()
-            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
         ):
             return reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
         if row_gain is not None:
@@ -260,58 +249,34 @@ class Native:
         self, packed, absmax, nested_absmax, nested_offset, A: Tensor, B: Tensor, scaling: float, rows: int, columns: int,
         blocksize: int, nested_blocksize: int,
     ) -> Tensor:  # fmt: skip
-        constants = ([], []) if nested_absmax is None else ([nested_absmax], [nested_offset])
-        return self.row_norms_nf4_all([packed], [absmax], *constants, [A], [B], [scaling], [rows], [columns], [blocksize], nested_blocksize)[0]
-
-    def row_norms_nf4_all(self, packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
-        norms, jobs, kept, room = [], [], [], 0
-        for i, (codes, scales, a, b) in enumerate(zip(packed, absmax, A, B, strict=True)):
-            constants = (nested_absmax[i], nested_offset[i]) if nested_absmax else (None, None)
-            layer = (codes, scales, *constants, a, b, scaling[i], rows[i], columns[i], blocksizes[i], nested_blocksize)
-            if self.bf16_unit != "AMX" or columns[i] % 64 or blocksizes[i] < 64 or not self._norms(layer):
-                norms.append(self._row_norms(*layer))
-                continue
-            a, b, rank = _in_sixteens(a, b)
-            norms.append(torch.empty(rows[i], dtype=torch.float32))
-            jobs.append(
-                NormJob(
-                    codes.data_ptr(), scales.data_ptr(), *map(_pointer, constants), a.data_ptr(), b.data_ptr(), norms[i].data_ptr(),
-                    rows[i], columns[i], blocksizes[i], nested_blocksize, rank, scaling[i], 1,
-                )
-            )  # fmt: skip
-            kept.append((i, layer, a, b))
-            room = max(room, rank * (columns[i] + rank))
-        if jobs:
-            threads, array = torch.get_num_threads(), (NormJob * len(jobs))(*jobs)
-            work = torch.empty(min(threads, len(jobs)) * room, dtype=torch.float32)  # room is a multiple of 16, so each thread's part is aligned to 64
-            self.library.qlora_row_norms_matrix(array, len(jobs), work.data_ptr(), room, threads)
-            for (i, layer, *_), job in zip(kept, array, strict=True):
-                if not job.exact:
-                    norms[i] = self._row_norms(*layer)
-        return norms
-
-    def _norms(self, layer: tuple) -> bool:
-        """Whether the kernels take this layer of row_norms_nf4."""
-        *parts, A, B, scaling, rows, columns, blocksize, nested_blocksize = layer
-        if A.dtype != torch.float32 or B.dtype != torch.float32 or not self._takes(*parts, rows * columns, blocksize, nested_blocksize):
-            return False
+        weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+        if not A.dtype == B.dtype == torch.float32 or not self._takes(*weight):
+            return reference.row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize)
         if A.shape[1:] != (columns,) or B.shape != (rows, A.shape[0]):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
-        return True
-
-    def _row_norms(self, *layer) -> Tensor:
-        """By vectors of float32, a layer cut over the threads."""
-        if not self._norms(layer):
-            return reference.row_norms_nf4(*layer)
-        packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize = layer
         A, B, rank = _in_sixteens(A, B)
-        tiles, gram, n = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), rank**2, rows))
-        self.library.qlora_row_norms_nf4(
-            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize,
-            nested_blocksize, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank, scaling, n.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        n, threads = torch.empty(rows, dtype=torch.float32), torch.get_num_threads()
+        parts = (packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize, nested_blocksize)
+        if self.bf16_unit == "AMX" and columns % 64 == 0 and blocksize >= 64:
+            work = self._room(4 * rank * (columns + rank))
+            if self.library.qlora_row_norms_matrix(*parts, A.data_ptr(), B.data_ptr(), rank, scaling, work.data_ptr(), n.data_ptr(), threads):
+                return n
+        # By vectors of float32: other processors and sizes, and layers of which a row's sums cancel.
+        tiles, gram = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), rank**2))
+        self.library.qlora_row_norms_nf4(*parts, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank, scaling, n.data_ptr(), threads)
         return n
+
+    def row_norms_nf4_all(self, packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
+        constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
+        layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
+        return [self.row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
+
+    def _room(self, size: int) -> Tensor:
+        """Bytes that a thread's operators use one after the other, aligned to 64: memory that is warm costs half of what fresh memory does."""
+        work = self._work.__dict__.get("bytes")
+        if work is None or work.numel() < size:
+            work = self._work.bytes = torch.empty(size, dtype=torch.uint8)
+        return work
 
     def column_dots(self, a: Tensor, b: Tensor) -> Tensor:
         if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2:
@@ -388,55 +353,76 @@ class Native:
         return self.bf16_unit == "AMX" and bool(fits) and x.dtype == left.dtype == torch.bfloat16
 
     def nf4_product(
-        self, x: Tensor, x_adapter: Tensor, down: Tensor, up: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int,
-        blocksize: int, nested_blocksize: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
-        if not self.multiplies(x, *weight) or not x.dtype == x_adapter.dtype == down.dtype == up.dtype:
-            return reference.nf4_product(x, x_adapter, down, up, *weight)
-        rank = down.shape[0]
-        if x.shape[1] != columns or x_adapter.shape != x.shape or down.shape != (rank, columns) or up.shape != (rows, rank):
-            raise ValueError(f"x {tuple(x.shape)}, down {tuple(down.shape)} and up {tuple(up.shape)} for a weight of {rows} x {columns}")
-        u = torch.empty(x.shape[0], rank, dtype=x.dtype)
-        return self._product(x, x_adapter.contiguous(), down.contiguous(), u, up, True, *weight), u
-
-    def nf4_product_backward(
-        self, dy: Tensor, v: Tensor, down: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int,
-        blocksize: int, nested_blocksize: int,
+        self, x: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int, transposed: bool,
     ) -> Tensor:  # fmt: skip
-        weight = (packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize)
-        if not self.multiplies(dy, *weight) or not dy.dtype == v.dtype == down.dtype:
-            return reference.nf4_product_backward(dy, v, down, *weight)
-        if dy.shape[1] != rows or v.shape != (dy.shape[0], down.shape[0]) or down.shape[1] != columns:
-            raise ValueError(f"gradient {tuple(dy.shape)}, v {tuple(v.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns}")
-        return self._product(dy, None, None, v.contiguous(), down, False, *weight)
+        weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+        if not self.multiplies(x, *weight):
+            return reference.nf4_product(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
+        if row_gain is not None and row_gain.numel() != rows or x.shape[1] != (columns if transposed else rows):
+            raise ValueError(f"x {tuple(x.shape)} and {None if row_gain is None else row_gain.numel()} gains for a weight of {rows} x {columns}")
+        none = x.new_empty(0, 0)
+        return self._product(x, None, None, none, None, None if row_gain is None else row_gain.float(), 1.0, transposed, weight)
 
-    def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
+    def adapted_product(
+        self, x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
+        packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        weight, rank = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize), A.shape[0]
+        floats = all([part is None or part.dtype == torch.float32 for part in (A, B, m, n, base)])
+        if not floats or x_adapter.dtype != x.dtype or not self.multiplies(x, *weight):
+            return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight, self)
+        if x.shape[1] != columns or x_adapter.shape != x.shape or A.shape != (rank, columns) or B.shape != (rows, rank) or m is not None and m.shape != (rows,):
+            raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {rows} x {columns}")
+        A, B, x_adapter = A.contiguous(), B.contiguous(), x_adapter.contiguous()
+        missing = m is not None and n is None
+        made = torch.empty(rows if missing else 0, dtype=torch.float32)
+        u = torch.empty(x.shape[0], rank, dtype=x.dtype)
+        if missing and base is not None and base.shape == m.shape and rows // 32 >= torch.get_num_threads():
+            down, up, *_ = self.fold_factors(A, B, None, None, scaling, x.dtype)
+            gain, safe = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+            y = self._product(x, x_adapter, down, u, B, None, scaling, True, weight, (A, base.contiguous(), m.contiguous(), made, gain, safe, up))
+            if y is not None:
+                return y, u, down, up, gain, safe, made
+        if missing:
+            n = made = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:])
+        down, up, gain, safe = self.fold_factors(A, B, m, n, scaling, x.dtype)
+        return self._product(x, x_adapter, down, u, B, None if m is None else gain, scaling, True, weight), u, down, up, gain, safe, made
+
+    def adapted_product_backward(
+        self, dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float,
+        packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+        if not self.multiplies(dy, *weight) or not self._narrow(dy, u) or not dy.dtype == x.dtype == down.dtype == up.dtype:
+            return reference.adapted_product_backward(dy, x, down, up, u, y, gain, safe, scaling, *weight, needs_x, self)
+        dy = dy.contiguous()
+        v, dB, dm = self.adapter_gradients(dy, up, u, y, gain, safe, scaling)
+        dA = self.token_product(v, x)
+        if dA.shape != (u.shape[1], columns) or down.shape != dA.shape:
+            raise ValueError(f"x {tuple(x.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns} and {u.shape[1]} ranks")
+        return self._product(dy, None, down, v, None, gain, 1.0, False, weight) if needs_x else dy.new_empty(0), dA, dB, dm
+
+    def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
         """Whether product.cpp multiplies these: bf16, whole tiles."""
         fits = x.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[0] >= 32 and rows % 32 == 0 == columns % 64 and blocksize >= 64
-        return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows * columns, blocksize, nested_blocksize)
+        return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, x.device.type)
 
     def _product(
-        self, x: Tensor, x_adapter: Tensor | None, down: Tensor | None, u: Tensor, right: Tensor, transposed: bool, packed, absmax, nested_absmax,
-        nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,
-    ) -> Tensor:  # fmt: skip
-        if row_gain is not None:
-            if row_gain.numel() != rows:
-                raise ValueError(f"row_gain holds {row_gain.numel()} values for {rows} rows")
-            row_gain = row_gain.float().contiguous()
-        x, right = x.contiguous(), right.contiguous()
+        self, x: Tensor, x_adapter: Tensor | None, down: Tensor | None, u: Tensor, B: Tensor | None, gain: Tensor | None, scaling: float, transposed: bool,
+        weight: tuple, norms: tuple = (None,) * 7,
+    ) -> Tensor | None:  # fmt: skip
+        """None where n, made from and into `norms`, is not exact."""
+        packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize = weight
+        x, down, gain = (None if part is None else part.contiguous() for part in (x, down, gain))
         tokens, rank, threads = x.shape[0], u.shape[1], torch.get_num_threads()
         inner, outer = (columns, rows) if transposed else (rows, columns)
-        y, size = torch.empty(tokens, outer, dtype=x.dtype), self.library.qlora_product_bytes(tokens, inner, rank, threads)
-        work = self._work.__dict__.get("bytes")
-        if work is None or work.numel() < size:
-            work = self._work.bytes = torch.empty(size, dtype=torch.uint8)
-        self.library.qlora_product(
-            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(row_gain), rows, columns, blocksize,
-            nested_blocksize, transposed, x.data_ptr(), tokens, _pointer(x_adapter), _pointer(down), u.data_ptr(), right.data_ptr(), rank,
-            work.data_ptr(), y.data_ptr(), threads,
+        y, work = torch.empty(tokens, outer, dtype=x.dtype), self._room(self.library.qlora_product_bytes(tokens, inner, rank, threads))
+        exact = self.library.qlora_product(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(gain), rows, columns, blocksize,
+            nested_blocksize, transposed, x.data_ptr(), tokens, _pointer(x_adapter), _pointer(down), u.data_ptr(), _pointer(B), rank, scaling,
+            *map(_pointer, norms), work.data_ptr(), y.data_ptr(), threads,
         )  # fmt: skip
-        return y
+        return y if exact else None
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape
@@ -547,14 +533,15 @@ class Native:
         )  # fmt: skip
 
     @staticmethod
-    def _takes(packed, absmax, nested_absmax, nested_offset, n: int, blocksize: int, nested_blocksize: int) -> bool:
+    def _takes(packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, device: str = "cpu") -> bool:
         """Whether the kernels read these parts: the sizes are checked, since C code would read past a tensor that is too short."""
         nested = nested_absmax is not None
-        parts = [packed, absmax, *([nested_absmax, nested_offset] if nested else [])]
+        parts = (packed, absmax, nested_absmax, nested_offset) if nested else (packed, absmax)
+        n = rows * columns
         blocks = -(-n // blocksize)
         return (
             blocksize in BLOCKSIZES
-            and all(part.is_contiguous() and part.device.type == "cpu" for part in parts)
+            and all([part.is_contiguous() and part.device.type == device for part in parts])
             and packed.dtype == torch.uint8
             and packed.numel() >= (n + 1) // 2
             and absmax.dtype == (torch.uint8 if nested else torch.float32)

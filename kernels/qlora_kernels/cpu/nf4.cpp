@@ -319,38 +319,20 @@ void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int
   });
 }
 
-// One layer of qlora_row_norms_matrix; native.py has the same structure. A [rank, columns], B [rows, rank], the rank a multiple of 16; n [rows].
-struct NormJob {
-  const uint8_t* packed;
-  const void* absmax;
-  const float *nested, *offset, *A, *B;
-  float* n;
-  int64_t rows, columns, blocksize, nested_blocksize, rank;
-  float scaling;
-  int32_t exact;  // written: 0 where a row's sums cancel, so that n is not exact
-};
-
-// DoRA's row norms of many layers by the matrix unit, a layer to a thread at a time, or where they are few, each cut over the threads; work,
-// aligned to 64: `room` floats for each thread, rank columns and rank rank of the largest. Columns in 64s, blocks of no less.
-void qlora_row_norms_matrix(NormJob* jobs, int64_t count, float* work, int64_t room, int threads) {
-  const auto run = [&](NormJob& job, float* pairs, int cut) {
-    const Weight w = weight_of(job.packed, job.absmax, job.nested, job.offset, nullptr, job.rows, job.columns, job.blocksize, job.nested_blocksize);
-    float* gram = pairs + job.rank * job.columns;
-    matrix_norms.pack(job.A, job.rank, job.columns, pairs);
-    for (int64_t k = 0; k < job.rank / 16; ++k) matrix_norms.gram(job.A, pairs, job.rank, job.columns, k, gram);
-    job.exact = 1;
-    parallel(ceil_div(job.rows, kMatrixNormRows), cut, [&](int64_t i) {
-      const int64_t last = minimum(job.rows, (i + 1) * kMatrixNormRows);
-      if (!matrix_norms.norms(w, pairs, job.B, gram, job.rank, job.scaling, i * kMatrixNormRows, last, job.n)) __atomic_store_n(&job.exact, 0, __ATOMIC_RELAXED);
-    });
-  };
-  const int used = threads_for(count, threads);
-  if (used == 1 || used < threads) {
-    for (int64_t i = 0; i < count; ++i) run(jobs[i], work, threads);
-    return;
-  }
-#pragma omp parallel for num_threads(used) schedule(dynamic)  // layers are of any size
-  for (int64_t i = 0; i < count; ++i) run(jobs[i], work + omp_get_thread_num() * room, 1);
+// DoRA's row norms by the matrix unit; 0 where a row's sums cancel, so that n is not exact. A [rank, columns], B [rows, rank], the rank a multiple
+// of 16; work, aligned to 64: rank columns and rank rank floats. Columns in 64s, blocks of no less.
+int qlora_row_norms_matrix(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns, int64_t blocksize,
+                           int64_t nested_blocksize, const float* A, const float* B, int64_t rank, float scaling, float* work, float* n, int threads) {
+  const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
+  float *const pairs = work, *const gram = work + rank * columns;
+  matrix_norms.pack(A, rank, columns, pairs);
+  for (int64_t k = 0; k < rank / 16; ++k) matrix_norms.gram(A, pairs, rank, columns, k, gram);
+  int exact = 1;
+  parallel(ceil_div(rows, kMatrixNormRows), threads, [&](int64_t i) {
+    const int64_t last = minimum(rows, (i + 1) * kMatrixNormRows);
+    if (!matrix_norms.norms(w, pairs, B, gram, rank, scaling, i * kMatrixNormRows, last, n)) __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
+  });
+  return exact;
 }
 
 // A [rank, columns], B [rows, rank]; room for the tiles [rank / 16, columns, 16] and for gram [rank, rank]; the rank a multiple of 16.
@@ -429,11 +411,7 @@ void qlora_swiglu_backward_dots(int dtype, const void* dy, const void* gate, con
 void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B, int64_t rows, int64_t rank, float scaling, const float* m, const float* n, void* down,
                         void* up, float* gain, float* safe, int threads) {
   if (m != nullptr)
-    for (int64_t j = 0; j < rows; ++j) {
-      const float norm = n[j] < 1e-12f ? 1e-12f : n[j], size = __builtin_fabsf(m[j]);
-      safe[j] = __builtin_copysignf(size < 1e-6f * norm ? 1e-6f * norm : size, m[j]);
-      gain[j] = safe[j] / norm;
-    }
+    for (int64_t j = 0; j < rows; ++j) fold(m[j], n[j], safe[j], gain[j]);
   const int64_t width = dtype == kFloat32 ? 4 : 2, step = ceil_div(kPiece, rank), first = ceil_div(rows, step);
   parallel(first + ceil_div(count, kPiece), threads, [&](int64_t i) {
     if (i < first)
@@ -482,37 +460,45 @@ void qlora_narrow(const void* x, const void* y, const void* left, const void* up
 
 // Bytes of `work` for the product below.
 int64_t qlora_product_bytes(int64_t tokens, int64_t inner, int64_t rank, int threads) {
-  return tokens * ceil_div(rank, 32) * 64 + threads * matrix_product.room(inner, rank);
+  const int64_t strips = ceil_div(rank, 16);
+  return tokens * ceil_div(rank, 32) * 64 + strips * (64 * inner + 16 * 64 * strips) + threads * matrix_product.room(inner, rank);
 }
 
-// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, or y [tokens, columns] = x [tokens, rows] W' + u down, W' = diag(gain) W, everything else bf16;
-// with x_narrow, u = x_narrow down^T is made first. `right` is up [rows, rank] or down [rank, columns]. `work` is aligned to 64.
-void qlora_product(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain, int64_t rows, int64_t columns,
-                   int64_t blocksize, int64_t nested_blocksize, int transposed, const uint16_t* x, int64_t tokens, const uint16_t* x_narrow,
-                   const uint16_t* down, uint16_t* u, const uint16_t* right, int64_t rank, char* work, uint16_t* y, int threads) {
+// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, or y [tokens, columns] = x [tokens, rows] W' + u down, W' = diag(gain) W, everything else bf16.
+// With x_narrow, u = x_narrow down^T is made first, and up is scaling B, B [rows, rank]. With A, n and what fold_factors makes of it is made on the way
+// from base = ||W_j|| and m; 0 where that is not exact. `work` is aligned to 64.
+int qlora_product(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain, int64_t rows, int64_t columns,
+                  int64_t blocksize, int64_t nested_blocksize, int transposed, const uint16_t* x, int64_t tokens, const uint16_t* x_narrow,
+                  const uint16_t* down, uint16_t* u, const float* B, int64_t rank, float scaling, const float* A, const float* base, const float* m, float* n,
+                  float* gain_made, float* safe, uint16_t* up, char* work, uint16_t* y, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
-  const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns, room = matrix_product.room(inner, rank);
-  uint16_t* left = reinterpret_cast<uint16_t*>(work);
-  char* const rooms = work + tokens * ceil_div(rank, 32) * 64;
-  const Product product{w, transposed != 0, x, tokens, inner, outer, left, right, rank, y};
-  const int64_t blocks = ceil_div(tokens, kProductBlock), panels = outer / kProductBlock;
-  const int64_t cut = threads_for(blocks, threads);
+  const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns, room = matrix_product.room(inner, rank), strips = ceil_div(rank, 16);
+  uint16_t *const left = reinterpret_cast<uint16_t*>(work), *const split = left + tokens * ceil_div(rank, 32) * 32;
+  float* const gram = reinterpret_cast<float*>(split + strips * 32 * inner);
+  char* const rooms = reinterpret_cast<char*>(gram + 256 * strips * strips);
+  const Product product{w, transposed != 0, x, tokens, inner, outer, left, down, B, rank, scaling, y};
+  const ProductNorms norms{split, gram, base, m, n, gain_made, safe, up};
+  const int64_t blocks = ceil_div(tokens, kProductBlock), panels = outer / kProductBlock, cut = threads_for(blocks, threads);
   if (rank > 0)
-    parallel(cut, threads, [&](int64_t i) {
+    parallel(cut + (A == nullptr ? 0 : strips), threads, [&](int64_t i) {
+      if (i >= cut) return matrix_product.split(A, inner, rank, i - cut, split, gram);
       const int64_t token = blocks * i / cut * kProductBlock, stop = minimum(tokens, blocks * (i + 1) / cut * kProductBlock);
       if (x_narrow != nullptr) matrix_product.narrow(x_narrow, down, columns, rank, token, stop - token, rooms + i * room, u, left);
       else matrix_product.widen(u, rank, token, stop - token, left);
     });
-  // A thread's share: panels, and where there are too few, parts of the tokens too.
-  const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
+  // A thread's share: panels, and where there are too few, parts of the tokens too; not with A, since two would make the same n.
+  const int64_t parts = A == nullptr ? minimum(blocks, ceil_div(threads, panels)) : 1, shares = threads_for(parts * panels, threads);
+  int exact = 1;
   parallel(shares, threads, [&](int64_t i) {
     for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
       const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
       const int64_t token = blocks * part / parts * kProductBlock, end = minimum(tokens, blocks * (part + 1) / parts * kProductBlock);
-      matrix_product.wide(product, token, end - token, at % panels, count, rooms + i * room);
+      if (!matrix_product.wide(product, A == nullptr ? nullptr : &norms, token, end - token, at % panels, count, rooms + i * room))
+        __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
       at += count;
     }
   });
+  return exact;
 }
 
 // Bytes of `work` for each thread, where the longest example has `tokens`.

@@ -39,6 +39,13 @@ inline float block_scale(const Weight& w, int64_t block) {
   const float part = tables.dynamic[static_cast<const uint8_t*>(w.absmax)[block]] * w.nested[block >> w.nested_shift];
   return part + *w.offset;  // two roundings: the build forbids contraction
 }
+
+// m that is safe to divide by, and m / n: `guarded` in reference.py.
+inline void fold(float m, float n, float& safe, float& gain) {
+  const float norm = n < 1e-12f ? 1e-12f : n, size = __builtin_fabsf(m);
+  safe = __builtin_copysignf(size < 1e-6f * norm ? 1e-6f * norm : size, m);
+  gain = safe / norm;
+}
 }  // namespace
 
 struct Kernels {

@@ -16,15 +16,22 @@
 namespace qlora {
 namespace {
 
-constexpr int64_t kBlock = kProductBlock, kTokens = 256;  // tokens that are multiplied with all panels before the next: their x stays in the cache
+constexpr int64_t kBlock = kProductBlock, kCache = 1 << 19, kTokens = 256;  // tokens that are multiplied with all panels before the next: their x stays in the cache
+
+// Panels that a thread decodes before it multiplies: as many as fit its second cache beside x, but a whole line of codes of each row.
+int64_t panels_of(int64_t inner, int64_t rank) {
+  const int64_t panel = 2 * (inner / 32 + ceil_div(rank, 32)) * int64_t(sizeof(Tile));
+  return kCache > 4 * panel ? kCache / panel : 4;
+}
 
 int64_t room(int64_t inner, int64_t rank) {
-  const int64_t panel = 2 * (inner / 32 + ceil_div(rank, 32)), down = inner / 32 * ceil_div(rank, 16);
-  const int64_t bytes = int64_t(sizeof(Tile)) * (panel > down ? panel : down);
-  return bytes > kProductPanels ? bytes : kProductPanels;
+  const int64_t panels = panels_of(inner, rank) * 2 * (inner / 32 + ceil_div(rank, 32)), down = inner / 32 * ceil_div(rank, 16);
+  return int64_t(sizeof(Tile)) * (panels > down ? panels : down);
 }
 
 // ---------------------------------------------------------------- decoding
+
+inline __m512 some(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), x); }  // the first n of 16, zeros behind them
 
 // The 16 values of a block's codes in bf16, twice.
 inline __m512i values_of(float scale, float gain) {
@@ -37,9 +44,7 @@ inline __m512i decode(const uint8_t* codes, __m512i values) {  // 16 bytes -> 32
   return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), values);
 }
 
-inline float gain_of(const Weight& w, int64_t row) { return w.gain == nullptr ? 1.0f : w.gain[row]; }
-
-// Panels of W^T: 32 rows of W each, two tiles high [2][inner / 32 + ..].
+// Panels of W^T without the gain, which goes onto sums: 32 rows of W each, two tiles high [2][inner / 32 + ..].
 void decode_rows(const Product& p, int64_t panel, int64_t panels, Tile* out, int64_t across) {
   const Weight w = p.weight;
   for (int64_t strip = 2 * panel; strip < 2 * (panel + panels); ++strip, out += across) {
@@ -49,7 +54,7 @@ void decode_rows(const Product& p, int64_t panel, int64_t panels, Tile* out, int
       int64_t at = first + 64 * b;
       for (int r = 0; r < 16; ++r, at += w.columns) {
         const uint8_t* codes = w.packed + at / 2;
-        const __m512i values = values_of(block_scale(w, at >> w.block_shift), gain_of(w, 16 * strip + r));
+        const __m512i values = values_of(block_scale(w, at >> w.block_shift), 1.0f);
         _mm_prefetch(reinterpret_cast<const char*>(codes + 8 * w.columns), _MM_HINT_T0);
         to[0].set(r, decode(codes, values));
         to[1].set(r, decode(codes + 16, values));
@@ -59,7 +64,11 @@ void decode_rows(const Product& p, int64_t panel, int64_t panels, Tile* out, int
     }
     for (int64_t k = 0; k < p.rank; k += 32) {
       Tile& to = out[w.columns / 32 + k / 32];
-      rows_of(to, p.right + 16 * strip * p.rank + k, p.rank, 16, p.rank - k);
+      const __m512 factor = _mm512_set1_ps(p.scaling);
+      for (int r = 0; r < 16; ++r) {
+        const float* b = p.B + (16 * strip + r) * p.rank + k;
+        to.set(r, rounded(_mm512_mul_ps(factor, some(b, p.rank - k)), _mm512_mul_ps(factor, some(b + 16, p.rank - k - 16))));
+      }
       transpose(to);
     }
   }
@@ -76,7 +85,7 @@ void decode_columns(const Product& p, int64_t panel, int64_t panels, Tile* out, 
         __m512i x[2][2];
         for (int odd = 0; odd < 2; ++odd) {
           const int64_t row = 32 * i + 2 * q + odd, at = row * w.columns + column;
-          const __m512i values = values_of(block_scale(w, at >> w.block_shift), gain_of(w, row));
+          const __m512i values = values_of(block_scale(w, at >> w.block_shift), w.gain == nullptr ? 1.0f : w.gain[row]);
           const uint8_t* codes = w.packed + at / 2;
           _mm_prefetch(reinterpret_cast<const char*>(codes + 8 * w.columns), _MM_HINT_T0);
           for (int64_t half = 0; half < count; ++half) x[half][odd] = decode(codes + 16 * half, values);
@@ -84,7 +93,7 @@ void decode_columns(const Product& p, int64_t panel, int64_t panels, Tile* out, 
         for (int64_t half = 0; half < count; ++half) interleave(x[half][0], x[half][1], to[2 * half * across + i], to[(2 * half + 1) * across + i], q);
       }
     for (int64_t k = 0; k < p.rank; k += 32)
-      for (int64_t s = 0; s < 2 * count; ++s) pairs_of(to[s * across + w.rows / 32 + k / 32], p.right + k * w.columns + column + 16 * s, w.columns, p.rank - k, 16);
+      for (int64_t s = 0; s < 2 * count; ++s) pairs_of(to[s * across + w.rows / 32 + k / 32], p.down + k * w.columns + column + 16 * s, w.columns, p.rank - k, 16);
     done += count;
   }
 }
@@ -95,16 +104,17 @@ struct alignas(64) Sums {
   Tile tile[2][2];
 };
 
-// Sums that wait for their rounding: rows `skip` and on of 32, to y.
+// Sums that wait for their gain and their rounding: rows `next` and on of 32, to y.
 struct Pending {
   const Sums* sums;
   uint16_t* y;
   int64_t stride;
+  __m512 gain[2];
   int next;
   void round() {
     const int r = next++;
     const Tile(&row)[2] = sums->tile[r / 16];
-    _mm512_storeu_si512(y + r * stride, rounded(row[0].floats(r % 16), row[1].floats(r % 16)));
+    _mm512_storeu_si512(y + r * stride, rounded(_mm512_mul_ps(gain[0], row[0].floats(r % 16)), _mm512_mul_ps(gain[1], row[1].floats(r % 16))));
   }
 };
 
@@ -120,13 +130,25 @@ inline void multiply(const uint16_t* a, int64_t stride, int64_t apart, const Til
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// 32 tokens times a panel; rounds what waits meanwhile.
-void block(const Product& p, int64_t token, const Tile* panel, int64_t across, bool backwards, Sums& sums, Pending& before) {
+inline void clear() {
   asm volatile("" ::: "memory");  // GCC does not know that a tile load reads memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+}
+
+inline void store(Sums& sums) {
+  asm volatile("" ::: "memory");
+  _tile_stored(0, &sums.tile[0][0], 64);
+  _tile_stored(1, &sums.tile[0][1], 64);
+  _tile_stored(2, &sums.tile[1][0], 64);
+  _tile_stored(3, &sums.tile[1][1], 64);
+}
+
+// 32 tokens times a panel; rounds what waits meanwhile.
+void block(const Product& p, int64_t token, const Tile* panel, int64_t across, bool backwards, Sums& sums, Pending& before) {
+  clear();
   const uint16_t* x = p.x + token * p.inner;
   const int64_t steps = p.inner / 32, ranks = ceil_div(p.rank, 32);
   int64_t i = backwards ? steps - 1 : 0;
@@ -138,36 +160,107 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
   }
   for (int64_t k = 0; k < ranks; ++k) multiply(p.left + token * 32 * ranks + 32 * k, 32 * ranks, 16 * 32 * ranks, panel + steps + k, across);
   while (before.next < 32) before.round();
-  asm volatile("" ::: "memory");
-  _tile_stored(0, &sums.tile[0][0], 64);
-  _tile_stored(1, &sums.tile[0][1], 64);
-  _tile_stored(2, &sums.tile[1][0], 64);
-  _tile_stored(3, &sums.tile[1][1], 64);
+  store(sums);
 }
 
-void wide(const Product& p, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
+// Of 32 rows of W: n, its factors, and up. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what 32
+// more tokens are. W is rounded to bf16 here, which moves P by 2^-10 of its terms, and n, of which P is the smaller part, by far less than y's rounding.
+bool norms(const Product& p, const ProductNorms& to, int64_t panel, const Tile* tiles, int64_t across) {
+  const int64_t strips = ceil_div(p.rank, 16);
+  Sums sums;
+  Tile B[2];  // 16 ranks of 2 x 16 rows
+  __m512 rest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t s = 0; s < strips; ++s) {
+    clear();
+    const uint16_t* a = to.split + 32 * s * p.inner;
+    for (int64_t i = 0; i < p.inner / 32; ++i) multiply(a + 32 * i, p.inner, 16 * p.inner, tiles + i, across);
+    store(sums);
+    __m512 update[2][16];
+    for (auto& half : update)
+      for (auto& sum : half) sum = _mm512_setzero_ps();
+    for (int64_t t = 0; t <= strips; ++t) {  // every strip but s, and s last, because its B stays for what follows
+      const int64_t l0 = t == strips ? s : t;
+      if (t == s && t < strips) continue;
+      for (int h = 0; h < 2; ++h) {
+        for (int r = 0; r < 16; ++r) B[h].set(r, _mm512_castps_si512(some(p.B + (32 * panel + 16 * h + r) * p.rank + 16 * l0, p.rank - 16 * l0)));
+        transpose(B[h]);
+        for (int k = 0; k < 16; ++k)
+          for (int l = 0; l < 16; ++l)
+            update[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(to.gram[(16 * l0 + l) * 16 * strips + 16 * s + k]), B[h].floats(l), update[h][k]);
+      }
+    }
+    const __m512 half = _mm512_set1_ps(0.5f * p.scaling);
+    for (int h = 0; h < 2; ++h)
+      for (int k = 0; k < 16; ++k)
+        rest[h] = _mm512_fmadd_ps(B[h].floats(k), _mm512_fmadd_ps(half, update[h][k], _mm512_add_ps(sums.tile[0][h].floats(k), sums.tile[1][h].floats(k))), rest[h]);
+  }
+  alignas(64) float added[32];
+  _mm512_store_ps(added, rest[0]);
+  _mm512_store_ps(added + 16, rest[1]);
+  bool exact = true;
+  for (int64_t r = 0, j = 32 * panel; r < 32; ++r, ++j) {
+    const double own = double(to.base[j]) * to.base[j], squared = own + 2.0 * p.scaling * added[r];
+    exact = exact && !(squared < 1e-3 * own);
+    to.n[j] = float(__builtin_sqrt(squared));
+    fold(to.m[j], to.n[j], to.safe[j], to.gain[j]);
+    for (int64_t k = 0; k < p.rank; k += 16) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(p.scaling), some(p.B + j * p.rank + k, p.rank - k));
+      _mm256_mask_storeu_epi16(to.up + j * p.rank + k, __mmask16(first(p.rank - k)), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(scaled, _mm512_set1_ps(to.gain[j]))));
+    }
+  }
+  return exact;
+}
+
+bool wide(const Product& p, const ProductNorms* to, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
   const Unit<true> unit;
   Sums sums[2];
-  Pending before{nullptr, nullptr, p.outer, 32};
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const float* const gain = !p.transposed ? nullptr : to != nullptr ? to->gain : p.weight.gain;
+  Pending before{nullptr, nullptr, p.outer, {one, one}, 32};
   Tile* const tiles = reinterpret_cast<Tile*>(work);
-  const int64_t across = p.inner / 32 + ceil_div(p.rank, 32), fit = kProductPanels / (2 * across * int64_t(sizeof(Tile))), most = fit > 1 ? fit : 1;
-  bool turn = false;
+  const int64_t across = p.inner / 32 + ceil_div(p.rank, 32), most = panels_of(p.inner, p.rank);
+  bool turn = false, exact = true;
   for (int64_t done = 0; done < panels;) {
     const int64_t count = minimum(most, panels - done);
     (p.transposed ? decode_rows : decode_columns)(p, panel + done, count, tiles, across);
+    for (int64_t c = 0; to != nullptr && c < count; ++c) exact &= norms(p, *to, panel + done + c, tiles + 2 * c * across, across);
     for (int64_t part = token; part < token + tokens; part += kTokens) {
       const int64_t stop = minimum(part + kTokens, token + tokens), blocks = ceil_div(stop - part, kBlock);
       for (int64_t c = 0; c < count; ++c)
         for (int64_t n = 0; n < blocks; ++n) {
           const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n), start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
           block(p, start, tiles + 2 * c * across, across, turn, sums[turn], before);
-          before = {&sums[turn], p.y + start * p.outer + 32 * (panel + done + c), p.outer, int(t - start)};
+          const int64_t column = 32 * (panel + done + c);
+          before = {&sums[turn], p.y + start * p.outer + column, p.outer, {one, one}, int(t - start)};
+          for (int h = 0; gain != nullptr && h < 2; ++h) before.gain[h] = _mm512_loadu_ps(gain + column + 16 * h);
           turn = !turn;
         }
     }
     done += count;
   }
   while (before.next < 32) before.round();
+  return exact;
+}
+
+void split(const float* A, int64_t inner, int64_t rank, int64_t strip, uint16_t* split, float* gram) {
+  const int64_t padded = 16 * ceil_div(rank, 16);
+  for (int64_t k = 16 * strip; k < 16 * strip + 16; ++k) {
+    uint16_t *const high = split + (16 * strip + k) * inner, *const low = high + 16 * inner;
+    for (int64_t i = 0; i < inner; i += 16) {
+      const __m512 a = some(A + k * inner + i, k < rank ? 16 : 0);
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(a);
+      const __m512 rest = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), rounded);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), (__m256i)_mm512_cvtneps_pbh(rest));
+    }
+    for (int64_t l = 0; l < padded; ++l) {
+      __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      if (k < rank && l < rank)
+        for (int64_t i = 0; i < inner; i += 32)
+          for (int h = 0; h < 2; ++h) sum[h] = _mm512_fmadd_ps(_mm512_loadu_ps(A + k * inner + i + 16 * h), _mm512_loadu_ps(A + l * inner + i + 16 * h), sum[h]);
+      gram[k * padded + l] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+    }
+  }
 }
 
 void widen(const uint16_t* u, int64_t rank, int64_t token, int64_t tokens, uint16_t* left) {
@@ -215,7 +308,7 @@ void narrow(const uint16_t* x, const uint16_t* down, int64_t inner, int64_t rank
 
 }  // namespace
 
-const MatrixProduct matrix_product = {room, narrow, widen, wide};
+const MatrixProduct matrix_product = {room, narrow, widen, split, wide};
 
 }  // namespace qlora
 
