@@ -3,9 +3,9 @@
     RMSNorm    y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP   y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
                and sums DoRA's magnitude gradients of gate and up in the pass over them that its gradient makes anyway
-    rotation   y = x cos + (-x2, x1) sin           three operations in the place of five, eight in backward
+    rotation   y = x cos + (-x2, x1) sin           saves cos and sin                      (arXiv:2104.09864)
 
-PyTorch has no fused CPU kernel for either, and its chains save three to five tensors each. `fuse` replaces a module only if
+PyTorch has no fused CPU kernel for any, and its chains save three to five tensors each. `fuse` replaces a module only if
 the replacement computes what the module computes, which it tries, so no list of architectures is kept. The alternative,
 `torch.compile` of these modules, is as fast but takes 20 seconds and a compiler at the first step of every process.
 """
@@ -54,26 +54,30 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a); the gradient is turned back. arXiv:2104.09864."""
+    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the gradient is turned back.
+
+    cos, sin [b or 1, t, D]. In memory the results are [b, t, heads, D], as attention reads them best. arXiv:2104.09864.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
+        cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        y = x * cos
-        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return y
+        return _by_head(ops.rotate(_by_token(q), _by_token(k), cos, sin), q.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
-        cos, sin = ctx.saved_tensors
-        half = dy.shape[-1] // 2
-        dx = dy * cos
-        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
-        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
-        return dx, None, None
+    def backward(ctx, dq: Tensor, dk: Tensor):
+        return *_by_head(ops.rotate_backward(_by_token(dq), _by_token(dk), *ctx.saved_tensors), dq.shape[0]), None, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[b, heads, t, D] -> [b t, heads, D]"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _by_head(parts: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in parts)
 
 
 class RMSNorm(nn.Module):
@@ -152,11 +156,11 @@ def _rotate_in(module: nn.Module) -> None:
         return
     theirs = forward.__globals__[name]
 
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest):
-        if rest or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:  # a part of each head, mixed types
-            return theirs(q, k, cos, sin, *rest)
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **named):
+        whole = cos.dim() == 3 and cos.shape[1:] == q.shape[2:] and cos.shape[0] in (1, q.shape[0])
+        if rest or named or not whole or not q.dtype == k.dtype == cos.dtype:  # a part of each head, mixed types
+            return theirs(q, k, cos, sin, *rest, **named)
+        return _Rotation.apply(q, k, cos, sin)
 
     x = torch.linspace(-3, 2, 240).view(2, 3, 5, 8)
     try:

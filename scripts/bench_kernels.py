@@ -109,11 +109,11 @@ def cases(out: int, columns: int) -> list[Case]:
 
 
 def step_cases(out: int, columns: int) -> list[Case]:
-    """What lies between the products, forward and backward: loss, RMSNorm, gated product beside transformers' chains; attention beside torch's."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    """What lies between the products, forward and backward: loss, RMSNorm, gated product, rotation beside transformers' chains; attention beside torch's."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     from qlora.attention import attend, bounds
-    from qlora.fused import RMSNorm, _SwiGLU
+    from qlora.fused import RMSNorm, _Rotation, _SwiGLU
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
     fused = RMSNorm(norm.weight, norm.variance_epsilon)
@@ -142,12 +142,20 @@ def step_cases(out: int, columns: int) -> list[Case]:
         q, k, v, dout = (x.transpose(1, 2) for x in heads)
         return torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), heads[:3], dout)
 
+    q, k, dq, dk = (torch.randn(1, TOKENS, h, 64).bfloat16().transpose(1, 2).requires_grad_(i < 2) for i, h in enumerate(2 * (out // 64, max(1, out // 256))))
+    angles = torch.outer(torch.arange(TOKENS), 1e-2 ** torch.linspace(0, 2, 32)).repeat(1, 2)[None]
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def rotation(function: Callable):
+        return lambda: torch.autograd.grad(function(q, k, cos, sin), (q, k), (dq, dk))
+
     return [
         Case("loss of 64 x 49152 logits and gradient", 4 * logits.numel(), lambda: ops.cross_entropy_(logits.detach().clone(), tokens), loss),
         Case(f"RMSNorm, {TOKENS} tokens, both ways", 10 * TOKENS * out, both(fused, x), both(norm, x)),
         Case(f"SwiGLU, {TOKENS} tokens, both ways", 16 * TOKENS * out, both(_SwiGLU.apply, gate, up), both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)),
         Case(f"SwiGLU, {TOKENS} tokens, forward", 6 * TOKENS * out, lambda: ops.swiglu(gate_, up_), lambda: torch.nn.functional.silu(gate_) * up_),
         Case(f"SwiGLU, {TOKENS} tokens, backward with DoRA's sums", 10 * TOKENS * out, lambda: ops.swiglu_backward_dots(dy, gate_, up_), swiglu_sums_of_torch),
+        Case(f"rotation, {TOKENS} tokens, {q.shape[1]} and {k.shape[1]} heads of 64, both ways", 8 * (q.numel() + k.numel()), rotation(_Rotation.apply), rotation(apply_rotary_pos_emb)),
         Case(f"attention, 4 x 256 tokens, {out // 64} heads of 64, both ways", 24 * TOKENS * out, attention, attention_of_torch),
     ]  # fmt: skip
 

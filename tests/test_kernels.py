@@ -494,6 +494,57 @@ def test_the_sums_of_a_gated_product_are_column_dots(isa, threads):
         assert torch.equal(dots, torch.stack((isa.column_dots(dgate, gate), isa.column_dots(dup, up))))
 
 
+ROTATIONS = [(1, 1, 2, 1, 1), (3, 1, 30, 7, 7), (2, 2, 64, 5, 5), (1, 3, 80, 33, 11), (9, 3, 64, 300, 150)]  # heads, groups, D, tokens, positions
+
+
+def rotation(heads: int, groups: int, D: int, tokens: int, positions: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q and k as they lie beside each other in the result of one product, and cos and sin of a rotation that also stretches."""
+    generator = torch.Generator().manual_seed(D)
+    q, k, _ = (3 * torch.randn(tokens, heads + 2 * groups, D, generator=generator)).to(dtype).split([heads, groups, groups], 1)
+    angles = 9 * torch.rand(positions, D, generator=generator)
+    return [q, k, *((1.2 * x).to(dtype) for x in (angles.cos(), angles.sin()))]
+
+
+def rotation_results(kernels, *shape) -> list[torch.Tensor]:
+    q, k, cos, sin = rotation(*shape)
+    return [*kernels.rotate(q, k, cos, sin), *kernels.rotate_backward(q, k, cos, sin)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rotation_is_rounded_once(isa, dtype):
+    for shape in ROTATIONS:
+        wide = [x.double() for x in rotation(*shape, dtype)]
+        q, _, cos, sin = wide
+        rows = torch.arange(len(q)) % len(cos)
+        turned = torch.cat((-q[..., shape[2] // 2 :], q[..., : shape[2] // 2]), -1)
+        torch.testing.assert_close(reference.rotate(*wide)[0], q * cos[rows, None] + turned * sin[rows, None])
+        exact = [*reference.rotate(*wide), *reference.rotate_backward(*wide)]
+        for found, expected in zip(rotation_results(isa, *shape, dtype), exact, strict=True):
+            assert found.dtype == dtype and found.is_contiguous()
+            rounding = torch.finfo(dtype).eps / 2
+            torch.testing.assert_close(found.double(), expected, rtol=rounding * (1 + 1e-4), atol=1e-5 if dtype != torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotations_give_the_same_bits_everywhere(kernels, dtype, threads):
+    found = []
+    for isa, count in [*((isa, 1) for isa in ISAS), (ISAS[-1], 2)]:
+        kernels.select(isa)
+        threads(count)
+        found.append([part for shape in ROTATIONS for part in rotation_results(kernels, *shape, dtype)])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
+
+
+def test_a_rotation_that_does_not_fit_is_refused(kernels):
+    q, k, cos, sin = rotation(*ROTATIONS[3], torch.float32)
+    for wrong in ((q, k[1:], cos, sin), (q, k, cos[1:], sin), (q, k, cos[1:], sin[1:]), (q, k[..., 1:], cos, sin)):
+        with pytest.raises(ValueError, match="turned by"):
+            kernels.rotate(*wrong)
+    wide = [x.double() for x in (q, k, cos, sin)]
+    assert all(map(torch.equal, kernels.rotate(*wide), reference.rotate(*wide)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors_equal_the_reference(isa, dtype):
     """To the bit, with the guards of norms and magnitudes near zero, and what is no number stays none."""
@@ -553,6 +604,8 @@ def test_operators_pass_opcheck():
         ops.swiglu_backward: (weight, weight, weight.flip(0)),
         ops.swiglu_backward_dots: (weight.bfloat16(), weight.bfloat16(), weight.flip(0).bfloat16()),
         ops.fold_factors: (A, B, gain, gain, 2.0, torch.bfloat16),
+        ops.rotate: (heads, heads[:, :1], heads[:5, 0], heads[5:, 0]),
+        ops.rotate_backward: (heads, heads[:, :1], heads[:5, 0], heads[5:, 0]),
         ops.attention: (heads, heads[:, :1], heads[:, 1:], [0, 3, 10], 0.125),
         ops.attention_backward: (heads, heads, heads[:, :1], heads[:, 1:], heads, torch.ones(2, 10), [0, 3, 10], 0.125),
     }

@@ -18,6 +18,7 @@
     torch.ops.qlora.adapter_gradients  dy, u, y ... -> all that an adapter wants of dy: dy (s g B), dB and dm, in one pass over it
     torch.ops.qlora.cross_entropy_  logits, targets -> losses; the logits become their own gradient
     torch.ops.qlora.rms_norm, swiglu and their _backward: what lies between the products of a layer; swiglu_backward_dots: with column_dots
+    torch.ops.qlora.rotate, rotate_backward: rotary embedding of queries and keys
     torch.ops.qlora.attention, attention_backward: causal, examples end to end
 
 Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
@@ -367,6 +368,26 @@ def _(dy, gate, up):
 
 
 @operator()
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.rotate(q, k, cos, sin)
+
+
+@shape_of("rotate")
+def _(q, k, cos, sin):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@operator()
+def rotate_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.rotate_backward(dq, dk, cos, sin)
+
+
+@shape_of("rotate_backward")
+def _(dq, dk, cos, sin):
+    return dq.new_empty(dq.shape), dk.new_empty(dk.shape)
+
+
+@operator()
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     return reference.attention(q, k, v, bounds, scale)
 
@@ -428,7 +449,7 @@ OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
     "nf4_product", "adapted_product", "adapted_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients",
     "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
-    "adamw_", "encode_blocks_into", "decode_blocks_into", "attention", "attention_backward",
+    "adamw_", "encode_blocks_into", "decode_blocks_into", "rotate", "rotate_backward", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 

@@ -502,6 +502,28 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     return dgate, dup, torch.stack((column_dots(dgate, gate), column_dots(dup, up)))
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    x, half = x.unflatten(0, (-1, cos.shape[0])), x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., half:] if back else sin[..., :half], value=1 if back else -1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., :half] if back else sin[..., half:], value=-1 if back else 1)
+    return y.flatten(0, 1)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x cos + (-x2, x1) sin for x = (x1, x2) in each head of q [tokens, heads, D] and of k [tokens, groups, D]. arXiv:2104.09864.
+
+    cos, sin [positions, D] of their dtype, tokens a multiple of positions: token t is turned by row t % positions.
+    """
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def rotate_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what was turned: turned by the transposed matrix."""
+    return _turned(dq, cos, sin, back=True), _turned(dk, cos, sin, back=True)
+
+
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T of one example in float32, [heads, queries, keys], minus infinity where a key is later than the query."""
     scores = torch.einsum("qhd,khd->hqk", _wide(q), _wide(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale

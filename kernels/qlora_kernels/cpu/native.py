@@ -93,6 +93,7 @@ class Native:
             "qlora_swiglu": [integer, pointer, pointer, size, pointer, integer],
             "qlora_swiglu_backward": [integer, *[pointer] * 3, size, pointer, pointer, integer],
             "qlora_swiglu_backward_dots": [integer, *[pointer] * 3, size, size, *[pointer] * 4, integer],
+            "qlora_rotate": [integer, integer, *[pointer, size, size] * 2, size, size, pointer, pointer, size, pointer, pointer, integer],
             "qlora_fold_factors": [integer, pointer, size, pointer, size, size, ctypes.c_float, *[pointer] * 6, integer],
             "qlora_narrow_room": [size, size, size],
             "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
@@ -488,6 +489,27 @@ class Native:
             dots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return dgate, dup, dots
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rotate(q, k, cos, sin, 0) or reference.rotate(q, k, cos, sin)
+
+    def rotate_backward(self, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rotate(dq, dk, cos, sin, 1) or reference.rotate_backward(dq, dk, cos, sin)
+
+    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: int) -> tuple[Tensor, Tensor] | None:
+        (tokens, heads, D), groups, positions = q.shape, k.shape[1], cos.shape[0]
+        if q.dtype not in DTYPES or not k.dtype == cos.dtype == sin.dtype == q.dtype or D % 2 or not q.numel() or not k.numel():
+            return None
+        if k.shape != (tokens, groups, D) or not cos.shape == sin.shape == (positions, D) or not positions or tokens % positions:
+            raise ValueError(f"queries {tuple(q.shape)} and keys {tuple(k.shape)} turned by {tuple(cos.shape)} and {tuple(sin.shape)}")
+        q, k = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (q, k))
+        cos, sin = cos.contiguous(), sin.contiguous()
+        turned = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=q.dtype)
+        self.library.qlora_rotate(
+            DTYPES[q.dtype], back, q.data_ptr(), q.stride(0), heads, k.data_ptr(), k.stride(0), groups, D, tokens, cos.data_ptr(), sin.data_ptr(),
+            positions, turned[0].data_ptr(), turned[1].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return turned
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
         if not self.attends(q, k, v):

@@ -407,6 +407,24 @@ void qlora_swiglu_backward_dots(int dtype, const void* dy, const void* gate, con
   });
 }
 
+// The heads of q [tokens, heads, D] and k [tokens, groups, D], tokens a stride apart, turned by row t % positions of cos and sin [positions, D],
+// or turned back; dense results.
+void qlora_rotate(int dtype, int back, const void* q, int64_t q_stride, int64_t heads, const void* k, int64_t k_stride, int64_t groups, int64_t D, int64_t tokens,
+                  const void* cos, const void* sin, int64_t positions, void* q_out, void* k_out, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2, step = ceil_div(kPiece, (heads + groups) * D);
+  const auto row = [&](const void* x, int64_t stride, int64_t count, int64_t t, void* y) {
+    const int64_t at = t % positions * D * width;
+    kernels->rotate(Dtype(dtype), static_cast<const char*>(x) + t * stride * width, static_cast<const char*>(cos) + at, static_cast<const char*>(sin) + at, count, D,
+                    back, static_cast<char*>(y) + t * count * D * width);
+  };
+  parallel(ceil_div(tokens, step), threads, [&](int64_t i) {
+    for (int64_t t = i * step; t < minimum(tokens, (i + 1) * step); ++t) {
+      row(q, q_stride, heads, t, q_out);
+      row(k, k_stride, groups, t, k_out);
+    }
+  });
+}
+
 // down = A, up = scaling * B, times gain by row where m and n [rows] are given; gain = m / n of the m and n that are safe to divide by.
 void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B, int64_t rows, int64_t rank, float scaling, const float* m, const float* n, void* down,
                         void* up, float* gain, float* safe, int threads) {

@@ -72,6 +72,7 @@ struct Kernels {
   void (*swiglu_backward)(Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup);
   void (*swiglu_backward_dots)(Dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns, void* dgate, void* dup,
                                float* gate_dots, float* up_dots);
+  void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y);
   void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
 };
 

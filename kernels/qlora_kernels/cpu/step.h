@@ -275,6 +275,30 @@ void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const v
   });
 }
 
+// The heads of one token, [heads, D], turned: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2 for the two halves of a head, cos and sin [D];
+// or `back`, by the transposed matrix, which is how gradients are turned. PyTorch has no kernel for it; transformers' chain makes six.
+template <class T>
+void rotate_as(const T* x, const T* cos, const T* sin, int64_t heads, int64_t D, bool back, T* y) {
+  const int64_t half = D / 2;
+  const T *first = back ? sin + half : sin, *second = back ? sin : sin + half;
+  const F16 minus = F16::broadcast(-1.0f), plus = F16::broadcast(1.0f), of_first = back ? plus : minus, of_second = back ? minus : plus;
+  for (int64_t h = 0; h < heads; ++h, x += D, y += D)
+    each32(half, [&](int64_t i, auto left) {
+      prefetch(i, x, x + half, y, y + half);
+      const F32 x1 = load32(x + i, left), x2 = load32(x + half + i, left), c1 = load32(cos + i, left), c2 = load32(cos + half + i, left);
+      const F32 s1 = load32(first + i, left), s2 = load32(second + i, left);
+      store32(y + i, F32{fused(x2.a, mul(s1.a, of_first), mul(x1.a, c1.a)), fused(x2.b, mul(s1.b, of_first), mul(x1.b, c1.b))}, left);
+      store32(y + half + i, F32{fused(x1.a, mul(s2.a, of_second), mul(x2.a, c2.a)), fused(x1.b, mul(s2.b, of_second), mul(x2.b, c2.b))}, left);
+    });
+}
+
+void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    rotate_as(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), heads, D, back, static_cast<T*>(y));
+  });
+}
+
 // out = round((in * factor) * gain of the row), in [rows, columns]; no gain: in * factor.
 template <class T>
 void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, const float* gain, T* out) {
