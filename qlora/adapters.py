@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,8 @@ def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor |
 class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and n.
 
-    n may be None where `weight.multiplies(x)`: it is computed on the way, while the codes are at hand, and given to `keep`.
+    Where `weight.multiplies(x)`, `fused`, it is one operator each way, and n may be None: it is made on the way from `base`, the norms of W, and
+    left in `made`, whose last row it is.
 
     Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
@@ -109,28 +110,26 @@ class AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend: list[Tensor] | None, base, keep: Callable):
+    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend=None, fused=False, base=None, made=None):
         dtype, learns = x.dtype, ctx.needs_input_grad[4]
-        gain = safe = None
-        if weight.multiplies(x):
-            y, u, down, up, gain, safe, made = ops.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight.parts())
-            if m is None:
-                gain = None
-            elif n is None:
-                keep(made)
-        elif m is None or weight.folds:
-            down, up, gain, safe = ops.fold_factors(A, B, m, n, scaling, dtype)
-            gain = None if m is None else gain
-            u = x_adapter @ down.t()
-            y = product(x, weight.scratch(dtype, gain).t(), onto=u @ up.t())
+        ctx.weight, ctx.scaling, ctx.shared, ctx.fused = weight, scaling, x_adapter is x, fused
+        if fused:
+            y, u, down, up, factors = ops.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight.parts())
+            if m is not None and n is None:
+                made.append(factors)
+            safe = factors[1] if lend is not None else None
         else:
-            down, up, *_ = ops.fold_factors(A, B, None, None, scaling, dtype)
-            safe, n = reference.guarded(m, n)
-            gain = safe / n
+            fold = m is not None and weight.folds
+            down, up, gain, safe = ops.fold_factors(A, B, m if fold else None, n if fold else None, scaling, dtype)
+            if m is not None and not fold:
+                safe, n = reference.guarded(m, n)
+                gain = safe / n
+            factors = gain.new_empty(0) if m is None else torch.stack((gain, safe))
             u = x_adapter @ down.t()
-            y = product(x, weight.scratch(dtype).t(), onto=u @ up.t()).mul_(gain.to(dtype))
-        ctx.weight, ctx.scaling, ctx.shared = weight, scaling, x_adapter is x
-        ctx.save_for_backward(x_adapter, down, up, u, y if learns else None, safe if learns else None, gain)
+            y = product(x, weight.scratch(dtype, gain if fold else None).t(), onto=u @ up.t())
+            if m is not None and not fold:
+                y *= gain.to(dtype)
+        ctx.save_for_backward(x_adapter, down, up, u, y if learns else None, factors)
         if lend is not None:
             lend.append(safe)
         return y if bias is None else y + bias.to(dtype)
@@ -138,13 +137,14 @@ class AdaptedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_adapter, down, up, u, y, safe, gain = ctx.saved_tensors
+        x_adapter, down, up, u, y, factors = ctx.saved_tensors
         weight, shared = ctx.weight, ctx.shared
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dm = None
-        if shared and weight.multiplies(dy):
-            dx, dA, dB, dm = ops.adapted_product_backward(dy, x_adapter, down, up, u, y, gain, safe, ctx.scaling, *weight.parts(), need_x)
-            return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None, *[None] * 7
+        if shared and ctx.fused:
+            dx, dA, dB, dm = ops.adapted_product_backward(dy, x_adapter, down, up, u, y, factors, ctx.scaling, *weight.parts(), need_x)
+            return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None, *[None] * 8
+        gain, safe = factors[:2] if len(factors) else (None, None)
         if gain is not None and not weight.folds:
             dm = ops.column_dots(dy, y) / safe if need_m else None
             dy, y, gain = dy * gain.to(dy.dtype), None, None
@@ -159,7 +159,7 @@ class AdaptedProduct(torch.autograd.Function):
             dx, dxa = product(dy, weight.scratch(dy.dtype, gain), onto=dxa), None
         elif need_x:
             dx = weight.product(dy, False, gain)
-        return dx, dxa, dA, dB if need_B else None, dm, *[None] * 7
+        return dx, dxa, dA, dB if need_B else None, dm, *[None] * 8
 
 
 # ---------------------------------------------------------------- the module
@@ -194,12 +194,13 @@ class AdaptedLinear(nn.Module):
         if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
             self.register_buffer("base_norm", self.magnitude.detach().clone(), persistent=False)
-        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n
+        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n as the last row of a matrix
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:
         """What n was or would be computed from. Asked for each layer twice a step, so it goes past `Module.__getattr__`."""
-        A, B, W = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"].weight
+        A, B, base = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"]
+        W = base._buffers["weight"] if "weight" in base._buffers else base._parameters["weight"]
         return (_optimizer_steps, A._version, A.data_ptr(), B._version, B.data_ptr(), W._version, W.data_ptr())
 
     def norm(self) -> Tensor:
@@ -209,19 +210,12 @@ class AdaptedLinear(nn.Module):
         torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
         through `.data`) need `refresh_norms(model)`.
         """
-        norm = self._kept_norm()
-        if norm is None:
+        state, (computed_from, norms) = self.norm_state(), self._norm
+        if state != computed_from:
             with torch.no_grad():
-                norm = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling)
-            self._keep_norm(norm)
-        return norm
-
-    def _kept_norm(self) -> Tensor | None:
-        computed_from, norm = self._norm
-        return norm if computed_from == self.norm_state() else None
-
-    def _keep_norm(self, norm: Tensor) -> None:
-        self._norm = (self.norm_state(), norm)
+                norms = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling).unsqueeze(0)
+            self._norm = (state, norms)
+        return norms[-1]
 
     def lends(self) -> bool:
         """Whether `forward` can lend: the output is y itself, and m learns."""
@@ -239,11 +233,17 @@ class AdaptedLinear(nn.Module):
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         magnitude = self.magnitude if lend is None else self.magnitude.detach()
         weight, bias = FrozenWeight(self.base), self.base.bias
-        norm = None if magnitude is None else self._kept_norm() if weight.multiplies(flat) else self.norm()
+        norm, fused, made, state = None, weight.multiplies(flat), [], None
+        if magnitude is not None:
+            state = self.norm_state()
+            norm = None if fused and state != self._norm[0] else self.norm()
         if adapter_input is flat and weight.takes_one_token(x):
             y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling, lend, self._buffers.get("base_norm"), self._keep_norm)
+        base = self._buffers.get("base_norm")
+        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling, lend, fused, base, made)
+        if made:
+            self._norm = (state, made[0])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):
@@ -407,7 +407,7 @@ def compute_norms(model: nn.Module) -> None:
             [w.shape[0] for w in weights], [w.shape[1] for w in weights], [w.blocksize for w in weights], nested_blocksize,
         )  # fmt: skip
         for (adapter, state), norm in zip(changed, norms, strict=True):
-            adapter._norm = (state, norm)
+            adapter._norm = (state, norm.unsqueeze(0))
 
 
 def refresh_norms(model: nn.Module) -> None:

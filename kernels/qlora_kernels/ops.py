@@ -232,29 +232,29 @@ def adapted_product(
     x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Optional[Tensor], n: Optional[Tensor], base: Optional[Tensor], scaling: float,
     packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
     rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
     return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight)
 
 
 @shape_of("adapted_product")
 def _(x, x_adapter, A, B, m, n, base, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize):
-    factors = [B.new_empty(count) for count in (0 if m is None else rows, 0 if m is None else rows, rows if m is not None and n is None else 0)]
-    return x.new_empty(x.shape[0], rows), x.new_empty(x.shape[0], A.shape[0]), x.new_empty(A.shape), x.new_empty(B.shape), *factors
+    u = x.new_empty(x.shape[0], A.shape[0])
+    return x.new_empty(x.shape[0], rows), u, x.new_empty(A.shape), x.new_empty(B.shape), B.new_empty(0 if m is None else 3, rows)
 
 
 @operator()
 def adapted_product_backward(
-    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Optional[Tensor], gain: Optional[Tensor], safe: Optional[Tensor], scaling: float,
+    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Optional[Tensor], factors: Tensor, scaling: float,
     packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
     rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
-    return reference.adapted_product_backward(dy, x, down, up, u, y, gain, safe, scaling, *weight, needs_x)
+    return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x)
 
 
 @shape_of("adapted_product_backward")
-def _(dy, x, down, up, u, y, gain, safe, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, needs_x):
+def _(dy, x, down, up, u, y, factors, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, needs_x):
     wide = torch.promote_types(dy.dtype, torch.float32)
     dx = dy.new_empty((dy.shape[0], columns) if needs_x else 0)
     return dx, down.new_empty(down.shape, dtype=wide), up.new_empty(up.shape, dtype=wide), up.new_empty(0 if y is None else rows, dtype=wide)

@@ -422,28 +422,29 @@ def adapted_product(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """An adapted layer forward: x [tokens, in], x_adapter (x, or x after dropout), A [r, in], B [out, r], m and n [out] or None
 
-        -> y [tokens, out] = x W't + u upt,  u [tokens, r] = x_adapter downt,  and `fold_factors`' down, up, gain, safe, with W' = diag(gain) W
+        -> y [tokens, out] = x W't + u upt,  u [tokens, r] = x_adapter downt,  `fold_factors`' down and up, with W' = diag(gain) W,
+           and its gain and safe m, and n as one [3, out], [0, out] without m
 
-    and n, the `row_norms`, where m is given without (else empty). A kernel may make it from base [out], the norms of W alone. `kernels` stands in for
-    this module in the steps.
+    n is the `row_norms` where m is given without it. A kernel may make it from base [out], the norms of W alone. `kernels` stands in for this module
+    in the steps.
     """
     steps, constants = kernels or sys.modules[__name__], (packed, absmax, nested_absmax, nested_offset)
-    made = B.new_empty(0)
     if m is not None and n is None:
-        n = made = steps.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+        n = steps.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
     down, up, gain, safe = steps.fold_factors(A, B, m, n, scaling, x.dtype)
     weight = steps.dequantize_nf4(*constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype)
     u = x_adapter @ down.t()
-    return torch.addmm(u @ up.t(), x, weight.t()), u, down, up, gain, safe, made
+    factors = B.new_empty(0, rows) if m is None else torch.stack((gain, safe, n))
+    return torch.addmm(u @ up.t(), x, weight.t()), u, down, up, factors
 
 
 def adapted_product_backward(
-    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float, packed: Tensor,
+    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, factors: Tensor, scaling: float, packed: Tensor,
     absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
     kernels=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`."""
-    steps = kernels or sys.modules[__name__]
+    """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`; dm is empty without y."""
+    steps, (gain, safe) = kernels or sys.modules[__name__], factors[:2] if len(factors) else (None, None)
     v, dB, dm = steps.adapter_gradients(dy, up, u, y, gain, safe, scaling)
     dx = dy.new_empty(0)
     if needs_x:

@@ -98,7 +98,7 @@ class Native:
             "qlora_narrow_room": [size, size, size],
             "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_product_bytes": [size, size, size, integer],
-            "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 4, size, ctypes.c_float, *[pointer] * 9, integer],
+            "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 3, size, *[pointer] * 2, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
@@ -329,7 +329,7 @@ class Native:
         dy, up, u, y, gain, safe = (None if part is None else part.contiguous() for part in (dy, up, u, y, gain, safe))
         v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
         dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
-        work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
+        work = self._room(4 * self.library.qlora_narrow_room(tokens, columns, rank))
         self.library.qlora_narrow(
             dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
             work.data_ptr(), v.data_ptr(), dB.data_ptr(), dm.data_ptr(), None, torch.get_num_threads(),
@@ -341,7 +341,7 @@ class Native:
             return reference.token_product(left, x)
         (tokens, columns), rank = x.shape, left.shape[1]
         left, x, out = left.contiguous(), x.contiguous(), torch.empty(rank, columns, dtype=torch.float32)
-        work = torch.empty(self.library.qlora_narrow_room(tokens, columns, rank), dtype=torch.float32)
+        work = self._room(4 * self.library.qlora_narrow_room(tokens, columns, rank))
         self.library.qlora_narrow(
             x.data_ptr(), None, left.data_ptr(), None, tokens, columns, rank, 1.0, None, None, work.data_ptr(), None, None, None,
             out.data_ptr(), torch.get_num_threads(),
@@ -361,8 +361,7 @@ class Native:
             return reference.nf4_product(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
         if row_gain is not None and row_gain.numel() != rows or x.shape[1] != (columns if transposed else rows):
             raise ValueError(f"x {tuple(x.shape)} and {None if row_gain is None else row_gain.numel()} gains for a weight of {rows} x {columns}")
-        none = x.new_empty(0, 0)
-        return self._product(x, None, None, none, None, None if row_gain is None else row_gain.float(), 1.0, transposed, weight)
+        return self._product(x, weight, transposed, factors=None if row_gain is None else row_gain.float().contiguous())
 
     def adapted_product(
         self, x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
@@ -375,33 +374,33 @@ class Native:
         if x.shape[1] != columns or x_adapter.shape != x.shape or A.shape != (rank, columns) or B.shape != (rows, rank) or m is not None and m.shape != (rows,):
             raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {rows} x {columns}")
         A, B, x_adapter = A.contiguous(), B.contiguous(), x_adapter.contiguous()
-        missing = m is not None and n is None
-        made = torch.empty(rows if missing else 0, dtype=torch.float32)
-        u = torch.empty(x.shape[0], rank, dtype=x.dtype)
-        if missing and base is not None and base.shape == m.shape and rows // 32 >= torch.get_num_threads():
-            down, up, *_ = self.fold_factors(A, B, None, None, scaling, x.dtype)
-            gain, safe = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-            y = self._product(x, x_adapter, down, u, B, None, scaling, True, weight, (A, base.contiguous(), m.contiguous(), made, gain, safe, up))
-            if y is not None:
-                return y, u, down, up, gain, safe, made
-        if missing:
-            n = made = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:])
-        down, up, gain, safe = self.fold_factors(A, B, m, n, scaling, x.dtype)
-        return self._product(x, x_adapter, down, u, B, None if m is None else gain, scaling, True, weight), u, down, up, gain, safe, made
+        u, down, up = (torch.empty(shape, dtype=x.dtype) for shape in ((x.shape[0], rank), A.shape, B.shape))
+        factors = torch.empty(0 if m is None else 3, rows, dtype=torch.float32)
+        adapter = {"x_adapter": x_adapter, "u": u, "down": down, "A": A, "B": B, "scaling": scaling, "up": up}
+        if m is None:
+            return self._product(x, weight, True, **adapter), u, down, up, factors
+        adapter |= {"m": m.contiguous(), "factors": factors}
+        y = None
+        if n is None and base is not None and base.shape == m.shape and rows // 32 >= torch.get_num_threads():
+            y = self._product(x, weight, True, **adapter, base=base.contiguous())
+        if y is None:
+            factors[2] = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:]) if n is None else n
+            y = self._product(x, weight, True, **adapter)
+        return y, u, down, up, factors
 
     def adapted_product_backward(
-        self, dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float,
+        self, dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, factors: Tensor, scaling: float,
         packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
         if not self.multiplies(dy, *weight) or not self._narrow(dy, u) or not dy.dtype == x.dtype == down.dtype == up.dtype:
-            return reference.adapted_product_backward(dy, x, down, up, u, y, gain, safe, scaling, *weight, needs_x, self)
-        dy = dy.contiguous()
+            return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x, self)
+        dy, (gain, safe) = dy.contiguous(), factors[:2] if len(factors) else (None, None)
         v, dB, dm = self.adapter_gradients(dy, up, u, y, gain, safe, scaling)
         dA = self.token_product(v, x)
         if dA.shape != (u.shape[1], columns) or down.shape != dA.shape:
             raise ValueError(f"x {tuple(x.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns} and {u.shape[1]} ranks")
-        return self._product(dy, None, down, v, None, gain, 1.0, False, weight) if needs_x else dy.new_empty(0), dA, dB, dm
+        return self._product(dy, weight, False, u=v, down=down.contiguous(), factors=factors) if needs_x else dy.new_empty(0), dA, dB, dm
 
     def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
         """Whether product.cpp multiplies these: bf16, whole tiles."""
@@ -409,19 +408,19 @@ class Native:
         return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, x.device.type)
 
     def _product(
-        self, x: Tensor, x_adapter: Tensor | None, down: Tensor | None, u: Tensor, B: Tensor | None, gain: Tensor | None, scaling: float, transposed: bool,
-        weight: tuple, norms: tuple = (None,) * 7,
+        self, x: Tensor, weight: tuple, transposed: bool, *, factors=None, x_adapter=None, u=None, down=None, A=None, B=None, scaling=1.0, m=None, base=None, up=None,
     ) -> Tensor | None:  # fmt: skip
-        """None where n, made from and into `norms`, is not exact."""
+        """As qlora_product, of contiguous tensors; factors: rows of gain, safe m and n, as far as there are. None where an n is not exact."""
         packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize = weight
-        x, down, gain = (None if part is None else part.contiguous() for part in (x, down, gain))
-        tokens, rank, threads = x.shape[0], u.shape[1], torch.get_num_threads()
+        x, rank, threads = x.contiguous(), 0 if u is None else u.shape[1], torch.get_num_threads()
         inner, outer = (columns, rows) if transposed else (rows, columns)
-        y, work = torch.empty(tokens, outer, dtype=x.dtype), self._room(self.library.qlora_product_bytes(tokens, inner, rank, threads))
+        y, work = torch.empty(x.shape[0], outer, dtype=x.dtype), self._room(self.library.qlora_product_bytes(x.shape[0], inner, rank, threads))
+        gain = factors.data_ptr() if factors is not None and factors.numel() else None
+        safe, n = (None, None) if gain is None else (gain + 4 * rows, gain + 8 * rows)
         exact = self.library.qlora_product(
-            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(gain), rows, columns, blocksize,
-            nested_blocksize, transposed, x.data_ptr(), tokens, _pointer(x_adapter), _pointer(down), u.data_ptr(), _pointer(B), rank, scaling,
-            *map(_pointer, norms), work.data_ptr(), y.data_ptr(), threads,
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), gain, rows, columns, blocksize,
+            nested_blocksize, transposed, x.data_ptr(), x.shape[0], _pointer(x_adapter), _pointer(u), _pointer(down), rank, _pointer(A), _pointer(B), scaling,
+            _pointer(m), _pointer(base), safe, n, _pointer(up), work.data_ptr(), y.data_ptr(), threads,
         )  # fmt: skip
         return y if exact else None
 

@@ -482,36 +482,38 @@ int64_t qlora_product_bytes(int64_t tokens, int64_t inner, int64_t rank, int thr
   return tokens * ceil_div(rank, 32) * 64 + strips * (64 * inner + 16 * 64 * strips) + threads * matrix_product.room(inner, rank);
 }
 
-// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, or y [tokens, columns] = x [tokens, rows] W' + u down, W' = diag(gain) W, everything else bf16.
-// With x_narrow, u = x_narrow down^T is made first, and up is scaling B, B [rows, rank]. With A, n and what fold_factors makes of it is made on the way
-// from base = ||W_j|| and m; 0 where that is not exact. `work` is aligned to 64.
-int qlora_product(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain, int64_t rows, int64_t columns,
-                  int64_t blocksize, int64_t nested_blocksize, int transposed, const uint16_t* x, int64_t tokens, const uint16_t* x_narrow,
-                  const uint16_t* down, uint16_t* u, const float* B, int64_t rank, float scaling, const float* A, const float* base, const float* m, float* n,
-                  float* gain_made, float* safe, uint16_t* up, char* work, uint16_t* y, int threads) {
+// With A, a layer forward: y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u = x_narrow A^T, W' = diag(gain) W; A [rank, columns], B [rows, rank],
+// and `down`, up, gain and safe as fold_factors makes them of m and n. With base = ||W_j||, n is made on the way; 0 where it is not exact.
+// Without A: y [tokens, columns] = x [tokens, rows] W' + u down, u [tokens, rank], or, transposed, y = x W'^T. All but the factors in bf16.
+// `work` is aligned to 64.
+int qlora_product(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, float* gain, int64_t rows, int64_t columns,
+                  int64_t blocksize, int64_t nested_blocksize, int transposed, const uint16_t* x, int64_t tokens, const uint16_t* x_narrow, uint16_t* u,
+                  uint16_t* down, int64_t rank, const float* A, const float* B, float scaling, const float* m, const float* base, float* safe, float* n,
+                  uint16_t* up, char* work, uint16_t* y, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns, room = matrix_product.room(inner, rank), strips = ceil_div(rank, 16);
   uint16_t *const left = reinterpret_cast<uint16_t*>(work), *const split = left + tokens * ceil_div(rank, 32) * 32;
   float* const gram = reinterpret_cast<float*>(split + strips * 32 * inner);
   char* const rooms = reinterpret_cast<char*>(gram + 256 * strips * strips);
-  const Product product{w, transposed != 0, x, tokens, inner, outer, left, down, B, rank, scaling, y};
-  const ProductNorms norms{split, gram, base, m, n, gain_made, safe, up};
+  const Product product{w, transposed != 0, x, tokens, inner, outer, rank, left, down, B, scaling, y};
+  const Factors factors{A, m, base, down, up, gain, safe, n, split, gram};
+  for (int64_t j = 0; A != nullptr && m != nullptr && base == nullptr && j < rows; ++j) fold(m[j], n[j], safe[j], gain[j]);
   const int64_t blocks = ceil_div(tokens, kProductBlock), panels = outer / kProductBlock, cut = threads_for(blocks, threads);
   if (rank > 0)
     parallel(cut + (A == nullptr ? 0 : strips), threads, [&](int64_t i) {
-      if (i >= cut) return matrix_product.split(A, inner, rank, i - cut, split, gram);
+      if (i >= cut) return matrix_product.factors(factors, inner, rank, i - cut);
       const int64_t token = blocks * i / cut * kProductBlock, stop = minimum(tokens, blocks * (i + 1) / cut * kProductBlock);
-      if (x_narrow != nullptr) matrix_product.narrow(x_narrow, down, columns, rank, token, stop - token, rooms + i * room, u, left);
+      if (A != nullptr) matrix_product.narrow(x_narrow, A, inner, rank, token, stop - token, rooms + i * room, u, left);
       else matrix_product.widen(u, rank, token, stop - token, left);
     });
-  // A thread's share: panels, and where there are too few, parts of the tokens too; not with A, since two would make the same n.
-  const int64_t parts = A == nullptr ? minimum(blocks, ceil_div(threads, panels)) : 1, shares = threads_for(parts * panels, threads);
+  // A thread's share: panels, and where there are too few, parts of the tokens too; not with base, since who waits for n has all tokens.
+  const int64_t parts = base == nullptr ? minimum(blocks, ceil_div(threads, panels)) : 1, shares = threads_for(parts * panels, threads);
   int exact = 1;
   parallel(shares, threads, [&](int64_t i) {
     for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
       const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
       const int64_t token = blocks * part / parts * kProductBlock, end = minimum(tokens, blocks * (part + 1) / parts * kProductBlock);
-      if (!matrix_product.wide(product, A == nullptr ? nullptr : &norms, token, end - token, at % panels, count, rooms + i * room))
+      if (!matrix_product.wide(product, A == nullptr ? nullptr : &factors, token, end - token, at % panels, count, rooms + i * room))
         __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
       at += count;
     }

@@ -165,7 +165,7 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
 
 // Of 32 rows of W: n, its factors, and up. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what 32
 // more tokens are. W is rounded to bf16 here, which moves P by 2^-10 of its terms, and n, of which P is the smaller part, by far less than y's rounding.
-bool norms(const Product& p, const ProductNorms& to, int64_t panel, const Tile* tiles, int64_t across) {
+bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles, int64_t across) {
   const int64_t strips = ceil_div(p.rank, 16);
   Sums sums;
   Tile B[2];  // 16 ranks of 2 x 16 rows
@@ -203,19 +203,25 @@ bool norms(const Product& p, const ProductNorms& to, int64_t panel, const Tile* 
     exact = exact && !(squared < 1e-3 * own);
     to.n[j] = float(__builtin_sqrt(squared));
     fold(to.m[j], to.n[j], to.safe[j], to.gain[j]);
-    for (int64_t k = 0; k < p.rank; k += 16) {
-      const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(p.scaling), some(p.B + j * p.rank + k, p.rank - k));
-      _mm256_mask_storeu_epi16(to.up + j * p.rank + k, __mmask16(first(p.rank - k)), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(scaled, _mm512_set1_ps(to.gain[j]))));
-    }
   }
   return exact;
 }
 
-bool wide(const Product& p, const ProductNorms* to, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
+// 32 rows of up = diag(gain) s B.
+void up_of(const Product& p, const Factors& to, int64_t panel) {
+  for (int64_t j = 32 * panel; j < 32 * panel + 32; ++j)
+    for (int64_t k = 0; k < p.rank; k += 16) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(p.scaling), some(p.B + j * p.rank + k, p.rank - k));
+      const __m512 folded = to.m == nullptr ? scaled : _mm512_mul_ps(scaled, _mm512_set1_ps(to.gain[j]));
+      _mm256_mask_storeu_epi16(to.up + j * p.rank + k, __mmask16(first(p.rank - k)), (__m256i)_mm512_cvtneps_pbh(folded));
+    }
+}
+
+bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
   const Unit<true> unit;
   Sums sums[2];
   const __m512 one = _mm512_set1_ps(1.0f);
-  const float* const gain = !p.transposed ? nullptr : to != nullptr ? to->gain : p.weight.gain;
+  const float* const gain = p.transposed ? p.weight.gain : nullptr;
   Pending before{nullptr, nullptr, p.outer, {one, one}, 32};
   Tile* const tiles = reinterpret_cast<Tile*>(work);
   const int64_t across = p.inner / 32 + ceil_div(p.rank, 32), most = panels_of(p.inner, p.rank);
@@ -223,7 +229,10 @@ bool wide(const Product& p, const ProductNorms* to, int64_t token, int64_t token
   for (int64_t done = 0; done < panels;) {
     const int64_t count = minimum(most, panels - done);
     (p.transposed ? decode_rows : decode_columns)(p, panel + done, count, tiles, across);
-    for (int64_t c = 0; to != nullptr && c < count; ++c) exact &= norms(p, *to, panel + done + c, tiles + 2 * c * across, across);
+    for (int64_t c = 0; to != nullptr && token == 0 && c < count; ++c) {
+      if (to->base != nullptr) exact &= norms(p, *to, panel + done + c, tiles + 2 * c * across, across);
+      up_of(p, *to, panel + done + c);
+    }
     for (int64_t part = token; part < token + tokens; part += kTokens) {
       const int64_t stop = minimum(part + kTokens, token + tokens), blocks = ceil_div(stop - part, kBlock);
       for (int64_t c = 0; c < count; ++c)
@@ -242,23 +251,26 @@ bool wide(const Product& p, const ProductNorms* to, int64_t token, int64_t token
   return exact;
 }
 
-void split(const float* A, int64_t inner, int64_t rank, int64_t strip, uint16_t* split, float* gram) {
+void factors(const Factors& to, int64_t inner, int64_t rank, int64_t strip) {
   const int64_t padded = 16 * ceil_div(rank, 16);
   for (int64_t k = 16 * strip; k < 16 * strip + 16; ++k) {
-    uint16_t *const high = split + (16 * strip + k) * inner, *const low = high + 16 * inner;
+    const float* row = to.A + k * inner;
     for (int64_t i = 0; i < inner; i += 16) {
-      const __m512 a = some(A + k * inner + i, k < rank ? 16 : 0);
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(a);
-      const __m512 rest = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), rounded);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), (__m256i)_mm512_cvtneps_pbh(rest));
+      const __m512 a = some(row + i, k < rank ? 16 : 0);
+      const __m256i high = (__m256i)_mm512_cvtneps_pbh(a);
+      if (k < rank) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.down + k * inner + i), high);
+      if (to.base == nullptr) continue;
+      uint16_t* parts = to.split + (16 * strip + k) * inner + i;
+      const __m512 rest = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), high);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts + 16 * inner), (__m256i)_mm512_cvtneps_pbh(rest));
     }
-    for (int64_t l = 0; l < padded; ++l) {
+    for (int64_t l = 0; to.base != nullptr && l < padded; ++l) {
+      const float* other = to.A + l * inner;
       __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      if (k < rank && l < rank)
-        for (int64_t i = 0; i < inner; i += 32)
-          for (int h = 0; h < 2; ++h) sum[h] = _mm512_fmadd_ps(_mm512_loadu_ps(A + k * inner + i + 16 * h), _mm512_loadu_ps(A + l * inner + i + 16 * h), sum[h]);
-      gram[k * padded + l] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+      for (int64_t i = 0; k < rank && l < rank && i < inner; i += 32)
+        for (int h = 0; h < 2; ++h) sum[h] = _mm512_fmadd_ps(_mm512_loadu_ps(row + i + 16 * h), _mm512_loadu_ps(other + i + 16 * h), sum[h]);
+      to.gram[k * padded + l] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
     }
   }
 }
@@ -269,15 +281,19 @@ void widen(const uint16_t* u, int64_t rank, int64_t token, int64_t tokens, uint1
     for (int64_t k = 0; k < rank; k += 32) _mm512_storeu_si512(left + t * padded + k, _mm512_maskz_loadu_epi16(first(rank - k), u + t * rank + k));
 }
 
-void narrow(const uint16_t* x, const uint16_t* down, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work, uint16_t* u, uint16_t* left) {
+void narrow(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work, uint16_t* u, uint16_t* left) {
   const Unit<true> unit;
   const int64_t steps = inner / 32, strips = ceil_div(rank, 16);
   Tile* const tiles = reinterpret_cast<Tile*>(work);  // [strips][steps]
   Tile rest[2], sums[2];
   for (int64_t s = 0; s < strips; ++s)
     for (int64_t i = 0; i < steps; ++i) {
-      rows_of(tiles[s * steps + i], down + 16 * s * inner + 32 * i, inner, rank - 16 * s, 32);
-      transpose(tiles[s * steps + i]);
+      Tile& tile = tiles[s * steps + i];
+      for (int r = 0; r < 16; ++r) {
+        const float* a = A + (16 * s + r) * inner + 32 * i;
+        tile.set(r, 16 * s + r < rank ? rounded(_mm512_loadu_ps(a), _mm512_loadu_ps(a + 16)) : _mm512_setzero_si512());
+      }
+      transpose(tile);
     }
   for (int64_t t = token; t < token + tokens; t += 32)
     for (int64_t s = 0; s < strips; ++s) {
@@ -308,7 +324,7 @@ void narrow(const uint16_t* x, const uint16_t* down, int64_t inner, int64_t rank
 
 }  // namespace
 
-const MatrixProduct matrix_product = {room, narrow, widen, split, wide};
+const MatrixProduct matrix_product = {room, narrow, widen, factors, wide};
 
 }  // namespace qlora
 

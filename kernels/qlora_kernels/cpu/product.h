@@ -11,21 +11,22 @@ struct Product {
   bool transposed;        // W^T: inner = columns, outer = rows; else the other way round
   const uint16_t* x;
   int64_t tokens, inner, outer;
+  int64_t rank;
   const uint16_t* left;   // [tokens, rank in 32s, the rest zeros]
   const uint16_t* down;   // with W: [rank, columns]
-  const float* B;         // with W^T: [rows, rank], to be scaled
-  int64_t rank;
+  const float* B;         // with W^T: [rows, rank]
   float scaling;
   uint16_t* y;
 };
 
-// What makes DoRA's n = ||W_j + s B_j A||, the factors m / n and up = diag(m / n) s B on the way, where the gain is not yet known.
-struct ProductNorms {
-  const uint16_t* split;  // A in two bf16: of each 16 ranks 16 rows of high parts, 16 of low ones, [columns] each
-  const float* gram;      // A A^T [rank in 16s] squared
-  const float *base, *m;  // ||W_j||, m
-  float *n, *gain, *safe;
-  uint16_t* up;
+// The factors of a layer [out, in] in a forward pass: what it leaves for the backward pass is made on its way.
+struct Factors {
+  const float *A, *m;      // A [rank, in]; m [out] or null: no gain
+  const float* base;       // ||W_j||, where n is to be made; or null
+  uint16_t *down, *up;     // A, and diag(gain) s B, in bf16
+  float *gain, *safe, *n;  // see `fold`
+  uint16_t* split;         // with base: A in two bf16, of each 16 ranks 16 rows of high parts and 16 of low ones, [in] each
+  float* gram;             // with base: A A^T [rank in 16s] squared
 };
 
 constexpr int64_t kProductBlock = 32;  // tokens and columns of y that are summed at a time
@@ -33,14 +34,14 @@ constexpr int64_t kProductBlock = 32;  // tokens and columns of y that are summe
 struct MatrixProduct {
   // Bytes of `work`, aligned to 64, that a thread needs for either.
   int64_t (*room)(int64_t inner, int64_t rank);
-  // u = x down^T of some tokens to [tokens, rank] and, in 32s, to `left`. down [rank, inner].
-  void (*narrow)(const uint16_t* x, const uint16_t* down, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work, uint16_t* u, uint16_t* left);
+  // u = x A^T of some tokens to [tokens, rank] and, in 32s, to `left`.
+  void (*narrow)(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work, uint16_t* u, uint16_t* left);
   // u of some tokens to `left`.
   void (*widen)(const uint16_t* u, int64_t rank, int64_t token, int64_t tokens, uint16_t* left);
-  // Ranks 16 strip.. of A [rank, inner]: their two parts, and their rows of A A^T.
-  void (*split)(const float* A, int64_t inner, int64_t rank, int64_t strip, uint16_t* split, float* gram);
-  // Some tokens and panels of 32 columns of y; norms or null. False where the sums of an n cancel, so that it is not exact.
-  bool (*wide)(const Product&, const ProductNorms*, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
+  // Ranks 16 strip.. of what is made of A [rank, inner].
+  void (*factors)(const Factors&, int64_t inner, int64_t rank, int64_t strip);
+  // Some tokens and panels of 32 columns of y; the factors of a forward pass or null. False where the sums of an n cancel, so that it is not exact.
+  bool (*wide)(const Product&, const Factors*, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
 };
 extern const MatrixProduct matrix_product;  // empty where the compiler cannot make it
 
