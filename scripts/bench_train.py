@@ -7,6 +7,9 @@ checkpointing, the same batches and the same loop. PEFT runs in both recipes, wi
 turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians over all rounds. Peak memory
 is RssAnon, the baseline after imports included. The losses of the first step must agree, or it is not the same work.
 
+What our DoRA costs beside our LoRA is a few percent, less than processes differ among themselves. So a last process holds both models and
+steps them in turns; the ratio is the median over the pairs of steps.
+
 A shape is examples x tokens, all of one length. `--data` adds batches of 4 real records, whose lengths differ (tokens are counted
 without padding). `--large` adds a DoRA step of a 1B and of a 7B model (random NF4 weights; checkpointed activations for 7B).
 """
@@ -19,10 +22,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 SIDES = ("ours", "peft", "peft+prepare")
+WARM_UP = 2  # steps of a process that are not counted: they touch memory for the first time
+PAIRS = 20  # steps of our LoRA and our DoRA in turns; half as many where a batch has 2048 tokens or more
 LARGE = (("1B", "4x256", False), ("7B", "1x128", True))  # model, batch, checkpointing
 
 
@@ -46,38 +52,66 @@ def real_batches(path: str, count: int) -> list:
     return [collate(examples[4 * i : 4 * i + 4]) for i in range(count)]
 
 
-def take_steps(model, batches: list, adamw) -> dict:
-    """An optimizer step a batch; seconds of each but the first, first loss, tokens of the timed ones."""
+def stepper(model, adamw) -> Callable:
+    """Takes an optimizer step on a batch: seconds and loss."""
     from qlora.train import optimizer_step
 
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
-    seconds, losses = [], []
-    for step, batch in enumerate(batches):
+
+    def step(batch) -> tuple[float, float]:
         started = time.perf_counter()
-        losses.append(optimizer_step(model, optimizer, [batch], 1e-4, 1.0, step)["loss"])
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[1:], "loss": losses[0], "tokens": [batch.tokens for batch in batches[1:]]}
+        loss = optimizer_step(model, optimizer, [batch], 1e-4, 1.0)["loss"]
+        return time.perf_counter() - started, loss
+
+    return step
+
+
+def take_steps(model, batches: list, adamw) -> dict:
+    """An optimizer step a batch; first loss, seconds and tokens of each but the first ones, which warm up."""
+    step = stepper(model, adamw)
+    seconds, losses = zip(*(step(batch) for batch in batches), strict=True)
+    return {"seconds": seconds[WARM_UP:], "loss": losses[0], "tokens": [batch.tokens for batch in batches[WARM_UP:]]}
+
+
+def batches_of(work: str, count: int) -> list:
+    return real_batches(work, count) if Path(work).exists() else [random_batch(work)] * count
+
+
+def ours(method: str, folder: str):
+    import torch
+
+    import qlora
+    from compare_peft import ALPHA, RANK
+
+    torch.manual_seed(0)
+    return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
 
 
 def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
     """One contestant in this process."""
     import torch
-    import transformers
 
     import qlora
-    from compare_peft import ALPHA, RANK, theirs
+    from compare_peft import theirs
     from qlora.train import PeakMemory
 
-    transformers.utils.logging.disable_progress_bar()
-    batches = real_batches(work, steps + 1) if Path(work).exists() else [random_batch(work)] * (steps + 1)
+    batches = batches_of(work, WARM_UP + steps)
     with PeakMemory(torch.device("cpu")) as memory:
         torch.manual_seed(0)
-        if side == "ours":
-            model = qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
-        else:
-            model = theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
+        model = ours(method, folder) if side == "ours" else theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
         return take_steps(model, batches, qlora.PagedAdamW if side == "ours" else torch.optim.AdamW) | {"peak": memory.peak()}
+
+
+def measure_pair(work: str, folder: str) -> dict[str, list[float]]:
+    """Seconds of our LoRA's and our DoRA's steps, in turns in this process."""
+    import qlora
+
+    batches = batches_of(work, WARM_UP + PAIRS)
+    batches = batches[: WARM_UP + max(PAIRS // 2, min(PAIRS, PAIRS * 1024 // batches[0].tokens))]
+    steps = {method: stepper(ours(method, folder), qlora.PagedAdamW) for method in ("lora", "dora")}
+    seconds = [{method: step(batch)[0] for method, step in steps.items()} for batch in batches]
+    return {method: [pair[method] for pair in seconds[WARM_UP:]] for method in steps}
 
 
 def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
@@ -92,7 +126,7 @@ def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
         model = qlora.attach_adapters(build(shape), method="dora", rank=16, alpha=32)
         if checkpointing:
             checkpoint_activations(model)
-        return take_steps(model, [random_batch(work)] * 3, qlora.PagedAdamW) | {"peak": memory.peak()}
+        return take_steps(model, [random_batch(work)] * (WARM_UP + 2), qlora.PagedAdamW) | {"peak": memory.peak()}
 
 
 def child(*arguments) -> dict:
@@ -127,11 +161,15 @@ def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
             rows[name] |= {"ours_is_as_fast": ours["tokens_per_second"] / rows[name]["tokens_per_second"], "ours_takes": ours["peak_bytes"] / rows[name]["peak_bytes"]}
         ratio = "" if side == "ours" else f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
         print(f"{name:20}{rows[name]['tokens_per_second']:10.0f}{rows[name]['peak_bytes'] / 1e9:9.2f}   {ratio}")
-    print(f"our DoRA runs at {rows['dora ours']['tokens_per_second'] / rows['lora ours']['tokens_per_second']:.2f} of our LoRA")
+    apart = rows["dora ours"]["tokens_per_second"] / rows["lora ours"]["tokens_per_second"]
+    pair = child("--pair", work, "--folder", folder)
+    in_turns = median(lora / dora for lora, dora in zip(pair["lora"], pair["dora"], strict=True))
+    print(f"our DoRA runs at {in_turns:.3f} of our LoRA: {len(pair['lora'])} steps of each in turns in one process ({apart:.2f} by the processes above)")
     losses = [row["first_loss"] for row in rows.values()]
     agree = max(losses) / min(losses) - 1
     print(f"first losses agree to {agree:.2%}\n" if agree < 0.01 else f"THE LOSSES DISAGREE by {agree:.2%}: this is not the same work\n", flush=True)
-    return {"rows": rows, "losses_agree_to": agree, "runs": found}
+    ratios = {"our_dora_beside_our_lora_in_turns": in_turns, "our_dora_beside_our_lora_in_separate_processes": apart}
+    return {"rows": rows, "losses_agree_to": agree, **ratios, "runs": found, "in_turns": pair}
 
 
 def main() -> None:
@@ -139,15 +177,19 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", default=["4x256", "8x512"], help="examples x tokens")
     parser.add_argument("--data", help="records whose batches of 4 are one more kind of work, such as GSM8K's train.jsonl")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="measured steps in each process, after one to warm up")
+    parser.add_argument("--steps", type=int, default=4, help=f"measured steps in each process, after {WARM_UP} to warm up")
     parser.add_argument("--large", action="store_true", help="also DoRA steps of a 1B and a 7B model (about 5 minutes)")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--one-large", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--pair", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(*arguments.one, arguments.steps, arguments.folder)))
+        return
+    if arguments.pair:
+        print(json.dumps(measure_pair(arguments.pair, arguments.folder)))
         return
     if arguments.one_large:
         shape, work, checkpointing = arguments.one_large
