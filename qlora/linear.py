@@ -126,7 +126,10 @@ class FrozenWeight:
         n, key = self.shape[0] * self.shape[1], (self.device, dtype)
         buffers = _scratch.__dict__
         if key not in buffers or buffers[key].numel() < n:
-            buffers[key] = torch.empty(n, dtype=dtype, device=self.device)
+            buffers.pop(key, None)  # before there is another
+            dense = self.dense(dtype, row_gain)  # allocated by the kernel, which asks for huge pages
+            buffers[key] = dense.view(-1)
+            return dense
         return nf4.dequantize_into(buffers[key][:n].view(self.shape), self.nf4, row_gain)
 
     def takes_one_token(self, x: Tensor) -> bool:

@@ -224,6 +224,19 @@ def test_decoded_bits_equal_the_reference(isa, dtype, double_quant):
                 assert bool((buffer[:guard] == 77).all()) and bool((buffer[guard + n :] == 77).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_result_larger_than_the_caches(isa, dtype, threads):
+    """Written past the caches into memory that exists, not into fresh memory: the same bits, rows of an odd length and a result that begins no line included."""
+    threads(2)
+    rows, columns = 1501, 88_000_000 // 1501 // dtype.itemsize | 1
+    n = rows * columns
+    packed, gain, buffer = torch.randint(256, ((n + 1) // 2, 1), dtype=torch.uint8), torch.randn(rows), torch.empty(n + 1, dtype=dtype)
+    for blocksize, row_gain, offset in ((64, None, 0), (64, gain, 0), (256, None, 0), (64, None, 1)):
+        parts, out = constants(torch.rand(-(-n // blocksize)), True), buffer[offset : offset + n].view(rows, columns).fill_(math.nan)
+        isa.dequantize_nf4_into(out, packed, *parts, row_gain, blocksize, NESTED)
+        assert same_bits(out, isa.dequantize_nf4(packed, *parts, row_gain, rows, columns, blocksize, NESTED, dtype)), (blocksize, offset)
+
+
 def test_the_same_bytes_as_bitsandbytes(isa):
     """Codes and scales of the same weight, values of the same bytes (bitsandbytes flushes bf16 subnormals: none here)."""
     for blocksize in (64, 256, 1024):

@@ -181,11 +181,16 @@ inline __m512i expand32(__m128i bytes, __m512i values) {  // 16 bytes -> 32 valu
   return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), values);
 }
 
-template <class T>
+template <bool kPast>
+inline void put(void* out, __m512i values) {
+  kPast ? _mm512_stream_si512(static_cast<__m512i*>(out), values) : _mm512_storeu_si512(out, values);
+}
+
+template <bool kPast, class T>
 inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
-    _mm512_storeu_si512(out + 2 * i, expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
+    put<kPast>(out + 2 * i, expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
   if (i < n) {
     const __mmask16 some = __mmask16((1u << (n - i)) - 1);
     const __m512i rest = expand32(_mm_maskz_loadu_epi8(some, bytes + i), table.values);
@@ -198,11 +203,11 @@ inline __m512 expand16(__m128i bytes, __m512 values) {  // 8 bytes -> 16 values
   return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32)), values);
 }
 
-template <>
-inline void expand<float>(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
+template <bool kPast>
+inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    _mm512_storeu_ps(out + 2 * i, expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
+    put<kPast>(out + 2 * i, _mm512_castps_si512(expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values)));
   if (i < n) {
     const __mmask8 some = __mmask8((1u << (n - i)) - 1);
     const __m512 rest = expand16(_mm_maskz_loadu_epi8(some, bytes + i), table.values);

@@ -82,7 +82,7 @@ class Native:
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
             "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
             "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
-            "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer],
+            "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer, integer],
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
@@ -225,10 +225,12 @@ class Native:
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         out = self._empty(rows, columns, dtype=dtype)
-        self.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
+        self.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize, fresh=True)
         return out
 
-    def dequantize_nf4_into(self, out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int) -> None:
+    def dequantize_nf4_into(
+        self, out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int, fresh: bool = False
+    ) -> None:
         rows, columns = out.shape
         if (
             out.dtype not in DTYPES
@@ -243,7 +245,7 @@ class Native:
         reference.count_write(out)
         self.library.qlora_dequantize_nf4(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(row_gain),
-            rows, columns, blocksize, nested_blocksize, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads(),
+            rows, columns, blocksize, nested_blocksize, DTYPES[out.dtype], out.data_ptr(), fresh, torch.get_num_threads(),
         )  # fmt: skip
 
     def row_norms_nf4(

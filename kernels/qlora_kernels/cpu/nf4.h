@@ -51,7 +51,7 @@ inline void fold(float m, float n, float& safe, float& gain) {
 struct Kernels {
   const char* name;
   // Elements start..stop of the flat weight to out[0..stop-start).
-  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, void* out);
+  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, bool past_the_caches, void* out);
   // Blocks first..last of n flat values: their codes and their maxima.
   void (*encode)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, uint8_t* packed, float* absmax);
   // Codes of blocks first..last under given scales; the scales of least squared error of the same.
