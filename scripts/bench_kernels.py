@@ -7,14 +7,22 @@ alike. Times are medians over the rounds, ratios are medians of the ratios withi
 of each, which is nearer to an idle machine. Bandwidth counts the bytes an operator must read and write; a copy reads and writes
 its 16-bit matrix in memory that exists already.
 The peers: bitsandbytes' CPU operators for quantizing and decoding; for DoRA's reductions the way PEFT computes them, with PyTorch.
-"reused" decodes into the same memory again and again, as training does; the peer has no such operator on a CPU.
+
+Where a result's memory comes from decides more than the operator: pages new from the kernel must be cleared, which takes bitsandbytes'
+decoder four times as long as decoding. glibc gives a result of 32 MiB or more new pages on every call, unless freed tensors have left a
+hole as large: with PEFT one step of 4096 x 4096 layers has such holes, another has none, and larger layers rarely find one. So this script
+settles it: in rows named "fresh result" every result has new pages, for both sides; in all others glibc is told to keep what is freed, so
+that no result has, and our decoder writes into the same memory as training does (bitsandbytes' has no `out=` on a CPU).
+The page faults in the table show that it is so.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -54,9 +62,23 @@ class Result:
     least_peer_ms: float | None
     times_peer: float | None
     least_times_peer: float | None
+    page_faults: int
+    peer_page_faults: int | None
 
 
-def cases(out: int, columns: int) -> list[Case]:
+FRESH = 1 << 25  # bytes from which a result has new pages by glibc's own rule
+
+
+def set_malloc(fresh: bool) -> None:
+    """New pages for every result of `FRESH` bytes, given back when it is freed; or none, everything freed is kept. Only glibc can be told."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, value in ((mmap_threshold, FRESH), (trim_threshold, FRESH // 2)) if fresh else ((mmap_max, 0), (trim_threshold, (1 << 31) - 1)):
+        if mallopt is not None and not mallopt(parameter, value):
+            raise RuntimeError(f"mallopt({parameter}, {value}) failed")
+
+
+def cases(out: int, columns: int, fresh: bool) -> list[Case]:
     n = out * columns
     weight = torch.randn(out, columns).bfloat16()
     packed, absmax = ops.quantize_nf4(weight, BLOCKSIZE)
@@ -80,8 +102,8 @@ def cases(out: int, columns: int) -> list[Case]:
         dense = bnb.dequantize_4bit(theirs, state).float()
         return torch.linalg.vector_norm(dense + 2.0 * (B @ A), dim=1)
 
-    def decoder(dtype, row_gain=None):
-        return lambda: ops.dequantize_nf4(packed, *parts, row_gain, out, columns, BLOCKSIZE, NESTED, dtype)
+    def decoder(dtype):
+        return lambda: ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, dtype)
 
     def into(dtype, row_gain=None):
         buffer = torch.empty(out, columns, dtype=dtype)
@@ -93,11 +115,12 @@ def cases(out: int, columns: int) -> list[Case]:
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     peer = {dtype: bnb_decoder(dtype) for dtype in (bf16, fp16, fp32)}
+    if fresh:
+        return [Case(f"dequantize to {name}, fresh result", dtype.itemsize * n + codes, decoder(dtype), peer[dtype]) for name, dtype in (("bf16", bf16), ("fp32", fp32))]
     return [
         Case("quantize, absmax", n * (2 + 0.5 + 4 / BLOCKSIZE), lambda: ops.quantize_nf4(weight, BLOCKSIZE), lambda: bnb_quantize(False)),
         Case("quantize, double", 2 * n + codes, quantize_double, lambda: bnb_quantize(True)),
         Case("quantize, mse scales", n * (2 + 2 + 0.5 + 4 / BLOCKSIZE), quantize_fitted),
-        Case("dequantize to bf16", 2 * n + codes, decoder(bf16), peer[bf16]),
         Case("dequantize to bf16, reused", 2 * n + codes, into(bf16), peer[bf16]),
         Case("dequantize to bf16, reused, row gain", 2 * n + codes, into(bf16, gain), peer[bf16]),
         Case("dequantize to fp16, reused", 2 * n + codes, into(fp16), peer[fp16]),
@@ -160,14 +183,14 @@ def step_cases(out: int, columns: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def seconds(function: Callable) -> float:
-    start = time.perf_counter()
+def seconds_and_faults(function: Callable) -> tuple[float, int]:
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
     function()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 
-def measure(out: int, columns: int, rounds: int) -> list[Result]:
-    todo = cases(out, columns)
+def measure(out: int, columns: int, rounds: int, fresh: bool) -> list[Result]:
+    todo = cases(out, columns, fresh)
     source = torch.randn(out, columns).bfloat16()
     target = torch.empty_like(source)
     runs = {"copy": lambda: target.copy_(source)}
@@ -176,14 +199,17 @@ def measure(out: int, columns: int, rounds: int) -> list[Result]:
         if case.peer is not None:
             runs["peer of " + case.name] = case.peer
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
+    faults: dict[str, list[int]] = {name: [] for name in runs}
+    for round_ in range(rounds + 2):
         for name, run in runs.items():
-            taken = seconds(run)
-            if round_:  # the first one warms up
+            taken, count = seconds_and_faults(run)
+            if round_ > 1:  # the first ones warm up
                 times[name].append(taken)
+                faults[name].append(count)
     copies = times["copy"]
     results = []
-    for name, nbytes in [("copy", 4.0 * source.numel()), *((case.name, case.nbytes) for case in todo)]:
+    copy = [] if fresh else [("copy", 4.0 * source.numel())]
+    for name, nbytes in [*copy, *((case.name, case.nbytes) for case in todo)]:
         ours, peer = times[name], times.get("peer of " + name)
         relative = nbytes / (4 * source.numel())  # of the bytes that a copy moves
         results.append(
@@ -199,6 +225,8 @@ def measure(out: int, columns: int, rounds: int) -> list[Result]:
                 least_peer_ms=min(peer) * 1e3 if peer else None,
                 times_peer=median_ratio(peer, ours) if peer else None,
                 least_times_peer=min(peer) / min(ours) if peer else None,
+                page_faults=statistics.median_high(faults[name]),
+                peer_page_faults=statistics.median_high(faults["peer of " + name]) if peer else None,
             )
         )
     return results
@@ -228,11 +256,14 @@ def _cpuinfo() -> list[str]:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| shape | operator | ms | GB/s | of a copy | peer, ms | times the peer |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| shape | operator | ms | GB/s | of a copy | peer, ms | times the peer | page faults, peer's |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for r in results:
-        peer = "| |"
+        peer = f"| | {r.page_faults} |"
         if r.peer_ms is not None:
-            peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {r.times_peer:.1f} ({r.least_times_peer:.1f}) |"
+            peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {r.times_peer:.1f} ({r.least_times_peer:.1f}) | {r.page_faults}, {r.peer_page_faults} |"
         share = f"{r.copy_share:.0%} ({r.least_copy_share:.0%})"
         lines.append(f"| {r.shape} | {r.operator} | {r.ms:.3f} ({r.least_ms:.3f}) | {r.gb_per_s:.1f} | {share} | {peer}")
     return "\n".join(lines)
@@ -245,10 +276,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    shapes = [tuple(int(part) for part in shape.split("x")) for shape in arguments.shape or ["4096x4096", "576x1536"]]
     results = []
-    for shape in arguments.shape or ["4096x4096", "576x1536"]:
-        out, columns = (int(part) for part in shape.split("x"))
-        results += measure(out, columns, arguments.rounds)
+    for fresh in (True, False):  # in this order: once freed memory is kept, no result is fresh
+        set_malloc(fresh)
+        for out, columns in shapes:
+            if not fresh or 2 * out * columns >= FRESH:
+                results += measure(out, columns, arguments.rounds, fresh)
     about = environment()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"environment": about, "results": [asdict(r) for r in results]}, indent=2) + "\n")
