@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qlora
 from qlora import UserError, adapter_parameters, attach_adapters, named_adapters, nf4
-from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, merged_weight, one_token, refresh_norms, row_norms
+from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, compute_norms, merged_weight, one_token, refresh_norms, row_norms
 from qlora.linear import NF4Linear
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
@@ -353,25 +353,48 @@ def test_norm_is_computed_once_per_optimizer_step():
 
 
 def test_norms_of_a_model_come_from_one_operator():
-    """Whether the head is called or the model under it; with the bits that a layer by itself finds, and only those that have changed."""
+    """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only those that have changed."""
     model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
     adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
-    tokens = torch.arange(5, 9).unsqueeze(0)
-    for call in (model, model.model):
-        refresh_norms(model)
-        with NormWatch() as watch:
-            call(tokens)
-        assert watch.calls == 1
+    refresh_norms(model)
+    with NormWatch() as watch:
+        compute_norms(model)
+    assert watch.calls == 1
     for adapter in adapters.values():
         assert torch.equal(adapter.norm(), expected_norm(adapter))
     first, *others = adapters.values()
-    before, untouched = first.norm(), [adapter.norm() for adapter in others]
+    before, untouched = first.norm(), [adapter._norm[1] for adapter in others]
     with torch.no_grad():
         first.lora_B += 0.1
     with NormWatch() as watch:
-        model(tokens)
+        compute_norms(model)
     assert watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
-    assert all(adapter.norm() is kept for adapter, kept in zip(others, untouched, strict=True))
+    assert all(adapter._norm[1] is kept for adapter, kept in zip(others, untouched, strict=True))
+
+
+def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
+    """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does not: results, gradients,
+    and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen inputs, recomputation."""
+    for method, bias, dropout, needs_x in itertools.product(("lora", "dora"), (False, True), (0.0, 0.3), (False, True)):
+        found = []
+        for isa in ("", "portable"):
+            kernels.select(isa)
+            torch.manual_seed(1)
+            model, _ = one_layer("nf4", 128, 96, bias, dtype=torch.float32)
+            layer = adapted(model, method, dropout=dropout).layer
+            optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
+            for step in range(2):
+                x = torch.randn(70, 128, generator=torch.Generator().manual_seed(step)).bfloat16().requires_grad_(needs_x)
+                optimizer.zero_grad()
+                torch.manual_seed(step)
+                y = checkpoint(model, x, use_reentrant=False) if step else model(x)
+                norms = layer._norm[1]
+                y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
+                assert layer._norm[1] is norms
+                optimizer.step()
+            found.append([y.detach(), *(p.grad for p in adapter_parameters(model)), *([x.grad] if needs_x else []), *([layer.norm()] if method == "dora" else [])])
+        for ours, plain in zip(*found, strict=True):
+            assert relative(ours, plain) < TOLERANCE[torch.bfloat16], (method, bias, dropout)
 
 
 # ---------------------------------------------------------------- targets and attaching

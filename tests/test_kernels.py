@@ -334,6 +334,83 @@ def test_row_norms_of_many_layers_are_those_of_each(isa, threads):
             assert same_bits(expected, got), count
 
 
+# tokens, rows, columns, rank, block size: whole tiles and tokens over, more panels than a thread keeps, ranks that fill no tile, and what tiles do not take
+LAYERS = [(32, 32, 64, 1, 64), (33, 96, 64, 16, 64), (95, 64, 128, 40, 128), (300, 160, 192, 17, 64), (70, 32, 4096, 16, 256), (40, 2048, 64, 5, 64), (31, 64, 64, 3, 64), (50, 33, 70, 4, 32)]
+
+
+def drawn_layer(tokens, rows, columns, rank, blocksize, nested, dtype=torch.bfloat16):
+    packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), blocksize)
+    constants_, shape = constants(absmax, nested), (rows, columns, blocksize, NESTED)
+    W = reference.dequantize_nf4(packed, *constants_, None, *shape, torch.float64)
+    A, B, m = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) * 0.3, torch.rand(rows) + 0.5
+    x, dy = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+    return (packed, *constants_, *shape), W, A, B, m, x, dy
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "float32 scales"])
+def test_products_of_a_layer(isa, threads, nested):
+    """Forward and backward against float64, with a given n and with one made on the way; our kernels give the same bits for any number of threads."""
+    for size in LAYERS:
+        weight, W, A, B, m, x, dy = drawn_layer(*size, nested)
+        s, other = 0.7, torch.randn_like(x)
+        V = W + s * B.double() @ A.double()
+        n = V.norm(dim=1)
+        for magnitude, norm in ((None, None), (m, n.float()), (m, None)):
+            gain = torch.ones(len(m), dtype=torch.float64) if magnitude is None else m.double() / n
+            found, back = [], []
+            for count in (1, 2, 5):
+                threads(count)
+                found.append(isa.adapted_product(x, other, A, B, magnitude, norm, W.norm(dim=1).float(), s, *weight))
+                y, u, down, up, factors = found[-1]
+                back.append(isa.adapted_product_backward(dy, x, down, up, u, None if magnitude is None else y, factors, s, *weight, True))
+            for results in (found, back):
+                same = all(same_bits(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+                assert same or not isa.multiplies(x, *weight), (size, norm is None)
+            expected = (x.double() @ W.t() + s * (other.double() @ A.double().t()) @ B.double().t()) * gain
+            assert relative(y, expected) < 0.02 and y.dtype == x.dtype, size
+            assert relative(u, other.double() @ A.double().t()) < 0.02 and relative(up, s * gain.unsqueeze(1) * B) < 0.01 and relative(down, A) < 0.01
+            assert factors.shape == (0 if magnitude is None else 3, len(m))
+            if magnitude is not None:
+                torch.testing.assert_close(factors.double(), torch.stack((gain, m.double(), n)), rtol=1e-4 if norm is None else 1e-6, atol=0)
+            dx, dA, dB, dm = back[0]
+            wide, g = dy.double(), gain.unsqueeze(1)
+            assert relative(dx, wide @ (g * V)) < 0.02 and dx.dtype == dy.dtype
+            assert relative(dA, (wide @ (g * s * B)).t() @ x.double()) < 0.02 and relative(dB, g * s * (wide.t() @ u.double())) < 0.02
+            assert dm.numel() == 0 if magnitude is None else relative(dm, (wide * y.double()).sum(0) / m) < 0.02
+            assert isa.adapted_product_backward(dy, x, down, up, u, None, factors, s, *weight, False)[0].numel() == 0
+        for row_gain in (None, m):
+            scaled = W if row_gain is None else m.double().unsqueeze(1) * W
+            *parts, rows, columns, blocksize, nested_blocksize = weight
+            for source, matrix, transposed in ((x, scaled.t(), True), (dy, scaled, False)):
+                product = isa.nf4_product(source, *parts, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
+                assert relative(product, source.double() @ matrix) < 0.02, (size, transposed)
+
+
+def test_a_norm_made_on_the_way_where_its_sums_cancel(isa):
+    """A lies along rows of W, where rounding W counts most, and takes some or all of them away; B = 0 in others, whose n is the base's to the bit."""
+    weight, W, _, _, m, x, _ = drawn_layer(64, 64, 192, 64, 64, True)
+    base, B = W.norm(dim=1).float(), torch.zeros(64, 64)
+    for taken in (0.0, 0.1, 0.25, 0.5, 1.0):
+        B[:8, :8] = -taken * torch.eye(8)
+        n = isa.adapted_product(x, x, W.float(), B, m, None, base, 1.0, *weight)[4][2]
+        torch.testing.assert_close(n[:8], (1 - taken) * base[:8], rtol=6e-4 if taken < 0.29 else 1e-5, atol=1e-4 if taken == 1 else 0)
+        torch.testing.assert_close(n[8:], base[8:], rtol=0 if isa.bf16_unit == "AMX" and taken < 0.29 else 1e-6, atol=0)
+
+
+def test_products_refuse_what_does_not_fit(isa):
+    weight, W, A, B, m, x, dy = drawn_layer(40, 64, 128, 4, 64, True)
+    *parts, rows, columns, blocksize, nested = weight
+    for call in (
+        lambda: isa.adapted_product(x[:, :64], x[:, :64], A, B, m, m, None, 1.0, *weight),
+        lambda: isa.adapted_product(x, x, A, B[:32], m, m, None, 1.0, *weight),
+        lambda: isa.adapted_product_backward(dy[:, :32], x, A.bfloat16(), B.bfloat16(), x[:, :4], None, torch.empty(0, 64), 1.0, *weight, True),
+        lambda: isa.nf4_product(x, *parts, m[:5], rows, columns, blocksize, nested, True),
+        lambda: isa.nf4_product(x, *parts, None, rows, columns, blocksize, nested, False),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_sums_over_tokens(isa, dtype):
     """v, dB, dm and dA against float64, at sizes that fill no tile and at some that take several parts and strips."""
@@ -604,6 +681,12 @@ def test_operators_pass_opcheck():
         ops.nf4_gemv: (weight[0].bfloat16(), packed, *parts, 10, 128, 64, NESTED),
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.row_norms_nf4_all: (*([part] for part in (packed, *parts, A, B, 2.0, 10, 128, 64)), NESTED),
+        ops.nf4_product: (torch.randn(32, 128).bfloat16(), packed, *parts, gain, 10, 128, 64, NESTED, True),
+        ops.adapted_product: (*[torch.randn(32, 128).bfloat16()] * 2, A, B, gain, None, gain, 2.0, packed, *parts, 10, 128, 64, NESTED),
+        ops.adapted_product_backward: (
+            torch.randn(32, 10).bfloat16(), torch.randn(32, 128).bfloat16(), A.bfloat16(), B.bfloat16(), torch.randn(32, 4).bfloat16(),
+            torch.randn(32, 10).bfloat16(), torch.rand(3, 10), 2.0, packed, *parts, 10, 128, 64, NESTED, True,
+        ),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
         ops.token_product: (B.bfloat16(), weight.bfloat16()),
         ops.adapter_gradients: (weight.bfloat16(), A.t().contiguous().bfloat16(), B.bfloat16(), weight.bfloat16(), None, torch.ones(128), 2.0),

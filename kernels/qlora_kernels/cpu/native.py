@@ -383,7 +383,7 @@ class Native:
             return self._product(x, weight, True, **adapter), u, down, up, factors
         adapter |= {"m": m.contiguous(), "factors": factors}
         y = None
-        if n is None and base is not None and base.shape == m.shape and rows // 32 >= torch.get_num_threads():
+        if n is None and base is not None and base.shape == m.shape:
             y = self._product(x, weight, True, **adapter, base=base.contiguous())
         if y is None:
             factors[2] = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:]) if n is None else n

@@ -515,15 +515,21 @@ int qlora_product(const uint8_t* packed, const void* absmax, const float* nested
       if (A != nullptr) matrix_product.narrow(x_narrow, A, inner, rank, token, stop - token, rooms + i * room, u, left);
       else matrix_product.widen(u, rank, token, stop - token, left);
     });
-  // A thread's share: panels, and where there are too few, parts of the tokens too; not with base, since who waits for n has all tokens.
-  const int64_t parts = base == nullptr ? minimum(blocks, ceil_div(threads, panels)) : 1, shares = threads_for(parts * panels, threads);
   int exact = 1;
+  const auto wide = [&](const Factors* made, int64_t token, int64_t stop, int64_t panel, int64_t count, char* own) {
+    if (!matrix_product.wide(product, made, token, stop - token, panel, count, own)) __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
+  };
+  // A thread's share: panels, and where there are too few, parts of the tokens too, of which none can make factors for the others.
+  const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
+  const Factors* made = A == nullptr ? nullptr : &factors;
+  if (made != nullptr && parts > 1) {
+    parallel(panels, threads, [&](int64_t i) { wide(made, 0, 0, i, 1, rooms + i * room); });
+    made = nullptr;
+  }
   parallel(shares, threads, [&](int64_t i) {
     for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
       const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
-      const int64_t token = blocks * part / parts * kProductBlock, end = minimum(tokens, blocks * (part + 1) / parts * kProductBlock);
-      if (!matrix_product.wide(product, A == nullptr ? nullptr : &factors, token, end - token, at % panels, count, rooms + i * room))
-        __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
+      wide(made, blocks * part / parts * kProductBlock, minimum(tokens, blocks * (part + 1) / parts * kProductBlock), at % panels, count, rooms + i * room);
       at += count;
     }
   });

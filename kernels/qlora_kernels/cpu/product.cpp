@@ -164,7 +164,8 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
 }
 
 // Of 32 rows of W: n, its factors, and up. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what 32
-// more tokens are. W is rounded to bf16 here, which moves P by 2^-10 of its terms, and n, of which P is the smaller part, by far less than y's rounding.
+// more tokens are. W is rounded to bf16 here, as it is for y, whose rows that stretches by as much as it moves n: up to 6e-4 where A lies along a row and
+// takes a quarter of it away, 1e-6 where an update is small or not along W, as they are. Where the sums cancel and it could be more, n is not exact.
 bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles, int64_t across) {
   const int64_t strips = ceil_div(p.rank, 16);
   Sums sums;
@@ -200,7 +201,7 @@ bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles
   bool exact = true;
   for (int64_t r = 0, j = 32 * panel; r < 32; ++r, ++j) {
     const double own = double(to.base[j]) * to.base[j], squared = own + 2.0 * p.scaling * added[r];
-    exact = exact && !(squared < 1e-3 * own);
+    exact = exact && !(squared < 0.5 * own);
     to.n[j] = float(__builtin_sqrt(squared));
     fold(to.m[j], to.n[j], to.safe[j], to.gain[j]);
   }
@@ -229,7 +230,7 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
   for (int64_t done = 0; done < panels;) {
     const int64_t count = minimum(most, panels - done);
     (p.transposed ? decode_rows : decode_columns)(p, panel + done, count, tiles, across);
-    for (int64_t c = 0; to != nullptr && token == 0 && c < count; ++c) {
+    for (int64_t c = 0; to != nullptr && c < count; ++c) {
       if (to->base != nullptr) exact &= norms(p, *to, panel + done + c, tiles + 2 * c * across, across);
       up_of(p, *to, panel + done + c);
     }
@@ -238,8 +239,8 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
       for (int64_t c = 0; c < count; ++c)
         for (int64_t n = 0; n < blocks; ++n) {
           const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n), start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
-          block(p, start, tiles + 2 * c * across, across, turn, sums[turn], before);
           const int64_t column = 32 * (panel + done + c);
+          block(p, start, tiles + 2 * c * across, across, (t + column) / 32 & 1, sums[turn], before);  // the order of a sum is its own, whoever makes it
           before = {&sums[turn], p.y + start * p.outer + column, p.outer, {one, one}, int(t - start)};
           for (int h = 0; gain != nullptr && h < 2; ++h) before.gain[h] = _mm512_loadu_ps(gain + column + 16 * h);
           turn = !turn;
