@@ -12,7 +12,8 @@ A dense base is not copied to be scaled: y and dy are multiplied by g instead, o
 rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps it.
 
 n changes only when A, B or W do, so it is computed once per optimizer step, not per micro-batch nor in the recomputation of a
-checkpointed layer. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on the low-rank path alone.
+checkpointed layer: on a GPU of all layers before a forward pass (`compute_norms`), on a CPU with AMX in the product that decodes W
+anyway, elsewhere a layer at a time. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on the low-rank path alone.
 The alternative, PEFT's sum of a base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
 """
 
@@ -97,8 +98,8 @@ def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor |
 class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and n.
 
-    Where `weight.multiplies(x)`, `fused`, it is one operator each way, and n may be None: it is made on the way from `base`, the norms of W, and
-    left in `made`, whose last row it is.
+    Where `weight.multiplies(x)` it may be `fused` to one operator each way, and n may be None: it is made on the way from `base`, the norms of W,
+    and the last row of what is left in `made`.
 
     Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
@@ -193,8 +194,7 @@ class AdaptedLinear(nn.Module):
         self.magnitude = None
         if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
-            self.register_buffer("base_norm", self.magnitude.detach().clone(), persistent=False)
-        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n as the last row of a matrix
+        self.forget_norm()
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:
@@ -224,7 +224,15 @@ class AdaptedLinear(nn.Module):
 
     def forget_norm(self) -> None:
         """Compute n anew at the next use."""
-        self._norm = (None, None)
+        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n as the last row of a matrix
+        self._base_norm: tuple[tuple | None, Tensor | None] = (None, None)  # the same of ||W_j||
+
+    def base_norm(self, state: tuple) -> Tensor:
+        """||W_j|| [out], of which n is made in training; to the bit the n of B = 0. `state` is what `norm_state` says now."""
+        if self._base_norm[0] != state[-2:]:
+            with torch.no_grad():
+                self._base_norm = (state[-2:], row_norms(FrozenWeight(self.base), self.lora_A, torch.zeros_like(self.lora_B), self.scaling))
+        return self._base_norm[1]
 
     def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
         """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
@@ -233,14 +241,17 @@ class AdaptedLinear(nn.Module):
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         magnitude = self.magnitude if lend is None else self.magnitude.detach()
         weight, bias = FrozenWeight(self.base), self.base.bias
-        norm, fused, made, state = None, weight.multiplies(flat), [], None
+        fused = weight.multiplies(flat)
+        norm, base, made, state = None, None, [], None
         if magnitude is not None:
             state = self.norm_state()
-            norm = None if fused and state != self._norm[0] else self.norm()
+            if fused and state != self._norm[0]:
+                base = self.base_norm(state)
+            else:
+                norm = self.norm()
         if adapter_input is flat and weight.takes_one_token(x):
             y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        base = self._buffers.get("base_norm")
         y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling, lend, fused, base, made)
         if made:
             self._norm = (state, made[0])
@@ -258,7 +269,7 @@ class AdaptedLinear(nn.Module):
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_norm": (None, None)}
+        return {**super().__getstate__(), "_norm": (None, None), "_base_norm": (None, None)}
 
     def extra_repr(self) -> str:
         return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"

@@ -138,7 +138,7 @@ class Native:
     def describe(self) -> str:
         """Such as "native (AVX-512, attention and adapters by AMX, 2 threads)"."""
         threads = torch.get_num_threads() if self.library.qlora_threaded() else 1
-        what = "attention and adapters" if self.bf16_unit == "AMX" else "attention"
+        what = "attention and adapted layers" if self.bf16_unit == "AMX" else "attention"
         attention = f"{what} by {self.bf16_unit}, " if self.bf16_unit else ""
         return f"native ({self.isa}, {attention}{threads} thread{'s' * (threads != 1)}{'' if self.library.qlora_threaded() else ' after a fork'})"
 
@@ -395,14 +395,14 @@ class Native:
         packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
-        if not self.multiplies(dy, *weight) or not self._narrow(dy, u) or not dy.dtype == x.dtype == down.dtype == up.dtype:
+        if not self.multiplies(dy, *weight) or not dy.dtype == x.dtype == down.dtype == up.dtype:
             return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x, self)
         dy, (gain, safe) = dy.contiguous(), factors[:2] if len(factors) else (None, None)
         v, dB, dm = self.adapter_gradients(dy, up, u, y, gain, safe, scaling)
         dA = self.token_product(v, x)
         if dA.shape != (u.shape[1], columns) or down.shape != dA.shape:
             raise ValueError(f"x {tuple(x.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns} and {u.shape[1]} ranks")
-        return self._product(dy, weight, False, u=v, down=down.contiguous(), factors=factors) if needs_x else dy.new_empty(0), dA, dB, dm
+        return self._product(dy, weight, False, u=v.contiguous(), down=down.contiguous(), factors=factors.contiguous()) if needs_x else dy.new_empty(0), dA, dB, dm
 
     def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
         """Whether product.cpp multiplies these: bf16, whole tiles."""

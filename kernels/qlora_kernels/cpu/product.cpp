@@ -16,9 +16,11 @@
 namespace qlora {
 namespace {
 
-constexpr int64_t kBlock = kProductBlock, kCache = 1 << 19, kTokens = 256;  // tokens that are multiplied with all panels before the next: their x stays in the cache
+constexpr int64_t kBlock = kProductBlock;
+constexpr int64_t kTokens = 256;    // are multiplied with all panels before the next ones, so that their x stays in the second cache,
+constexpr int64_t kCache = 1 << 19;  // beside so many bytes of panels
 
-// Panels that a thread decodes before it multiplies: as many as fit its second cache beside x, but a whole line of codes of each row.
+// Panels that a thread decodes before it multiplies: as many as there is room for, but at least a whole line of codes of each row.
 int64_t panels_of(int64_t inner, int64_t rank) {
   const int64_t panel = 2 * (inner / 32 + ceil_div(rank, 32)) * int64_t(sizeof(Tile));
   return kCache > 4 * panel ? kCache / panel : 4;
