@@ -335,7 +335,7 @@ def test_row_norms_of_many_layers_are_those_of_each(isa, threads):
 
 
 # tokens, rows, columns, rank, block size: whole tiles and tokens over, more panels than a thread keeps, ranks that fill no tile, and what tiles do not take
-LAYERS = [(32, 32, 64, 1, 64), (33, 96, 64, 16, 64), (95, 64, 128, 40, 128), (300, 160, 192, 17, 64), (70, 32, 4096, 16, 256), (40, 2048, 64, 5, 64), (31, 64, 64, 3, 64), (50, 33, 70, 4, 32)]
+LAYERS = [(32, 32, 64, 1, 64), (33, 96, 64, 16, 64), (95, 64, 128, 40, 128), (300, 160, 192, 17, 64), (70, 32, 4096, 16, 256), (40, 2048, 64, 5, 64), (64, 96, 64, 80, 64), (31, 64, 64, 3, 64), (50, 33, 70, 4, 32)]
 
 
 def drawn_layer(tokens, rows, columns, rank, blocksize, nested, dtype=torch.bfloat16):
@@ -371,7 +371,7 @@ def test_products_of_a_layer(isa, threads, nested):
             assert relative(u, other.double() @ A.double().t()) < 0.02 and relative(up, s * gain.unsqueeze(1) * B) < 0.01 and relative(down, A) < 0.01
             assert factors.shape == (0 if magnitude is None else 3, len(m))
             if magnitude is not None:
-                torch.testing.assert_close(factors.double(), torch.stack((gain, m.double(), n)), rtol=1e-4 if norm is None else 1e-6, atol=0)
+                torch.testing.assert_close(factors.double(), torch.stack((gain, m.double(), n)), rtol=3e-4 if norm is None else 1e-6, atol=0)  # updates as large as W
             dx, dA, dB, dm = back[0]
             wide, g = dy.double(), gain.unsqueeze(1)
             assert relative(dx, wide @ (g * V)) < 0.02 and dx.dtype == dy.dtype

@@ -328,12 +328,17 @@ class Native:
         factors = [part for part in (gain, safe) if part is not None]
         if up.shape != (columns, rank) or y is not None and (y.shape != dy.shape or safe is None) or any(f.shape != (columns,) or f.dtype != torch.float32 for f in factors):
             raise ValueError(f"gradient {tuple(dy.shape)} with u {tuple(u.shape)}, up {tuple(up.shape)} and {len(factors)} factors")
-        dy, up, u, y, gain, safe = (None if part is None else part.contiguous() for part in (dy, up, u, y, gain, safe))
+        gain, safe = (None if part is None else part.contiguous() for part in (gain, safe))
+        return self._gradients(dy, up, u, y, _pointer(gain), _pointer(safe), scaling)
+
+    def _gradients(self, dy: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: int | None, safe: int | None, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        (tokens, columns), rank = dy.shape, u.shape[1]
+        dy, up, u, y = (None if part is None else part.contiguous() for part in (dy, up, u, y))
         v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
         dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
         work = self._room(4 * self.library.qlora_narrow_room(tokens, columns, rank))
         self.library.qlora_narrow(
-            dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
+            dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, gain, safe,
             work.data_ptr(), v.data_ptr(), dB.data_ptr(), dm.data_ptr(), None, torch.get_num_threads(),
         )  # fmt: skip
         return v, dB, dm
@@ -397,12 +402,18 @@ class Native:
         weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
         if not self.multiplies(dy, *weight) or not dy.dtype == x.dtype == down.dtype == up.dtype:
             return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x, self)
-        dy, (gain, safe) = dy.contiguous(), factors[:2] if len(factors) else (None, None)
-        v, dB, dm = self.adapter_gradients(dy, up, u, y, gain, safe, scaling)
+        (tokens, rank), folded = u.shape, factors.numel() > 0
+        fit = dy.shape == (tokens, rows) and x.shape == (tokens, columns) and down.shape == (rank, columns) and up.shape == (rows, rank)
+        if not fit or folded and (factors.shape != (3, rows) or factors.dtype != torch.float32) or y is not None and not (folded and y.shape == dy.shape):
+            raise ValueError(f"gradient {tuple(dy.shape)}, x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)} for a weight of {rows} x {columns}")
+        dy, factors = dy.contiguous(), factors.contiguous()
+        if self._narrow(dy, u) and (y is None or y.dtype == dy.dtype):
+            gain = factors.data_ptr() if folded else None
+            v, dB, dm = self._gradients(dy, up, u, y, gain, gain + 4 * rows if folded else None, scaling)
+        else:
+            v, dB, dm = self.adapter_gradients(dy, up, u, y, *(factors[:2] if folded else (None, None)), scaling)
         dA = self.token_product(v, x)
-        if dA.shape != (u.shape[1], columns) or down.shape != dA.shape:
-            raise ValueError(f"x {tuple(x.shape)} and down {tuple(down.shape)} for a weight of {rows} x {columns} and {u.shape[1]} ranks")
-        return self._product(dy, weight, False, u=v.contiguous(), down=down.contiguous(), factors=factors.contiguous()) if needs_x else dy.new_empty(0), dA, dB, dm
+        return self._product(dy, weight, False, u=v.contiguous(), down=down.contiguous(), factors=factors) if needs_x else dy.new_empty(0), dA, dB, dm
 
     def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
         """Whether product.cpp multiplies these: bf16, whole tiles."""

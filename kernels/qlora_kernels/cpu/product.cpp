@@ -167,7 +167,7 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
 
 // Of 32 rows of W: n, its factors, and up. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what 32
 // more tokens are. W is rounded to bf16 here, as it is for y, whose rows that stretches by as much as it moves n: up to 6e-4 where A lies along a row and
-// takes a quarter of it away, 1e-6 where an update is small or not along W, as they are. Where the sums cancel and it could be more, n is not exact.
+// takes a quarter of it away, 1e-5 in training (SmolLM2, updates of up to a tenth of W). Where the sums cancel and it could be more, n is not exact.
 bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles, int64_t across) {
   const int64_t strips = ceil_div(p.rank, 16);
   Sums sums;
