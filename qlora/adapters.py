@@ -104,10 +104,10 @@ class AdaptedProduct(torch.autograd.Function):
     Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
 
-    The low-rank product comes first and the large product is accumulated onto it. In bf16 the order matters: the large product
-    rounded first already lies on bf16's grid, and an update smaller than half a step of that grid, as every update is early in
-    training, then vanishes altogether. This way round there is one rounding after both (measured on SmolLM2: of what a first
-    step of B should gain, 100 % arrive, 60 % the other way round).
+    Both products are rounded together: in one sum where fused, elsewhere the low-rank product comes first and the large one is accumulated
+    onto it. In bf16 this matters: the large product rounded first already lies on bf16's grid, and an update smaller than half a step of
+    that grid, as every update is early in training, then vanishes altogether (measured on SmolLM2: of what a first step of B should gain,
+    100 % arrive, 60 % the other way round).
     """
 
     @staticmethod
@@ -195,6 +195,8 @@ class AdaptedLinear(nn.Module):
         if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
         self.forget_norm()
+        if self.magnitude is not None:
+            self._base_norm = (self.norm_state()[-2:], self.magnitude.detach().clone())
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:

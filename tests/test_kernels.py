@@ -316,24 +316,6 @@ def test_row_norms_where_the_sums_cancel(isa):
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6 * W.norm(dim=1).max().item())
 
 
-def test_row_norms_of_many_layers_are_those_of_each(isa, threads):
-    """Bit for bit, in one call: sizes that the matrix unit takes and others, rows that cancel, more layers than threads and fewer."""
-    layers = []
-    for rows, columns, rank, blocksize in ((37, 192, 16, 64), (70, 128, 5, 256), (33, 77, 8, 64), (20, 640, 20, 64), (5, 64, 40, 32)):
-        packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), blocksize)
-        layers.append((packed, *reference.quantize_absmax(absmax, NESTED), torch.randn(rank, columns), 0.1 * torch.randn(rows, rank), 2.0, rows, columns, blocksize))
-    cancelling = list(layers[3])
-    cancelling[4] = reference.dequantize_nf4(*cancelling[:4], None, 20, 640, 64, NESTED, torch.float32)
-    cancelling[5] = -0.5 * torch.eye(20)
-    layers[3] = tuple(cancelling)
-    alone = [isa.row_norms_nf4(*layer, NESTED) for layer in layers]
-    assert alone[3].max() < 1e-3 < alone[0].min()
-    for count in (1, 2, 8):
-        threads(count)
-        for expected, got in zip(alone, isa.row_norms_nf4_all(*map(list, zip(*layers)), NESTED), strict=True):
-            assert same_bits(expected, got), count
-
-
 # tokens, rows, columns, rank, block size: whole tiles and tokens over, more panels than a thread keeps, ranks that fill no tile, and what tiles do not take
 LAYERS = [(32, 32, 64, 1, 64), (33, 96, 64, 16, 64), (95, 64, 128, 40, 128), (300, 160, 192, 17, 64), (70, 32, 4096, 16, 256), (40, 2048, 64, 5, 64), (64, 96, 64, 80, 64), (31, 64, 64, 3, 64), (50, 33, 70, 4, 32)]
 

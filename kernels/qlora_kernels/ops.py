@@ -206,7 +206,7 @@ def row_norms_nf4_all(
     B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
 ) -> list[Tensor]:  # fmt: skip
     """`row_norms_nf4` of many layers in one call: a layer alone is small, what it costs is half the way there."""
-    return reference.row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize)
+    return reference.row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize, row_norms_nf4)
 
 
 @shape_of("row_norms_nf4_all")

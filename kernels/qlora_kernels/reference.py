@@ -14,7 +14,6 @@ The alternative, decoding through an int64 index of every element, costs sixteen
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
@@ -400,11 +399,12 @@ def row_norms_nf4(
 def row_norms_nf4_all(
     packed: Sequence[Tensor], absmax: Sequence[Tensor], nested_absmax: Sequence[Tensor], nested_offset: Sequence[Tensor], A: Sequence[Tensor],
     B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
+    norms: Callable = row_norms_nf4,
 ) -> list[Tensor]:  # fmt: skip
-    """`row_norms_nf4` of each layer; the constants of double quantization are empty lists where there are none."""
+    """`row_norms_nf4`, or `norms`, of each layer; the constants of double quantization are empty lists where there are none."""
     constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
     layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
-    return [row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
+    return [norms(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
 
 
 def nf4_product(
@@ -418,21 +418,20 @@ def nf4_product(
 
 def adapted_product(
     x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, kernels=None,
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """An adapted layer forward: x [tokens, in], x_adapter (x, or x after dropout), A [r, in], B [out, r], m and n [out] or None
 
         -> y [tokens, out] = x W't + u upt,  u [tokens, r] = x_adapter downt,  `fold_factors`' down and up, with W' = diag(gain) W,
            and its gain and safe m, and n as one [3, out], [0, out] without m
 
-    n is the `row_norms` where m is given without it. A kernel may make it from base [out], the norms of W alone. `kernels` stands in for this module
-    in the steps.
+    n is the `row_norms` where m is given without it. A kernel may make it from base [out], the norms of W alone.
     """
-    steps, constants = kernels or sys.modules[__name__], (packed, absmax, nested_absmax, nested_offset)
+    constants = (packed, absmax, nested_absmax, nested_offset)
     if m is not None and n is None:
-        n = steps.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
-    down, up, gain, safe = steps.fold_factors(A, B, m, n, scaling, x.dtype)
-    weight = steps.dequantize_nf4(*constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+        n = row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+    down, up, gain, safe = fold_factors(A, B, m, n, scaling, x.dtype)
+    weight = dequantize_nf4(*constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype)
     u = x_adapter @ down.t()
     factors = B.new_empty(0, rows) if m is None else torch.stack((gain, safe, n))
     return torch.addmm(u @ up.t(), x, weight.t()), u, down, up, factors
@@ -441,16 +440,15 @@ def adapted_product(
 def adapted_product_backward(
     dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, factors: Tensor, scaling: float, packed: Tensor,
     absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
-    kernels=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`; dm is empty without y."""
-    steps, (gain, safe) = kernels or sys.modules[__name__], factors[:2] if len(factors) else (None, None)
-    v, dB, dm = steps.adapter_gradients(dy, up, u, y, gain, safe, scaling)
+    gain, safe = factors[:2] if len(factors) else (None, None)
+    v, dB, dm = adapter_gradients(dy, up, u, y, gain, safe, scaling)
     dx = dy.new_empty(0)
     if needs_x:
-        weight = steps.dequantize_nf4(packed, absmax, nested_absmax, nested_offset, gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
+        weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
         dx = torch.addmm(v @ down, dy, weight)
-    return dx, steps.token_product(v, x), dB, dm
+    return dx, token_product(v, x), dB, dm
 
 
 def _wide(x: Tensor) -> Tensor:

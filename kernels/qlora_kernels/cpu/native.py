@@ -86,7 +86,6 @@ class Native:
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
             "qlora_row_norms_nf4": [*weight, *[size] * 4, *[pointer] * 4, size, ctypes.c_float, pointer, integer],
-            "qlora_row_norms_matrix": [*weight, *[size] * 4, *[pointer] * 2, size, ctypes.c_float, pointer, pointer, integer],
             "qlora_cross_entropy": [integer, pointer, pointer, size, size, pointer, integer],
             "qlora_rms_norm": [integer, pointer, pointer, size, size, ctypes.c_float, pointer, pointer, integer],
             "qlora_rms_norm_backward": [integer, pointer, pointer, pointer, pointer, size, size, pointer, integer],
@@ -103,7 +102,7 @@ class Native:
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
         results = {
-            "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_row_norms_matrix": integer, "qlora_partials": size,
+            "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
             "qlora_attention_bytes": size, "qlora_narrow_room": size, "qlora_product_bytes": size, "qlora_product": integer,
         }  # fmt: skip
         for name, arguments in signatures.items():
@@ -260,19 +259,9 @@ class Native:
         A, B, rank = _in_sixteens(A, B)
         n, threads = torch.empty(rows, dtype=torch.float32), torch.get_num_threads()
         parts = (packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), rows, columns, blocksize, nested_blocksize)
-        if self.bf16_unit == "AMX" and columns % 64 == 0 and blocksize >= 64:
-            work = self._room(4 * rank * (columns + rank))
-            if self.library.qlora_row_norms_matrix(*parts, A.data_ptr(), B.data_ptr(), rank, scaling, work.data_ptr(), n.data_ptr(), threads):
-                return n
-        # By vectors of float32: other processors and sizes, and layers of which a row's sums cancel.
         tiles, gram = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), rank**2))
         self.library.qlora_row_norms_nf4(*parts, A.data_ptr(), tiles.data_ptr(), B.data_ptr(), gram.data_ptr(), rank, scaling, n.data_ptr(), threads)
         return n
-
-    def row_norms_nf4_all(self, packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize: int) -> list[Tensor]:
-        constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
-        layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
-        return [self.row_norms_nf4(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
 
     def _room(self, size: int) -> Tensor:
         """Bytes that a thread's operators use one after the other, aligned to 64: memory that is warm costs half of what fresh memory does."""
@@ -377,7 +366,7 @@ class Native:
         weight, rank = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize), A.shape[0]
         floats = all([part is None or part.dtype == torch.float32 for part in (A, B, m, n, base)])
         if not floats or x_adapter.dtype != x.dtype or not self.multiplies(x, *weight):
-            return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight, self)
+            return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight)
         if x.shape[1] != columns or x_adapter.shape != x.shape or A.shape != (rank, columns) or B.shape != (rows, rank) or m is not None and m.shape != (rows,):
             raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {rows} x {columns}")
         A, B, x_adapter = A.contiguous(), B.contiguous(), x_adapter.contiguous()
@@ -401,7 +390,7 @@ class Native:
     ) -> tuple[Tensor, ...]:  # fmt: skip
         weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
         if not self.multiplies(dy, *weight) or not dy.dtype == x.dtype == down.dtype == up.dtype:
-            return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x, self)
+            return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x)
         (tokens, rank), folded = u.shape, factors.numel() > 0
         fit = dy.shape == (tokens, rows) and x.shape == (tokens, columns) and down.shape == (rank, columns) and up.shape == (rows, rank)
         if not fit or folded and (factors.shape != (3, rows) or factors.dtype != torch.float32) or y is not None and not (folded and y.shape == dy.shape):

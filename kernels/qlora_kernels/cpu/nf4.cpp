@@ -183,13 +183,6 @@ void qlora_initialize(const float* levels, const float* dynamic, const float* mi
   const float infinity = __builtin_inff();
   for (int i = 0; i < 16; ++i) tables.levels[i] = levels[i];
   for (int i = 0; i < 256; ++i) tables.dynamic[i] = dynamic[i];
-  for (int i = 0; i < 32; ++i) {
-    const double level = levels[i & 15];
-    const BF16 high = round_to<BF16>(float(level)), low = round_to<BF16>(float(level - to_float(high)));
-    const uint32_t square = uint32_t(level * level * 0x1p28 + 0.5);
-    const uint32_t parts[4] = {high.bits, low.bits, square >> 14, square & 0x3fff};
-    for (int k = 0; k < 4; ++k) tables.level_parts[k][i] = uint16_t(parts[k]);
-  }
   dynamic_cells.fill(midpoints);
   for (int cell = -15, below = 0; cell <= 15; ++cell) {
     tables.cell_code[cell & 31] = below;
@@ -326,22 +319,6 @@ void qlora_column_dots(int dtype, const void* a, int64_t lda, const void* b, int
     kernels->dots(Dtype(dtype), static_cast<const char*>(a) + (row * lda + column) * width, lda,
                   static_cast<const char*>(b) + (row * ldb + column) * width, ldb, count, size, to);
   });
-}
-
-// DoRA's row norms by the matrix unit; 0 where a row's sums cancel, so that n is not exact. A [rank, columns], B [rows, rank], the rank a multiple
-// of 16; work, aligned to 64: rank columns and rank rank floats. Columns in 64s, blocks of no less.
-int qlora_row_norms_matrix(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, int64_t rows, int64_t columns, int64_t blocksize,
-                           int64_t nested_blocksize, const float* A, const float* B, int64_t rank, float scaling, float* work, float* n, int threads) {
-  const Weight w = weight_of(packed, absmax, nested, offset, nullptr, rows, columns, blocksize, nested_blocksize);
-  float *const pairs = work, *const gram = work + rank * columns;
-  matrix_norms.pack(A, rank, columns, pairs);
-  for (int64_t k = 0; k < rank / 16; ++k) matrix_norms.gram(A, pairs, rank, columns, k, gram);
-  int exact = 1;
-  parallel(ceil_div(rows, kMatrixNormRows), threads, [&](int64_t i) {
-    const int64_t last = minimum(rows, (i + 1) * kMatrixNormRows);
-    if (!matrix_norms.norms(w, pairs, B, gram, rank, scaling, i * kMatrixNormRows, last, n)) __atomic_store_n(&exact, 0, __ATOMIC_RELAXED);
-  });
-  return exact;
 }
 
 // A [rank, columns], B [rows, rank]; room for the tiles [rank / 16, columns, 16] and for gram [rank, rank]; the rank a multiple of 16.

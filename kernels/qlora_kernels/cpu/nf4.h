@@ -28,8 +28,6 @@ struct Tables {
   alignas(64) int32_t cell_code[32];
   alignas(64) float cell_level[32], cell_next[32];  // the levels of cell_code and of cell_code + 1
   alignas(64) float dynamic[256];
-  // 16 levels twice: two bf16, high + low = level to 2^-17; two integers of 14 bits, upper and lower, of level^2 2^28. For row_norms.cpp.
-  alignas(64) uint16_t level_parts[4][32];
 };
 extern Tables tables;
 
@@ -85,18 +83,7 @@ constexpr float kTiny = 1e-38f;  // smaller block maxima count as this one, so t
 // Scales tried for a block are absmax * k / 32; 32 comes first, so that absmax is kept where others are no better.
 constexpr int kFitFirst = 24, kFitLast = 46;
 
-constexpr int64_t kNormRows = 96, kMatrixNormRows = 32;
-
-// The norms by the matrix unit, see row_norms.cpp; empty where the compiler cannot make them. For columns in 64s, and blocks of no less.
-struct MatrixNorms {
-  // A [rank, columns], the rank a multiple of 16, to `pairs`, which takes as many bytes as A and is aligned to 64.
-  void (*pack)(const float* A, int64_t rank, int64_t columns, void* pairs);
-  // Rows 16 k to 16 k + 15 of A At.
-  void (*gram)(const float* A, const void* pairs, int64_t rank, int64_t columns, int64_t k, float* out);
-  // n[j] for rows first..last, at most kMatrixNormRows. False where the sums cancel in one of them, so that it is not exact.
-  bool (*norms)(const Weight&, const void* pairs, const float* B, const float* gram, int64_t rank, float scaling, int64_t first, int64_t last, float* n);
-};
-extern const MatrixNorms matrix_norms;
+constexpr int64_t kNormRows = 96;
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
