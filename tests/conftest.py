@@ -11,6 +11,7 @@ build()  # before anything loads the library: an edited source is never tested t
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from helpers import ISAS  # noqa: E402
 from qlora_kernels.cpu import native  # noqa: E402
 from tiny import random_model  # noqa: E402
 
@@ -53,6 +54,13 @@ def kernels():
     assert loaded is not None, words
     yield loaded
     loaded.select()
+
+
+@pytest.fixture(params=["", *ISAS], ids=["best", *ISAS])
+def isa(request, kernels):
+    """The kernels by the best that the processor has, which may be its matrix unit, and by each instruction set."""
+    kernels.select(request.param)
+    return kernels
 
 
 @pytest.fixture

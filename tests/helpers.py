@@ -1,4 +1,4 @@
-"""Shared by the tests: the tolerance table, instruction sets, comparing, waiting. Tiny models and their data are in tiny.py."""
+"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, waiting. Tiny models and their data are in tiny.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ import signal
 import time
 
 import torch
+from qlora_kernels import reference
 from qlora_kernels.cpu import native
 from torch import nn
 
 # Largest difference allowed, relative to the largest value, between two ways to compute the same thing in a dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
+
+NESTED = 256  # block size of double quantization
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integers), b.view(integers))
+
+
+def constants(absmax: torch.Tensor, double_quant: bool) -> tuple:
+    """(absmax, nested_absmax, nested_offset) as the operators take them."""
+    return reference.quantize_absmax(absmax, NESTED) if double_quant else (absmax, None, None)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
