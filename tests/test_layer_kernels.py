@@ -135,7 +135,7 @@ def test_a_norm_made_on_the_way_where_its_sums_cancel(isa):
     for taken in (0.0, 0.1, 0.25, 0.5, 1.0):
         B[:8, :8] = -taken * torch.eye(8)
         n = isa.adapted_product(x, x, W.float(), B, m, None, base, 1.0, *weight)[4][2]
-        torch.testing.assert_close(n[:8], (1 - taken) * base[:8], rtol=6e-4 if taken < 0.29 else 1e-5, atol=1e-4 if taken == 1 else 0)
+        torch.testing.assert_close(n[:8], (1 - taken) * base[:8], rtol=1e-3 if taken < 0.29 else 1e-5, atol=1e-4 if taken == 1 else 0)
         torch.testing.assert_close(n[8:], base[8:], rtol=0 if isa.bf16_unit == "AMX" and taken < 0.29 else 1e-6, atol=0)
 
 

@@ -465,7 +465,7 @@ void qlora_narrow(const void* x, const void* y, const void* left, const void* up
 // Bytes of `work` for the product below.
 int64_t qlora_product_bytes(int64_t tokens, int64_t inner, int64_t rank, int threads) {
   const int64_t strips = ceil_div(rank, 16);
-  return tokens * ceil_div(rank, 32) * 64 + strips * (64 * inner + 16 * 64 * strips) + threads * matrix_product.room(inner, rank);
+  return tokens * ceil_div(rank, 32) * 64 + strips * (32 * inner + 16 * 64 * strips) + threads * matrix_product.room(inner, rank);
 }
 
 // With A, a layer forward: y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u = x_narrow A^T, W' = diag(gain) W; A [rank, columns], B [rows, rank],
@@ -478,11 +478,11 @@ int qlora_product(const uint8_t* packed, const void* absmax, const float* nested
                   uint16_t* up, char* work, uint16_t* y, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns, room = matrix_product.room(inner, rank), strips = ceil_div(rank, 16);
-  uint16_t *const left = reinterpret_cast<uint16_t*>(work), *const split = left + tokens * ceil_div(rank, 32) * 32;
-  float* const gram = reinterpret_cast<float*>(split + strips * 32 * inner);
+  uint16_t *const left = reinterpret_cast<uint16_t*>(work), *const padded = left + tokens * ceil_div(rank, 32) * 32;
+  float* const gram = reinterpret_cast<float*>(padded + strips * 16 * inner);
   char* const rooms = reinterpret_cast<char*>(gram + 256 * strips * strips);
   const Product product{w, transposed != 0, x, tokens, inner, outer, rank, left, down, B, scaling, y};
-  const Factors factors{A, m, base, down, up, gain, safe, n, split, gram};
+  const Factors factors{A, m, base, down, up, gain, safe, n, padded, gram};
   for (int64_t j = 0; A != nullptr && m != nullptr && base == nullptr && j < rows; ++j) fold(m[j], n[j], safe[j], gain[j]);
   const int64_t blocks = ceil_div(tokens, kProductBlock), panels = outer / kProductBlock, cut = threads_for(blocks, threads);
   if (rank > 0)

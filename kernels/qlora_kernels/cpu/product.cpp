@@ -165,49 +165,80 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
   store(sums);
 }
 
-// Of 32 rows of W: n, its factors, and up. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what 32
-// more tokens are. W is rounded to bf16 here, as it is for y, whose rows that stretches by as much as it moves n: up to 6e-4 where A lies along a row and
+// Sums [0] of 16 rows, or of 32 [0] and [1], times a panel.
+void product_of(const uint16_t* a, int64_t inner, bool both, const Tile* panel, int64_t across, Sums& sums) {
+  clear();
+  if (both) {
+    for (int64_t i = 0; i < inner / 32; ++i) multiply(a + 32 * i, inner, 16 * inner, panel + i, across);
+    return store(sums);
+  }
+  for (int64_t i = 0; i < inner / 32; i += 2) {  // two sums of each, since one would wait for itself
+    _tile_loadd(4, a + 32 * i, 2 * inner);
+    _tile_loadd(6, panel + i, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + i + across, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + 32 * i + 32, 2 * inner);
+    _tile_loadd(6, panel + i + 1, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, panel + i + across + 1, 64);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  store(sums);
+  for (int h = 0; h < 2; ++h)
+    for (int r = 0; r < 16; ++r) sums.tile[0][h].set(r, _mm512_castps_si512(_mm512_add_ps(sums.tile[0][h].floats(r), sums.tile[1][h].floats(r))));
+}
+
+// 16 ranks of B from `rank` on, of 32 rows from `row` on: [rank][row] in two tiles.
+void ranks_of(const Product& p, int64_t row, int64_t rank, Tile (&B)[2]) {
+  for (int h = 0; h < 2; ++h) {
+    for (int r = 0; r < 16; ++r) B[h].set(r, _mm512_castps_si512(some(p.B + (row + 16 * h + r) * p.rank + rank, p.rank - rank)));
+    transpose(B[h]);
+  }
+}
+
+// n of 32 rows of W, and its factors. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what more tokens
+// are. W and A are rounded to bf16 here, as they are for y, whose rows that stretches by as much as it moves n: up to 1e-3 where A lies along a row and
 // takes a quarter of it away, 1e-5 in training (SmolLM2, updates of up to a tenth of W). Where the sums cancel and it could be more, n is not exact.
 bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles, int64_t across) {
-  const int64_t strips = ceil_div(p.rank, 16);
+  const int64_t strips = ceil_div(p.rank, 16), row = 32 * panel;
+  const __m512 factor = _mm512_set1_ps(p.scaling);
   Sums sums;
-  Tile B[2];  // 16 ranks of 2 x 16 rows
+  Tile B[2], other[2];
   __m512 rest[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t s = 0; s < strips; ++s) {
-    clear();
-    const uint16_t* a = to.split + 32 * s * p.inner;
-    for (int64_t i = 0; i < p.inner / 32; ++i) multiply(a + 32 * i, p.inner, 16 * p.inner, tiles + i, across);
-    store(sums);
-    __m512 update[2][16];
-    for (auto& half : update)
-      for (auto& sum : half) sum = _mm512_setzero_ps();
-    for (int64_t t = 0; t <= strips; ++t) {  // every strip but s, and s last, because its B stays for what follows
-      const int64_t l0 = t == strips ? s : t;
-      if (t == s && t < strips) continue;
-      for (int h = 0; h < 2; ++h) {
-        for (int r = 0; r < 16; ++r) B[h].set(r, _mm512_castps_si512(some(p.B + (32 * panel + 16 * h + r) * p.rank + 16 * l0, p.rank - 16 * l0)));
-        transpose(B[h]);
+    if (s % 2 == 0) product_of(to.rows + 16 * s * p.inner, p.inner, s + 1 < strips, tiles, across, sums);
+    ranks_of(p, row, 16 * s, B);
+    __m512 update[2][16] = {};  // gram is symmetric: half of it, and half of its diagonal
+    for (int64_t t = 0; t < s; ++t) {
+      ranks_of(p, row, 16 * t, other);
+      const float* gram = to.gram + 16 * (16 * s * strips + t);
+      for (int h = 0; h < 2; ++h)
         for (int k = 0; k < 16; ++k)
-          for (int l = 0; l < 16; ++l)
-            update[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(to.gram[(16 * l0 + l) * 16 * strips + 16 * s + k]), B[h].floats(l), update[h][k]);
-      }
+          for (int l = 0; l < 16; ++l) update[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), other[h].floats(l), update[h][k]);
     }
-    const __m512 half = _mm512_set1_ps(0.5f * p.scaling);
+    const float* gram = to.gram + 16 * (16 * s * strips + s);
     for (int h = 0; h < 2; ++h)
-      for (int k = 0; k < 16; ++k)
-        rest[h] = _mm512_fmadd_ps(B[h].floats(k), _mm512_fmadd_ps(half, update[h][k], _mm512_add_ps(sums.tile[0][h].floats(k), sums.tile[1][h].floats(k))), rest[h]);
+      for (int k = 0; k < 16; ++k) {
+        __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.5f * gram[16 * k * strips + k]), B[h].floats(k), update[h][k]);
+        for (int l = 0; l < k; ++l) sum = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), B[h].floats(l), sum);
+        rest[h] = _mm512_fmadd_ps(B[h].floats(k), _mm512_fmadd_ps(factor, sum, sums.tile[s % 2][h].floats(k)), rest[h]);
+      }
   }
-  alignas(64) float added[32];
+  alignas(64) float added[32], n[32], safe[32], gain[32];
   _mm512_store_ps(added, rest[0]);
   _mm512_store_ps(added + 16, rest[1]);
-  bool exact = true;
-  for (int64_t r = 0, j = 32 * panel; r < 32; ++r, ++j) {
-    const double own = double(to.base[j]) * to.base[j], squared = own + 2.0 * p.scaling * added[r];
-    exact = exact && !(squared < 0.5 * own);
-    to.n[j] = float(__builtin_sqrt(squared));
-    fold(to.m[j], to.n[j], to.safe[j], to.gain[j]);
+  int cancelled = 0;
+  for (int r = 0; r < 32; ++r) {
+    const double own = double(to.base[row + r]) * to.base[row + r], squared = own + 2.0 * p.scaling * added[r];
+    cancelled |= squared < 0.5 * own;
+    n[r] = float(__builtin_sqrt(squared));
   }
-  return exact;
+  for (int r = 0; r < 32; ++r) fold(to.m[row + r], n[r], safe[r], gain[r]);
+  memcpy(to.n + row, n, sizeof n);
+  memcpy(to.safe + row, safe, sizeof safe);
+  memcpy(to.gain + row, gain, sizeof gain);
+  return cancelled == 0;
 }
 
 // 32 rows of up = diag(gain) s B.
@@ -238,7 +269,7 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
     }
     for (int64_t part = token; part < token + tokens; part += kTokens) {
       const int64_t stop = minimum(part + kTokens, token + tokens), blocks = ceil_div(stop - part, kBlock);
-      for (int64_t c = 0; c < count; ++c)
+      for (int64_t c = 0; c < count; ++c) {
         for (int64_t n = 0; n < blocks; ++n) {
           const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n), start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
           const int64_t column = 32 * (panel + done + c);
@@ -247,6 +278,7 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
           for (int h = 0; gain != nullptr && h < 2; ++h) before.gain[h] = _mm512_loadu_ps(gain + column + 16 * h);
           turn = !turn;
         }
+      }
     }
     done += count;
   }
@@ -254,27 +286,36 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
   return exact;
 }
 
+// 16 rows of A in bf16, from column 32 i on, as the unit takes them in A^T.
+void columns_of(const float* A, int64_t inner, int64_t rank, int64_t strip, int64_t i, Tile& tile) {
+  for (int r = 0; r < 16; ++r) {
+    const float* a = A + (16 * strip + r) * inner + 32 * i;
+    tile.set(r, 16 * strip + r < rank ? rounded(_mm512_loadu_ps(a), _mm512_loadu_ps(a + 16)) : _mm512_setzero_si512());
+  }
+  transpose(tile);
+}
+
 void factors(const Factors& to, int64_t inner, int64_t rank, int64_t strip) {
-  const int64_t padded = 16 * ceil_div(rank, 16);
-  for (int64_t k = 16 * strip; k < 16 * strip + 16; ++k) {
-    const float* row = to.A + k * inner;
+  const Unit<true> unit;
+  const int64_t strips = ceil_div(rank, 16);
+  uint16_t* const rows = to.rows + 16 * strip * inner;
+  for (int64_t k = 16 * strip; k < 16 * strip + 16; ++k)
     for (int64_t i = 0; i < inner; i += 16) {
-      const __m512 a = some(row + i, k < rank ? 16 : 0);
-      const __m256i high = (__m256i)_mm512_cvtneps_pbh(a);
-      if (k < rank) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.down + k * inner + i), high);
-      if (to.base == nullptr) continue;
-      uint16_t* parts = to.split + (16 * strip + k) * inner + i;
-      const __m512 rest = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), high);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts + 16 * inner), (__m256i)_mm512_cvtneps_pbh(rest));
+      const __m256i a = (__m256i)_mm512_cvtneps_pbh(some(to.A + k * inner + i, k < rank ? 16 : 0));
+      if (k < rank) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.down + k * inner + i), a);
+      if (to.base != nullptr) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.rows + k * inner + i), a);
     }
-    for (int64_t l = 0; to.base != nullptr && l < padded; ++l) {
-      const float* other = to.A + l * inner;
-      __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t i = 0; k < rank && l < rank && i < inner; i += 32)
-        for (int h = 0; h < 2; ++h) sum[h] = _mm512_fmadd_ps(_mm512_loadu_ps(row + i + 16 * h), _mm512_loadu_ps(other + i + 16 * h), sum[h]);
-      to.gram[k * padded + l] = _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+  Tile tile;
+  for (int64_t t = 0; to.base != nullptr && t < strips; ++t) {
+    _tile_zero(0);
+    for (int64_t i = 0; i < inner / 32; ++i) {
+      columns_of(to.A, inner, rank, t, i, tile);
+      asm volatile("" ::: "memory");
+      _tile_loadd(4, rows + 32 * i, 2 * inner);
+      _tile_loadd(6, &tile, 64);
+      _tile_dpbf16ps(0, 4, 6);
     }
+    _tile_stored(0, to.gram + 16 * (16 * strip * strips + t), 64 * strips);
   }
 }
 
@@ -290,14 +331,7 @@ void narrow(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int6
   Tile* const tiles = reinterpret_cast<Tile*>(work);  // [strips][steps]
   Tile rest[2], sums[2];
   for (int64_t s = 0; s < strips; ++s)
-    for (int64_t i = 0; i < steps; ++i) {
-      Tile& tile = tiles[s * steps + i];
-      for (int r = 0; r < 16; ++r) {
-        const float* a = A + (16 * s + r) * inner + 32 * i;
-        tile.set(r, 16 * s + r < rank ? rounded(_mm512_loadu_ps(a), _mm512_loadu_ps(a + 16)) : _mm512_setzero_si512());
-      }
-      transpose(tile);
-    }
+    for (int64_t i = 0; i < steps; ++i) columns_of(A, inner, rank, s, i, tiles[s * steps + i]);
   for (int64_t t = token; t < token + tokens; t += 32)
     for (int64_t s = 0; s < strips; ++s) {
       const int64_t n = minimum(32, token + tokens - t);

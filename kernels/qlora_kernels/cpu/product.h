@@ -25,7 +25,7 @@ struct Factors {
   const float* base;       // ||W_j||, where n is to be made; or null
   uint16_t *down, *up;     // A, and diag(gain) s B, in bf16
   float *gain, *safe, *n;  // see `fold`
-  uint16_t* split;         // with base: A in two bf16, of each 16 ranks 16 rows of high parts and 16 of low ones, [in] each
+  uint16_t* rows;          // with base: A in bf16 [rank in 16s, the rest zeros; in]
   float* gram;             // with base: A A^T [rank in 16s] squared
 };
 
