@@ -200,7 +200,7 @@ class AdaptedLinear(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:
-        """What n was or would be computed from. Asked for each layer twice a step, so it goes past `Module.__getattr__`."""
+        """What n was or would be computed from. Asked for each layer twice a step, so it goes past `Module.__getattr__`, as `forward` does."""
         A, B, base = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"]
         W = base._buffers["weight"] if "weight" in base._buffers else base._parameters["weight"]
         return (_optimizer_steps, A._version, A.data_ptr(), B._version, B.data_ptr(), W._version, W.data_ptr())
@@ -221,8 +221,8 @@ class AdaptedLinear(nn.Module):
 
     def lends(self) -> bool:
         """Whether `forward` can lend: the output is y itself, and m learns."""
-        hooks = self._forward_hooks or self._forward_pre_hooks
-        return self.magnitude is not None and self.magnitude.requires_grad and self.base.bias is None and not hooks
+        magnitude, hooks = self._parameters.get("magnitude"), self._forward_hooks or self._forward_pre_hooks
+        return magnitude is not None and magnitude.requires_grad and self._modules["base"].bias is None and not hooks
 
     def forget_norm(self) -> None:
         """Compute n anew at the next use."""
@@ -238,23 +238,24 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
         """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
-        x = autocast(x)
-        flat = x.reshape(-1, x.shape[-1])
+        x, base = autocast(x), self._modules["base"]
+        flat, weight, bias = x.reshape(-1, x.shape[-1]), FrozenWeight(base), base.bias
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
-        magnitude = self.magnitude if lend is None else self.magnitude.detach()
-        weight, bias = FrozenWeight(self.base), self.base.bias
+        A, B, magnitude = self._parameters["lora_A"], self._parameters["lora_B"], self._parameters.get("magnitude")
         fused = weight.multiplies(flat)
-        norm, base, made, state = None, None, [], None
+        norm, base_norm, made, state = None, None, [], None
         if magnitude is not None:
             state = self.norm_state()
             if fused and state != self._norm[0]:
-                base = self.base_norm(state)
+                base_norm = self.base_norm(state)
             else:
                 norm = self.norm()
         if adapter_input is flat and weight.takes_one_token(x):
-            y = one_token(weight, flat[0], self.lora_A, self.lora_B, self.magnitude, norm, self.scaling)
+            y = one_token(weight, flat[0], A, B, magnitude, norm, self.scaling)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = AdaptedProduct.apply(flat, adapter_input, self.lora_A, self.lora_B, magnitude, norm, bias, weight, self.scaling, lend, fused, base, made)
+        if lend is not None:
+            magnitude = magnitude.detach()
+        y = AdaptedProduct.apply(flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, made)
         if made:
             self._norm = (state, made[0])
         return y.view(*x.shape[:-1], y.shape[-1])

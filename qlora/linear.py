@@ -43,8 +43,9 @@ class NF4Linear(nn.Module):
     @property
     def nf4(self) -> NF4Weight:
         """The weight; shares the buffers' memory."""
+        parts = self._buffers  # every layer asks twice a step, so it goes past `Module.__getattr__`
         shape = (self.out_features, self.in_features)
-        return NF4Weight(self.weight, self.absmax, self.nested_absmax, self.nested_offset, shape, self.blocksize)
+        return NF4Weight(parts["weight"], parts["absmax"], parts["nested_absmax"], parts["nested_offset"], shape, self.blocksize)
 
     @nf4.setter
     def nf4(self, weight: NF4Weight) -> None:

@@ -98,12 +98,15 @@ class Native:
             "qlora_narrow": [*[pointer] * 4, size, size, size, ctypes.c_float, *[pointer] * 7, integer],
             "qlora_product_bytes": [size, size, size, integer],
             "qlora_product": [*weight, pointer, *[size] * 4, integer, pointer, size, *[pointer] * 3, size, *[pointer] * 2, ctypes.c_float, *[pointer] * 7, integer],
+            "qlora_adapted_backward_bytes": [*[size] * 4, integer],
+            "qlora_adapted_backward": [*weight, pointer, *[size] * 4, *[pointer] * 6, size, size, ctypes.c_float, *[pointer] * 6, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
         }
         results = {
             "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
             "qlora_attention_bytes": size, "qlora_narrow_room": size, "qlora_product_bytes": size, "qlora_product": integer,
+            "qlora_adapted_backward_bytes": size,
         }  # fmt: skip
         for name, arguments in signatures.items():
             function = getattr(library, name)
@@ -234,7 +237,7 @@ class Native:
         if (
             out.dtype not in DTYPES
             or not out.is_contiguous()
-            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+            or not self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, out.device)
         ):
             return reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
         if row_gain is not None:
@@ -252,7 +255,7 @@ class Native:
         blocksize: int, nested_blocksize: int,
     ) -> Tensor:  # fmt: skip
         weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
-        if not A.dtype == B.dtype == torch.float32 or not self._takes(*weight):
+        if not A.dtype == B.dtype == torch.float32 or not self._takes(*weight, A.device):
             return reference.row_norms_nf4(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksize, nested_blocksize)
         if A.shape[1:] != (columns,) or B.shape != (rows, A.shape[0]):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
@@ -317,17 +320,12 @@ class Native:
         factors = [part for part in (gain, safe) if part is not None]
         if up.shape != (columns, rank) or y is not None and (y.shape != dy.shape or safe is None) or any(f.shape != (columns,) or f.dtype != torch.float32 for f in factors):
             raise ValueError(f"gradient {tuple(dy.shape)} with u {tuple(u.shape)}, up {tuple(up.shape)} and {len(factors)} factors")
-        gain, safe = (None if part is None else part.contiguous() for part in (gain, safe))
-        return self._gradients(dy, up, u, y, _pointer(gain), _pointer(safe), scaling)
-
-    def _gradients(self, dy: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: int | None, safe: int | None, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        (tokens, columns), rank = dy.shape, u.shape[1]
-        dy, up, u, y = (None if part is None else part.contiguous() for part in (dy, up, u, y))
+        dy, up, u, y, gain, safe = (None if part is None else part.contiguous() for part in (dy, up, u, y, gain, safe))
         v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
         dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
         work = self._room(4 * self.library.qlora_narrow_room(tokens, columns, rank))
         self.library.qlora_narrow(
-            dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, gain, safe,
+            dy.data_ptr(), _pointer(y), u.data_ptr(), up.data_ptr(), tokens, columns, rank, scaling, _pointer(gain), _pointer(safe),
             work.data_ptr(), v.data_ptr(), dB.data_ptr(), dm.data_ptr(), None, torch.get_num_threads(),
         )  # fmt: skip
         return v, dB, dm
@@ -357,31 +355,36 @@ class Native:
             return reference.nf4_product(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
         if row_gain is not None and row_gain.numel() != rows or x.shape[1] != (columns if transposed else rows):
             raise ValueError(f"x {tuple(x.shape)} and {None if row_gain is None else row_gain.numel()} gains for a weight of {rows} x {columns}")
-        return self._product(x, weight, transposed, factors=None if row_gain is None else row_gain.float().contiguous())
+        return self._product(x, weight, transposed, None if row_gain is None else row_gain.float().contiguous())
 
     def adapted_product(
         self, x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
         packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        weight, rank = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize), A.shape[0]
-        floats = all([part is None or part.dtype == torch.float32 for part in (A, B, m, n, base)])
+        weight, (tokens, rank) = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize), (x.shape[0], A.shape[0])
+        floats = A.dtype == B.dtype == torch.float32 and all([part is None or part.dtype == torch.float32 for part in (m, n, base)])
         if not floats or x_adapter.dtype != x.dtype or not self.multiplies(x, *weight):
             return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight)
         if x.shape[1] != columns or x_adapter.shape != x.shape or A.shape != (rank, columns) or B.shape != (rows, rank) or m is not None and m.shape != (rows,):
             raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {rows} x {columns}")
-        A, B, x_adapter = A.contiguous(), B.contiguous(), x_adapter.contiguous()
-        u, down, up = (torch.empty(shape, dtype=x.dtype) for shape in ((x.shape[0], rank), A.shape, B.shape))
-        factors = torch.empty(0 if m is None else 3, rows, dtype=torch.float32)
-        adapter = {"x_adapter": x_adapter, "u": u, "down": down, "A": A, "B": B, "scaling": scaling, "up": up}
-        if m is None:
-            return self._product(x, weight, True, **adapter), u, down, up, factors
-        adapter |= {"m": m.contiguous(), "factors": factors}
-        y = None
-        if n is None and base is not None and base.shape == m.shape:
-            y = self._product(x, weight, True, **adapter, base=base.contiguous())
-        if y is None:
-            factors[2] = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:]) if n is None else n
-            y = self._product(x, weight, True, **adapter)
+        x, x_adapter, A, B, threads = x.contiguous(), x_adapter.contiguous(), A.contiguous(), B.contiguous(), torch.get_num_threads()
+        y, u, down, up = x.new_empty(tokens, rows), x.new_empty(tokens, rank), x.new_empty(rank, columns), x.new_empty(rows, rank)
+        factors, m_at, base_at, gain = A.new_empty(0 if m is None else 3, rows), None, None, None
+        if m is not None:
+            m = m.contiguous()
+            m_at, gain = m.data_ptr(), factors.data_ptr()
+            if n is not None or base is None or base.shape != m.shape:
+                factors[2] = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:]) if n is None else n
+            else:
+                base = base.contiguous()
+                base_at = base.data_ptr()
+        work = self._room(self.library.qlora_product_bytes(tokens, columns, rank, threads))
+        parts = (packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), gain, rows, columns, blocksize, nested_blocksize, True)
+        adapter = (x_adapter.data_ptr(), u.data_ptr(), down.data_ptr(), rank, A.data_ptr(), B.data_ptr(), scaling, m_at)
+        made = (*((None, None) if gain is None else (gain + 4 * rows, gain + 8 * rows)), up.data_ptr(), work.data_ptr(), y.data_ptr(), threads)
+        if not self.library.qlora_product(*parts, x.data_ptr(), tokens, *adapter, base_at, *made):  # an n is not exact
+            factors[2] = self.row_norms_nf4(*weight[:4], A, B, scaling, *weight[4:])
+            self.library.qlora_product(*parts, x.data_ptr(), tokens, *adapter, None, *made)
         return y, u, down, up, factors
 
     def adapted_product_backward(
@@ -393,38 +396,42 @@ class Native:
             return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x)
         (tokens, rank), folded = u.shape, factors.numel() > 0
         fit = dy.shape == (tokens, rows) and x.shape == (tokens, columns) and down.shape == (rank, columns) and up.shape == (rows, rank)
-        if not fit or folded and (factors.shape != (3, rows) or factors.dtype != torch.float32) or y is not None and not (folded and y.shape == dy.shape):
+        if not fit or factors.dtype != torch.float32 or folded and factors.shape != (3, rows) or y is not None and not (folded and y.shape == dy.shape):
             raise ValueError(f"gradient {tuple(dy.shape)}, x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)} for a weight of {rows} x {columns}")
-        dy, factors = dy.contiguous(), factors.contiguous()
-        if self._narrow(dy, u) and (y is None or y.dtype == dy.dtype):
-            gain = factors.data_ptr() if folded else None
-            v, dB, dm = self._gradients(dy, up, u, y, gain, gain + 4 * rows if folded else None, scaling)
-        else:
+        dy, x, down, up, u, factors = dy.contiguous(), x.contiguous(), down.contiguous(), up.contiguous(), u.contiguous(), factors.contiguous()
+        if not self._narrow(dy, u) or y is not None and y.dtype != dy.dtype:
             v, dB, dm = self.adapter_gradients(dy, up, u, y, *(factors[:2] if folded else (None, None)), scaling)
-        dA = self.token_product(v, x)
-        return self._product(dy, weight, False, u=v.contiguous(), down=down.contiguous(), factors=factors) if needs_x else dy.new_empty(0), dA, dB, dm
+            dx = self._product(dy, weight, False, factors[0] if folded else None, v.contiguous(), down) if needs_x else dy.new_empty(0)
+            return dx, self.token_product(v, x), dB, dm
+        y = None if y is None else y.contiguous()
+        gain, threads = factors.data_ptr() if folded else None, torch.get_num_threads()
+        dx, dA, dB = dy.new_empty((tokens, columns) if needs_x else 0), factors.new_empty(down.shape), factors.new_empty(up.shape)
+        dm = factors.new_empty(0 if y is None else rows)
+        work = self._room(self.library.qlora_adapted_backward_bytes(tokens, rows, columns, rank, threads))
+        self.library.qlora_adapted_backward(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), gain, rows, columns, blocksize, nested_blocksize,
+            dy.data_ptr(), x.data_ptr(), down.data_ptr(), up.data_ptr(), u.data_ptr(), _pointer(y), tokens, rank, scaling,
+            gain + 4 * rows if folded else None, work.data_ptr(), dx.data_ptr() if needs_x else None, dA.data_ptr(), dB.data_ptr(), dm.data_ptr(), threads,
+        )  # fmt: skip
+        return dx, dA, dB, dm
 
     def multiplies(self, x: Tensor, packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int) -> bool:
         """Whether product.cpp multiplies these: bf16, whole tiles."""
         fits = x.dtype == torch.bfloat16 and x.dim() == 2 and x.shape[0] >= 32 and rows % 32 == 0 == columns % 64 and blocksize >= 64
-        return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, x.device.type)
+        return self.bf16_unit == "AMX" and fits and self._takes(packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, x.device)
 
-    def _product(
-        self, x: Tensor, weight: tuple, transposed: bool, *, factors=None, x_adapter=None, u=None, down=None, A=None, B=None, scaling=1.0, m=None, base=None, up=None,
-    ) -> Tensor | None:  # fmt: skip
-        """As qlora_product, of contiguous tensors; factors: rows of gain, safe m and n, as far as there are. None where an n is not exact."""
+    def _product(self, x: Tensor, weight: tuple, transposed: bool, gain: Tensor | None, u: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+        """x W't, or x W' + u down, of contiguous factors."""
         packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize = weight
         x, rank, threads = x.contiguous(), 0 if u is None else u.shape[1], torch.get_num_threads()
         inner, outer = (columns, rows) if transposed else (rows, columns)
-        y, work = torch.empty(x.shape[0], outer, dtype=x.dtype), self._room(self.library.qlora_product_bytes(x.shape[0], inner, rank, threads))
-        gain = factors.data_ptr() if factors is not None and factors.numel() else None
-        safe, n = (None, None) if gain is None else (gain + 4 * rows, gain + 8 * rows)
-        exact = self.library.qlora_product(
-            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), gain, rows, columns, blocksize,
-            nested_blocksize, transposed, x.data_ptr(), x.shape[0], _pointer(x_adapter), _pointer(u), _pointer(down), rank, _pointer(A), _pointer(B), scaling,
-            _pointer(m), _pointer(base), safe, n, _pointer(up), work.data_ptr(), y.data_ptr(), threads,
+        y, work = x.new_empty(x.shape[0], outer), self._room(self.library.qlora_product_bytes(x.shape[0], inner, rank, threads))
+        self.library.qlora_product(
+            packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), _pointer(gain), rows, columns, blocksize, nested_blocksize,
+            transposed, x.data_ptr(), x.shape[0], None, _pointer(u), _pointer(down), rank, None, None, 1.0, None, None, None, None, None,
+            work.data_ptr(), y.data_ptr(), threads,
         )  # fmt: skip
-        return y if exact else None
+        return y
 
     def cross_entropy_(self, logits: Tensor, targets: Tensor) -> Tensor:
         rows, columns = logits.shape
@@ -556,23 +563,27 @@ class Native:
         )  # fmt: skip
 
     @staticmethod
-    def _takes(packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, device: str = "cpu") -> bool:
+    def _takes(packed, absmax, nested_absmax, nested_offset, rows: int, columns: int, blocksize: int, nested_blocksize: int, device: torch.device) -> bool:
         """Whether the kernels read these parts: the sizes are checked, since C code would read past a tensor that is too short."""
-        nested = nested_absmax is not None
-        parts = (packed, absmax, nested_absmax, nested_offset) if nested else (packed, absmax)
         n = rows * columns
         blocks = -(-n // blocksize)
-        return (
+        if not (
             blocksize in BLOCKSIZES
-            and all([part.is_contiguous() and part.device.type == device for part in parts])
             and packed.dtype == torch.uint8
             and packed.numel() >= (n + 1) // 2
-            and absmax.dtype == (torch.uint8 if nested else torch.float32)
             and absmax.numel() >= blocks
-            and (
-                not nested
-                or nested_blocksize in BLOCKSIZES
-                and nested_absmax.dtype == nested_offset.dtype == torch.float32
-                and nested_absmax.numel() >= -(-blocks // nested_blocksize)
-            )
+            and packed.is_contiguous()
+            and absmax.is_contiguous()
+            and packed.device == absmax.device == device
+        ):
+            return False
+        if nested_absmax is None:
+            return absmax.dtype == torch.float32
+        return (
+            nested_blocksize in BLOCKSIZES
+            and absmax.dtype == torch.uint8
+            and nested_absmax.dtype == nested_offset.dtype == torch.float32
+            and nested_absmax.numel() >= -(-blocks // nested_blocksize)
+            and nested_absmax.is_contiguous()
+            and nested_absmax.device == nested_offset.device == device
         )

@@ -513,6 +513,27 @@ int qlora_product(const uint8_t* packed, const void* absmax, const float* nested
   return exact;
 }
 
+// Bytes of `work`, aligned to 64, for the pass below.
+int64_t qlora_adapted_backward_bytes(int64_t tokens, int64_t rows, int64_t columns, int64_t rank, int threads) {
+  const int64_t sums = 4 * qlora_narrow_room(tokens, rows > columns ? rows : columns, rank), product = qlora_product_bytes(tokens, rows, rank, threads);
+  return ceil_div(2 * tokens * rank, 64) * 64 + (sums > product ? sums : product);
+}
+
+// The backward pass of an adapted layer, of what its forward pass left: dB and, given y, dm as above, dA = vt x, and dx = dy W' + v down unless null.
+void qlora_adapted_backward(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, float* gain, int64_t rows, int64_t columns,
+                            int64_t blocksize, int64_t nested_blocksize, const uint16_t* dy, const uint16_t* x, uint16_t* down, const void* up, const void* u,
+                            const void* y, int64_t tokens, int64_t rank, float scaling, const float* safe, char* work, uint16_t* dx, float* dA, float* dB,
+                            float* dm, int threads) {
+  uint16_t* const v = reinterpret_cast<uint16_t*>(work);
+  work += ceil_div(2 * tokens * rank, 64) * 64;
+  float* const sums = reinterpret_cast<float*>(work);
+  qlora_narrow(dy, y, u, up, tokens, rows, rank, scaling, gain, safe, sums, v, dB, dm, nullptr, threads);
+  qlora_narrow(x, nullptr, v, nullptr, tokens, columns, rank, 1.0f, nullptr, nullptr, sums, nullptr, nullptr, nullptr, dA, threads);
+  if (dx != nullptr)
+    qlora_product(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize, 0, dy, tokens, nullptr, v, down, rank, nullptr, nullptr,
+                  1.0f, nullptr, nullptr, nullptr, nullptr, nullptr, work, dx, threads);
+}
+
 // Bytes of `work` for each thread, where the longest example has `tokens`.
 int64_t qlora_attention_bytes(int is_backward, int64_t tokens, int64_t D) { return attention->bytes[is_backward](tokens, D); }
 
