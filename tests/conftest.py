@@ -47,13 +47,19 @@ def saved_models(tmp_path_factory, tokenizer):
     return saved
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """The native kernels themselves, whatever the operators were bound to when they were imported."""
+@pytest.fixture(scope="session")
+def loaded_kernels():
     loaded, words = native.load()
     assert loaded is not None, words
-    yield loaded
-    loaded.select()
+    return loaded
+
+
+@pytest.fixture
+def kernels(loaded_kernels):
+    """The native kernels themselves, whatever the operators were bound to when they were imported. Which instruction set they use is the library's state,
+    not theirs: the best again after each test, since the operators of the next one count on it."""
+    yield loaded_kernels
+    loaded_kernels.select()
 
 
 @pytest.fixture(params=["", *ISAS], ids=["best", *ISAS])
