@@ -8,10 +8,10 @@ operations do not depend on where a tensor is cut.) A page holds the moments of 
     float32   m [n] | v [n]                                       in the parameter's dtype, as torch keeps them
     8bit      codes of m [n] | of v [n] | absmax of m [n/256] | of v [n/256]       n counts whole blocks of 256 (arXiv:2110.02861)
 
-One operation serves many small parameters of a page, which is faster than one for each; on a GPU, where launching costs more than copying,
-it serves the whole page. A step allocates all that it
-needs before it changes anything: an allocation that fails leaves parameters and state as they were. The alternative, a state of
-tensors that are each paged on demand, pages no small tensor and loses its paging in load_state_dict.
+One operation serves many parameters of a page: on a CPU as many as stay in the cache, on a GPU, where launching costs more than copying,
+the whole page. A step allocates all that it needs before it changes anything: an allocation that fails leaves parameters and state as
+they were. The alternative, a state of tensors that are each paged on demand, pages no small tensor and loses its paging in
+load_state_dict.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from qlora.errors import UserError, problem
 from qlora.paging import Pager, fitting
 
 PAGE = 1 << 20  # elements: larger pages have fewer page faults at once, smaller ones fit a budget better
-CHUNK = 1 << 18  # elements computed at a time on a CPU: moments, gradient and scratch stay in the cache
-GATHER = 1 << 15  # smaller pieces are computed together on a CPU: gathering them costs less than an operation for each
+CHUNK = 1 << 17  # elements computed at a time on a CPU: moments, gradient and scratch stay in the cache
 BLOCK = 256  # elements that share a scale of the 8-bit state
 
 
@@ -106,20 +105,24 @@ class Scalars:
     decay: float  # what a parameter is multiplied with
     step_size: float
     correction: float  # what sqrt(v) is divided by
+    step: int  # its number, from 1
 
 
 @dataclass
 class Run:
-    """Elements `start` to `stop` of a page that are updated together; `pieces` are flat parts of parameters and their gradients,
-    each with its place in the run."""
+    """Elements `start` to `stop` of a page that are updated together: contiguous parameters or parts of them, and their gradients, each
+    with its place in the run."""
 
     scalars: Scalars
     start: int
     stop: int = 0
-    pieces: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
 
-Prepared = tuple[dict[Parameter, Scalars], list[tuple[int, list[Run]]]]  # see PagedAdamW.prepare
+Due = dict[Parameter, tuple[Scalars, Tensor]]  # the parameters that have a gradient, with the numbers of their step
+Prepared = tuple[Due, list[tuple[int, list[Run]]]]  # see PagedAdamW.prepare
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -212,8 +215,9 @@ class PagedAdamW(torch.optim.Optimizer):
         return due, [(number, runs) for number, page in enumerate(self._pages) if (runs := self._runs(page, due))]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, prepared: Prepared | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the loss of `closure`, if given. `prepared`: from `prepare`.
+    def step(self, closure: Callable[[], Any] | None = None, prepared: Prepared | None = None, scale: float = 1.0) -> Any:
+        """Update every parameter that has a gradient; returns the loss of `closure`, if given. `prepared`: from `prepare`. Gradients are
+        multiplied by `scale` as they are read, and stay as they are: doing it before would pass over them once more.
 
         Raises:
             MemoryError, torch.OutOfMemoryError, RuntimeError, OSError: an allocation failed (`paging.out_of_memory` tells). Nothing
@@ -225,63 +229,62 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         due, work = self.prepare() if prepared is None or closure is not None else prepared
         with self.pager.sequence([number for number, _ in work]) as pages:
-            update = _Update([run for _, runs in work for run in runs], self.pager.device, self._kind == "8bit")
+            update = _Update([run for _, runs in work for run in runs], self.pager.device, self._kind == "8bit", scale)
             # From here on nothing is allocated: what begins ends.
             for (number, runs), page in zip(work, pages, strict=True):
                 moments = self._moments(page, self._pages[number])
                 for run in runs:
                     update(run, moments)
-        for p in due:
-            self._steps[p] = self._steps.get(p, 0) + 1
+        self._steps |= {p: scalars.step for p, (scalars, _) in due.items()}
         return loss
 
     def _open(self) -> None:
         if self.pager is None or self.pager.closed:
             raise UserError(problem("optimizer", "PagedAdamW", "was closed and has no state any more", "Make a new one"))
 
-    def _due(self) -> dict[Parameter, Scalars]:
-        """The parameters that have a gradient, with the numbers of their step."""
-        self._place(p for p in self._parameters() if p.grad is not None)
-        due: dict[Parameter, Scalars] = {}
+    def _due(self) -> Due:
+        due: Due = {}
+        device = self.pager.device
         for group in self.param_groups:
             (beta1, beta2), lr = map(float, group["betas"]), float(group["lr"])
             known: dict[int, Scalars] = {}
             for p in group["params"]:
-                if p.grad is None:
+                gradient = p.grad
+                if gradient is None:
                     continue
-                if p.grad.is_sparse:
+                if gradient.is_sparse:
                     raise UserError(problem("params", tuple(p.shape), "has a sparse gradient", "Make its layer with sparse=False"))
-                if p.device != self.pager.device:
+                if p.device != device:
                     remedy = "Make the optimizer after moving the model"
-                    raise UserError(problem("device", p.device, f"the optimizer was made for parameters on {self.pager.device}", remedy))
+                    raise UserError(problem("device", p.device, f"the optimizer was made for parameters on {device}", remedy))
                 step = self._steps.get(p, 0) + 1
                 if step not in known:
                     size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-                    known[step] = Scalars(beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], size, correction)
-                due[p] = known[step]
+                    known[step] = Scalars(beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], size, correction, step)
+                due[p] = known[step], gradient
+        self._place(due)
         return due
 
-    def _runs(self, page: Page, due: dict[Parameter, Scalars]) -> list[Run]:
-        """What of a page is to be updated, cut where the numbers change, and on a CPU at CHUNK elements and around large pieces."""
+    def _runs(self, page: Page, due: Due) -> list[Run]:
+        """What of a page is to be updated, cut where the numbers change, and on a CPU at CHUNK elements."""
         runs: list[Run] = []
-        chunk, gather = (CHUNK, GATHER) if self.pager.device.type == "cpu" else (PAGE, PAGE)
-        run, large = None, 0
+        run, chunk = None, CHUNK if self.pager.device.type == "cpu" else PAGE
         for p, span in page.spans:
-            scalars = due.get(p)
-            if scalars is None:
+            if (found := due.get(p)) is None:
                 continue
-            values, gradient = _flat(p), _flat(_like(p.grad, p))
+            scalars, gradient = found
+            values, gradient = _contiguous(p), _contiguous(_like(gradient, p))
             for first in range(0, span.count, chunk):  # none for a parameter without elements
                 count, at = min(chunk, span.count - first), span.at + first
-                if run is None or run.scalars is not scalars or run.stop != at or max(count, large) >= gather or at + count - run.start > chunk:
+                if run is None or run.scalars is not scalars or run.stop != at or at + count - run.start > chunk:
                     run = Run(scalars, at)
                     runs.append(run)
-                large = count
-                if count == p.numel():
-                    run.pieces.append((at - run.start, values, gradient))
-                else:
-                    part = slice(span.first + first, span.first + first + count)
-                    run.pieces.append((at - run.start, values[part], gradient[part]))
+                parts = values, gradient
+                if count < p.numel():
+                    parts = (x.view(-1)[span.first + first : span.first + first + count] for x in parts)
+                for pieces, part in zip((run.parameters, run.gradients), parts, strict=True):
+                    pieces.append(part)
+                run.places.append(at - run.start)
                 run.stop = at + -(-count // self._block) * self._block
         return runs
 
@@ -364,7 +367,7 @@ class PagedAdamW(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._place(saved)
         self._steps = {p: int(entry["step"]) for p, entry in saved.items()}
-        flat = {p: {name: _flat(_like(entry[name], p)) for name in ("exp_avg", "exp_avg_sq")} for p, entry in saved.items()}
+        flat = {p: {name: _contiguous(_like(entry[name], p)).view(-1) for name in ("exp_avg", "exp_avg_sq")} for p, entry in saved.items()}
         with self.pager.sequence(range(len(self._pages))) as pages:
             for page, memory in zip(self._pages, pages, strict=True):
                 moments = self._moments(memory, page)
@@ -408,14 +411,14 @@ def _dense(p: Tensor) -> bool:
     return True
 
 
-def _flat(t: Tensor) -> Tensor:
+def _contiguous(t: Tensor) -> Tensor:
     """The elements in the order of memory."""
-    return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
+    return t if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
 
 
 def _like(value: Tensor, p: Parameter) -> Tensor:
     """A gradient or moment with its elements in the order of its parameter's."""
-    same = value.stride() == p.stride() or value.is_contiguous() and p.is_contiguous()
+    same = value.is_contiguous() and p.is_contiguous() or value.stride() == p.stride()
     return value if same else torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
@@ -431,45 +434,33 @@ class Moments:
 
 
 class _Update:
-    """The update of a run, in memory that is allocated beforehand. What lies in several pieces, or in another dtype than the arithmetic, is
-    gathered, updated as one, and put back. 8-bit moments are decoded to float32, and encoded again."""
+    """The update of a run, in memory that is allocated beforehand. 8-bit moments are decoded to float32, and encoded again."""
 
-    def __init__(self, runs: Sequence[Run], device: torch.device, eight: bool):
-        self.eight = eight
+    def __init__(self, runs: Sequence[Run], device: torch.device, eight: bool, scale: float):
+        self.eight, self.scale = eight, scale
         longest: dict[torch.dtype, int] = {}
         for run in runs:
-            dtype = torch.float32 if eight else run.pieces[0][1].dtype
+            dtype = torch.float32 if eight else run.parameters[0].dtype
             longest[dtype] = max(longest.get(dtype, 0), run.stop - run.start)
-        self.buffers = {dtype: torch.empty(5 if eight else 3, n, dtype=dtype, device=device).unbind() for dtype, n in longest.items()}
+        self.work = {dtype: torch.empty(3, n, dtype=dtype, device=device) for dtype, n in longest.items()}
         if eight:
-            self.work = torch.empty(max(longest.values(), default=0), dtype=torch.int32, device=device)
+            n = max(longest.values(), default=0)
+            self.decoded = torch.empty(2, n, device=device)
+            self.integers = torch.empty(n, dtype=torch.int32, device=device)
             for signed in (True, False):
                 block_tables(device, signed)  # which are kept
 
     def __call__(self, run: Run, moments: Moments) -> None:
         n, s = run.stop - run.start, run.scalars
-        kept = moments.values[:, run.start : run.stop].unbind()
-        p, g, work, *decoded = (buffer[:n] for buffer in self.buffers[torch.float32 if self.eight else kept[0].dtype])
+        values = kept = moments.values[:, run.start : run.stop].unbind()
         coded: tuple = ()
         if self.eight:
+            values, integers = self.decoded[:, :n].unbind(), self.integers[:n]
             scales = moments.scales[:, run.start // BLOCK : run.stop // BLOCK].unbind()
-            coded = tuple(zip(decoded, kept, scales, (True, False), strict=True))
-        for values, codes, scale, signed in coded:
-            ops.decode_blocks_into(values, codes, scale, self.work[:n], BLOCK, signed)
-        (_, values, gradient) = run.pieces[0]
-        alone = len(run.pieces) == 1 and values.dtype == p.dtype
-        if alone:
-            p, g = values, gradient
-        else:
-            if self.eight:
-                g.zero_()  # between the pieces, so that moments stay 0 there
-            parameters, gradients = [list(parts) for parts in zip(*((values, gradient) for _, values, gradient in run.pieces), strict=True)]
-            places = [p[at : at + values.numel()] for at, values, _ in run.pieces]
-            torch._foreach_copy_(places, parameters)
-            torch._foreach_copy_([g[at : at + gradient.numel()] for at, _, gradient in run.pieces], gradients)
-        m, v, work = (t[: p.numel()] for t in (*(decoded or kept), work))
-        ops.adamw_(p, g, m, v, work, s.beta1, s.beta2, s.eps, s.decay, s.step_size, s.correction)
-        if not alone:
-            torch._foreach_copy_(parameters, places)
-        for values, codes, scale, signed in coded:
-            ops.encode_blocks_into(codes, scale, values, self.work[:n], BLOCK, signed)
+            coded = tuple(zip(values, kept, scales, (True, False), strict=True))
+        for decoded, codes, scale, signed in coded:
+            ops.decode_blocks_into(decoded, codes, scale, integers, BLOCK, signed)
+        scalars = s.beta1, s.beta2, s.eps, s.decay, s.step_size, s.correction, self.scale
+        ops.adamw_(run.parameters, run.gradients, run.places, *values, self.work[values[0].dtype], *scalars)
+        for decoded, codes, scale, signed in coded:
+            ops.encode_blocks_into(codes, scale, decoded, integers, BLOCK, signed)

@@ -5,7 +5,8 @@
 The loss is summed and divided once, so 4 micro-batches of 1 and 1 of 4 are the same step (the alternative, a mean of
 means, weighs a token by the size of its micro-batch). The division is applied to the float32 gradients rather than to
 the loss: the numbers that flow back through a 16-bit model are then larger by the number of tokens, which is the loss
-scaling that float16 needs.
+scaling that float16 needs. Division and clipping are one factor, which PagedAdamW applies as it reads the gradients: on a
+CPU two passes over them took as long as the update.
 
 What a step sees is a function of its number (`batches(step)`, `rate(step)`), so a resumed run needs no iterator state.
 A step asks the device for a number once, when loss and norm decide whether it counts: between micro-batches a GPU never waits.
@@ -70,21 +71,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     raise UserError(problem("schedule", schedule, "must be cosine, linear or constant", "cosine is the default"))
 
 
-def accumulate(model: nn.Module, batches: Sequence, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Put the gradient of the mean token loss over all `batches` together into `.grad`; return that loss, a scalar on the device.
+def accumulate(model: nn.Module, batches: Sequence) -> Tensor:
+    """Add the gradient of the token loss summed over all `batches` to `.grad`; return that sum, a scalar on the device.
 
     Every target token weighs the same, however many its batch has: without dropout the result does not depend on how
     the examples were cut into batches (up to rounding).
     """
-    targets = sum(batch.target_tokens for batch in batches)
-    total = torch.zeros((), device=parameters[0].device)
+    total = 0.0
     for batch in batches:
         loss = loss_sum(model, batch)
         loss.backward()
-        total += loss.detach()
-    if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-        torch._foreach_div_(gradients, targets)
-    return total / targets
+        total = total + loss.detach()
+    return total
 
 
 def optimizer_step(
@@ -122,17 +120,24 @@ def _optimizer_step(
 ) -> Metrics:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate(model, batches, parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+    total = accumulate(model, batches)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    prepared = {"prepared": optimizer.prepare()} if hasattr(optimizer, "prepare") else {}  # while a GPU still computes
-    loss, norm = torch.stack([loss.to(norm.device), norm]).tolist()
+    prepared = optimizer.prepare() if hasattr(optimizer, "prepare") else None  # while a GPU still computes
+    targets = sum(batch.target_tokens for batch in batches)
+    loss, norm = (torch.stack([total.to(norm.device), norm]) / targets).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         name, value = ("loss", loss) if not math.isfinite(loss) else ("grad_norm", norm)
         remedy = "Begin again with a smaller --learning-rate, or with --dtype bf16 or fp32 if this is fp16"
         raise UserError(problem(name, value, f"is no finite number at step {step + 1}", remedy))
-    optimizer.step(**prepared)
+    scale = (min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0) / targets  # as torch.nn.utils.clip_grad_norm_ clips
+    if prepared is not None:
+        optimizer.step(prepared=prepared, scale=scale)
+    else:
+        torch._foreach_mul_(gradients, scale)
+        optimizer.step()
     return {"loss": loss, "grad_norm": norm}
 
 

@@ -137,10 +137,10 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
         return
     parts = [normal(bench, n, seed=i) for i in range(4)]
     parts[3].square_()
-    expected, work = [t.clone() for t in parts], torch.empty(n, device=bench.device)
-    scalars = (0.9, 0.999, 1e-8, 0.99, 1e-2, 0.3)
-    ops.adamw_(*parts, work, *scalars)
-    reference.adamw_(*expected, work, *scalars)
+    expected, work = [t.clone() for t in parts], torch.empty(3, n, device=bench.device)
+    cut = [n // 3, n - n // 3]
+    for code, (p, g, *moments) in ((ops, parts), (reference, expected)):
+        code.adamw_(p.split(cut), g.split(cut), [0, cut[0]], *moments, work, 0.9, 0.999, 1e-8, 0.99, 1e-2, 0.3, 0.7)
     worst("adamw_", tuple(parts), tuple(expected), 1e-6)
     if n % 256 == 0:
         for signed in (True, False):
@@ -176,7 +176,7 @@ def part_bandwidth(bench: Bench) -> None:
     y = torch.randn(64 if bench.small else 2048, out, device=device).to(torch.bfloat16)
     logits = torch.randn(16 if bench.small else 256, 32000, device=device).to(torch.bfloat16)
     targets = torch.arange(len(logits), device=device)
-    page = [torch.rand(1 << 20, device=device) for _ in range(5)]
+    page, room = [torch.rand(1 << 20, device=device) for _ in range(4)], torch.empty(3, 1 << 20, device=device)
     codes, scales, work = (torch.zeros(1 << 20, dtype=torch.uint8, device=device), torch.rand(1 << 12, device=device),
                            torch.empty(1 << 20, dtype=torch.int32, device=device))  # fmt: skip
     sizes = (out, columns, 64, 256)
@@ -193,7 +193,7 @@ def part_bandwidth(bench: Bench) -> None:
         "SwiGLU, backward with DoRA's sums": (lambda: ops.swiglu_backward_dots(y, y, y), 5 * y.nbytes, None),
         "factors": (lambda: ops.fold_factors(A, B, gain, gain, 2.0, torch.bfloat16), 6 * (A.numel() + B.numel()), None),
         "cross entropy": (lambda: ops.cross_entropy_(logits, targets), 3 * logits.nbytes, None),
-        "AdamW, a page": (lambda: ops.adamw_(*page, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5), 28 * 2**20, None),
+        "AdamW, a page": (lambda: ops.adamw_(page[:1], page[1:2], [0], *page[2:], room, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5, 1.0), 28 * 2**20, None),
         "8-bit moments, decode": (lambda: ops.decode_blocks_into(page[0], codes, scales, work, 256, True), 5 * 2**20, None),
         "8-bit moments, encode": (lambda: ops.encode_blocks_into(codes, scales, page[0], work, 256, True), 5 * 2**20, None),
         "quantize": (lambda: ops.quantize_nf4(source, 64), weight.nbytes + 2 * n, None),

@@ -318,7 +318,7 @@ def test_operators_pass_opcheck():
         ops.token_product: (B.bfloat16(), weight.bfloat16()),
         ops.adapter_gradients: (weight.bfloat16(), A.t().contiguous().bfloat16(), B.bfloat16(), weight.bfloat16(), None, torch.ones(128), 2.0),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
-        ops.adamw_: (*torch.rand(5, 60).unbind(), 0.9, 0.999, 1e-8, 0.99, 1e-3, 0.5),
+        ops.adamw_: (list(torch.rand(2, 30)), list(torch.rand(2, 30)), [0, 30], *torch.rand(2, 60), torch.rand(3, 60), 0.9, 0.999, 1e-8, 0.99, 1e-3, 0.5, 0.1),
         ops.encode_blocks_into: (codes.clone(), maxima.clone(), torch.randn(512), work.clone(), NESTED, True),
         ops.decode_blocks_into: (torch.empty(512), codes, maxima, work.clone(), NESTED, False),
         ops.rms_norm: (weight.bfloat16(), gain.new_ones(128).bfloat16(), 1e-6),
@@ -344,6 +344,11 @@ def test_writing_into_a_tensor_counts_as_a_change(kernels):
         before = out._version
         write(out, packed, absmax, None, None, None, 64, NESTED)
         assert out._version > before
+    for write in (ops.adamw_, kernels.adamw_, reference.adamw_):
+        p, m, v, work = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.empty(3, 3)
+        before = p._version
+        write([p], [torch.ones(3)], [0], m, v, work, 0.9, 0.999, 1e-8, 1.0, 1e-3, 0.5, 1.0)
+        assert p._version > before
 
 
 def test_bitsandbytes_as_a_backend_gives_the_same_values():

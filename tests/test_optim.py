@@ -33,10 +33,9 @@ SHAPES = [(16, 57), (153, 16), (57,), (3,), (110, 100), (), (7, 5), (0, 3), (500
 
 @pytest.fixture
 def small_pages(monkeypatch):
-    """Pages of 2048 elements, computed 512 at a time, pieces of 300 alone: the parameters above lie in many pages, some in several."""
+    """Pages of 2048 elements, computed 512 at a time: the parameters above lie in many pages, some in several."""
     monkeypatch.setattr(optim, "PAGE", 2048)
     monkeypatch.setattr(optim, "CHUNK", 512)
-    monkeypatch.setattr(optim, "GATHER", 300)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -133,6 +132,55 @@ def test_other_dtypes_are_torch_to_the_bit_too(small_pages, tmp_path, dtype):
             gradients(params, step)
             o.step()
     assert same(theirs, ours) and same_state(reference.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_a_factor_is_a_multiplication_of_the_gradients(small_pages, tmp_path, state):
+    """With the same bits, and the gradients stay as they are."""
+    one, two = parameters(), parameters()
+    a, b = (PagedAdamW(groups(params), state=state, memory=9000, folder=tmp_path, **OPTIONS) for params in (one, two))
+    for step in range(5):
+        gradients(one, step), gradients(two, step)
+        given = [p.grad for p in two if p.grad is not None]
+        before = [g.clone() for g in given]
+        torch._foreach_mul_(given, 0.37)
+        a.step(scale=0.37)
+        b.step()
+        assert same(before, [p.grad for p in one if p.grad is not None])
+    assert same(one, two) and same_state(a.state_dict(), b.state_dict())
+
+
+def test_optimizer_step_is_that_of_torch(tmp_path):
+    """Our optimizer takes the factor, torch's gets the gradients multiplied: loss, norm and weights are the same, to the bit."""
+    ends = []
+    for make in (lambda p: PagedAdamW(p, memory="none", folder=tmp_path), lambda p: torch.optim.AdamW(p, foreach=False, fused=False)):
+        model = tiny.adapted(tiny.llama()).train()
+        optimizer = make(adapter_parameters(model))
+        batches = [collate(examples(*UNEVEN[:2])), collate(examples(*UNEVEN[2:]))]
+        metrics = [optimizer_step(model, optimizer, batches, 1e-2, clip) for clip in (0.0, 1e-3, 1.0)]
+        ends.append((metrics, [p.detach() for p in adapter_parameters(model)]))
+    assert ends[0][0] == ends[1][0] and same(ends[0][1], ends[1][1])
+
+
+WITHOUT_FMA = """
+import torch
+from qlora.optim import PagedAdamW
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+made = [[torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (1, 100, 5000)] for _ in "ab"]
+optimizers = torch.optim.AdamW(made[0], foreach=False, fused=False), PagedAdamW(made[1])
+for step in range(5):
+    for params, optimizer in zip(made, optimizers):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+print(all(torch.equal(p, q) for p, q in zip(*made)))
+"""
+
+
+def test_torch_to_the_bit_where_it_rounds_twice():
+    """On a processor without AVX2, torch's own kernels round products before they are added."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FMA], capture_output=True, text=True, env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_pages_of_the_real_size(tmp_path):

@@ -1,4 +1,5 @@
-"""The native kernels between the products: RMSNorm, the gated product, the rotation, the loss, against `reference.py` and float64."""
+"""The native kernels of a step beside the products: RMSNorm, the gated product, the rotation, the loss, against `reference.py` and float64; AdamW
+against torch's own."""
 
 from __future__ import annotations
 
@@ -157,3 +158,73 @@ def test_cross_entropy_at_the_edges(isa):
     for target in (-100, 3):
         with pytest.raises(IndexError, match="targets"):
             isa.cross_entropy_(torch.zeros(1, 3), torch.tensor([target]))
+
+
+# ---------------------------------------------------------------- AdamW
+
+SIZES = [5, 1, 0, 16, 31, 33, 1, 97, 0, 4096, 8191, 20_001, 2]
+
+
+def pieces(sizes: list[int], gap: int, offset: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], torch.Tensor]:
+    """Parameters and gradients at addresses that are multiples of 4 only, and places with gaps between them; and all parameters' memory."""
+    generator = torch.Generator().manual_seed(seed)
+    at = [sum(sizes[:i]) + i * gap for i in range(len(sizes))]
+    memory = torch.randn(offset + sum(sizes) + len(sizes), generator=generator)
+    starts = [offset + sum(sizes[:i]) + i for i in range(len(sizes))]  # one element between them
+    spread = 10.0 ** torch.randint(-9, 4, memory.shape, generator=generator)
+    gradients = torch.randn(memory.shape, generator=generator) * spread
+    return *([x[start : start + size] for start, size in zip(starts, sizes, strict=True)] for x in (memory, gradients)), at, memory
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9), (0.0, 0.0)])
+@pytest.mark.parametrize(("gap", "offset"), [(0, 0), (3, 1), (200, 7)])
+def test_adamw_has_the_bits_of_torch(isa, threads, betas, gap, offset):
+    """On every instruction set, for one thread and two, wherever a piece lies; between the pieces nothing is written."""
+    for count, decay, sizes in [(1, 0.1, SIZES), (2, 0.1, SIZES), (2, 0.0, [1, 2, 0] * 200)]:
+        threads(count)
+        p, _, at, memory = pieces(sizes, gap, offset, 0)
+        n = at[-1] + sizes[-1] + gap
+        m, v, between = torch.zeros(n), torch.zeros(n), memory[[x.storage_offset() + x.numel() for x in p]].clone()
+        theirs = [torch.nn.Parameter(x.clone()) for x in p]
+        optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=betas, weight_decay=decay, foreach=False, fused=False)
+        second, moments = [x.clone() for x in p], torch.zeros(2, n)
+        for step in range(1, 4):
+            g, scale = pieces(sizes, gap, offset, step)[1], (1.0, 0.3, 1 / 777)[step - 1]
+            scalars = (*betas, 1e-8, 1 - 1e-2 * decay, 1e-2 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5, scale)
+            isa.adamw_(p, g, at, m, v, torch.empty(3, n), *scalars)
+            reference.adamw_(second, g, at, *moments, torch.empty(3, n), *scalars)
+            for parameter, gradient in zip(theirs, g, strict=True):
+                parameter.grad = gradient * scale
+            optimizer.step()
+        state = [optimizer.state[x] for x in theirs]
+        for got, other, x, entry, first in zip(p, second, theirs, state, at, strict=True):
+            assert same_bits(got, x.detach()) and same_bits(got, other)
+            for moment, name in ((m, "exp_avg"), (v, "exp_avg_sq")):
+                assert same_bits(moment[first : first + x.numel()], entry[name])
+        assert same_bits(torch.stack((m, v)), moments)
+        assert same_bits(memory[[x.storage_offset() + x.numel() for x in p]], between)
+
+
+def test_adamw_of_any_floats(isa):
+    """Subnormal, huge, infinite, and not a number: what the reference makes of them."""
+    values = torch.randint(-(1 << 31), 1 << 31, (4, 1 << 14)).to(torch.int32).view(torch.float32)
+    ends = []
+    for code in (isa, reference):
+        p, g, m, v = (x.clone() for x in values)
+        code.adamw_([p], [g], [0], m, v, torch.empty(3, len(p)), 0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 0.25)
+        ends.append(torch.stack((p, m, v)))
+    assert same_bits(*(x.nan_to_num(7.0, posinf=math.inf, neginf=-math.inf) for x in ends)) and ends[0].isfinite().any(1).all()
+
+
+def test_adamw_refuses_what_does_not_fit(kernels):
+    """C code would write past the end."""
+    def refused(p: int, g: int, at: list[int], moments: tuple[int, int] = (20, 20), work: int = 20) -> None:
+        tensors = [torch.zeros(p)] * 2, [torch.zeros(g)] * 2
+        with pytest.raises(ValueError):
+            kernels.adamw_(*tensors, at, *map(torch.zeros, moments), torch.zeros(3, work), 0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 1.0)
+
+    for at in ([0, 11], [0, 9], [-1, 10], [0, 10, 20], [0]):
+        refused(10, 10, at)
+    refused(10, 9, [0, 10])
+    refused(10, 10, [0, 10], moments=(20, 19))
+    refused(10, 10, [0, 10], work=19)

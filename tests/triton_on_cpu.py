@@ -157,15 +157,19 @@ def check_loss(rows: int, vocabulary: int) -> None:
 
 
 def check_adamw(n: int) -> None:
-    p, g, m, v = (torch.randn(n) for _ in range(4))
-    v = v.square() * 1e-4
-    for decay in (1.0, 0.99):
-        scalars = (0.9, 0.999, 1e-8, decay, 3e-3, 0.3)
-        expected = [t.clone() for t in (p, g, m, v)]
-        reference.adamw_(*expected, torch.empty(n), *scalars)
-        triton_optim.adamw_(p, g, m, v, torch.empty(0), *scalars)
-        for got, wanted in zip((p, g, m, v), expected, strict=True):
-            close(got, wanted, 5e-7)
+    """One piece, and several with gaps between them, in which the moments stay 0."""
+    for ranges in ([slice(0, n)], [slice(0, n // 3), slice(n // 3, n // 2), slice(n // 2 + 1, n)]):
+        p, g, m, v = (torch.zeros(n) for _ in range(4))
+        for part in ranges:
+            p[part], g[part], m[part], v[part] = (torch.randn(part.stop - part.start) for _ in range(4))
+        v = v.square() * 1e-4
+        for decay in (1.0, 0.99):
+            scalars = (0.9, 0.999, 1e-8, decay, 3e-3, 0.3, 0.7)
+            expected = [t.clone() for t in (p, g, m, v)]
+            for code, (a, b, *moments) in ((reference, expected), (triton_optim, (p, g, m, v))):
+                code.adamw_([a[part] for part in ranges], [b[part] for part in ranges], [part.start for part in ranges], *moments, torch.empty(3, n), *scalars)
+            for got, wanted in zip((p, g, m, v), expected, strict=True):
+                close(got, wanted, 5e-7)
 
 
 def check_blocks(n: int, blocksize: int) -> None:
@@ -278,7 +282,7 @@ def interpret() -> None:
 FLOAT = {name: "*fp32" for name in (
     "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches", "scalings",
     "maxima", "values", "p", "g", "m", "v",
-)} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction")}  # fmt: skip
+)} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction", "scale")}  # fmt: skip
 BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
 BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32", "table": "*i64"}
 LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}

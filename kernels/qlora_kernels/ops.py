@@ -4,7 +4,7 @@
     torch.ops.qlora.fit_scales_nf4  weight -> scales of least squared error, in place of absmax
     torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
-    torch.ops.qlora.adamw_          flat parameter, gradient and moments: one step, in place
+    torch.ops.qlora.adamw_          parameters, gradients and the flat moments of all: one step, in place
     torch.ops.qlora.encode_blocks_into, decode_blocks_into: 8-bit codes and block maxima of an optimizer's state
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
@@ -411,14 +411,14 @@ def _(dout, q, k, v, out, lse, bounds, scale):
 
 @operator(mutates=("p", "exp_avg", "exp_avg_sq", "work"))
 def adamw_(
-    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float,
+    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
 ) -> None:  # fmt: skip
-    reference.adamw_(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction)
+    reference.adamw_(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale)
 
 
 @shape_of("adamw_")
-def _(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction):
+def _(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale):
     return None
 
 

@@ -196,23 +196,41 @@ def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tens
 
 
 def adamw_(
-    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float,
+    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
 ) -> None:  # fmt: skip
-    """One step of AdamW (arXiv:1711.05101) in place, all tensors flat [n] and of one dtype; `work` is used up, so that nothing is allocated:
+    """One step of AdamW (arXiv:1711.05101) in place, of contiguous tensors p with gradients scale g:
 
         m = lerp(m, g, 1 - beta1)    v = beta2 v + (1 - beta2) g^2    p = decay p - step_size m / (sqrt(v) / correction + eps)
 
-    with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), correction = sqrt(1 - beta2^t). The operations and their order are
-    those of torch.optim.AdamW(foreach=False): the same bits, wherever a tensor is cut.
+    with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), correction = sqrt(1 - beta2^t). The moments of p[i] are those from
+    at[i] of exp_avg and exp_avg_sq [n]; those between are 0 and stay so. They and work [3, n or more], which is used up so that nothing is
+    allocated, have the dtype of the arithmetic. The operations and their order are those of torch.optim.AdamW(foreach=False): the same
+    bits, wherever a tensor is cut.
     """
     count_write(p)
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    torch.sqrt(exp_avg_sq, out=work).div_(correction).add_(eps)
+    values, gradient, root = work[:, : exp_avg.numel()]
+    pieces, places = gathered(p, g, at, values, gradient)
+    gradient.mul_(scale)
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    torch.sqrt(exp_avg_sq, out=root).div_(correction).add_(eps)
     if decay != 1:
-        p.mul_(decay)
-    p.addcdiv_(exp_avg, work, value=-step_size)
+        values.mul_(decay)
+    values.addcdiv_(exp_avg, root, value=-step_size)
+    torch._foreach_copy_(pieces, places)
+
+
+def gathered(p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], values: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Copy p[i] and g[i] to `values` and `gradient` from at[i] on, zeros between the gradients; returns p flat, and where it lies in `values`."""
+    pieces = [x.view(-1) for x in p]
+    ranges = [slice(first, first + x.numel()) for first, x in zip(at, pieces, strict=True)]
+    places = [values[part] for part in ranges]
+    if sum(x.numel() for x in pieces) < gradient.numel():
+        gradient.zero_()
+    torch._foreach_copy_(places, pieces)
+    torch._foreach_copy_([gradient[part] for part in ranges], [x.view(-1) for x in g])
+    return pieces, places
 
 
 def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int) -> Tensor:
@@ -262,10 +280,9 @@ def dequantize_nf4(
     return out.view(rows, columns)
 
 
-def count_write(out: Tensor) -> None:
+def count_write(out: Tensor | Sequence[Tensor]) -> None:
     """Tell autograd that `out` was written: below its dispatch level torch no longer does so by itself."""
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    torch.autograd.graph.increment_version([x for x in ((out,) if isinstance(out, Tensor) else out) if not x.is_inference()])
 
 
 def dequantize_nf4_into(

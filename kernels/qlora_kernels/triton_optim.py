@@ -10,6 +10,8 @@ kept for every step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,11 +22,11 @@ from qlora_kernels.triton_nf4 import BLOCKSIZES, EXACT, TILE, cdiv, encode_block
 
 
 @triton.jit
-def adamw_kernel(p, g, m, v, weight1, beta2, weight2, eps, decay, step_size, correction, n, BLOCK: tl.constexpr):
+def adamw_kernel(p, g, m, v, weight1, beta2, weight2, eps, decay, step_size, correction, scale, n, BLOCK: tl.constexpr):
     """weight1 = 1 - beta1, weight2 = 1 - beta2; the rest as in `reference.adamw_`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    gradient = tl.load(g + at, mask=inside, other=0.0)
+    gradient = tl.load(g + at, mask=inside, other=0.0) * tl.cast(scale, tl.float32)
     first = tl.load(m + at, mask=inside, other=0.0)
     first += tl.cast(weight1, tl.float32) * (gradient - first)
     second = tl.load(v + at, mask=inside, other=0.0) * tl.cast(beta2, tl.float32) + tl.cast(weight2, tl.float32) * gradient * gradient
@@ -43,16 +45,24 @@ def decode_blocks_kernel(values, codes, absmax, levels, n, BLOCKSIZE: tl.constex
     tl.store(values + at, tl.load(levels + code) * tl.load(absmax + at // BLOCKSIZE, mask=inside, other=0.0), mask=inside)
 
 
-def adamw_(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor, beta1: float, beta2: float, eps: float, decay: float,
-           step_size: float, correction: float) -> None:  # fmt: skip
-    n, parts = p.numel(), (p, g, exp_avg, exp_avg_sq)
-    if n == 0 or not all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() == n for t in parts):
-        return reference.adamw_(p, g, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction)
+def adamw_(
+    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
+) -> None:  # fmt: skip
+    n, moments = exp_avg.numel(), (exp_avg, exp_avg_sq)
+    if n == 0 or not all(t.dtype == torch.float32 and t.is_contiguous() and t.numel() == n for t in moments):
+        return reference.adamw_(p, g, at, *moments, work, beta1, beta2, eps, decay, step_size, correction, scale)
     reference.count_write(p)
-    with on(p):
+    alone = len(p) == 1 and p[0].numel() == n and p[0].dtype == g[0].dtype == torch.float32
+    values, gradient = (p[0], g[0]) if alone else work[:2, :n]
+    if not alone:
+        pieces, places = reference.gathered(p, g, at, values, gradient)
+    with on(exp_avg):
         adamw_kernel[(cdiv(n, 1024),)](
-            p, g, exp_avg, exp_avg_sq, 1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, n, BLOCK=1024, **EXACT
+            values, gradient, *moments, 1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, scale, n, BLOCK=1024, **EXACT
         )
+    if not alone:
+        torch._foreach_copy_(pieces, places)
 
 
 def _check_blocks(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from qlora_kernels.cpu import build
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
+FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch rounds a product and a sum together; elsewhere not, or not known
 LARGE = 1 << 22  # bytes from which a result is worth huge pages
 
 
@@ -82,6 +84,7 @@ class Native:
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
             "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
             "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
+            "qlora_adamw": [*[pointer] * 4, size, size, *[pointer] * 3, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer, integer],
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
@@ -214,6 +217,25 @@ class Native:
         self.library.qlora_decode_blocks(
             codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize, signed, values.data_ptr(), torch.get_num_threads()
         )
+
+    def adamw_(
+        self, p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
+        beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
+    ) -> None:  # fmt: skip
+        n, sizes = exp_avg.numel(), [x.numel() for x in p]
+        floats = all([x.dtype == torch.float32 and x.is_contiguous() for x in (*p, *g, exp_avg, exp_avg_sq, work)])
+        if not (floats and FUSES):
+            return reference.adamw_(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale)
+        ends = [first + size for first, size in zip(at, sizes, strict=True)]
+        if not (sizes == [x.numel() for x in g] and exp_avg_sq.numel() == n <= work.shape[1] and all(map(operator.le, (0, *ends), (*at, n)))):
+            raise ValueError(f"{len(p)} parameters of {sum(sizes)} elements at {list(at)[:9]}... of {n} moments")
+        reference.count_write(p)
+        step = (ctypes.c_float * 8)(1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, scale)
+        long = ctypes.c_int64 * len(sizes)
+        shared = (long(*at), long(*sizes), len(sizes), n, exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+        self.library.qlora_adamw(step, long(*[x.data_ptr() for x in g]), *shared, None, torch.get_num_threads())
+        root = torch.sqrt(exp_avg_sq, out=work[0, :n])
+        self.library.qlora_adamw(step, long(*[x.data_ptr() for x in p]), *shared, root.data_ptr(), torch.get_num_threads())
 
     @staticmethod
     def _check_blocks(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> None:

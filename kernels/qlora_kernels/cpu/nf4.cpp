@@ -296,6 +296,25 @@ void qlora_decode_blocks(const uint8_t* codes, const float* absmax, int64_t coun
   });
 }
 
+// One of the two halves of AdamW, of elements below `length` of the flat moments. Piece i, [sizes[i]], lies at[i] in them, in order. `pieces`
+// are gradients where `root` is null, which become m and v, else parameters, which m and root = sqrt(v) move.
+void qlora_adamw(const AdamW* step, float* const* pieces, const int64_t* at, const int64_t* sizes, int64_t count, int64_t length, float* m, float* v,
+                 const float* root, int threads) {
+  constexpr int64_t kPart = 1 << 13;
+  parallel(ceil_div(length, kPart), threads, [&](int64_t i) {
+    const int64_t start = i * kPart, stop = minimum(length, start + kPart);
+    int64_t k = 0;
+    for (int64_t above = count; above - k > 1;) (at[(k + above) / 2] <= start ? k : above) = (k + above) / 2;  // the last that begins by there
+    for (; k < count && at[k] < stop; ++k) {
+      const int64_t from = at[k] > start ? at[k] : start, to = minimum(stop, at[k] + sizes[k]);
+      if (to <= from) continue;
+      float* const piece = pieces[k] + (from - at[k]);
+      if (root == nullptr) kernels->adamw_moments(*step, piece, m + from, v + from, to - from);
+      else kernels->adamw_values(*step, m + from, root + from, piece, to - from);
+    }
+  });
+}
+
 void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain,
                           int64_t rows, int64_t columns, int64_t blocksize, int64_t nested_blocksize, int dtype, void* out, int fresh, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);

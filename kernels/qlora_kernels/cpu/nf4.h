@@ -46,6 +46,11 @@ inline void fold(float m, float n, float& safe, float& gain) {
 }
 }  // namespace
 
+// The numbers of a step of AdamW: weight = 1 - beta1, square_weight = 1 - beta2, the rest as in reference.py.
+struct AdamW {
+  float weight, beta2, square_weight, eps, decay, size, correction, scale;
+};
+
 struct Kernels {
   const char* name;
   // Elements start..stop of the flat weight to out[0..stop-start).
@@ -72,6 +77,8 @@ struct Kernels {
                                float* gate_dots, float* up_dots);
   void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y);
   void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
+  void (*adamw_moments)(const AdamW&, const float* g, float* m, float* v, int64_t n);
+  void (*adamw_values)(const AdamW&, const float* m, const float* root, float* p, int64_t n);
 };
 
 // Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the gap

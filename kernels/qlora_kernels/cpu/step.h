@@ -299,6 +299,34 @@ void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_
   });
 }
 
+// AdamW before and after the square root of v, which is torch's own: MKL's, whose bits are those of the machine, not of the number.
+// A product and a sum are rounded together where torch's kernels for AVX2 and AVX-512 do so, in their vectors and behind them.
+void adamw_moments(const AdamW& step, const float* g, float* m, float* v, int64_t n) {
+  const bool near = step.weight < 0.5f;  // torch's lerp goes from the nearer end
+  const F16 scale = F16::broadcast(step.scale), part = F16::broadcast(near ? step.weight : step.weight - 1.0f);
+  const F16 weight = F16::broadcast(step.square_weight), beta = F16::broadcast(step.beta2);
+  const auto first = [&](F16 m, F16 g) { return fused(part, add(g, negative(m)), near ? m : g); };
+  const auto second = [&](F16 v, F16 g) { return fused(mul(weight, g), g, mul(v, beta)); };
+  each32(n, [&](int64_t i, auto left) {
+    prefetch(i, g, m, v);
+    F32 gradient = load32(g + i, left);
+    const F32 before = load32(m + i, left), squares = load32(v + i, left);
+    gradient = {mul(gradient.a, scale), mul(gradient.b, scale)};
+    store32(m + i, F32{first(before.a, gradient.a), first(before.b, gradient.b)}, left);
+    store32(v + i, F32{second(squares.a, gradient.a), second(squares.b, gradient.b)}, left);
+  });
+}
+
+void adamw_values(const AdamW& step, const float* m, const float* root, float* p, int64_t n) {
+  const F16 correction = F16::broadcast(step.correction), eps = F16::broadcast(step.eps), decay = F16::broadcast(step.decay), size = F16::broadcast(-step.size);
+  const auto moved = [&](F16 p, F16 m, F16 root) { return add(mul(p, decay), div(mul(size, m), add(div(root, correction), eps))); };
+  each32(n, [&](int64_t i, auto left) {
+    prefetch(i, p);
+    const F32 values = load32(p + i, left), moment = load32(m + i, left), roots = load32(root + i, left, 1.0f);
+    store32(p + i, F32{moved(values.a, moment.a, roots.a), moved(values.b, moment.b, roots.b)}, left);
+  });
+}
+
 // out = round((in * factor) * gain of the row), in [rows, columns]; no gain: in * factor.
 template <class T>
 void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, const float* gain, T* out) {
