@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qlora_kernels import ops
 from torch import Tensor, nn
 
 from qlora.checkpoint import random_states, set_random_states
@@ -122,7 +123,7 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     total = accumulate(model, batches)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = ops.total_norm(gradients)
     for group in optimizer.param_groups:
         group["lr"] = rate
     prepared = optimizer.prepare() if hasattr(optimizer, "prepare") else None  # while a GPU still computes

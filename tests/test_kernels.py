@@ -319,6 +319,7 @@ def test_operators_pass_opcheck():
         ops.adapter_gradients: (weight.bfloat16(), A.t().contiguous().bfloat16(), B.bfloat16(), weight.bfloat16(), None, torch.ones(128), 2.0),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
         ops.adamw_: (list(torch.rand(2, 30)), list(torch.rand(2, 30)), [0, 30], *torch.rand(2, 60), torch.rand(3, 60), 0.9, 0.999, 1e-8, 0.99, 1e-3, 0.5, 0.1),
+        ops.total_norm: ([weight, A, gain],),
         ops.encode_blocks_into: (codes.clone(), maxima.clone(), torch.randn(512), work.clone(), NESTED, True),
         ops.decode_blocks_into: (torch.empty(512), codes, maxima, work.clone(), NESTED, False),
         ops.rms_norm: (weight.bfloat16(), gain.new_ones(128).bfloat16(), 1e-6),

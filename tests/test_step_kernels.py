@@ -205,6 +205,19 @@ def test_adamw_has_the_bits_of_torch(isa, threads, betas, gap, offset):
         assert same_bits(memory[[x.storage_offset() + x.numel() for x in p]], between)
 
 
+def test_the_norm_of_many_pieces(kernels, threads):
+    """torch's up to rounding, with the same bits on every instruction set and for any number of threads."""
+    for sizes in ([0], [1], SIZES, [1, 2, 0] * 4000, [100_003]):
+        tensors = pieces(sizes, 0, 1, 0)[1]
+        torch.testing.assert_close(kernels.total_norm(tensors).double(), torch.cat(tensors).double().norm(), rtol=1e-6, atol=0)
+        same_everywhere(kernels, threads, lambda tensors=tensors: [kernels.total_norm(tensors)])
+    for bad in (math.inf, -math.inf, math.nan):
+        tensors[0][70_000] = bad
+        assert str(kernels.total_norm(tensors).item()) == str(abs(bad))
+    tall = [torch.randn(30, 40).t(), torch.randn(5, dtype=torch.float64)]
+    torch.testing.assert_close(kernels.total_norm(tall), torch.nn.utils.get_total_norm(tall))
+
+
 def test_adamw_of_any_floats(isa):
     """Subnormal, huge, infinite, and not a number: what the reference makes of them."""
     values = torch.randint(-(1 << 31), 1 << 31, (4, 1 << 14)).to(torch.int32).view(torch.float32)

@@ -4,7 +4,7 @@
     torch.ops.qlora.fit_scales_nf4  weight -> scales of least squared error, in place of absmax
     torch.ops.qlora.encode_nf4      weight, scales -> packed
     torch.ops.qlora.quantize_absmax absmax -> (codes, nested_absmax, offset)          double quantization
-    torch.ops.qlora.adamw_          parameters, gradients and the flat moments of all: one step, in place
+    torch.ops.qlora.adamw_          parameters, gradients and the flat moments of all: one step, in place; total_norm of many gradients
     torch.ops.qlora.encode_blocks_into, decode_blocks_into: 8-bit codes and block maxima of an optimizer's state
     torch.ops.qlora.dequantize_nf4  packed, constants [, row_gain] -> dense; dequantize_nf4_into writes into a given tensor
     torch.ops.qlora.nf4_gemv        x, packed, constants -> W x in float32                               (one token of generation)
@@ -422,6 +422,16 @@ def _(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, 
     return None
 
 
+@operator()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    return reference.total_norm(tensors)
+
+
+@shape_of("total_norm")
+def _(tensors):
+    return tensors[0].new_empty(())
+
+
 @operator(mutates=("codes", "absmax", "values", "work"))
 def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
     reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
@@ -449,7 +459,7 @@ OPERATORS = (
     "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
     "nf4_product", "adapted_product", "adapted_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients",
     "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
-    "adamw_", "encode_blocks_into", "decode_blocks_into", "rotate", "rotate_backward", "attention", "attention_backward",
+    "adamw_", "total_norm", "encode_blocks_into", "decode_blocks_into", "rotate", "rotate_backward", "attention", "attention_backward",
 )  # fmt: skip
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 

@@ -221,6 +221,11 @@ def adamw_(
     torch._foreach_copy_(pieces, places)
 
 
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all elements of all tensors, a scalar."""
+    return torch.nn.utils.get_total_norm(tensors)
+
+
 def gathered(p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], values: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Copy p[i] and g[i] to `values` and `gradient` from at[i] on, zeros between the gradients; returns p flat, and where it lies in `values`."""
     pieces = [x.view(-1) for x in p]

@@ -292,6 +292,6 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", decode, encode, encode_with, fit, dots, gram, norms,
                               cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, swiglu_backward_dots, rotate, scaled,
-                              adamw_moments, adamw_values};
+                              adamw_moments, adamw_values, sum_of_squares};
 }  // namespace qlora
 #endif

@@ -17,7 +17,7 @@ import operator
 import os
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -85,6 +85,7 @@ class Native:
             "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
             "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
             "qlora_adamw": [*[pointer] * 4, size, size, *[pointer] * 3, integer],
+            "qlora_total_norm": [*[pointer] * 3, *[size] * 3, pointer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer, integer],
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
@@ -217,6 +218,19 @@ class Native:
         self.library.qlora_decode_blocks(
             codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize, signed, values.data_ptr(), torch.get_num_threads()
         )
+
+    def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not all([x.dtype == torch.float32 and x.is_contiguous() for x in tensors]):
+            return reference.total_norm(tensors)
+        sizes = [x.numel() for x in tensors]
+        *at, n = accumulate(sizes, initial=0)
+        partial, out = torch.empty(n // 8192 + 1, dtype=torch.float64), torch.empty((), dtype=torch.float32)
+        long = ctypes.c_int64 * len(sizes)
+        self.library.qlora_total_norm(
+            long(*[x.data_ptr() for x in tensors]), long(*at), long(*sizes), len(sizes), n, len(partial), partial.data_ptr(), out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def adamw_(
         self, p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,

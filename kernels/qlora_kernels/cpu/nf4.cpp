@@ -163,6 +163,20 @@ void sum_rows(int64_t rows, int64_t columns, int64_t tile, int64_t sums, float* 
   });
 }
 
+// Pieces one behind the other, piece i of sizes[i] elements at at[i], cut into parts of `size`: f(part, piece, from, to) for each piece in a part.
+template <class F>
+void each_piece(const int64_t* at, const int64_t* sizes, int64_t count, int64_t length, int64_t size, int threads, F f) {
+  parallel(ceil_div(length, size), threads, [&](int64_t i) {
+    const int64_t start = i * size, stop = minimum(length, start + size);
+    int64_t k = 0;
+    for (int64_t above = count; above - k > 1;) (at[(k + above) / 2] <= start ? k : above) = (k + above) / 2;  // the last that begins by there
+    for (; k < count && at[k] < stop; ++k) {
+      const int64_t from = at[k] > start ? at[k] : start, to = minimum(stop, at[k] + sizes[k]);
+      if (from < to) f(i, k, from, to);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -300,19 +314,23 @@ void qlora_decode_blocks(const uint8_t* codes, const float* absmax, int64_t coun
 // are gradients where `root` is null, which become m and v, else parameters, which m and root = sqrt(v) move.
 void qlora_adamw(const AdamW* step, float* const* pieces, const int64_t* at, const int64_t* sizes, int64_t count, int64_t length, float* m, float* v,
                  const float* root, int threads) {
-  constexpr int64_t kPart = 1 << 13;
-  parallel(ceil_div(length, kPart), threads, [&](int64_t i) {
-    const int64_t start = i * kPart, stop = minimum(length, start + kPart);
-    int64_t k = 0;
-    for (int64_t above = count; above - k > 1;) (at[(k + above) / 2] <= start ? k : above) = (k + above) / 2;  // the last that begins by there
-    for (; k < count && at[k] < stop; ++k) {
-      const int64_t from = at[k] > start ? at[k] : start, to = minimum(stop, at[k] + sizes[k]);
-      if (to <= from) continue;
-      float* const piece = pieces[k] + (from - at[k]);
-      if (root == nullptr) kernels->adamw_moments(*step, piece, m + from, v + from, to - from);
-      else kernels->adamw_values(*step, m + from, root + from, piece, to - from);
-    }
+  each_piece(at, sizes, count, length, 1 << 13, threads, [&](int64_t, int64_t k, int64_t from, int64_t to) {
+    float* const piece = pieces[k] + (from - at[k]);
+    if (root == nullptr) kernels->adamw_moments(*step, piece, m + from, v + from, to - from);
+    else kernels->adamw_values(*step, m + from, root + from, piece, to - from);
   });
+}
+
+// The norm of all pieces together, summed in `parts`, each with a place in `partial`.
+void qlora_total_norm(const float* const* pieces, const int64_t* at, const int64_t* sizes, int64_t count, int64_t length, int64_t parts, double* partial,
+                      float* out, int threads) {
+  for (int64_t i = 0; i < parts; ++i) partial[i] = 0.0;
+  each_piece(at, sizes, count, length, length / parts + 1, threads, [&](int64_t i, int64_t k, int64_t from, int64_t to) {
+    partial[i] += kernels->sum_of_squares(pieces[k] + (from - at[k]), to - from);
+  });
+  double total = 0.0;
+  for (int64_t i = 0; i < parts; ++i) total += partial[i];
+  *out = float(__builtin_sqrt(total));
 }
 
 void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float* nested, const float* offset, const float* gain,

@@ -79,6 +79,7 @@ struct Kernels {
   void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
   void (*adamw_moments)(const AdamW&, const float* g, float* m, float* v, int64_t n);
   void (*adamw_values)(const AdamW&, const float* m, const float* root, float* p, int64_t n);
+  float (*sum_of_squares)(const float* x, int64_t n);
 };
 
 // Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the gap

@@ -327,6 +327,16 @@ void adamw_values(const AdamW& step, const float* m, const float* root, float* p
   });
 }
 
+float sum_of_squares(const float* x, int64_t n) {
+  F32 squares = zeros();
+  each32(n, [&](int64_t i, auto left) {
+    prefetch(i, x);
+    const F32 v = load32(x + i, left);
+    squares = {fused(v.a, v.a, squares.a), fused(v.b, v.b, squares.b)};
+  });
+  return sum(squares);
+}
+
 // out = round((in * factor) * gain of the row), in [rows, columns]; no gain: in * factor.
 template <class T>
 void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, const float* gain, T* out) {
