@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import operator
 import os
 import threading
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qlora_kernels import BackendError, reference
-from qlora_kernels.cpu import build
+from qlora_kernels.cpu import build, native_optim
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
-FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # torch rounds a product and a sum together; elsewhere not, or not known
 LARGE = 1 << 22  # bytes from which a result is worth huge pages
 
 
@@ -66,7 +64,7 @@ def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
     return A.contiguous(), B.contiguous(), A.shape[0]
 
 
-class Native:
+class Native(native_optim.Optimizer):
     """The operators of `ops.py`, same arguments and results, on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):
@@ -82,10 +80,6 @@ class Native:
             "qlora_encode_nf4": [pointer, integer, size, size, pointer, pointer, integer],
             "qlora_fit_scales_nf4": [pointer, integer, size, size, pointer, integer],
             "qlora_quantize_absmax": [pointer, pointer, size, size, pointer, pointer, integer],
-            "qlora_encode_blocks": [pointer, size, size, integer, pointer, pointer, integer],
-            "qlora_decode_blocks": [pointer, pointer, size, size, integer, pointer, integer],
-            "qlora_adamw": [*[pointer] * 4, size, size, *[pointer] * 3, integer],
-            "qlora_total_norm": [*[pointer] * 3, *[size] * 3, pointer, pointer, integer],
             "qlora_dequantize_nf4": [*weight, pointer, *[size] * 4, integer, pointer, integer, integer],
             "qlora_partials": [size],
             "qlora_column_dots": [integer, pointer, size, pointer, size, size, size, pointer, pointer, integer],
@@ -106,6 +100,7 @@ class Native:
             "qlora_adapted_backward": [*weight, pointer, *[size] * 4, *[pointer] * 6, size, size, ctypes.c_float, *[pointer] * 6, integer],
             "qlora_attention_bytes": [integer, size, size],
             "qlora_attention": [integer, *[pointer] * 3, *[size] * 4, ctypes.c_float, pointer, size, integer],
+            **native_optim.SIGNATURES,
         }
         results = {
             "qlora_select": ctypes.c_char_p, "qlora_select_attention": integer, "qlora_threaded": integer, "qlora_partials": size,
@@ -203,60 +198,6 @@ class Native:
             torch.get_num_threads(),
         )  # fmt: skip
         return codes, nested, offset
-
-    def encode_blocks_into(self, codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
-        self._check_blocks(codes, absmax, values, blocksize)
-        for out in (codes, absmax):
-            reference.count_write(out)
-        self.library.qlora_encode_blocks(
-            values.data_ptr(), values.numel(), blocksize, signed, codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
-        )
-
-    def decode_blocks_into(self, values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
-        self._check_blocks(codes, absmax, values, blocksize)
-        reference.count_write(values)
-        self.library.qlora_decode_blocks(
-            codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize, signed, values.data_ptr(), torch.get_num_threads()
-        )
-
-    def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        if not all([x.dtype == torch.float32 and x.is_contiguous() for x in tensors]):
-            return reference.total_norm(tensors)
-        sizes = [x.numel() for x in tensors]
-        *at, n = accumulate(sizes, initial=0)
-        partial, out = torch.empty(n // 8192 + 1, dtype=torch.float64), torch.empty((), dtype=torch.float32)
-        long = ctypes.c_int64 * len(sizes)
-        self.library.qlora_total_norm(
-            long(*[x.data_ptr() for x in tensors]), long(*at), long(*sizes), len(sizes), n, len(partial), partial.data_ptr(), out.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return out
-
-    def adamw_(
-        self, p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-        beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
-    ) -> None:  # fmt: skip
-        n, sizes = exp_avg.numel(), [x.numel() for x in p]
-        floats = all([x.dtype == torch.float32 and x.is_contiguous() for x in (*p, *g, exp_avg, exp_avg_sq, work)])
-        if not (floats and FUSES):
-            return reference.adamw_(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale)
-        ends = [first + size for first, size in zip(at, sizes, strict=True)]
-        if not (sizes == [x.numel() for x in g] and exp_avg_sq.numel() == n <= work.shape[1] and all(map(operator.le, (0, *ends), (*at, n)))):
-            raise ValueError(f"{len(p)} parameters of {sum(sizes)} elements at {list(at)[:9]}... of {n} moments")
-        reference.count_write(p)
-        step = (ctypes.c_float * 8)(1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, scale)
-        long = ctypes.c_int64 * len(sizes)
-        shared = (long(*at), long(*sizes), len(sizes), n, exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-        self.library.qlora_adamw(step, long(*[x.data_ptr() for x in g]), *shared, None, torch.get_num_threads())
-        root = torch.sqrt(exp_avg_sq, out=work[0, :n])
-        self.library.qlora_adamw(step, long(*[x.data_ptr() for x in p]), *shared, root.data_ptr(), torch.get_num_threads())
-
-    @staticmethod
-    def _check_blocks(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> None:
-        n = values.numel()
-        fits = codes.numel() == n == absmax.numel() * blocksize and codes.dtype == torch.uint8 and values.dtype == absmax.dtype == torch.float32
-        if not (fits and all(t.is_contiguous() for t in (codes, absmax, values))):
-            raise ValueError(f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values, all contiguous")
 
     def dequantize_nf4(
         self, packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int, nested_blocksize: int,

@@ -77,6 +77,7 @@ struct Kernels {
                                float* gate_dots, float* up_dots);
   void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y);
   void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
+  // n elements of an optimizer's pieces.
   void (*adamw_moments)(const AdamW&, const float* g, float* m, float* v, int64_t n);
   void (*adamw_values)(const AdamW&, const float* m, const float* root, float* p, int64_t n);
   float (*sum_of_squares)(const float* x, int64_t n);
