@@ -299,7 +299,7 @@ void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_
   });
 }
 
-// AdamW before and after the square root of v, which is torch's own: MKL's, whose bits are those of the machine, not of the number.
+// AdamW before and after the square root of v, which is torch's own: MKL's, which is not always the nearest float, and another one elsewhere.
 // A product and a sum are rounded together where torch's kernels for AVX2 and AVX-512 do so, in their vectors and behind them.
 void adamw_moments(const AdamW& step, const float* g, float* m, float* v, int64_t n) {
   const bool near = step.weight < 0.5f;  // torch's lerp goes from the nearer end
