@@ -1,8 +1,9 @@
 """The native kernels of an optimizer's step: AdamW over pieces where they lie, the norm of all gradients, 8-bit codes of moments.
 
 AdamW is two passes around torch's own square root. That is MKL's, whose last bit depends on the processor (of 0.6 % of all floats it is
-not that of the nearest one with AVX-512, of none with AVX2), while the bits of all else in torch's AdamW are known: a product and a sum are rounded together where torch has AVX2 or AVX-512, in its vectors and behind them. A run
-of pieces stays in the cache from one pass to the next, so what lies in memory is read and written once, as one pass would.
+not that of the nearest one with AVX-512, of none with AVX2). The bits of all else in torch's AdamW are known: a product and a sum are
+rounded together where torch has AVX2 or AVX-512, in its vectors and behind them. A run of pieces stays in the cache from one pass to the
+next, so what lies in memory is read and written once, as one pass would.
 """
 
 from __future__ import annotations
