@@ -190,9 +190,7 @@ const Attention dot_attention = {{forward<false>, backward<false>}, {forward_byt
 
 }  // namespace qlora
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+QLORA_TILES_END
 #else
 namespace qlora {
 const Attention matrix_attention = {}, dot_attention = {};

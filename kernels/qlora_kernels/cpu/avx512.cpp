@@ -5,6 +5,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC warns of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace qlora {
 namespace {
 

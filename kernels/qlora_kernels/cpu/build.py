@@ -26,8 +26,7 @@ MARKER = b"qlora-source-hash:"
 
 # No -ffast-math and no contraction: map[q] * nested + offset must be rounded twice.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=default", "-Wall")
-OWN = ("-Wno-maybe-uninitialized",)  # GCC warns of its own intrinsics
-SOURCES: dict[str, tuple[str, ...]] = {"nf4.cpp": (), "portable.cpp": (), "attention.cpp": OWN, "narrow.cpp": OWN, "product.cpp": OWN}
+SOURCES: dict[str, tuple[str, ...]] = {"nf4.cpp": (), "portable.cpp": (), "attention.cpp": (), "narrow.cpp": (), "product.cpp": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES |= {
         "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),

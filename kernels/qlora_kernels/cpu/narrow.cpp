@@ -143,9 +143,7 @@ const NarrowProducts matrix_products = {piece, finish_tokens, finish_columns};
 
 }  // namespace qlora
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+QLORA_TILES_END
 #else
 namespace qlora {
 const NarrowProducts matrix_products = {};

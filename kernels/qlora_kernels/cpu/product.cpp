@@ -365,9 +365,7 @@ const MatrixProduct matrix_product = {room, narrow, widen, factors, wide};
 
 }  // namespace qlora
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+QLORA_TILES_END
 #else
 namespace qlora {
 const MatrixProduct matrix_product = {};

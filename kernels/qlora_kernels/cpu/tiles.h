@@ -15,10 +15,15 @@
 #include <math.h>
 #include <string.h>
 
+// The instructions of all that follows, up to QLORA_TILES_END.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#define QLORA_TILES_END _Pragma("clang attribute pop")
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC warns of its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#define QLORA_TILES_END
 #endif
 
 namespace qlora {
