@@ -85,7 +85,9 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
     parts = ops.quantize_absmax(absmax, NESTED)
     theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
     codes = n * (0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED))
-    gain, scratch = torch.rand(out) + 0.5, torch.empty(4 * n, dtype=torch.uint8)  # one memory for all rows: the peer's results share a place too
+    gain = torch.rand(out) + 0.5
+    # One memory for all rows, as the peer's results share a place too, and the kernel's own, as in training: that asks for huge pages.
+    scratch = ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, torch.float32).view(torch.uint8).view(-1)
     A, B = torch.randn(RANK, columns), torch.randn(out, RANK) * 0.01
     dy, y = torch.randn(TOKENS, out).bfloat16(), torch.randn(TOKENS, out).bfloat16()
 

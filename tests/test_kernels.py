@@ -205,10 +205,12 @@ def test_decoded_bits_equal_the_reference(isa, dtype, double_quant):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_result_larger_than_the_caches(isa, dtype, threads):
-    """Written past the caches into memory that exists, not into fresh memory: the same bits, rows of an odd length and a result that begins no line included."""
+@pytest.mark.parametrize("size", [5_000_000, 88_000_000])
+def test_a_result_larger_than_the_caches(isa, dtype, size, threads):
+    """Into memory that exists its lines are fetched ahead, or it is written past the caches; not into fresh memory: the same bits, rows of an odd length
+    and a result that begins no line included."""
     threads(2)
-    rows, columns = 1501, 88_000_000 // 1501 // dtype.itemsize | 1
+    rows, columns = 1501, size // 1501 // dtype.itemsize | 1
     n = rows * columns
     packed, gain, buffer = torch.randint(256, ((n + 1) // 2, 1), dtype=torch.uint8), torch.randn(rows), torch.empty(n + 1, dtype=dtype)
     for blocksize, row_gain, offset in ((64, None, 0), (64, gain, 0), (256, None, 0), (64, None, 1)):

@@ -192,12 +192,13 @@ struct Table<float> {
   }
 };
 
-template <bool kPast>
+template <Stores kStores>
 inline void put(void* out, __m256i values) {
-  kPast ? _mm256_stream_si256(static_cast<__m256i*>(out), values) : _mm256_storeu_si256(static_cast<__m256i*>(out), values);
+  if (kStores == kFetched) _mm_prefetch(static_cast<char*>(out) + kAhead, _MM_HINT_T1);
+  kStores == kPast ? _mm256_stream_si256(static_cast<__m256i*>(out), values) : _mm256_storeu_si256(static_cast<__m256i*>(out), values);
 }
 
-template <bool kPast, class T>
+template <Stores kStores, class T>
 inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
   const __m256i nibble = _mm256_set1_epi8(15);
   int64_t i = 0;
@@ -208,8 +209,8 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
     const __m256i code = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)), nibble);
     const __m256i low = _mm256_shuffle_epi8(table.low_bytes, code), high = _mm256_shuffle_epi8(table.high_bytes, code);
     const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-    put<kPast>(out + 2 * i, _mm256_permute2x128_si256(even, odd, 0x20));
-    put<kPast>(out + 2 * i + 16, _mm256_permute2x128_si256(even, odd, 0x31));
+    put<kStores>(out + 2 * i, _mm256_permute2x128_si256(even, odd, 0x20));
+    put<kStores>(out + 2 * i + 16, _mm256_permute2x128_si256(even, odd, 0x31));
   }
   for (; i < n; ++i) {
     out[2 * i] = table[bytes[i] >> 4];
@@ -217,7 +218,7 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
   }
 }
 
-template <bool kPast>
+template <Stores kStores>
 inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
@@ -226,7 +227,7 @@ inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, f
     const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(int(four)));
     const __m256i code = _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));  // 3 low bits count below
     const __m256 low = _mm256_permutevar8x32_ps(table.low, code), high = _mm256_permutevar8x32_ps(table.high, code);
-    put<kPast>(out + 2 * i, _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)))));
+    put<kStores>(out + 2 * i, _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)))));
   }
   for (; i < n; ++i) {
     out[2 * i] = table[bytes[i] >> 4];

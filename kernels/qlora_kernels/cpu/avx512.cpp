@@ -159,10 +159,18 @@ inline F32 in_order<BF16>(F32 x) {
   return {{_mm512_permutex2var_ps(x.a.v, first, x.b.v)}, {_mm512_permutex2var_ps(x.a.v, second, x.b.v)}};
 }
 
+// Rounded, in words, two times.
+inline __m512i twice(__m512 x, FP16) { return _mm512_broadcast_i64x4(rounded(x, FP16())); }
+inline __m512i twice(__m512 x, BF16) {
+  alignas(64) static constexpr uint16_t upper[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(upper), rounded_above(x));
+}
+
 template <class T>
 struct Table {
   __m512i values;  // the 16 values twice, so that bit 4 of an index does not matter
-  Table(float scale, float gain) : values(_mm512_broadcast_i64x4(rounded(scaled_levels(scale, gain), T()))) {}
+  Table(float scale, float gain) : values(twice(scaled_levels(scale, gain), T())) {}
   T operator[](int code) const {
     alignas(64) T all[32];
     _mm512_store_si512(all, values);
@@ -181,21 +189,37 @@ struct Table<float> {
   }
 };
 
-inline __m512i expand32(__m128i bytes, __m512i values) {  // 16 bytes -> 32 values
-  const __m512i wide = _mm512_cvtepu8_epi32(bytes);
-  return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), values);
+// Byte i / kTimes at place i: each byte kTimes in a row.
+template <int kTimes>
+struct Repeat {
+  alignas(64) uint8_t byte[64];
+  constexpr Repeat() : byte() {
+    for (int i = 0; i < 64; ++i) byte[i] = uint8_t(i / kTimes);
+  }
+};
+template <int kTimes>
+inline __m512i repeated(__m512i lanes) {  // of 64 / kTimes bytes that every lane holds
+  static constexpr Repeat<kTimes> order;
+  return _mm512_shuffle_epi8(lanes, _mm512_load_si512(order.byte));
 }
 
-template <bool kPast>
+// 16 bytes -> 32 values. A byte goes into two words (of 8 bytes: into two floats), and is shifted in the first: of what else there is above a code the
+// permutation takes no notice.
+inline __m512i expand32(__m128i bytes, __m512i values) {
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(repeated<4>(_mm512_broadcast_i32x4(bytes)), _mm512_set1_epi32(4)), values);
+}
+
+template <Stores kStores>
 inline void put(void* out, __m512i values) {
-  kPast ? _mm512_stream_si512(static_cast<__m512i*>(out), values) : _mm512_storeu_si512(out, values);
+  if (kStores == kFetched) _mm_prefetch(static_cast<char*>(out) + kAhead, _MM_HINT_T1);
+  kStores == kPast ? _mm512_stream_si512(static_cast<__m512i*>(out), values) : _mm512_storeu_si512(out, values);
 }
 
-template <bool kPast, class T>
+template <Stores kStores, class T>
 inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
-    put<kPast>(out + 2 * i, expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
+    put<kStores>(out + 2 * i, expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)), table.values));
   if (i < n) {
     const __mmask16 some = __mmask16((1u << (n - i)) - 1);
     const __m512i rest = expand32(_mm_maskz_loadu_epi8(some, bytes + i), table.values);
@@ -204,15 +228,14 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
 }
 
 inline __m512 expand16(__m128i bytes, __m512 values) {  // 8 bytes -> 16 values
-  const __m512i wide = _mm512_cvtepu8_epi64(bytes);
-  return _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32)), values);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(repeated<8>(_mm512_broadcastq_epi64(bytes)), _mm512_set1_epi64(4)), values);
 }
 
-template <bool kPast>
+template <Stores kStores>
 inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    put<kPast>(out + 2 * i, _mm512_castps_si512(expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values)));
+    put<kStores>(out + 2 * i, _mm512_castps_si512(expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values)));
   if (i < n) {
     const __mmask8 some = __mmask8((1u << (n - i)) - 1);
     const __m512 rest = expand16(_mm_maskz_loadu_epi8(some, bytes + i), table.values);

@@ -3,7 +3,7 @@
 //   F16                            16 float32 lanes; F16::zero, load, store, broadcast, madd(a, b, c) = a * b + c, add, mul, sum
 //   load16(const T*) -> F16        16 values of float, BF16 or FP16
 //   Table<T>(scale, gain)          the 16 decoded values of a block: round_to<T>((level * scale) * gain)
-//   expand<past>(table, bytes, n, out)   2n values from n bytes of codes; past the caches if asked, `out` then begins a line of them
+//   expand<stores>(table, bytes, n, out)   2n values from n bytes of codes; past the caches only where `out` begins a line of them
 //   absmax_bits(in, n)             largest |x| of n values, as the bits of a float: NaN outranks infinity outranks the rest
 //   codes(in, n, inverse, out)     (n + 1) / 2 bytes of codes of in[i] * inverse, clamped to [-1, 1]
 //   load_some(const T*, n) -> F16  n < 16 values and zeros;  nearest_level(F16)  of values clamped likewise
@@ -18,24 +18,24 @@
 namespace qlora {
 namespace {
 
-template <bool kPast, class T>
+template <Stores kStores, class T>
 inline void decode_bytes(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
-  if (kPast && reinterpret_cast<uintptr_t>(out) % 64 == 0)
-    expand<true>(table, bytes, n, out);
+  if (kStores == kPast && reinterpret_cast<uintptr_t>(out) % 64 != 0)
+    expand<kPlain>(table, bytes, n, out);
   else
-    expand<false>(table, bytes, n, out);
+    expand<kStores>(table, bytes, n, out);
 }
 
 // Elements position..end, which lie in one block, with that block's table.
-template <bool kPast, class T>
+template <Stores kStores, class T>
 inline void decode_part(const Table<T>& table, const uint8_t* packed, int64_t position, int64_t end, T* out) {
   if (position & 1) *out++ = table[packed[position++ >> 1] & 15];
   const int64_t bytes = (end - position) >> 1;
-  decode_bytes<kPast>(table, packed + (position >> 1), bytes, out);
+  decode_bytes<kStores>(table, packed + (position >> 1), bytes, out);
   if ((end - position) & 1) out[2 * bytes] = table[packed[end >> 1] >> 4];
 }
 
-template <bool kPast = false, class T>
+template <Stores kStores = kPlain, class T>
 void decode_as(const Weight& weight, int64_t start, int64_t stop, T* out) {
   const Weight w = weight;  // a copy, which the stores to `out` cannot change
   const int64_t size = int64_t(1) << w.block_shift;
@@ -52,9 +52,9 @@ void decode_as(const Weight& weight, int64_t start, int64_t stop, T* out) {
       const int64_t end = (block + 1) << w.block_shift < run ? (block + 1) << w.block_shift : run;
       const Table<T> table(block_scale(w, block) * before, after);
       if (end - position == 64 && !(position & 1))
-        decode_bytes<kPast>(table, w.packed + (position >> 1), 32, out);  // the usual block, unrolled
+        decode_bytes<kStores>(table, w.packed + (position >> 1), 32, out);  // the usual block, unrolled
       else
-        decode_part<kPast>(table, w.packed, position, end, out);
+        decode_part<kStores>(table, w.packed, position, end, out);
       out += end - position;
       position = end;
     }
@@ -62,14 +62,14 @@ void decode_as(const Weight& weight, int64_t start, int64_t stop, T* out) {
 }
 
 template <class T>
-void decode_to(const Weight& w, int64_t start, int64_t stop, bool past, void* out) {
-  (past ? decode_as<true, T> : decode_as<false, T>)(w, start, stop, static_cast<T*>(out));
+void decode_to(const Weight& w, int64_t start, int64_t stop, Stores stores, void* out) {
+  (stores == kPast ? decode_as<kPast, T> : stores == kFetched ? decode_as<kFetched, T> : decode_as<kPlain, T>)(w, start, stop, static_cast<T*>(out));
 }
 
-void decode(const Weight& w, int64_t start, int64_t stop, Dtype dtype, bool past, void* out) {
-  if (dtype == kFloat32) decode_to<float>(w, start, stop, past, out);
-  if (dtype == kBFloat16) decode_to<BF16>(w, start, stop, past, out);
-  if (dtype == kFloat16) decode_to<FP16>(w, start, stop, past, out);
+void decode(const Weight& w, int64_t start, int64_t stop, Dtype dtype, Stores stores, void* out) {
+  if (dtype == kFloat32) decode_to<float>(w, start, stop, stores, out);
+  if (dtype == kBFloat16) decode_to<BF16>(w, start, stop, stores, out);
+  if (dtype == kFloat16) decode_to<FP16>(w, start, stop, stores, out);
 }
 
 template <class T>

@@ -140,6 +140,7 @@ constexpr int64_t kPiece = 1 << 15;     // elements decoded or encoded in one go
 // stay there for the product that reads it. Below, the product loses more than decoding gains (measured on two cores that share a large
 // cache; a smaller one would allow less). Not into fresh memory: the kernel has just cleared it, so its lines are in the cache.
 constexpr int64_t kPastCaches = int64_t(80) << 20;
+constexpr int64_t kFetch = int64_t(4) << 20;  // from so many on its lines are fetched; fewer may lie in the second cache, where that costs a tenth
 constexpr int64_t kDotRows = 128;       // rows of one partial sum
 constexpr int64_t kGramRows = 24;       // a multiple of every kPanelRows
 constexpr int64_t kDotColumns = 4096;   // columns of one piece: their sums fill half of the first cache
@@ -337,11 +338,11 @@ void qlora_dequantize_nf4(const uint8_t* packed, const void* absmax, const float
                           int64_t rows, int64_t columns, int64_t blocksize, int64_t nested_blocksize, int dtype, void* out, int fresh, int threads) {
   const Weight w = weight_of(packed, absmax, nested, offset, gain, rows, columns, blocksize, nested_blocksize);
   const int64_t n = rows * columns, width = dtype == kFloat32 ? 4 : 2;
-  const bool past = !fresh && n * width >= kPastCaches;
+  const Stores stores = fresh || n * width < kFetch ? kPlain : n * width < kPastCaches ? kFetched : kPast;
   parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
-    kernels->decode(w, i * kPiece, minimum(n, (i + 1) * kPiece), Dtype(dtype), past, static_cast<char*>(out) + i * kPiece * width);
+    kernels->decode(w, i * kPiece, minimum(n, (i + 1) * kPiece), Dtype(dtype), stores, static_cast<char*>(out) + i * kPiece * width);
 #if defined(__x86_64__)
-    if (past) _mm_sfence();
+    if (stores == kPast) _mm_sfence();
 #endif
   });
 }

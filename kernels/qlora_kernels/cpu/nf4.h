@@ -10,6 +10,11 @@ namespace qlora {
 
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// How decoded values are stored: just so; after their lines were fetched, kAhead bytes before (a store reads its line first, and the processor does not
+// look far enough ahead for it; only read, as if not to be written: asking for the right to write as well gains half as much); or past the caches, which reads nothing.
+enum Stores { kPlain, kFetched, kPast };
+constexpr int kAhead = 8192;
+
 // A quantized matrix [rows, columns], and optionally one gain per row. Sizes of blocks are powers of two, given as shifts.
 struct Weight {
   const uint8_t* packed;   // two codes a byte, the even element in the high nibble
@@ -54,7 +59,7 @@ struct AdamW {
 struct Kernels {
   const char* name;
   // Elements start..stop of the flat weight to out[0..stop-start).
-  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, bool past_the_caches, void* out);
+  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, Stores, void* out);
   // Blocks first..last of n flat values: their codes and their maxima.
   void (*encode)(const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, uint8_t* packed, float* absmax);
   // Codes of blocks first..last under given scales; the scales of least squared error of the same.

@@ -159,7 +159,7 @@ struct Table {
   T operator[](int code) const { return values[code]; }
 };
 
-template <bool kPast, class T>
+template <Stores, class T>
 inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[2 * i] = table.values[bytes[i] >> 4];
