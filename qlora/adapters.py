@@ -99,7 +99,7 @@ class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and n.
 
     Where `weight.multiplies(x)` it may be `fused` to one operator each way, and n may be None: it is made on the way from `base`, the norms of W,
-    and the last row of what is left in `made`.
+    and the last row of what `kept.n` is then.
 
     Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
     pass. A, B and m are float32, and so are their gradients.
@@ -111,13 +111,13 @@ class AdaptedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend=None, fused=False, base=None, made=None):
+    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend=None, fused=False, base=None, kept=None):
         dtype, learns = x.dtype, ctx.needs_input_grad[4]
         ctx.weight, ctx.scaling, ctx.shared, ctx.fused = weight, scaling, x_adapter is x, fused
         if fused:
             y, u, down, up, factors = ops.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight.parts())
             if m is not None and n is None:
-                made.append(factors)
+                kept.n = factors
             safe = factors[1] if lend is not None else None
         else:
             fold = m is not None and weight.folds
@@ -176,6 +176,16 @@ def _count_step(optimizer, args, kwargs) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+@dataclass(slots=True)
+class _Norms:
+    """What a layer keeps of its norms, and what each was computed from. An object of its own, because setting an attribute of a module is slow."""
+
+    state: tuple | None = None
+    n: Tensor | None = None  # n is the last row of this matrix
+    base_state: tuple | None = None
+    base: Tensor | None = None  # ||W_j||
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
@@ -196,7 +206,7 @@ class AdaptedLinear(nn.Module):
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
         self.forget_norm()
         if self.magnitude is not None:
-            self._base_norm = (self.norm_state()[-2:], self.magnitude.detach().clone())
+            self._norms.base_state, self._norms.base = self.norm_state()[-2:], self.magnitude.detach().clone()
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:
@@ -212,12 +222,12 @@ class AdaptedLinear(nn.Module):
         torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
         through `.data`) need `refresh_norms(model)`.
         """
-        state, (computed_from, norms) = self.norm_state(), self._norm
-        if state != computed_from:
+        state, kept = self.norm_state(), self._norms
+        if state != kept.state:
             with torch.no_grad():
-                norms = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling).unsqueeze(0)
-            self._norm = (state, norms)
-        return norms[-1]
+                kept.n = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling).unsqueeze(0)
+            kept.state = state
+        return kept.n[-1]
 
     def lends(self) -> bool:
         """Whether `forward` can lend: the output is y itself, and m learns."""
@@ -226,15 +236,16 @@ class AdaptedLinear(nn.Module):
 
     def forget_norm(self) -> None:
         """Compute n anew at the next use."""
-        self._norm: tuple[tuple | None, Tensor | None] = (None, None)  # what it was computed from, and n as the last row of a matrix
-        self._base_norm: tuple[tuple | None, Tensor | None] = (None, None)  # the same of ||W_j||
+        self._norms = _Norms()
 
     def base_norm(self, state: tuple) -> Tensor:
         """||W_j|| [out], of which n is made in training; to the bit the n of B = 0. `state` is what `norm_state` says now."""
-        if self._base_norm[0] != state[-2:]:
+        kept = self._norms
+        if kept.base_state != state[-2:]:
             with torch.no_grad():
-                self._base_norm = (state[-2:], row_norms(FrozenWeight(self.base), self.lora_A, torch.zeros_like(self.lora_B), self.scaling))
-        return self._base_norm[1]
+                kept.base = row_norms(FrozenWeight(self.base), self.lora_A, torch.zeros_like(self.lora_B), self.scaling)
+            kept.base_state = state[-2:]
+        return kept.base
 
     def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
         """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
@@ -243,10 +254,10 @@ class AdaptedLinear(nn.Module):
         adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
         A, B, magnitude = self._parameters["lora_A"], self._parameters["lora_B"], self._parameters.get("magnitude")
         fused = weight.multiplies(flat)
-        norm, base_norm, made, state = None, None, [], None
+        norm, base_norm, kept = None, None, self._norms
         if magnitude is not None:
             state = self.norm_state()
-            if fused and state != self._norm[0]:
+            if fused and state != kept.state:
                 base_norm = self.base_norm(state)
             else:
                 norm = self.norm()
@@ -255,9 +266,9 @@ class AdaptedLinear(nn.Module):
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
         if lend is not None:
             magnitude = magnitude.detach()
-        y = AdaptedProduct.apply(flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, made)
-        if made:
-            self._norm = (state, made[0])
+        y = AdaptedProduct.apply(flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, kept)
+        if base_norm is not None:
+            kept.state = state
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):
@@ -272,7 +283,7 @@ class AdaptedLinear(nn.Module):
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_norm": (None, None), "_base_norm": (None, None)}
+        return {**super().__getstate__(), "_norms": _Norms()}
 
     def extra_repr(self) -> str:
         return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
@@ -409,7 +420,7 @@ def compute_norms(model: nn.Module) -> None:
     training: what a layer cannot know, that its neighbours want theirs as well, saves launches. A layer run by itself computes its own."""
     stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
     for _, adapter in named_adapters(model):
-        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (state := adapter.norm_state()) != adapter._norm[0]:
+        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (state := adapter.norm_state()) != adapter._norms.state:
             w = adapter.base.nf4
             stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append((adapter, state))
     for (_, nested, nested_blocksize), changed in stale.items():
@@ -421,7 +432,7 @@ def compute_norms(model: nn.Module) -> None:
             [w.shape[0] for w in weights], [w.shape[1] for w in weights], [w.blocksize for w in weights], nested_blocksize,
         )  # fmt: skip
         for (adapter, state), norm in zip(changed, norms, strict=True):
-            adapter._norm = (state, norm.unsqueeze(0))
+            adapter._norms.state, adapter._norms.n = state, norm.unsqueeze(0)
 
 
 def refresh_norms(model: nn.Module) -> None:

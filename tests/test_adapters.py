@@ -363,13 +363,13 @@ def test_norms_of_a_model_come_from_one_operator():
     for adapter in adapters.values():
         assert torch.equal(adapter.norm(), expected_norm(adapter))
     first, *others = adapters.values()
-    before, untouched = first.norm(), [adapter._norm[1] for adapter in others]
+    before, untouched = first.norm(), [adapter._norms.n for adapter in others]
     with torch.no_grad():
         first.lora_B += 0.1
     with NormWatch() as watch:
         compute_norms(model)
     assert watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
-    assert all(adapter._norm[1] is kept for adapter, kept in zip(others, untouched, strict=True))
+    assert all(adapter._norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
 
 
 def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
@@ -388,9 +388,9 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
                 optimizer.zero_grad()
                 torch.manual_seed(step)
                 y = checkpoint(model, x, use_reentrant=False) if step else model(x)
-                norms = layer._norm[1]
+                norms = layer._norms.n
                 y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
-                assert layer._norm[1] is norms
+                assert layer._norms.n is norms
                 optimizer.step()
             found.append([y.detach(), *(p.grad for p in adapter_parameters(model)), *([x.grad] if needs_x else []), *([layer.norm()] if method == "dora" else [])])
         for ours, plain in zip(*found, strict=True):
