@@ -41,9 +41,12 @@ inline __m512i values_of(float scale, float gain) {
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
 }
 
-inline __m512i decode(const uint8_t* codes, __m512i values) {  // 16 bytes -> 32 values
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16)), values);
+// 16 bytes -> 32 values: a byte goes into two words and is shifted in the first. Of what else there is above a code the permutation takes no notice.
+inline __m512i decode(const uint8_t* codes, __m512i values) {
+  alignas(64) static constexpr uint32_t each[16] = {0,          0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707,
+                                                    0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f};
+  const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), _mm512_load_si512(each));
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_set1_epi32(4)), values);
 }
 
 // Panels of W^T without the gain, which goes onto sums: 32 rows of W each, two tiles high [2][inner / 32 + ..].
