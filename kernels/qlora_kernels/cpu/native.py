@@ -345,8 +345,10 @@ class Native(native_optim.Optimizer):
         if x.shape[1] != columns or x_adapter.shape != x.shape or A.shape != (rank, columns) or B.shape != (rows, rank) or m is not None and m.shape != (rows,):
             raise ValueError(f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} for a weight of {rows} x {columns}")
         x, x_adapter, A, B, threads = x.contiguous(), x_adapter.contiguous(), A.contiguous(), B.contiguous(), torch.get_num_threads()
-        y, u, down, up = x.new_empty(tokens, rows), x.new_empty(tokens, rank), x.new_empty(rank, columns), x.new_empty(rows, rank)
+        # What is kept longest comes first, here and in the backward pass: behind what is soon freed it would cut the heap into holes.
+        down, up, u = x.new_empty(rank, columns), x.new_empty(rows, rank), x.new_empty(tokens, rank)
         factors, m_at, base_at, gain = A.new_empty(0 if m is None else 3, rows), None, None, None
+        y = x.new_empty(tokens, rows)
         if m is not None:
             m = m.contiguous()
             m_at, gain = m.data_ptr(), factors.data_ptr()
@@ -382,8 +384,8 @@ class Native(native_optim.Optimizer):
             return dx, self.token_product(v, x), dB, dm
         y = None if y is None else y.contiguous()
         gain, threads = factors.data_ptr() if folded else None, torch.get_num_threads()
-        dx, dA, dB = dy.new_empty((tokens, columns) if needs_x else 0), factors.new_empty(down.shape), factors.new_empty(up.shape)
-        dm = factors.new_empty(0 if y is None else rows)
+        dA, dB, dm = factors.new_empty(down.shape), factors.new_empty(up.shape), factors.new_empty(0 if y is None else rows)
+        dx = dy.new_empty((tokens, columns) if needs_x else 0)
         work = self._room(self.library.qlora_adapted_backward_bytes(tokens, rows, columns, rank, threads))
         self.library.qlora_adapted_backward(
             packed.data_ptr(), absmax.data_ptr(), _pointer(nested_absmax), _pointer(nested_offset), gain, rows, columns, blocksize, nested_blocksize,
