@@ -490,7 +490,7 @@ TESTED_ELSEWHERE = {
     "model", "data", "output", "eval_data", "eval_every", "save_every", "keep_checkpoints", "resume", "gradient_checkpointing",
     "optimizer_memory",  # above
     "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
-    "memory", "optimizer_memory",  # test_plan.py, test_optim.py
+    "memory", "optimizer_memory",  # test_plan.py, test_optim_memory.py
 }  # fmt: skip
 
 

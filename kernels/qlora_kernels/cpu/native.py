@@ -64,11 +64,11 @@ def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
     return A.contiguous(), B.contiguous(), A.shape[0]
 
 
-class Native(native_optim.Optimizer):
+class Native(native_optim.OptimizerKernels):
     """The operators of `ops.py`, same arguments and results, on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):
-        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        pointer, integer, size = native_optim.POINTER, native_optim.INTEGER, native_optim.SIZE
         weight = [pointer] * 4
         signatures = {
             "qlora_initialize": [pointer] * 5,

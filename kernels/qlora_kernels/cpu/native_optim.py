@@ -33,7 +33,7 @@ def _integers(values: Sequence[int]) -> ctypes.Array:
     return (SIZE * len(values))(*values)
 
 
-class Optimizer:
+class OptimizerKernels:
     """These operators of `ops.py`; `Native` has the rest of them, and the library."""
 
     library: ctypes.CDLL

@@ -272,7 +272,7 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
     }
     for (int64_t part = token; part < token + tokens; part += kTokens) {
       const int64_t stop = minimum(part + kTokens, token + tokens), blocks = ceil_div(stop - part, kBlock);
-      for (int64_t c = 0; c < count; ++c) {
+      for (int64_t c = 0; c < count; ++c)
         for (int64_t n = 0; n < blocks; ++n) {
           const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n), start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
           const int64_t column = 32 * (panel + done + c);
@@ -281,7 +281,6 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
           for (int h = 0; gain != nullptr && h < 2; ++h) before.gain[h] = _mm512_loadu_ps(gain + column + 16 * h);
           turn = !turn;
         }
-      }
     }
     done += count;
   }
