@@ -1,7 +1,7 @@
 """Builds the native CPU kernels with the package; everything else is in pyproject.toml.
 
-The kernels are a plain shared library that ctypes loads, compiled by `qlora_kernels/cpu/build.py`. They are optional: without a
-C++ compiler the installation goes on and the PyTorch reference runs (`qlora doctor` says so).
+The kernels are a plain shared library that ctypes loads, compiled by `qlora_kernels/cpu/build.py`. They are optional:
+without a C++ compiler the installation goes on and the PyTorch reference runs (`qlora doctor` says so).
 """
 
 import sys
@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-from qlora_kernels.cpu import build  # noqa: E402
+from qlora_kernels.cpu import build
 
 FOLDER = "kernels/qlora_kernels/cpu"
 

@@ -108,8 +108,9 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter parameter by its name: <module>.lora_A, <module>.lora_B, <module>.magnitude."""
     return {
         f"{module}.{part}": parameter
-        for module, adapter in named_adapters(model) for part, parameter in adapter.named_parameters(recurse=False)
-    }  # fmt: skip
+        for module, adapter in named_adapters(model)
+        for part, parameter in adapter.named_parameters(recurse=False)
+    }
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -163,7 +164,9 @@ def _card(name: str | None, spec: AdapterSpec, base: BaseRecipe | None, notes: M
         "adapted layers": f"{len(spec.modules)}: " + ", ".join(sorted({m.rsplit(".", 1)[-1] for m in spec.modules})),
     }
     if base is not None and base.bits == 4:
-        how = (", double quantization" if base.double_quant else "") + (", scales of least squared error" if base.scales == "mse" else "")
+        how = (", double quantization" if base.double_quant else "") + (
+            ", scales of least squared error" if base.scales == "mse" else ""
+        )
         rows["base weights"] = f"NF4, block size {base.blocksize}{how}, computed in {base.dtype}"
     elif base is not None:
         rows["base weights"] = base.dtype
@@ -204,10 +207,27 @@ With PEFT, on a base that you load yourself:
 
 # What a PEFT configuration may say besides the values read in `_read_peft`: it says nothing about the result.
 _PASSIVE = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "use_dora", "use_rslora",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+}
 # Ways to draw A and B that leave the base as it is; pissa, olora, loftq, corda, lora_ga and others move part of it.
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -229,9 +249,13 @@ def read_adapter_recipe(folder: str | Path) -> tuple[BaseRecipe, AdapterSpec]:
     with safetensors.safe_open(folder / TENSORS, "pt") as file:
         modules = _modules(file.keys())
     spec = AdapterSpec(
-        method="dora" if config.get("use_dora") else "lora", rank=config["r"], alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout") or 0.0), rslora=bool(config.get("use_rslora")), modules=tuple(modules),
-    )  # fmt: skip
+        method="dora" if config.get("use_dora") else "lora",
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        rslora=bool(config.get("use_rslora")),
+        modules=tuple(modules),
+    )
     if own.get("base"):
         base = BaseRecipe(**own["base"])
     else:
@@ -272,9 +296,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(problems)
     if attached is None:
         attach_adapters(
-            model, method=spec.method, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, rslora=spec.rslora,
+            model,
+            method=spec.method,
+            rank=spec.rank,
+            alpha=spec.alpha,
+            dropout=spec.dropout,
+            rslora=spec.rslora,
             targets=list(spec.modules),
-        )  # fmt: skip
+        )
     with torch.no_grad():
         for name, parameter in named_parameters(model).items():
             module, part = name.rsplit(".", 1)
@@ -284,9 +313,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def load_adapted(
-    adapter: str | Path | None, *, model: str | None = None, bits: int | None = None, dtype: str = "auto", device: str = "auto",
+    adapter: str | Path | None,
+    *,
+    model: str | None = None,
+    bits: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
     trust_remote_code: bool = False,
-):  # fmt: skip
+):
     """(model in eval mode, tokenizer): an adapter on the base it was trained on, or a bare base if `adapter` is None.
 
     `model` says where the base lies now; `bits` (None: 4) holds where the adapter has nothing to say.
@@ -301,7 +335,9 @@ def load_adapted(
         if base.bits is not None:
             if bits not in (None, base.bits):
                 rule = f"the adapter was trained on {base.bits} bits"
-                raise UserError(problem("bits", bits, rule, "Leave --bits out, or merge the adapter: qlora merge --base original"))
+                raise UserError(
+                    problem("bits", bits, rule, "Leave --bits out, or merge the adapter: qlora merge --base original")
+                )
             recipe = {"bits": base.bits, "dtype": base.dtype if dtype == "auto" else dtype}
         if model is None:
             model, revision = base.model, base.revision
@@ -346,8 +382,9 @@ def _read_peft(folder: Path) -> dict[str, Any]:
             problems.append(problem(key, config.get(key), f"not supported in an adapter (only {names})", remedy))
     problems += [
         problem(key, json.dumps(value)[:80], "PEFT's option is not supported", remedy)
-        for key, value in config.items() if value and key not in known and key not in _PASSIVE
-    ]  # fmt: skip
+        for key, value in config.items()
+        if value and key not in known and key not in _PASSIVE
+    ]
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)) or isinstance(config.get(key), bool):
             rule = f"must be a number in {PEFT_CONFIG}"
@@ -376,7 +413,9 @@ def _modules(keys) -> list[str]:
 
 
 def _base_problems(model: nn.Module, trained: BaseRecipe, folder: Path) -> list[str]:
-    """Other weights, or the same weights quantized otherwise: an adapter corrects the error of the weights that it was trained on."""
+    """Other weights, or the same weights quantized otherwise: an adapter corrects the error of the weights that it was
+    trained on.
+    """
     base = getattr(model, "qlora_base", None)
     if base is None or trained.fingerprint is None:
         return []
@@ -386,7 +425,9 @@ def _base_problems(model: nn.Module, trained: BaseRecipe, folder: Path) -> list[
         return [problem("adapter", folder, rule, "Load the base it was trained on")]
     names = ("bits", "blocksize", "double_quant", "scales") if trained.bits == base.bits == 4 else ("bits",)
     pairs = [(getattr(trained, name), getattr(base, name)) for name in names]
-    if all(one == two or one is None or two is None for one, two in pairs):  # None: a checkpoint that was NF4 already does not tell
+    if all(
+        one == two or one is None or two is None for one, two in pairs
+    ):  # None: a checkpoint that was NF4 already does not tell
         return []
     rule = f"was trained on {_made(trained)}; this model has {_made(base)}"
     return [problem("adapter", folder, rule, f"Load the base with {_made(trained)}")]

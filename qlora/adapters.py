@@ -3,18 +3,23 @@
     W [out, in] frozen, A [r, in], B [out, r], m [out], s = alpha / r (alpha / sqrt(r) with rsLoRA), x [tokens, in]
     LoRA (arXiv:2106.09685)   y = x Wt + s (x At) Bt + bias
     DoRA (arXiv:2402.09353)   y = g * (x Wt + s (x At) Bt) + bias,   g = m / n,   n_j = ||W_j + s B_j A||, constant in the graph
-                              (section 4.3); m starts at ||W_j|| of the weight really used, so a fresh adapter is the base
+                              (section 4.3); m starts at ||W_j|| of the weight really used, so a fresh adapter is the
+                              base
     norm without a dense B A  n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
     row fold                  diag(g) W has the codes of W with scaled constants, so for an NF4 base
-                              y = s (x At) (gB)t + x (gW)t costs the matrix products of LoRA. Backward, with v = s dy (gB):
+                              y = s (x At) (gB)t + x (gW)t costs the matrix products of LoRA. Backward, with v = s dy
+                              (gB):
                               dx = v A + dy (gW),  dA = vt x,  dB = s g (dyt (x At)),  dm_j = sum_t dy_tj y_tj / m_j
-A dense base is not copied to be scaled: y and dy are multiplied by g instead, one more pass over [tokens, out] each. In bf16 that
-rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps it.
+A dense base is not copied to be scaled: y and dy are multiplied by g instead, one more pass over [tokens, out] each. In
+bf16 that rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps
+it.
 
-n changes only when A, B or W do, so it is computed once per optimizer step, not per micro-batch nor in the recomputation of a
-checkpointed layer: on a GPU of all layers before a forward pass (`compute_norms`), on a CPU with AMX in the product that decodes W
-anyway, elsewhere a layer at a time. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on the low-rank path alone.
-The alternative, PEFT's sum of a base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
+n changes only when A, B or W do, so it is computed once per optimizer step, not per micro-batch nor in the
+recomputation of a
+checkpointed layer: on a GPU of all layers before a forward pass (`compute_norms`), on a CPU with AMX in the product
+that decodes W anyway, elsewhere a layer at a time. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on
+the low-rank path alone. The alternative, PEFT's sum of a base result and corrections, keeps three [tokens, out] tensors
+and decodes the weight four times.
 """
 
 from __future__ import annotations
@@ -26,7 +31,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from qlora_kernels import ops, reference
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -34,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, problem
 from qlora.linear import FrozenWeight, NF4Linear, autocast, product
+from qlora_kernels import ops, reference
 
 METHODS = ("lora", "dora")
 LINEAR = (nn.Linear, NF4Linear, Conv1D)
@@ -60,9 +65,11 @@ class AdapterSpec:
 
 
 def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """n [out] = ||W_j + s B_j A||, in the dtype of A (float32, or float64 in tests), by the three sums of the module head.
+    """n [out] = ||W_j + s B_j A||, in the dtype of A (float32, or float64 in tests), by the three sums of the module
+    head.
 
-    The arithmetic is `qlora_kernels.reference.row_norms`; for an NF4 weight one operator decodes and sums, a block of rows at a time.
+    The arithmetic is `qlora_kernels.reference.row_norms`; for an NF4 weight one operator decodes and sums, a block of
+    rows at a time.
     """
     if weight.nf4 is None:
         return reference.row_norms(weight.chunks(A.dtype), A, B, scaling)
@@ -70,8 +77,12 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
     return ops.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
 
 
-def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W + s B A, or g (W + s B A) where m is given: dense [out, in] in `dtype`, computed in float32 a chunk of rows at a time."""
+def merged_weight(
+    weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """W + s B A, or g (W + s B A) where m is given: dense [out, in] in `dtype`, computed in float32 a chunk of rows at
+    a time.
+    """
     gain = None
     if m is not None:
         m, n = reference.guarded(m, row_norms(weight, A, B, scaling))
@@ -83,10 +94,14 @@ def merged_weight(weight: FrozenWeight, A: Tensor, B: Tensor, m: Tensor | None, 
     return merged
 
 
-def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float) -> Tensor:
-    """y [out] of the module head before the bias for a single token x [in], in float32, without a graph: for generation.
+def one_token(
+    weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float
+) -> Tensor:
+    """y [out] of the module head before the bias for a single token x [in], in float32, without a graph: for
+    generation.
 
-    The weight is multiplied as it is decoded (`FrozenWeight.times`), so the gain goes onto y, where it is not rounded either.
+    The weight is multiplied as it is decoded (`FrozenWeight.times`), so the gain goes onto y, where it is not rounded
+    either.
     """
     y = torch.addmv(weight.times(x), B, A @ x.to(A.dtype), alpha=scaling)
     if m is not None:
@@ -98,20 +113,35 @@ def one_token(weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor |
 class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and n.
 
-    Where `weight.multiplies(x)` it may be `fused` to one operator each way, and n may be None: it is made on the way from `base`, the norms of W,
-    and the last row of what `kept.n` is then.
+    Where `weight.multiplies(x)` it may be `fused` to one operator each way, and n may be None: it is made on the way
+    from `base`, the norms of W, and the last row of what `kept.n` is then.
 
-    Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded again in the backward
-    pass. A, B and m are float32, and so are their gradients.
+    Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded
+    again in the backward pass. A, B and m are float32, and so are their gradients.
 
-    Both products are rounded together: in one sum where fused, elsewhere the low-rank product comes first and the large one is accumulated
-    onto it. In bf16 this matters: the large product rounded first already lies on bf16's grid, and an update smaller than half a step of
-    that grid, as every update is early in training, then vanishes altogether (measured on SmolLM2: of what a first step of B should gain,
-    100 % arrive, 60 % the other way round).
+    Both products are rounded together: in one sum where fused, elsewhere the low-rank product comes first and the large
+    one is accumulated onto it. In bf16 this matters: the large product rounded first already lies on bf16's grid, and
+    an update smaller than half a step of that grid, as every update is early in training, then vanishes altogether
+    (measured on SmolLM2: of what a first step of B should gain, 100 % arrive, 60 % the other way round).
     """
 
     @staticmethod
-    def forward(ctx, x, x_adapter, A, B, m, n, bias, weight: FrozenWeight, scaling: float, lend=None, fused=False, base=None, kept=None):
+    def forward(
+        ctx,
+        x,
+        x_adapter,
+        A,
+        B,
+        m,
+        n,
+        bias,
+        weight: FrozenWeight,
+        scaling: float,
+        lend=None,
+        fused=False,
+        base=None,
+        kept=None,
+    ):
         dtype, learns = x.dtype, ctx.needs_input_grad[4]
         ctx.weight, ctx.scaling, ctx.shared, ctx.fused = weight, scaling, x_adapter is x, fused
         if fused:
@@ -143,8 +173,17 @@ class AdaptedProduct(torch.autograd.Function):
         need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
         dx = dxa = dA = dm = None
         if shared and ctx.fused:
-            dx, dA, dB, dm = ops.adapted_product_backward(dy, x_adapter, down, up, u, y, factors, ctx.scaling, *weight.parts(), need_x)
-            return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None, *[None] * 8
+            dx, dA, dB, dm = ops.adapted_product_backward(
+                dy, x_adapter, down, up, u, y, factors, ctx.scaling, *weight.parts(), need_x
+            )
+            return (
+                dx if need_x else None,
+                None,
+                dA if need_A else None,
+                dB if need_B else None,
+                dm if need_m else None,
+                *[None] * 8,
+            )
         gain, safe = factors[:2] if len(factors) else (None, None)
         if gain is not None and not weight.folds:
             dm = ops.column_dots(dy, y) / safe if need_m else None
@@ -178,7 +217,9 @@ register_optimizer_step_post_hook(_count_step)
 
 @dataclass(slots=True)
 class _Norms:
-    """What a layer keeps of its norms, and what each was computed from. An object of its own, because setting an attribute of a module is slow."""
+    """What a layer keeps of its norms, and what each was computed from. An object of its own, because setting an
+    attribute of a module is slow.
+    """
 
     state: tuple | None = None
     n: Tensor | None = None  # n is the last row of this matrix
@@ -189,7 +230,8 @@ class _Norms:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
-    `lora_A` [r, in] starts Kaiming-uniform, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all float32.
+    `lora_A` [r, in] starts Kaiming-uniform, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
+    float32.
     """
 
     def __init__(self, base: nn.Module, spec: AdapterSpec):
@@ -210,7 +252,9 @@ class AdaptedLinear(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
 
     def norm_state(self) -> tuple:
-        """What n was or would be computed from. Asked for each layer twice a step, so it goes past `Module.__getattr__`, as `forward` does."""
+        """What n was or would be computed from. Asked for each layer twice a step, so it goes past
+        `Module.__getattr__`, as `forward` does.
+        """
         A, B, base = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"]
         W = base._buffers["weight"] if "weight" in base._buffers else base._parameters["weight"]
         return (_optimizer_steps, A._version, A.data_ptr(), B._version, B.data_ptr(), W._version, W.data_ptr())
@@ -218,9 +262,9 @@ class AdaptedLinear(nn.Module):
     def norm(self) -> Tensor:
         """n [out], kept until A, B or the base may have changed.
 
-        Counted as a change: any optimizer's step (the fused AdamW does not bump `Tensor._version`), an in-place write that
-        torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see (numpy, ctypes,
-        through `.data`) need `refresh_norms(model)`.
+        Counted as a change: any optimizer's step (the fused AdamW does not bump `Tensor._version`), an in-place write
+        that torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see
+        (numpy, ctypes, through `.data`) need `refresh_norms(model)`.
         """
         state, kept = self.norm_state(), self._norms
         if state != kept.state:
@@ -239,7 +283,9 @@ class AdaptedLinear(nn.Module):
         self._norms = _Norms()
 
     def base_norm(self, state: tuple) -> Tensor:
-        """||W_j|| [out], of which n is made in training; to the bit the n of B = 0. `state` is what `norm_state` says now."""
+        """||W_j|| [out], of which n is made in training; to the bit the n of B = 0. `state` is what `norm_state` says
+        now.
+        """
         kept = self._norms
         if kept.base_state != state[-2:]:
             with torch.no_grad():
@@ -248,10 +294,14 @@ class AdaptedLinear(nn.Module):
         return kept.base
 
     def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
-        """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see `fused.GatedMLP`."""
+        """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see
+        `fused.GatedMLP`.
+        """
         x, base = autocast(x), self._modules["base"]
         flat, weight, bias = x.reshape(-1, x.shape[-1]), FrozenWeight(base), base.bias
-        adapter_input = torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
+        adapter_input = (
+            torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
+        )
         A, B, magnitude = self._parameters["lora_A"], self._parameters["lora_B"], self._parameters.get("magnitude")
         fused = weight.multiplies(flat)
         norm, base_norm, kept = None, None, self._norms
@@ -266,7 +316,9 @@ class AdaptedLinear(nn.Module):
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
         if lend is not None:
             magnitude = magnitude.detach()
-        y = AdaptedProduct.apply(flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, kept)
+        y = AdaptedProduct.apply(
+            flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, kept
+        )
         if base_norm is not None:
             kept.state = state
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -309,7 +361,8 @@ def match_targets(model: nn.Module, targets: str | list[str] | tuple[str, ...]) 
     expression that must match a whole module name.
 
     Raises:
-        UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a head
+        UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a
+        head
             tied to the embedding, whose merge would change the embedding as well.
     """
     if targets == "all-linear":
@@ -319,31 +372,48 @@ def match_targets(model: nn.Module, targets: str | list[str] | tuple[str, ...]) 
     found: dict[str, None] = {}
     problems = []
     remedy = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
-    if len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]) or isinstance(targets, str) and not all(re.fullmatch(r"[\w.]+", n) for n in names):
+    if (len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])) or (
+        isinstance(targets, str) and not all(re.fullmatch(r"[\w.]+", n) for n in names)
+    ):
         try:
             pattern = re.compile(targets if isinstance(targets, str) else names[0])
         except re.error as error:
             raise UserError(problem("targets", targets, f"is no valid regular expression ({error})", remedy)) from None
         found = {name: None for name in modules if pattern.fullmatch(name) and isinstance(modules[name], LINEAR)}
         if not found:
-            problems.append(problem("targets", targets, "matches no linear layer", remedy + f". Layers: {_examples(model)}"))
+            problems.append(
+                problem("targets", targets, "matches no linear layer", remedy + f". Layers: {_examples(model)}")
+            )
     else:
         for target in names:
             matches = [name for name in modules if name == target or name.endswith("." + target)]
             if not matches:
                 endings = sorted({n.split(".")[-1] for n in linear_names(model)} | set(linear_names(model)))
                 near = difflib.get_close_matches(target, endings, n=3, cutoff=0.4) or _examples(model).split(", ")
-                problems.append(problem("targets", target, f"matches no layer; the nearest names are {', '.join(near)}", remedy))
+                problems.append(
+                    problem("targets", target, f"matches no layer; the nearest names are {', '.join(near)}", remedy)
+                )
             for name in matches:
                 if not isinstance(modules[name], LINEAR):
-                    problems.append(problem("targets", target, f"{name} is a {type(modules[name]).__name__}, not a linear layer", remedy))
+                    problems.append(
+                        problem(
+                            "targets", target, f"{name} is a {type(modules[name]).__name__}, not a linear layer", remedy
+                        )
+                    )
                     break
             found.update(dict.fromkeys(matches))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for name in found:
         if modules[name] is head and embedding is not None and head.weight is embedding.weight:
-            problems.append(problem("targets", name, "the head shares its weight with the embedding, which a merge would change too", "Leave the head out"))
+            problems.append(
+                problem(
+                    "targets",
+                    name,
+                    "the head shares its weight with the embedding, which a merge would change too",
+                    "Leave the head out",
+                )
+            )
     if problems:
         raise UserError(problems)
     return [name for name in modules if name in found]
@@ -380,7 +450,11 @@ def attach_adapters(
     if not 0 <= dropout < 1:
         problems.append(problem("dropout", dropout, "must be at least 0 and below 1", "0 is a usual choice"))
     if any(True for _ in named_adapters(model)):
-        problems.append(problem("model", type(model).__name__, "has adapters already", "Load a fresh base, or merge the first adapter"))
+        problems.append(
+            problem(
+                "model", type(model).__name__, "has adapters already", "Load a fresh base, or merge the first adapter"
+            )
+        )
     try:
         modules = match_targets(model, targets)
     except UserError as error:
@@ -410,27 +484,45 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _before_forward(model: nn.Module, inputs: tuple) -> None:
-    if torch.is_grad_enabled() and next(model.parameters()).is_cuda:  # in training; to look at every layer for each token generated would be dear
+    if (
+        torch.is_grad_enabled() and next(model.parameters()).is_cuda
+    ):  # in training; to look at every layer for each token generated would be dear
         compute_norms(model)
 
 
 @torch.no_grad()
 def compute_norms(model: nn.Module) -> None:
-    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run on a GPU before the forward passes of
-    training: what a layer cannot know, that its neighbours want theirs as well, saves launches. A layer run by itself computes its own."""
+    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run on a GPU
+    before the forward passes of
+    training: what a layer cannot know, that its neighbours want theirs as well, saves launches. A layer run by itself
+    computes its own.
+    """
     stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
     for _, adapter in named_adapters(model):
-        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear) and (state := adapter.norm_state()) != adapter._norms.state:
+        if (
+            adapter.magnitude is not None
+            and isinstance(adapter.base, NF4Linear)
+            and (state := adapter.norm_state()) != adapter._norms.state
+        ):
             w = adapter.base.nf4
-            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append((adapter, state))
+            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append(
+                (adapter, state)
+            )
     for (_, nested, nested_blocksize), changed in stale.items():
         weights = [adapter.base.nf4 for adapter, _ in changed]
         norms = ops.row_norms_nf4_all(
-            [w.packed for w in weights], [w.absmax for w in weights],
-            [w.nested_absmax for w in weights if nested], [w.nested_offset for w in weights if nested],
-            [a.lora_A for a, _ in changed], [a.lora_B for a, _ in changed], [a.scaling for a, _ in changed],
-            [w.shape[0] for w in weights], [w.shape[1] for w in weights], [w.blocksize for w in weights], nested_blocksize,
-        )  # fmt: skip
+            [w.packed for w in weights],
+            [w.absmax for w in weights],
+            [w.nested_absmax for w in weights if nested],
+            [w.nested_offset for w in weights if nested],
+            [a.lora_A for a, _ in changed],
+            [a.lora_B for a, _ in changed],
+            [a.scaling for a, _ in changed],
+            [w.shape[0] for w in weights],
+            [w.shape[1] for w in weights],
+            [w.blocksize for w in weights],
+            nested_blocksize,
+        )
         for (adapter, state), norm in zip(changed, norms, strict=True):
             adapter._norms.state, adapter._norms.n = state, norm.unsqueeze(0)
 

@@ -2,11 +2,12 @@
 
     tokens   [1, t0 + t1 + ...]     positions restart at 0 with every example     attention: causal within each example
 
-transformers hands a four-dimensional `attention_mask` through to the attention function as it is. Ours is not a mask but the
-bounds of the examples (0, t0, t0 + t1, ...) as int64; `attend` runs our own kernel on all of them where there is one (bf16 on a
-processor that multiplies it), elsewhere torch's causal kernel on each example, so nothing of size [tokens, tokens] exists and
-no product between examples is computed. With any other mask it is transformers' own "sdpa".
-The alternative, transformers' block-diagonal mask for restarting positions, takes tokens^2 bytes and the time of all pairs.
+transformers hands a four-dimensional `attention_mask` through to the attention function as it is. Ours is not a mask
+but the bounds of the examples (0, t0, t0 + t1, ...) as int64; `attend` runs our own kernel on all of them where there
+is one (bf16 on a processor that multiplies it), elsewhere torch's causal kernel on each example, so nothing of size
+[tokens, tokens] exists and no product between examples is computed. With any other mask it is transformers' own "sdpa".
+The alternative, transformers' block-diagonal mask for restarting positions, takes tokens^2 bytes and the time of all
+pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby
 
 import torch
-from qlora_kernels import ops
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,11 +23,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora_kernels import ops
+
 NAME = "qlora"  # for `model.set_attn_implementation`
 
 
 def bounds(lengths: Sequence[int]) -> Tensor:
-    """What to pass as `attention_mask` for examples of these lengths: [1, 1, 1, n + 1] int64, on the CPU for every device."""
+    """What to pass as `attention_mask` for examples of these lengths: [1, 1, 1, n + 1] int64, on the CPU for every
+    device.
+    """
     return torch.tensor([0, *accumulate(lengths)]).view(1, 1, 1, -1)
 
 
@@ -48,10 +52,12 @@ class _Attention(torch.autograd.Function):
 
 
 def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
-    """The attention function of transformers' interface: query [b, heads, t, d], key and value [b, groups, t, d] -> [b, t, heads, d].
+    """The attention function of transformers' interface: query [b, heads, t, d], key and value [b, groups, t, d] -> [b,
+    t, heads, d].
 
     Raises:
-        NotImplementedError: bounds are given and the layer needs what torch's kernel cannot do (a cap on scores, biases).
+        NotImplementedError: bounds are given and the layer needs what torch's kernel cannot do (a cap on scores,
+        biases).
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -67,7 +73,10 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
     start, parts = 0, []
     for length, same in groupby(lengths):
         count = len(list(same))  # neighbours of one length go through the kernel together
-        part = (x[:, :, start : start + count * length].transpose(1, 2).unflatten(1, (count, length))[0].transpose(1, 2) for x in (query, key, value))
+        part = (
+            x[:, :, start : start + count * length].transpose(1, 2).unflatten(1, (count, length))[0].transpose(1, 2)
+            for x in (query, key, value)
+        )
         mask = None
         if window is not None and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
@@ -78,9 +87,13 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
             start += count * length
             continue
         out = scaled_dot_product_attention(
-            *part, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale,
+            *part,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        )
         parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
         start += count * length
     return torch.cat(parts).unsqueeze(0), None

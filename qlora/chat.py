@@ -34,8 +34,9 @@ class Rendered:
     skipped: int = 0  # assistant turns that have no span, see above
 
 
-def render_chat(messages: list[dict], tokenizer, tools: list | None = None,
-                endings: tuple[str, ...] | None = None) -> Rendered:
+def render_chat(
+    messages: list[dict], tokenizer, tools: list | None = None, endings: tuple[str, ...] | None = None
+) -> Rendered:
     """A whole conversation through the chat template. `endings`: `special_tokens(tokenizer)`, given to save time.
 
     Raises REFUSALS if the template refuses the conversation.
@@ -49,11 +50,11 @@ def render_chat(messages: list[dict], tokenizer, tools: list | None = None,
         last = k + 1 == len(messages)
         try:
             before = _apply(messages[:k], tokenizer, tools, prompt=True)
-            after = text if last else _apply(messages[:k + 1], tokenizer, tools)
+            after = text if last else _apply(messages[: k + 1], tokenizer, tools)
         except REFUSALS:
             skipped += 1  # half a conversation may be refused where the whole is not: one that the assistant opens
             continue
-        turn, ended = to_end_of_turn(after[len(before):], endings)
+        turn, ended = to_end_of_turn(after[len(before) :], endings)
         if turn and after.startswith(before) and text.startswith(before + turn):
             spans.append((len(before), len(before) + len(turn)))
             open_end = last and not ended
@@ -82,7 +83,7 @@ def to_end_of_turn(text: str, endings: tuple[str, ...]) -> tuple[str, bool]:
     end, rest = None, text.rstrip()
     while rest.endswith(endings):
         end = len(rest)
-        rest = rest[:-max(len(token) for token in endings if rest.endswith(token))].rstrip()
+        rest = rest[: -max(len(token) for token in endings if rest.endswith(token))].rstrip()
     return (text, False) if end is None else (text[:end], True)
 
 
@@ -95,8 +96,12 @@ def special_tokens(tokenizer) -> dict[str, int]:
 
 def no_template(name: str, value: object) -> str:
     """The problem of conversations that meet a base model."""
-    return problem(name, value, "conversations need a chat template, and this model's tokenizer has none",
-                   "Take an instruct model, or data with the columns prompt and completion")
+    return problem(
+        name,
+        value,
+        "conversations need a chat template, and this model's tokenizer has none",
+        "Take an instruct model, or data with the columns prompt and completion",
+    )
 
 
 # What generation needs.
@@ -117,8 +122,14 @@ def render_prompt(prompt: str | list[dict], tokenizer, *, system: str | None = N
     try:
         return _apply(messages, tokenizer, prompt=True)
     except REFUSALS as error:
-        raise UserError(problem("prompt", repr(prompt)[:60], f"the chat template refuses it ({error})",
-                                "Leave out what it names, or write the whole prompt and use --raw")) from error
+        raise UserError(
+            problem(
+                "prompt",
+                repr(prompt)[:60],
+                f"the chat template refuses it ({error})",
+                "Leave out what it names, or write the whole prompt and use --raw",
+            )
+        ) from error
 
 
 def prompt_ids(prompt: str | list[dict], tokenizer, *, system: str | None = None, raw: bool = False) -> list[int]:
@@ -145,6 +156,10 @@ def stop_ids(tokenizer) -> list[int]:
     if tokenizer.chat_template:
         endings = special_tokens(tokenizer)
         probe = render_chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer)
-        stops |= {number for token, number in endings.items() for start, end in probe.spans
-                  if probe.text[start:end].endswith(token)}
+        stops |= {
+            number
+            for token, number in endings.items()
+            for start, end in probe.spans
+            if probe.text[start:end].endswith(token)
+        }
     return sorted(stops)

@@ -32,9 +32,15 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 def save_checkpoint(
-    output: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any],
-    tokenizer=None, *, notes: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    output: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Mapping[str, Any],
+    tokenizer=None,
+    *,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
     """Write `output`/checkpoints/step-000123: everything that going on needs. `run` is the caller's own, as JSON.
 
     Raises:
@@ -68,14 +74,17 @@ def _checkpoints(output: str | Path) -> dict[int, Path]:
 
 
 def drop_checkpoints(newest: Path, keep: int) -> None:
-    """Remove whole checkpoints of earlier steps than `newest`, the one just saved, so that `keep` with it stay (0: all). One that
-    holds anything which `newest` does not is left alone."""
+    """Remove whole checkpoints of earlier steps than `newest`, the one just saved, so that `keep` with it stay (0:
+    all). One that holds anything which `newest` does not is left alone.
+    """
     output, step = newest.parents[1], int(newest.name.removeprefix("step-"))
     written = {file.name for file in newest.iterdir()}
     earlier = sorted(((n, path) for n, path in _checkpoints(output).items() if n < step), reverse=True)
     for _, path in earlier[keep - 1 :] if keep else ():
         if not path.is_symlink() and {file.name for file in path.iterdir()} <= written:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old.part")))  # a kill leaves what `remove_partial` removes
+            shutil.rmtree(
+                path.rename(path.with_name(f".{path.name}.{os.getpid()}.old.part"))
+            )  # a kill leaves what `remove_partial` removes
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -119,8 +128,9 @@ def _optimizer_state(
     flat = [name for group in names for name in group]
     tensors = {
         f"{flat[i]}.{key}": value.detach().contiguous()
-        for i, entries in packed["state"].items() for key, value in entries.items()
-    }  # fmt: skip
+        for i, entries in packed["state"].items()
+        for key, value in entries.items()
+    }
     groups = [{**group, "params": members} for group, members in zip(packed["param_groups"], names, strict=True)]
     return tensors, groups
 

@@ -25,13 +25,28 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from qlora_kernels import BackendError  # a package without torch in it
-
 from qlora.config import (
-    GROUPS, SIZES, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, Options, PlanConfig,
-    QuantizeConfig, choices, entries, from_options, from_yaml, kinds, nearest, nearest_option, shown_default,
+    GROUPS,
+    SIZES,
+    DoctorConfig,
+    EvalConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    MergeConfig,
+    Options,
+    PlanConfig,
+    QuantizeConfig,
+    choices,
+    entries,
+    from_options,
+    from_yaml,
+    kinds,
+    nearest,
+    nearest_option,
+    shown_default,
 )
 from qlora.errors import UserError, problem
+from qlora_kernels import BackendError  # a package without torch in it
 
 
 def _finetune(config: FinetuneConfig) -> None:
@@ -40,8 +55,10 @@ def _finetune(config: FinetuneConfig) -> None:
 
     finetune(config)
     adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
-    print(f"\nTry it:    qlora generate --adapter {adapter} --prompt \"...\"\n"
-          f"Merge it:  qlora merge --adapter {adapter} --output {merged}")
+    print(
+        f'\nTry it:    qlora generate --adapter {adapter} --prompt "..."\n'
+        f"Merge it:  qlora merge --adapter {adapter} --output {merged}"
+    )
 
 
 def _merge(config: MergeConfig) -> None:
@@ -50,8 +67,10 @@ def _merge(config: MergeConfig) -> None:
 
     merge(**asdict(config))
     folder = shlex.quote(config.output)
-    print(f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
-          f"Try it:    qlora generate --model {folder} --bits 16 --prompt \"...\"")
+    print(
+        f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
+        f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."'
+    )
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -80,7 +99,7 @@ def _quantize(config: QuantizeConfig) -> None:
     from qlora.merging import quantize_checkpoint
 
     quantize_checkpoint(**asdict(config))
-    print(f"\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt \"...\"")
+    print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."')
 
 
 def _plan(config: PlanConfig) -> None:
@@ -108,18 +127,42 @@ class Command:
 
 
 COMMANDS = {
-    "finetune": Command(FinetuneConfig, _finetune, "train an adapter on your data",
-                        "--model smollm2-135m --data train.jsonl --output runs/first"),
-    "plan": Command(PlanConfig, _plan, "predict the memory of a fine-tuning run, without its weights",
-                    "--model smollm2-135m --batch-size 8 --memory 2GB"),
-    "generate": Command(GenerateConfig, _generate, "let a model, or a model with an adapter, write",
-                        "--adapter runs/first/adapter --prompt \"Hello\""),
-    "eval": Command(EvalConfig, _eval, "measure loss, perplexity and token accuracy on data",
-                    "--adapter runs/first/adapter --data test.jsonl"),
-    "merge": Command(MergeConfig, _merge, "write base and adapter as one ordinary model folder",
-                     "--adapter runs/first/adapter --output runs/first/merged"),
-    "quantize": Command(QuantizeConfig, _quantize, "write a 4-bit checkpoint that bitsandbytes reads",
-                        "--model smollm2-135m --output smollm2-nf4"),
+    "finetune": Command(
+        FinetuneConfig,
+        _finetune,
+        "train an adapter on your data",
+        "--model smollm2-135m --data train.jsonl --output runs/first",
+    ),
+    "plan": Command(
+        PlanConfig,
+        _plan,
+        "predict the memory of a fine-tuning run, without its weights",
+        "--model smollm2-135m --batch-size 8 --memory 2GB",
+    ),
+    "generate": Command(
+        GenerateConfig,
+        _generate,
+        "let a model, or a model with an adapter, write",
+        '--adapter runs/first/adapter --prompt "Hello"',
+    ),
+    "eval": Command(
+        EvalConfig,
+        _eval,
+        "measure loss, perplexity and token accuracy on data",
+        "--adapter runs/first/adapter --data test.jsonl",
+    ),
+    "merge": Command(
+        MergeConfig,
+        _merge,
+        "write base and adapter as one ordinary model folder",
+        "--adapter runs/first/adapter --output runs/first/merged",
+    ),
+    "quantize": Command(
+        QuantizeConfig,
+        _quantize,
+        "write a 4-bit checkpoint that bitsandbytes reads",
+        "--model smollm2-135m --output smollm2-nf4",
+    ),
     "doctor": Command(DoctorConfig, _doctor, "tell what this machine has, what will be used, what is missing", ""),
 }
 
@@ -139,15 +182,22 @@ class _Parser(argparse.ArgumentParser):
 def parser(name: str) -> argparse.ArgumentParser:
     """The flags of one command. A flag that is not given leaves no value: the config knows the default."""
     command = COMMANDS[name]
-    result = _Parser(prog=f"qlora {name}", description=f"{command.summary.capitalize()}.", add_help=False,
-                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     usage=f"qlora {name} {command.example or '[--json]'}",
-                     formatter_class=lambda prog: argparse.HelpFormatter(
-                         prog, max_help_position=36, width=min(118, shutil.get_terminal_size((110, 24)).columns)))
+    result = _Parser(
+        prog=f"qlora {name}",
+        description=f"{command.summary.capitalize()}.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        usage=f"qlora {name} {command.example or '[--json]'}",
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=36, width=min(118, shutil.get_terminal_size((110, 24)).columns)
+        ),
+    )
     sections = {group: result.add_argument_group(group) for group in GROUPS}
     if name in ("finetune", "plan"):
-        sections[GROUPS[0]].add_argument("--config", metavar="FILE",
-                                         help="a YAML file with options of this page (names with _); flags win over it")
+        sections[GROUPS[0]].add_argument(
+            "--config", metavar="FILE", help="a YAML file with options of this page (names with _); flags win over it"
+        )
     for entry in entries(command.options):
         kind, default = kinds(command.options)[entry.name], shown_default(entry)
         note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
@@ -157,7 +207,9 @@ def parser(name: str) -> argparse.ArgumentParser:
             about["action"] = argparse.BooleanOptionalAction
         else:
             words = "{" + ",".join(map(str, choices(kind))) + "}"
-            about["metavar"] = "SIZE" if entry.name in SIZES else words if choices(kind) and len(words) < 30 else _metavar(kind)
+            about["metavar"] = (
+                "SIZE" if entry.name in SIZES else words if choices(kind) and len(words) < 30 else _metavar(kind)
+            )
         sections[entry.metadata["group"]].add_argument(flag, **about)
     result.add_argument_group("help").add_argument("-h", "--help", action="store_true", help="show this page")
     return result
@@ -171,9 +223,11 @@ def _metavar(kind: Any) -> str:
 def overview() -> str:
     """The text of `qlora --help`."""
     lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
-    return ("usage: qlora COMMAND [--option VALUE ...]\n\nFine-tune a language model in 4 bits with LoRA or DoRA.\n\n"
-            f"{lines}\n\n`qlora COMMAND --help` lists the options of a command; `qlora --version` tells the version.\n"
-            f"A first run:  qlora finetune {COMMANDS['finetune'].example}")
+    return (
+        "usage: qlora COMMAND [--option VALUE ...]\n\nFine-tune a language model in 4 bits with LoRA or DoRA.\n\n"
+        f"{lines}\n\n`qlora COMMAND --help` lists the options of a command; `qlora --version` tells the version.\n"
+        f"A first run:  qlora finetune {COMMANDS['finetune'].example}"
+    )
 
 
 def parse(name: str, argv: Sequence[str]) -> Options | None:
@@ -185,8 +239,10 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
         return None
     unknown = [word for word in rest if word.startswith("-")]
     if rest:
-        raise UserError([_unknown_flag(name, word) for word in unknown]
-                        or [f"{rest[0]}: not expected here. Options begin with --, see `qlora {name} --help`."])
+        raise UserError(
+            [_unknown_flag(name, word) for word in unknown]
+            or [f"{rest[0]}: not expected here. Options begin with --, see `qlora {name} --help`."]
+        )
     path = values.pop("config", None)
     return from_options(options, values) if path is None else from_yaml(options, path, values)
 
@@ -198,7 +254,8 @@ def _unknown_flag(name: str, word: str) -> str:
     if name in ("finetune", "plan") and nearest(bare, ["config"]):
         meant = "config"
     return f"{flag}: not an option of `qlora {name}`. " + (
-        f"Did you mean --{meant.replace('_', '-')}?" if meant else f"See `qlora {name} --help`.")
+        f"Did you mean --{meant.replace('_', '-')}?" if meant else f"See `qlora {name} --help`."
+    )
 
 
 def _quiet() -> None:
@@ -249,8 +306,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = argv[0]
         if name not in COMMANDS:
             meant = nearest(name.lstrip("-"), COMMANDS)
-            raise UserError(f"{name}: not a command. "
-                            + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}."))
+            raise UserError(
+                f"{name}: not a command. "
+                + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}.")
+            )
         config = parse(name, argv[1:])
         if config is None:
             print(parser(name).format_help(), end="")

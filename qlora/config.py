@@ -28,8 +28,17 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
-GROUPS = ("model and data", "quantization", "adapter", "training", "data", "evaluation and checkpoints", "generation",
-          "output", "machine")
+GROUPS = (
+    "model and data",
+    "quantization",
+    "adapter",
+    "training",
+    "data",
+    "evaluation and checkpoints",
+    "generation",
+    "output",
+    "machine",
+)
 MODEL, QUANTIZATION, ADAPTER, TRAINING, DATA, CHECKPOINTS, GENERATION, OUTPUT, MACHINE = GROUPS
 
 
@@ -37,8 +46,9 @@ def option(default: Any = MISSING, *, group: str, help: str, rule: str = "", aka
     """A dataclass field. `help` begins with a noun where the option is required (it also reads after "Give ...");
     `limits` are pydantic's (ge, lt, min_length, pattern, ...); `rule` replaces the sentence made from them; `aka` holds
     names that other trainers use, so that an unknown one leads here."""
-    return field(default=default, metadata={"help": help, "group": group, "rule": rule, "aka": aka.split(),
-                                            "limits": limits})
+    return field(
+        default=default, metadata={"help": help, "group": group, "rule": rule, "aka": aka.split(), "limits": limits}
+    )
 
 
 @dataclass(kw_only=True)
@@ -63,8 +73,9 @@ class Options:
 
 @dataclass(kw_only=True)
 class _NamedModel(Options):
-    model: str = option(group=MODEL, min_length=1,
-                        help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m")
+    model: str = option(
+        group=MODEL, min_length=1, help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m"
+    )
     revision: str | None = option(None, group=MODEL, min_length=1, help="the branch, tag or commit of a hub model")
 
 
@@ -80,8 +91,13 @@ class _Code(Options):
 
 @dataclass(kw_only=True)
 class _Compute(_Code):
-    device: str = option("auto", group=MACHINE, pattern=r"^(auto|cpu|cuda(:\d+)?)$", help="auto, cpu, cuda or cuda:N",
-                         rule="must be auto, cpu, cuda or cuda:N")
+    device: str = option(
+        "auto",
+        group=MACHINE,
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        help="auto, cpu, cuda or cuda:N",
+        rule="must be auto, cpu, cuda or cuda:N",
+    )
     dtype: Dtype = option("auto", group=MACHINE, help="what layers compute in; `qlora doctor` tells what auto means")
 
 
@@ -92,26 +108,37 @@ class _Bits(Options):
 
 @dataclass(kw_only=True)
 class _Blocks(Options):
-    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds. So what is given means something.
+    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds. So what is given means
+    # something.
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = option(
-        None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)")
+        None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)"
+    )
     double_quant: bool | None = option(
-        None, group=QUANTIZATION,
-        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight (default yes, or as in a 4-bit checkpoint)")
+        None,
+        group=QUANTIZATION,
+        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight (default yes, or as in a 4-bit checkpoint)",
+    )
     scales: Literal["absmax", "mse"] | None = option(
-        None, group=QUANTIZATION,
-        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error (default absmax)")
+        None,
+        group=QUANTIZATION,
+        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error (default absmax)",
+    )
 
 
 @dataclass(kw_only=True)
 class _Records(Options):
-    data: str = option(group=MODEL, min_length=1,
-                       help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set")
+    data: str = option(
+        group=MODEL,
+        min_length=1,
+        help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set",
+    )
     format: Format | None = option(None, group=DATA, help="the data format, where its columns do not tell")
-    max_tokens: int = option(1024, group=DATA, ge=2, aka="max_length max_seq_length cutoff_len",
-                             help="tokens an example may have")
-    batch_size: int = option(4, group=DATA, ge=1, aka="per_device_train_batch_size",
-                             help="examples in one forward pass")
+    max_tokens: int = option(
+        1024, group=DATA, ge=2, aka="max_length max_seq_length cutoff_len", help="tokens an example may have"
+    )
+    batch_size: int = option(
+        4, group=DATA, ge=1, aka="per_device_train_batch_size", help="examples in one forward pass"
+    )
     train_on_prompt: bool = option(False, group=DATA, help="count the prompt's tokens in the loss too")
 
 
@@ -122,8 +149,13 @@ class _Seed(Options):
 
 @dataclass(kw_only=True)
 class _Shards(Options):
-    shard_size: int = option(10**9, group=OUTPUT, ge=1, help="the largest output file, such as 500MB, 1GB or 2GiB",
-                             rule="must be a size such as 500MB, 1GB or 2GiB")
+    shard_size: int = option(
+        10**9,
+        group=OUTPUT,
+        ge=1,
+        help="the largest output file, such as 500MB, 1GB or 2GiB",
+        rule="must be a size such as 500MB, 1GB or 2GiB",
+    )
 
 
 @dataclass(kw_only=True)
@@ -133,17 +165,27 @@ class _Json(Options):
 
 @dataclass(kw_only=True)
 class _Adapted(_Compute):
-    bits: Literal[4, 16] | None = option(None, group=QUANTIZATION,
-                                         help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16")
-    model: str | None = option(None, group=MODEL, min_length=1,
-                               help="the base model; only needed without an adapter, which names its own")
+    bits: Literal[4, 16] | None = option(
+        None,
+        group=QUANTIZATION,
+        help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16",
+    )
+    model: str | None = option(
+        None, group=MODEL, min_length=1, help="the base model; only needed without an adapter, which names its own"
+    )
     adapter: str | None = option(None, group=MODEL, min_length=1, help="the adapter folder")
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         if values.get("model", "bad") is None and values.get("adapter", "bad") is None:
-            return [problem("model", "(not given)", "required without an adapter",
-                            "Give a model, or the adapter folder that finetune wrote")]
+            return [
+                problem(
+                    "model",
+                    "(not given)",
+                    "required without an adapter",
+                    "Give a model, or the adapter folder that finetune wrote",
+                )
+            ]
         return []
 
 
@@ -158,49 +200,78 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     rank: int = option(16, group=ADAPTER, ge=1, aka="r lora_r", help="the rank r of the update B A")
     alpha: float = option(32.0, group=ADAPTER, gt=0, aka="lora_alpha", help="the update is scaled by alpha / rank")
     rslora: bool = option(False, group=ADAPTER, aka="use_rslora", help="scale by alpha / sqrt(rank) instead")
-    dropout: float = option(0.0, group=ADAPTER, ge=0, lt=1, aka="lora_dropout",
-                            help="the probability of dropping an input of the adapter")
-    targets: str | list[str] = option("all-linear", group=ADAPTER, min_length=1, aka="target_modules",
-                                      rule="must be all-linear, names, or a regular expression",
-                                      help="the layers to adapt: all-linear, names with commas, or a regex")
+    dropout: float = option(
+        0.0, group=ADAPTER, ge=0, lt=1, aka="lora_dropout", help="the probability of dropping an input of the adapter"
+    )
+    targets: str | list[str] = option(
+        "all-linear",
+        group=ADAPTER,
+        min_length=1,
+        aka="target_modules",
+        rule="must be all-linear, names, or a regular expression",
+        help="the layers to adapt: all-linear, names with commas, or a regex",
+    )
 
     steps: int | None = option(None, group=TRAINING, ge=1, aka="max_steps", help="optimizer steps; excludes epochs")
-    epochs: float | None = option(None, group=TRAINING, gt=0, aka="num_train_epochs",
-                                  help="passes over the data; 1 if steps is not given either")
-    accumulate: int = option(1, group=TRAINING, ge=1, aka="gradient_accumulation_steps",
-                             help="batches in one optimizer step")
+    epochs: float | None = option(
+        None, group=TRAINING, gt=0, aka="num_train_epochs", help="passes over the data; 1 if steps is not given either"
+    )
+    accumulate: int = option(
+        1, group=TRAINING, ge=1, aka="gradient_accumulation_steps", help="batches in one optimizer step"
+    )
     learning_rate: float = option(2e-4, group=TRAINING, gt=0, aka="lr", help="the highest learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = option("cosine", group=TRAINING, aka="lr_scheduler_type",
-                                                               help="how the learning rate falls after the warmup")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", group=TRAINING, aka="lr_scheduler_type", help="how the learning rate falls after the warmup"
+    )
     warmup: int = option(0, group=TRAINING, ge=0, aka="warmup_steps", help="steps until the learning rate is highest")
     weight_decay: float = option(0.0, group=TRAINING, ge=0, help="AdamW's weight decay")
     clip: float = option(1.0, group=TRAINING, ge=0, aka="max_grad_norm", help="the largest gradient norm; 0: any")
     beta1: float = option(0.9, group=TRAINING, ge=0, lt=1, aka="adam_beta1", help="AdamW's decay of the mean")
     beta2: float = option(0.999, group=TRAINING, ge=0, lt=1, aka="adam_beta2", help="AdamW's decay of the variance")
     eps: float = option(1e-8, group=TRAINING, gt=0, aka="adam_epsilon", help="AdamW's epsilon")
-    optimizer_memory: int | str = option("auto", group=TRAINING, rule="must be auto, all, none or a size such as 200MB",
-                                         help="memory for AdamW's state, the rest spills: 200MB, none, all; auto: all until it runs out")
-    optimizer_state: Literal["float32", "8bit"] = option("float32", group=TRAINING, aka="optim", help="how AdamW keeps its state")
-    gradient_checkpointing: bool = option(False, group=TRAINING,
-                                          help="less memory, more time: recompute layers in the backward pass")
+    optimizer_memory: int | str = option(
+        "auto",
+        group=TRAINING,
+        rule="must be auto, all, none or a size such as 200MB",
+        help="memory for AdamW's state, the rest spills: 200MB, none, all; auto: all until it runs out",
+    )
+    optimizer_state: Literal["float32", "8bit"] = option(
+        "float32", group=TRAINING, aka="optim", help="how AdamW keeps its state"
+    )
+    gradient_checkpointing: bool = option(
+        False, group=TRAINING, help="less memory, more time: recompute layers in the backward pass"
+    )
 
-    memory: int | None = option(None, group=MACHINE, rule="must be a size such as 24GB",
-                                help="a budget for the whole process: settings are chosen that keep it")
+    memory: int | None = option(
+        None,
+        group=MACHINE,
+        rule="must be a size such as 24GB",
+        help="a budget for the whole process: settings are chosen that keep it",
+    )
 
     truncate: Literal["end", "drop"] = option("end", group=DATA, help="a longer example loses its end, or is dropped")
 
-    eval_data: str | None = option(None, group=CHECKPOINTS, min_length=1,
-                                   help="held-out data to evaluate on; excludes eval_fraction")
-    eval_fraction: float = option(0.0, group=CHECKPOINTS, ge=0, lt=1,
-                                  help="the part of the data to hold out for evaluation")
-    eval_every: int = option(0, group=CHECKPOINTS, ge=0, aka="eval_steps",
-                             help="steps between evaluations; 0: only at the start and the end")
-    save_every: int = option(0, group=CHECKPOINTS, ge=0, aka="save_steps",
-                             help="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = option(0, group=CHECKPOINTS, ge=0, aka="save_total_limit",
-                                   help="checkpoints to keep, the newest ones; 0: all")
-    resume: bool = option(False, group=CHECKPOINTS, aka="resume_from_checkpoint",
-                          help="go on from the last checkpoint in the output folder")
+    eval_data: str | None = option(
+        None, group=CHECKPOINTS, min_length=1, help="held-out data to evaluate on; excludes eval_fraction"
+    )
+    eval_fraction: float = option(
+        0.0, group=CHECKPOINTS, ge=0, lt=1, help="the part of the data to hold out for evaluation"
+    )
+    eval_every: int = option(
+        0, group=CHECKPOINTS, ge=0, aka="eval_steps", help="steps between evaluations; 0: only at the start and the end"
+    )
+    save_every: int = option(
+        0, group=CHECKPOINTS, ge=0, aka="save_steps", help="steps between checkpoints; 0: only at the end"
+    )
+    keep_checkpoints: int = option(
+        0, group=CHECKPOINTS, ge=0, aka="save_total_limit", help="checkpoints to keep, the newest ones; 0: all"
+    )
+    resume: bool = option(
+        False,
+        group=CHECKPOINTS,
+        aka="resume_from_checkpoint",
+        help="go on from the last checkpoint in the output folder",
+    )
     tensorboard: bool = option(False, group=CHECKPOINTS, help="write TensorBoard events beside metrics.jsonl")
 
     def __post_init__(self) -> None:
@@ -211,15 +282,30 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         given = {name: value for name, value in values.items() if value}
-        found = [problem(second, show(given[second]), f"excludes {first}={show(given[first])}", "Give one of the two")
-                 for first, second in EXCLUSIVE if first in given and second in given]
+        found = [
+            problem(second, show(given[second]), f"excludes {first}={show(given[first])}", "Give one of the two")
+            for first, second in EXCLUSIVE
+            if first in given and second in given
+        ]
         held_out = {"eval_data", "eval_fraction"}
         if "eval_every" in given and held_out <= values.keys() and not held_out & given.keys():
-            found.append(problem("eval_every", given["eval_every"], "there is no held-out data to evaluate on",
-                                 "Give eval_data, or eval_fraction such as 0.05"))
+            found.append(
+                problem(
+                    "eval_every",
+                    given["eval_every"],
+                    "there is no held-out data to evaluate on",
+                    "Give eval_data, or eval_fraction such as 0.05",
+                )
+            )
         if "steps" in given and given.get("warmup", 0) > given["steps"]:
-            found.append(problem("warmup", given["warmup"], f"must be at most steps={given['steps']}",
-                                 "Give more steps or a shorter warmup"))
+            found.append(
+                problem(
+                    "warmup",
+                    given["warmup"],
+                    f"must be at most steps={given['steps']}",
+                    "Give more steps or a shorter warmup",
+                )
+            )
         return found
 
 
@@ -227,7 +313,9 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
 class PlanConfig(_Json, FinetuneConfig):
     """Options of `qlora plan`: those of finetune, so that its config file serves."""
 
-    data: str | None = option(None, group=MODEL, min_length=1, help="plan for the batches of this data; without it for examples of max_tokens")
+    data: str | None = option(
+        None, group=MODEL, min_length=1, help="plan for the batches of this data; without it for examples of max_tokens"
+    )
     output: str | None = option(None, group=MODEL, min_length=1, help="not written to")
 
 
@@ -239,10 +327,12 @@ class MergeConfig(_Code, _Shards, _Output):
     """Options of `qlora merge`."""
 
     adapter: str = option(group=MODEL, min_length=1, help="the adapter folder")
-    model: str | None = option(None, group=MODEL, min_length=1,
-                               help="where the base model lies now, if not where the adapter says")
+    model: str | None = option(
+        None, group=MODEL, min_length=1, help="where the base model lies now, if not where the adapter says"
+    )
     base: Literal["dequantized", "original"] = option(
-        "dequantized", group=OUTPUT, help="merge into the NF4 values that training saw, or into the original weights")
+        "dequantized", group=OUTPUT, help="merge into the NF4 values that training saw, or into the original weights"
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", group=OUTPUT, help="the dtype of the merged weights")
 
 
@@ -260,21 +350,30 @@ class GenerateConfig(_Seed, _Adapted):
     prompt: str = option(group=MODEL, min_length=1, help="the prompt, in quotes")
     system: str | None = option(None, group=MODEL, help="the system message before it")
     max_new_tokens: int = option(128, group=GENERATION, ge=1, help="tokens to write at most")
-    temperature: float = option(0.0, group=GENERATION, ge=0,
-                                help="of the sampling; 0 always takes the likeliest token")
-    top_p: float = option(1.0, group=GENERATION, gt=0, le=1,
-                          help="sample among the likeliest tokens that together have this probability")
+    temperature: float = option(0.0, group=GENERATION, ge=0, help="of the sampling; 0 always takes the likeliest token")
+    top_p: float = option(
+        1.0, group=GENERATION, gt=0, le=1, help="sample among the likeliest tokens that together have this probability"
+    )
     raw: bool = option(False, group=GENERATION, help="continue the prompt as it stands, without the chat template")
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         found = _Adapted.conflicts(values)
         if values.get("top_p", 1.0) < 1.0 and values.get("temperature") == 0.0:
-            found.append(problem("top_p", values["top_p"], "has no effect at temperature=0.0",
-                                 "Give a temperature such as 0.7, or leave it out"))
+            found.append(
+                problem(
+                    "top_p",
+                    values["top_p"],
+                    "has no effect at temperature=0.0",
+                    "Give a temperature such as 0.7, or leave it out",
+                )
+            )
         if values.get("raw") and values.get("system") is not None:
-            found.append(problem("system", show(values["system"]), "a raw prompt has no system message",
-                                 "Leave out raw or system"))
+            found.append(
+                problem(
+                    "system", show(values["system"]), "a raw prompt has no system message", "Leave out raw or system"
+                )
+            )
         return found
 
 
@@ -353,20 +452,20 @@ def _number(value: object) -> object:
 
 
 def _numbered_choice(value: object) -> object:
-    """"16" -> 16, for a Literal of numbers."""
+    """ "16" -> 16, for a Literal of numbers."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else _number(value)
 
 
 def parse_memory(value: object) -> int | str:
     """A budget of the optimizer's state: "auto", "all", "none", or bytes, also as "200MB". Raises: ValueError."""
     value = _size(value)
-    if value in ("auto", "all", "none") or type(value) in (int, float) and value >= 0 and value == int(value):
+    if value in ("auto", "all", "none") or (type(value) in (int, float) and value >= 0 and value == int(value)):
         return value if isinstance(value, str) else int(value)
     raise ValueError("must be auto, all, none or a size such as 200MB")
 
 
 def _size(value: object) -> object:
-    """"1GB", "500 MB", "2GiB" -> bytes."""
+    """ "1GB", "500 MB", "2GiB" -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
     if not match:
         return _number(value)
@@ -392,8 +491,12 @@ def _checker(cls: type[Options], name: str) -> Any:
     return TypeAdapter(Annotated[(kind, *marks)], config=ConfigDict(allow_inf_nan=False))
 
 
-_TYPE_RULES = {"int": "must be a whole number", "float": "must be a number", "bool": "must be true or false",
-               "string": "must be text"}
+_TYPE_RULES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+}
 
 
 def _problem(entry: Entry, kind: Any, value: object, error: Mapping[str, Any]) -> str:
@@ -427,8 +530,10 @@ def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     problems, good = [], {}
     for name in (name for name in values if name not in names):
         meant = nearest_option(cls, name)
-        problems.append(f"{show(name)}={show(values[name])}: not an option. "
-                        + (f"Did you mean {meant}?" if meant else "Remove it."))
+        problems.append(
+            f"{show(name)}={show(values[name])}: not an option. "
+            + (f"Did you mean {meant}?" if meant else "Remove it.")
+        )
     for entry in entries(cls):
         name = entry.name
         if name not in values and entry.default is MISSING:
@@ -507,8 +612,16 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     lines: dict[str, list[int]] = {}
     for key, _ in node.value:
         lines.setdefault(key.value, []).append(key.start_mark.line + 1)
-    twice = [problem(name, show(values.get(name)), f"given {len(at)} times in {path}, lines {', '.join(map(str, at))}",
-                     "Keep one of them") for name, at in lines.items() if len(at) > 1]
+    twice = [
+        problem(
+            name,
+            show(values.get(name)),
+            f"given {len(at)} times in {path}, lines {', '.join(map(str, at))}",
+            "Keep one of them",
+        )
+        for name, at in lines.items()
+        if len(at) > 1
+    ]
     if twice:
         raise UserError(twice)
     return {str(name): value for name, value in values.items()}

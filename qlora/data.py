@@ -23,7 +23,15 @@ from itertools import accumulate
 import torch
 
 from qlora.chat import (
-    REFUSALS, Rendered, no_template, prompt_ids, render_chat, render_plain, render_prompt, special_tokens, stop_ids,
+    REFUSALS,
+    Rendered,
+    no_template,
+    prompt_ids,
+    render_chat,
+    render_plain,
+    render_prompt,
+    special_tokens,
+    stop_ids,
     without_bos,
 )
 from qlora.config import FinetuneConfig
@@ -31,8 +39,23 @@ from qlora.errors import UserError, problem
 from qlora.records import kind_of, raise_all, read_records, text_of
 
 __all__ = [
-    "Batch", "Dataset", "Example", "by_length", "collate", "epoch_order", "pick_format", "prompt_ids", "read_records",
-    "render_prompt", "run_length", "split", "step_count", "step_indices", "stop_ids", "stream_length", "tokenize",
+    "Batch",
+    "Dataset",
+    "Example",
+    "by_length",
+    "collate",
+    "epoch_order",
+    "pick_format",
+    "prompt_ids",
+    "read_records",
+    "render_prompt",
+    "run_length",
+    "split",
+    "step_count",
+    "step_indices",
+    "stop_ids",
+    "stream_length",
+    "tokenize",
 ]
 
 IGNORE = -100  # the label that transformers and cross_entropy leave out of the loss
@@ -47,8 +70,16 @@ COLUMNS = {
     "text": ("text",),
 }
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-                  "system": "system", "tool": "tool", "observation": "tool"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 _CHUNK = 1000  # texts given to the tokenizer's threads at once
 
 
@@ -90,8 +121,14 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
     for columns in (everywhere, anywhere):
         fitting = [name for name, needed in COLUMNS.items() if columns.issuperset(needed)]
         if len(fitting) > 1:
-            raise UserError(problem("data", _source(records), f"{shown}, which fit {' and '.join(fitting)}",
-                                    f"Say which, for example --format {fitting[0]}"))
+            raise UserError(
+                problem(
+                    "data",
+                    _source(records),
+                    f"{shown}, which fit {' and '.join(fitting)}",
+                    f"Say which, for example --format {fitting[0]}",
+                )
+            )
         if fitting:
             return fitting[0]
     needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items())
@@ -145,8 +182,10 @@ class _Checked:
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
             found = "an empty or mixed list" if isinstance(turns, list) else kind_of(turns)
             found = found if column in self.record else "missing"
-            self.wrong(f"`{column}` is {found}, where a list of turns is needed",
-                       f'Write [{{"{role_key}": "user", "{text_key}": "..."}}, ...]')
+            self.wrong(
+                f"`{column}` is {found}, where a list of turns is needed",
+                f'Write [{{"{role_key}": "user", "{text_key}": "..."}}, ...]',
+            )
             return []
         messages = []
         for number, turn in enumerate(turns, 1):
@@ -198,8 +237,11 @@ def _render(records: Sequence[dict], format: str, tokenizer, *, need_spans: bool
                     found = None
                     checked.wrong(f"the chat template refuses it ({error})", "Change its turns, or leave it out")
                 if found and need_spans and not found.spans:
-                    checked.wrong("the chat template does not write the answer behind its own generation prompt, so "
-                                  "the answer's tokens are unknown", "Use --train-on-prompt, or another model")
+                    checked.wrong(
+                        "the chat template does not write the answer behind its own generation prompt, so "
+                        "the answer's tokens are unknown",
+                        "Use --train-on-prompt, or another model",
+                    )
         rendered.append(found)
         problems += checked.problems
     raise_all(problems)
@@ -209,8 +251,15 @@ def _render(records: Sequence[dict], format: str, tokenizer, *, need_spans: bool
 
 
 # --------------------------------------------------------------------------------------------- text -> tokens and mask
-def tokenize(records: Sequence[dict], tokenizer, *, format: str | None = None, max_tokens: int = 1024,
-             train_on_prompt: bool = False, truncate: str = "end") -> Dataset:
+def tokenize(
+    records: Sequence[dict],
+    tokenizer,
+    *,
+    format: str | None = None,
+    max_tokens: int = 1024,
+    train_on_prompt: bool = False,
+    truncate: str = "end",
+) -> Dataset:
     """Records -> tokens and loss mask.
 
     Targets are the tokens of every assistant turn with its end-of-turn token; for `text`, and with `train_on_prompt`,
@@ -265,9 +314,15 @@ def _encode(rendered: list[Rendered], tokenizer, *, add_special_tokens: bool, of
     """(ids, offsets or None) of each text, many texts at a time."""
     offsets = offsets and tokenizer.is_fast
     for start in range(0, len(rendered), _CHUNK):
-        texts = [item.text for item in rendered[start:start + _CHUNK]]
-        found = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False,
-                          return_token_type_ids=False, return_offsets_mapping=offsets, verbose=False)
+        texts = [item.text for item in rendered[start : start + _CHUNK]]
+        found = tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
         yield from zip(found["input_ids"], found["offset_mapping"] if offsets else [None] * len(texts))
 
 
@@ -288,8 +343,9 @@ def mask_by_offsets(ids: Sequence[int], spans, offsets: Sequence[tuple[int, int]
     return targets
 
 
-def mask_by_prefixes(ids: Sequence[int], item: Rendered, tokenizer, *, add_special_tokens: bool,
-                     record: int) -> list[bool]:
+def mask_by_prefixes(
+    ids: Sequence[int], item: Rendered, tokenizer, *, add_special_tokens: bool, record: int
+) -> list[bool]:
     """The mask with a tokenizer written in Python, which knows no offsets: by the token counts of the text's prefixes.
 
     Raises UserError where a prefix's tokens are not a prefix of the tokens, so that the count would be wrong.
@@ -301,11 +357,13 @@ def mask_by_prefixes(ids: Sequence[int], item: Rendered, tokenizer, *, add_speci
             prefix = list(tokenizer(item.text[:end], add_special_tokens=add_special_tokens).input_ids)
             if add_special_tokens and prefix and prefix[-1] == tokenizer.eos_token_id:
                 prefix.pop()
-            if list(ids[:len(prefix)]) != prefix:
-                raise UserError(f"model: its Python tokenizer joins prompt and answer of record {record} in one token, "
-                                "and gives no offsets. Take a model with a tokenizer.json, or use --train-on-prompt.")
+            if list(ids[: len(prefix)]) != prefix:
+                raise UserError(
+                    f"model: its Python tokenizer joins prompt and answer of record {record} in one token, "
+                    "and gives no offsets. Take a model with a tokenizer.json, or use --train-on-prompt."
+                )
             cuts.append(len(prefix))
-        targets[cuts[0]:cuts[1]] = [True] * (cuts[1] - cuts[0])
+        targets[cuts[0] : cuts[1]] = [True] * (cuts[1] - cuts[0])
     return targets
 
 
@@ -340,7 +398,7 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
 def by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
     """Cut into batches in which examples of like length are together, which pads less."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    return [ordered[start:start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def _permutation(count: int, *key: object) -> list[int]:
@@ -405,8 +463,14 @@ def split(records: Sequence, fraction: float, seed: int) -> tuple[list, list]:
         return list(records), []
     held = max(1, round(fraction * len(records)))
     if held >= len(records):
-        raise UserError(problem("eval_fraction", fraction, f"holds out {held} of {len(records)} records, leaving none",
-                                "Lower it, or give more data"))
+        raise UserError(
+            problem(
+                "eval_fraction",
+                fraction,
+                f"holds out {held} of {len(records)} records, leaving none",
+                "Lower it, or give more data",
+            )
+        )
     chosen = set(_permutation(len(records), "split", seed)[:held])
     parts = ([], [])
     for number, record in enumerate(records):

@@ -27,9 +27,17 @@ OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, p
 
 # torch's name of an instruction set -> the usual one
 INSTRUCTIONS = {
-    "avx2": "AVX2", "avx512_f": "AVX-512", "avx512_vnni": "AVX512-VNNI", "avx512_bf16": "AVX512-BF16",
-    "avx512_fp16": "AVX512-FP16", "amx_bf16": "AMX-BF16", "amx_int8": "AMX-INT8", "neon": "NEON", "bf16": "BF16",
-    "sve": "SVE", "sve_bf16": "SVE-BF16",
+    "avx2": "AVX2",
+    "avx512_f": "AVX-512",
+    "avx512_vnni": "AVX512-VNNI",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512_fp16": "AVX512-FP16",
+    "amx_bf16": "AMX-BF16",
+    "amx_int8": "AMX-INT8",
+    "neon": "NEON",
+    "bf16": "BF16",
+    "sve": "SVE",
+    "sve_bf16": "SVE-BF16",
 }
 
 
@@ -37,24 +45,45 @@ def report() -> dict[str, Any]:
     """The facts, as JSON knows them. Sizes in bytes; None where a fact cannot be had."""
     required = _required()
     packages = {name: _version(name) for name in (*required, *OPTIONAL)}
-    missing = [{"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
-               for name, need in required.items() if not (packages[name] and need.specifier.contains(packages[name], True))]
-    missing += [{"what": name, "why": f"optional, for {purpose}", "do": f"pip install {arguments}"}
-                for name, (purpose, arguments) in OPTIONAL.items() if packages[name] is None]
+    missing = [
+        {"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
+        for name, need in required.items()
+        if not (packages[name] and need.specifier.contains(packages[name], True))
+    ]
+    missing += [
+        {"what": name, "why": f"optional, for {purpose}", "do": f"pip install {arguments}"}
+        for name, (purpose, arguments) in OPTIONAL.items()
+        if packages[name] is None
+    ]
     here = os.getcwd()
     found: dict[str, Any] = {
-        "qlora": _version(DISTRIBUTION), "python": platform.python_version(), "system": platform.platform(),
-        "packages": packages, "cpu": _cpu(), "memory": _memory(),
+        "qlora": _version(DISTRIBUTION),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": packages,
+        "cpu": _cpu(),
+        "memory": _memory(),
         "disk": {"folder": here, "free_bytes": shutil.disk_usage(here).free},
     }
     try:
         found |= _torch()
     except (ImportError, OSError) as error:  # OSError: a shared library does not load
-        missing.insert(0, {"what": "a torch and transformers that can be imported", "why": str(error).splitlines()[0],
-                           "do": "pip install --force-reinstall torch transformers"})
+        missing.insert(
+            0,
+            {
+                "what": "a torch and transformers that can be imported",
+                "why": str(error).splitlines()[0],
+                "do": "pip install --force-reinstall torch transformers",
+            },
+        )
     if shutil.which("nvidia-smi") and not found.get("gpus"):
-        missing.append({"what": "the GPU", "why": f"its driver is installed, but torch {packages['torch']} sees none",
-                        "do": "install torch's build for your CUDA version"})
+        missing.append(
+            {
+                "what": "the GPU",
+                "why": f"its driver is installed, but torch {packages['torch']} sees none",
+                "do": "install torch's build for your CUDA version",
+            }
+        )
     return {**found, "missing": missing}
 
 
@@ -97,9 +126,9 @@ def _memory() -> dict[str, int | None]:
 def _torch() -> dict[str, Any]:
     """What torch sees, and what training would use."""
     import torch
-    from qlora_kernels import ops
 
     from qlora.model import resolve_device, resolve_dtype
+    from qlora_kernels import ops
 
     if hasattr(torch.cpu, "get_capabilities"):
         can = torch.cpu.get_capabilities()
@@ -109,8 +138,14 @@ def _torch() -> dict[str, Any]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        gpus.append({"name": card.name, "capability": f"{card.major}.{card.minor}", "memory_bytes": card.total_memory,
-                     "free_bytes": torch.cuda.mem_get_info(index)[0]})
+        gpus.append(
+            {
+                "name": card.name,
+                "capability": f"{card.major}.{card.minor}",
+                "memory_bytes": card.total_memory,
+                "free_bytes": torch.cuda.mem_get_info(index)[0],
+            }
+        )
     device = resolve_device("auto")
     return {
         "instructions": instructions,
@@ -123,25 +158,43 @@ def _torch() -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     """The report for people."""
     cpu, memory = found["cpu"], found["memory"]
-    rows = [("qlora", found["qlora"] or "not installed, run from its folder"),
-            ("python", f"{found['python']} on {found['system']}"),
-            ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable")]
+    rows = [
+        ("qlora", found["qlora"] or "not installed, run from its folder"),
+        ("python", f"{found['python']} on {found['system']}"),
+        ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"),
+    ]
     if "used" in found:
-        rows += [("", f"{', '.join(found['instructions']) or 'no known vector instructions'}; "
-                      f"torch uses {found['threads']} threads")]
-        rows += [("gpu", f"{card['name']}, {_size(card['memory_bytes'])}, {_size(card['free_bytes'])} free, "
-                         f"compute capability {card['capability']}") for card in found["gpus"]]
+        rows += [
+            (
+                "",
+                f"{', '.join(found['instructions']) or 'no known vector instructions'}; "
+                f"torch uses {found['threads']} threads",
+            )
+        ]
+        rows += [
+            (
+                "gpu",
+                f"{card['name']}, {_size(card['memory_bytes'])}, {_size(card['free_bytes'])} free, "
+                f"compute capability {card['capability']}",
+            )
+            for card in found["gpus"]
+        ]
         rows += [] if found["gpus"] else [("gpu", "none")]
     limit = f", this container may use {_size(memory['limit_bytes'])}" if memory["limit_bytes"] else ""
     free = f", {_size(memory['available_bytes'])} free" if memory["available_bytes"] is not None else ""
-    rows += [("memory", f"{_size(memory['total_bytes'])}{free}{limit}"),
-             ("disk", f"{_size(found['disk']['free_bytes'])} free in {found['disk']['folder']}")]
+    rows += [
+        ("memory", f"{_size(memory['total_bytes'])}{free}{limit}"),
+        ("disk", f"{_size(found['disk']['free_bytes'])} free in {found['disk']['folder']}"),
+    ]
     sections = ["This machine", *_table(rows)]
     if "used" in found:
         used = found["used"]
         kernels = used["kernels"].get(used["device"].partition(":")[0], "none")
-        sections += ["", "What will be used (--device auto, --dtype auto)",
-                     *_table([("device", used["device"]), ("dtype", used["dtype"]), ("kernels", kernels)])]
+        sections += [
+            "",
+            "What will be used (--device auto, --dtype auto)",
+            *_table([("device", used["device"]), ("dtype", used["dtype"]), ("kernels", kernels)]),
+        ]
     sections += ["", "Packages", *_table([(name, version or "-") for name, version in found["packages"].items()])]
     wanting = [(entry["what"], f"{entry['why']}: {entry['do']}") for entry in found["missing"]]
     return "\n".join([*sections, "", "What is missing", *(_table(wanting) or ["  nothing"])])

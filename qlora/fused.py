@@ -1,13 +1,15 @@
-"""RMSNorm and the gated product of an MLP in one kernel each, in place of transformers' chains of elementwise operations.
+"""RMSNorm and the gated product of an MLP in one kernel each, in place of transformers' chains of elementwise
+operations.
 
     RMSNorm    y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP   y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
                and sums DoRA's magnitude gradients of gate and up in the pass over them that its gradient makes anyway
     rotation   y = x cos + (-x2, x1) sin           saves cos and sin                      (arXiv:2104.09864)
 
-PyTorch has no fused CPU kernel for any, and its chains save three to five tensors each. `fuse` replaces a module only if
-the replacement computes what the module computes, which it tries, so no list of architectures is kept. The alternative,
-`torch.compile` of these modules, is as fast but takes 20 seconds and a compiler at the first step of every process.
+PyTorch has no fused CPU kernel for any, and its chains save three to five tensors each. `fuse` replaces a module only
+if the replacement computes what the module computes, which it tries, so no list of architectures is kept. The
+alternative, `torch.compile` of these modules, is as fast but takes 20 seconds and a compiler at the first step of every
+process.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 from types import FunctionType, MethodType
 
 import torch
-from qlora_kernels import ops
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from qlora_kernels import ops
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -34,8 +37,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Where gate and up are DoRA's y, also the gradients of their magnitudes, from the guarded m that made them:
-    dm_j = sum_t dy_tj y_tj / m_j, summed while both are at hand (`adapters.AdaptedProduct` would save y and read both again)."""
+    """silu(gate) * up. Where gate and up are DoRA's y, also the gradients of their magnitudes, from the guarded m that
+    made them:
+    dm_j = sum_t dy_tj y_tj / m_j, summed while both are at hand (`adapters.AdaptedProduct` would save y and read both
+    again).
+    """
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, gate_m=None, up_m=None, gate_safe=None, up_safe=None) -> Tensor:
@@ -54,7 +60,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the gradient is turned back.
+    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the
+    gradient is turned back.
 
     cos, sin [b or 1, t, D]. In memory the results are [b, t, heads, D], as attention reads them best. arXiv:2104.09864.
     """
@@ -112,7 +119,9 @@ class GatedMLP(nn.Module):
 
 @torch.no_grad()
 def fuse(model: nn.Module) -> nn.Module:
-    """Replace, in place, every RMSNorm and SwiGLU module and rotation of `model` whose result we reproduce; returns the model."""
+    """Replace, in place, every RMSNorm and SwiGLU module and rotation of `model` whose result we reproduce; returns the
+    model.
+    """
     for name, module in list(model.named_modules()):
         _rotate_in(module)
         replacement = _rms_norm(module) or _gated_mlp(module)
@@ -133,7 +142,12 @@ def _rms_norm(module: nn.Module) -> RMSNorm | None:
 
 def _gated_mlp(module: nn.Module) -> GatedMLP | None:
     names = ("gate_proj", "up_proj", "down_proj")
-    if isinstance(module, GatedMLP) or set(module._modules) - {"act_fn"} != set(names) or module._parameters or module._buffers:
+    if (
+        isinstance(module, GatedMLP)
+        or set(module._modules) - {"act_fn"} != set(names)
+        or module._parameters
+        or module._buffers
+    ):
         return None
     projections = [module._modules[name] for name in names]
     fused = GatedMLP(*projections)
@@ -147,7 +161,8 @@ def _gated_mlp(module: nn.Module) -> GatedMLP | None:
 
 
 def _rotate_in(module: nn.Module) -> None:
-    """Let `forward` of this module alone call ours in the place of its file's `apply_rotary_pos_emb`, where the two agree.
+    """Let `forward` of this module alone call ours in the place of its file's `apply_rotary_pos_emb`, where the two
+    agree.
 
     The alternative, to put ours into that file's module, would change every model of the process.
     """
@@ -168,7 +183,13 @@ def _rotate_in(module: nn.Module) -> None:
     except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes other arguments
         return
     if all(map(torch.allclose, rotated(x, x[:, :1], *x[:, 1:].unbind(1)), expected)):
-        copy = FunctionType(forward.__code__, {**forward.__globals__, name: rotated}, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy = FunctionType(
+            forward.__code__,
+            {**forward.__globals__, name: rotated},
+            forward.__name__,
+            forward.__defaults__,
+            forward.__closure__,
+        )
         copy.__kwdefaults__ = forward.__kwdefaults__
         module.forward = MethodType(copy, module)
 

@@ -24,16 +24,40 @@ def generate_text(config: GenerateConfig) -> str:
 
     Raises UserError if model or adapter cannot be loaded, or the prompt does not fit.
     """
-    model, tokenizer = load_adapted(config.adapter, model=config.model, bits=config.bits, dtype=config.dtype,
-                                    device=config.device, trust_remote_code=config.trust_remote_code)
-    return generate_batch(model, tokenizer, [config.prompt], max_new_tokens=config.max_new_tokens, seed=config.seed,
-                          temperature=config.temperature, top_p=config.top_p, system=config.system, raw=config.raw)[0]
+    model, tokenizer = load_adapted(
+        config.adapter,
+        model=config.model,
+        bits=config.bits,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return generate_batch(
+        model,
+        tokenizer,
+        [config.prompt],
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        system=config.system,
+        raw=config.raw,
+    )[0]
 
 
 @torch.no_grad()
-def generate_batch(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_new_tokens: int,
-                   temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, system: str | None = None,
-                   raw: bool = False) -> list[str]:
+def generate_batch(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    system: str | None = None,
+    raw: bool = False,
+) -> list[str]:
     """The answers to a batch of prompts, without prompt and end-of-turn token.
 
     Temperature 0 is greedy and needs no seed; sampling leaves the global random state as it was. `raw` continues the
@@ -61,8 +85,9 @@ def generate_batch(model: nn.Module, tokenizer, prompts: Sequence[str], *, max_n
     if room is not None:
         max_new_tokens = min(max_new_tokens, room - width)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad,
-                              eos_token_id=stops or None, **sampling)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None, **sampling
+    )
     training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # or `generate` would fill in from the model's what ours leaves open

@@ -2,11 +2,11 @@
 
     y = x Wt + bias        dx = dy W        (W is frozen: nothing flows into it)
 
-`FrozenWeight` is the one view that the mathematics of `adapters.py` has of a base layer: its shape, and its dense values for
-the time of one product. `NF4Linear` keeps the packed codes as buffers; its autograd Function remembers the codes, never a dense
-weight, and decodes again in the backward pass. The alternative, a tensor subclass, hides the decoding inside every torch
-function and made `.to()`, `state_dict` and compile each a special case; plain buffers need one: `_apply` must not cast the
-float32 constants when a model is cast to bfloat16.
+`FrozenWeight` is the one view that the mathematics of `adapters.py` has of a base layer: its shape, and its dense
+values for the time of one product. `NF4Linear` keeps the packed codes as buffers; its autograd Function remembers the
+codes, never a dense weight, and decodes again in the backward pass. The alternative, a tensor subclass, hides the
+decoding inside every torch function and made `.to()`, `state_dict` and compile each a special case; plain buffers need
+one: `_apply` must not cast the float32 constants when a model is cast to bfloat16.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import threading
 from collections.abc import Iterator
 
 import torch
-from qlora_kernels import ops
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from qlora import nf4
 from qlora.nf4 import NF4Weight
+from qlora_kernels import ops
 
 
 class NF4Linear(nn.Module):
     """`nn.Linear` with a frozen NF4 weight. Input [..., in], output [..., out] in the input's dtype."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, blocksize: int = 64, double_quant: bool = True):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, blocksize: int = 64, double_quant: bool = True
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.blocksize = blocksize
@@ -45,7 +47,9 @@ class NF4Linear(nn.Module):
         """The weight; shares the buffers' memory."""
         parts = self._buffers  # every layer asks twice a step, so it goes past `Module.__getattr__`
         shape = (self.out_features, self.in_features)
-        return NF4Weight(parts["weight"], parts["absmax"], parts["nested_absmax"], parts["nested_offset"], shape, self.blocksize)
+        return NF4Weight(
+            parts["weight"], parts["absmax"], parts["nested_absmax"], parts["nested_offset"], shape, self.blocksize
+        )
 
     @nf4.setter
     def nf4(self, weight: NF4Weight) -> None:
@@ -75,7 +79,8 @@ class NF4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, blocksize={self.blocksize}"
 
 
-# On a CPU one decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards do not meet.
+# On a CPU one decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards
+# do not meet.
 _scratch = threading.local()
 
 
@@ -86,7 +91,8 @@ def forget_scratch(device: str) -> None:
 
 
 class FrozenWeight:
-    """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them transposed.
+    """The dense values [out, in] of a base layer: `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores them
+    transposed.
 
     Also of a weight without a layer: an `NF4Weight`, or a matrix [out, in].
     """
@@ -119,8 +125,9 @@ class FrozenWeight:
     def scratch(self, dtype: torch.dtype, row_gain: Tensor | None = None) -> Tensor:
         """As `dense`, but in memory that all layers of a thread share: use it up before the next call, never keep it.
 
-        On a GPU torch's allocator does that by itself: what is freed is given out again in the order of the stream, to whichever thread
-        (backward passes run in one of their own, which would have a second buffer), so there it is `dense`.
+        On a GPU torch's allocator does that by itself: what is freed is given out again in the order of the stream, to
+        whichever thread (backward passes run in one of their own, which would have a second buffer), so there it is
+        `dense`.
         """
         if self.nf4 is None or self.device.type == "cuda":
             return self.dense(dtype, row_gain)
@@ -134,15 +141,24 @@ class FrozenWeight:
         return nf4.dequantize_into(buffers[key][:n].view(self.shape), self.nf4, row_gain)
 
     def takes_one_token(self, x: Tensor) -> bool:
-        """Whether `times` is the way to multiply with x: a single token, nothing to learn, and a kernel that decodes on the fly."""
-        return self.nf4 is not None and x.numel() == self.shape[1] and not torch.is_grad_enabled() and ops.multiplies_a_vector(x.device)
+        """Whether `times` is the way to multiply with x: a single token, nothing to learn, and a kernel that decodes on
+        the fly.
+        """
+        return (
+            self.nf4 is not None
+            and x.numel() == self.shape[1]
+            and not torch.is_grad_enabled()
+            and ops.multiplies_a_vector(x.device)
+        )
 
     def times(self, x: Tensor) -> Tensor:
         """W x [out] in float32, for x [in]: an NF4 weight is read once, four bits a value, and never written out."""
         return ops.nf4_gemv(x, *self.parts())
 
     def multiplies(self, x: Tensor) -> bool:
-        """Whether a kernel decodes this weight as it multiplies with `x`; elsewhere it is made dense for the usual product."""
+        """Whether a kernel decodes this weight as it multiplies with `x`; elsewhere it is made dense for the usual
+        product.
+        """
         return self.nf4 is not None and ops.multiplies(x, *self.parts())
 
     def parts(self) -> tuple:
@@ -173,13 +189,19 @@ class FrozenWeight:
 def product(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
     """x w of matrices [rows, k] and [k, columns], or `onto` += x w.
 
-    oneDNN on a CPU gives bf16 products of somewhat more rows than columns to a single thread (seen on two cores with AMX: rows in
-    [columns, 2 columns), columns from 448 to 1024; half the speed). Half of the rows at a time, both threads work.
+    oneDNN on a CPU gives bf16 products of somewhat more rows than columns to a single thread (seen on two cores with
+    AMX: rows in [columns, 2 columns), columns from 448 to 1024; half the speed). Half of the rows at a time, both
+    threads work.
     """
     rows, columns = x.shape[0], w.shape[1]
     out = onto if onto is not None else x.new_empty(rows, columns)
-    halves = x.device.type == "cpu" and x.dtype == torch.bfloat16 and 448 <= columns <= 1024 and columns <= rows < 2 * columns
-    for part in ((slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)) if halves else (slice(None),)):
+    halves = (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and 448 <= columns <= 1024
+        and columns <= rows < 2 * columns
+    )
+    for part in (slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)) if halves else (slice(None),):
         if onto is None:
             torch.mm(x[part], w, out=out[part])
         else:

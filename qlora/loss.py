@@ -5,11 +5,12 @@
 The sum, not the mean, leaves here: only the training loop knows the number of target tokens of the whole optimizer step
 (a mean of means weighs a token by the size of the micro-batch it fell into).
 
-On a small model with a large vocabulary the head is the largest product there is, and its logits the largest tensor. So the head
-runs only where a target follows, CHUNK target tokens at a time; a frozen head's gradient d loss / d h = (softmax - onehot) W
-is taken in the same pass (as Liger does it on a GPU), and no [tokens, vocabulary] tensor ever lives. The layers run on the examples
-end to end, without padding (`qlora.attention`). Both ways part with the model's own forward, so `layout_of` first compares
-them with it on two short examples, and a model that they do not reproduce runs as transformers runs it, padded and whole.
+On a small model with a large vocabulary the head is the largest product there is, and its logits the largest tensor. So
+the head runs only where a target follows, CHUNK target tokens at a time; a frozen head's gradient d loss / d h =
+(softmax - onehot) W is taken in the same pass (as Liger does it on a GPU), and no [tokens, vocabulary] tensor ever
+lives. The layers run on the examples end to end, without padding (`qlora.attention`). Both ways part with the model's
+own forward, so `layout_of` first compares them with it on two short examples, and a model that they do not reproduce
+runs as transformers runs it, padded and whole.
 """
 
 from __future__ import annotations
@@ -20,27 +21,30 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from qlora_kernels import ops
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora import attention
+from qlora_kernels import ops
 
 IGNORED = -100  # the label of a token that does not count, as in torch.nn.functional.cross_entropy
-CHUNK = 256  # target tokens at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
-# On a CPU a row of examples is filled up to a multiple of ROUND tokens by an example of its own without targets: oneDNN compiles its
-# kernels anew for each number of rows, which takes longer than the products of a few more.
+# target tokens at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
+CHUNK = 256
+# On a CPU a row of examples is filled up to a multiple of ROUND tokens by an example of its own without targets: oneDNN
+# compiles its kernels anew for each number of rows, which takes longer than the products of a few more.
 ROUND = 64
-# How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong position,
-# moves them by tenths; rounding by less than this.
+# How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong
+# position, moves them by tenths; rounding by less than this.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model runs in training. `split`: its layers and its head apart; `packed`: examples end to end, without padding."""
+    """How a model runs in training. `split`: its layers and its head apart; `packed`: examples end to end, without
+    padding.
+    """
 
     split: bool
     packed: bool
@@ -50,27 +54,36 @@ class Layout:
 
 
 def target_states(model: nn.Module, batch, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Run the layers on a `data.Batch`; return the states [n, width] that predict its n target tokens, and these tokens [n].
+    """Run the layers on a `data.Batch`; return the states [n, width] that predict its n target tokens, and these tokens
+    [n].
 
     Labels are not shifted in the batch: the state that predicts token i stands at position i - 1.
     """
     device = next(model.parameters()).device
     layers = model.get_decoder()
     following = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-    # Everything that asks for a value is asked of the batch on the CPU, and goes to a GPU without waiting for what runs there.
+    # Everything that asks for a value is asked of the batch on the CPU, and goes to a GPU without waiting for what runs
+    # there.
     if layout.packed:
         present = batch.attention_mask.bool()
         lengths = present.sum(1).tolist()
         filler = -sum(lengths) % ROUND if device.type != "cuda" and sum(lengths) >= 8 * ROUND else 0
         positions = torch.cat([torch.arange(length) for length in [*lengths, filler]])
-        ids, following = F.pad(batch.input_ids[present], (0, filler)), F.pad(following[present], (0, filler), value=IGNORED)
+        ids, following = (
+            F.pad(batch.input_ids[present], (0, filler)),
+            F.pad(following[present], (0, filler), value=IGNORED),
+        )
         states = layers(
-            input_ids=_sent(ids.unsqueeze(0), device), position_ids=_sent(positions.unsqueeze(0), device),
-            attention_mask=attention.bounds([*lengths, filler] if filler else lengths), use_cache=False,
-        ).last_hidden_state  # fmt: skip
+            input_ids=_sent(ids.unsqueeze(0), device),
+            position_ids=_sent(positions.unsqueeze(0), device),
+            attention_mask=attention.bounds([*lengths, filler] if filler else lengths),
+            use_cache=False,
+        ).last_hidden_state
     else:
         states = layers(
-            input_ids=_sent(batch.input_ids, device), attention_mask=_sent(batch.attention_mask, device), use_cache=False
+            input_ids=_sent(batch.input_ids, device),
+            attention_mask=_sent(batch.attention_mask, device),
+            use_cache=False,
         ).last_hidden_state
         following = following.flatten()
     wanted = (following != IGNORED).nonzero().squeeze(1)
@@ -78,7 +91,9 @@ def target_states(model: nn.Module, batch, layout: Layout) -> tuple[Tensor, Tens
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to be pinned or kept."""
+    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to
+    be pinned or kept.
+    """
     return t.to(device, non_blocking=True)
 
 
@@ -131,10 +146,14 @@ def logit_chunks(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum_i -log softmax(f(states W^T + bias))[token i] for a frozen W, f as in `_final`. Saves d loss / d states alone."""
+    """sum_i -log softmax(f(states W^T + bias))[token i] for a frozen W, f as in `_final`. Saves d loss / d states
+    alone.
+    """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, scale: float, cap: float | None) -> Tensor:
+    def forward(
+        ctx, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, scale: float, cap: float | None
+    ) -> Tensor:
         n, vocabulary = states.shape[0], weight.shape[0]
         buffer = states.new_empty(min(n, CHUNK), vocabulary)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -180,7 +199,8 @@ def loss_sum(model: nn.Module, batch) -> Tensor:
     def loss(states: Tensor, tokens: Tensor) -> Tensor:
         return F.cross_entropy(_logits(model, states).float(), tokens, reduction="sum")
 
-    # A head that learns, itself or by an adapter: its logits are computed again in the backward pass, a chunk at a time.
+    # A head that learns, itself or by an adapter: its logits are computed again in the backward pass, a chunk at a
+    # time.
     parts = [checkpoint(loss, states[part], tokens[part], use_reentrant=False) for part in _chunks(states)]
     return torch.stack(parts).sum() if parts else states.sum() * 0
 
@@ -189,7 +209,9 @@ def loss_sum(model: nn.Module, batch) -> Tensor:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """How `model` runs in training, found at the first call by comparing with its own forward; kept in `model.qlora_layout`."""
+    """How `model` runs in training, found at the first call by comparing with its own forward; kept in
+    `model.qlora_layout`.
+    """
     if not hasattr(model, "qlora_layout"):
         model.qlora_layout = _find_layout(model) if isinstance(model, PreTrainedModel) else Layout(False, False)
     return model.qlora_layout
@@ -197,7 +219,9 @@ def layout_of(model: nn.Module) -> Layout:
 
 @torch.no_grad()
 def expected_layout(model: PreTrainedModel) -> Layout:
-    """What `layout_of` will find, of a model on the meta device, where there are no numbers to compare; leaves it set up so."""
+    """What `layout_of` will find, of a model on the meta device, where there are no numbers to compare; leaves it set
+    up so.
+    """
     layers = model.get_decoder()
     if model.get_output_embeddings() is None or layers is None or layers is model:
         return Layout(False, False)
@@ -248,7 +272,9 @@ def _can_pack(model: PreTrainedModel, layers: nn.Module) -> bool:
 
 
 class _Probe:
-    """Two examples of these lengths, every token but the first a target; as much of a `data.Batch` as the functions above read."""
+    """Two examples of these lengths, every token but the first a target; as much of a `data.Batch` as the functions
+    above read.
+    """
 
     def __init__(self, ids: Tensor, lengths: tuple[int, ...]):
         self.input_ids = ids

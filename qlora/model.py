@@ -1,10 +1,12 @@
 """Loading a base model, quantizing tensor by tensor as it streams in.
 
-    Source -> stream(visit): every tensor passes once, under its name in the model -> load_base, merging, `qlora quantize`
+    Source -> stream(visit): every tensor passes once, under its name in the model -> load_base, merging, `qlora
+    quantize`
 
-`stream` hands transformers a quantizer whose only conversion is our `visit(name, tensor)`; transformers does what it knows best
-(architectures, renamed and sharded checkpoints, tied weights, non-persistent buffers) and never holds more than one unquantized
-tensor. Loading quantizes in `visit`; merging and `qlora quantize` write to shards in it and keep nothing.
+`stream` hands transformers a quantizer whose only conversion is our `visit(name, tensor)`; transformers does what it
+knows best (architectures, renamed and sharded checkpoints, tied weights, non-persistent buffers) and never holds more
+than one unquantized tensor. Loading quantizes in `visit`; merging and `qlora quantize` write to shards in it and keep
+nothing.
 The alternative not taken: a loader of our own for each architecture.
 """
 
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from qlora_kernels import ops
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -32,6 +33,7 @@ from qlora.fused import fuse
 from qlora.linear import NF4Linear
 from qlora.nf4 import NF4Weight
 from qlora.sources import SMOLLM2, PackedTensor, Source, lazy_tensors, load_config, packed_layers, resolve
+from qlora_kernels import ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -40,7 +42,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class BaseRecipe:
     """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights.
 
-    `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had absmax.
+    `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had
+    absmax.
     """
 
     model: str
@@ -63,7 +66,7 @@ class BaseRecipe:
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" is the GPU where there is one, else the CPU."""
+    """ "auto" is the GPU where there is one, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -71,12 +74,14 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError:
         raise UserError(problem("device", device, "is no torch device", "Use auto, cpu, cuda or cuda:0")) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(problem("device", device, "torch sees no CUDA device here", "Use --device cpu, and run: qlora doctor"))
+        raise UserError(
+            problem("device", device, "torch sees no CUDA device here", "Use --device cpu, and run: qlora doctor")
+        )
     return chosen
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """"auto" is bf16 where the device multiplies bf16 natively, else fp32."""
+    """ "auto" is bf16 where the device multiplies bf16 natively, else fp32."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
@@ -110,8 +115,11 @@ class _StreamQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         self.quantization_config.prepare(model)
-        # transformers 5.17 casts each tensor to the dtype of its place before it is visited, and the place of codes is uint8.
-        self.codes = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+        # transformers 5.17 casts each tensor to the dtype of its place before it is visited, and the place of codes is
+        # uint8.
+        self.codes = {
+            f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)
+        }
         for module in self.codes.values():
             module.weight = torch.empty_like(module.weight, dtype=model.dtype)
 
@@ -149,9 +157,9 @@ def stream(
     wants: Callable[[str], bool] = lambda name: True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model, passing each checkpoint tensor that `wants` names through `visit(name, tensor)`, which
-    returns what to put into the model, by full name. `dtype` is that of the tensors ("auto": as stored); `prepare(model)` sees
-    the empty model first.
+    """Load a causal language model, passing each checkpoint tensor that `wants` names through `visit(name, tensor)`,
+    which returns what to put into the model, by full name. `dtype` is that of the tensors ("auto": as stored);
+    `prepare(model)` sees the empty model first.
 
     Raises:
         UserError: the checkpoint lacks tensors, has them in other shapes, or `visit` found something wrong.
@@ -164,7 +172,9 @@ def stream(
     def guarded(name: str, value: object) -> dict[str, Tensor]:
         try:
             return visit(name, value)
-        except UserError as error:  # transformers turns an exception here into a report of its own; ours is raised below
+        except (
+            UserError
+        ) as error:  # transformers turns an exception here into a report of its own; ours is raised below
             problems.extend(error.problems)
             raise
         except OSError as error:
@@ -202,16 +212,35 @@ def stream(
             raise unwritten[0] from None
         if isinstance(error, (OSError, ValueError)) and not isinstance(error, UserError):
             reason = str(error).strip().splitlines()[0]
-            raise UserError(problem("model", source.gguf or source.folder, f"cannot be loaded ({reason})", "Check that the folder is whole")) from error
+            raise UserError(
+                problem(
+                    "model",
+                    source.gguf or source.folder,
+                    f"cannot be loaded ({reason})",
+                    "Check that the folder is whole",
+                )
+            ) from error
         raise
     problems += [f"{name} is missing" for name in sorted(info["missing_keys"])]
     misfits = {name: (found, needed) for name, found, needed in info["mismatched_keys"]}
     # transformers 5.17 does not look at shapes where there is a quantizer.
-    misfits |= {name: (p.shape, shapes[name]) for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)}
-    problems += [f"{name} is {tuple(found)}, the model needs {tuple(needed)}" for name, (found, needed) in sorted(misfits.items())]
+    misfits |= {
+        name: (p.shape, shapes[name]) for name, p in model.named_parameters() if p.shape != shapes.get(name, p.shape)
+    }
+    problems += [
+        f"{name} is {tuple(found)}, the model needs {tuple(needed)}"
+        for name, (found, needed) in sorted(misfits.items())
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(problem("model", source.gguf or source.folder, f"the checkpoint does not fit its config ({shown})", "Get the whole checkpoint again"))
+        raise UserError(
+            problem(
+                "model",
+                source.gguf or source.folder,
+                f"the checkpoint does not fit its config ({shown})",
+                "Get the whole checkpoint again",
+            )
+        )
     _forget_quantizer(model)
     return model
 
@@ -244,14 +273,15 @@ def load_base(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A frozen base model from a folder, a .gguf file, a hub id or "smollm2-135m", with every linear layer but the head in NF4
-    (`bits=4`) or as it is (`bits=16`). Peak memory: the result and about two of its largest tensors.
+    """A frozen base model from a folder, a .gguf file, a hub id or "smollm2-135m", with every linear layer but the head
+    in NF4 (`bits=4`) or as it is (`bits=16`). Peak memory: the result and about two of its largest tensors.
     `blocksize`, `double_quant` and `scales` (None: see `LinearLayers`) are those of `nf4.quantize`.
 
     Returns an ordinary transformers model in evaluation mode; `model.qlora_base` records how it was made.
 
     Raises:
-        UserError: nothing to load, a checkpoint that is incomplete or contradicts the options, or NaN or inf in a weight (named).
+        UserError: nothing to load, a checkpoint that is incomplete or contradicts the options, or NaN or inf in a
+        weight (named).
     """
     if bits not in (4, 16):
         raise UserError(problem("bits", bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
@@ -261,9 +291,14 @@ def load_base(
     layers = LinearLayers(source, bits, blocksize, double_quant, scales)
     bound_kernel_caches()
     loaded = stream(
-        source, layers.visit, dtype=DTYPES[dtype], device=place,
-        prepare=layers.prepare, wants=layers.wants, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        source,
+        layers.visit,
+        dtype=DTYPES[dtype],
+        device=place,
+        prepare=layers.prepare,
+        wants=layers.wants,
+        trust_remote_code=trust_remote_code,
+    )
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
     # A local path is kept whole: the adapter must find its base from any folder.
@@ -277,10 +312,13 @@ def load_base(
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN, which multiplies on a CPU, keep few of the kernels that it compiles, one for each shape. A micro-batch of another
-    number of tokens has other shapes: 25 MB more of kernels for SmolLM2, and with 1024 kept in each of two caches, the default, 900 MB
-    after 40 batches of real data. These numbers are several times what the layers of one micro-batch need, and as fast: what is
-    evicted is seldom asked for again. Works before the first product; what the environment already says stands."""
+    """Let oneDNN, which multiplies on a CPU, keep few of the kernels that it compiles, one for each shape. A
+    micro-batch of another
+    number of tokens has other shapes: 25 MB more of kernels for SmolLM2, and with 1024 kept in each of two caches, the
+    default, 900 MB after 40 batches of real data. These numbers are several times what the layers of one micro-batch
+    need, and as fast: what is evicted is seldom asked for again. Works before the first product; what the environment
+    already says stands.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
@@ -288,32 +326,48 @@ def bound_kernel_caches() -> None:
 class LinearLayers:
     """The linear weights of a model as they stream by: which there are, their NF4 form, and a fingerprint of them all.
 
-    An option that is None is 64, True or "absmax" for weights to quantize, and what the file holds for a checkpoint that is NF4
-    already (`scales` stays None there: the file does not tell). The resolved values are the attributes of the same names.
+    An option that is None is 64, True or "absmax" for weights to quantize, and what the file holds for a checkpoint
+    that is NF4 already (`scales` stays None there: the file does not tell). The resolved values are the attributes of
+    the same names.
 
     Raises:
         UserError: an option was given that is impossible, has no effect on 16 bits, or contradicts the checkpoint.
     """
 
     def __init__(
-        self, source: Source, bits: int, blocksize: int | None = None, double_quant: bool | None = None, scales: str | None = None
+        self,
+        source: Source,
+        bits: int,
+        blocksize: int | None = None,
+        double_quant: bool | None = None,
+        scales: str | None = None,
     ):
         self.packed = packed_layers(source) if source.packed else None
         given = {"blocksize": blocksize, "double_quant": double_quant, "scales": scales}
         held = [dict(zip(given, (*layer, None), strict=True)) for layer in (self.packed or {}).values()]
         problems = []
         if self.packed is not None and bits == 16:
-            problems.append(problem("bits", bits, "this checkpoint is NF4 already", "Use --bits 4, or the 16-bit original"))
+            problems.append(
+                problem("bits", bits, "this checkpoint is NF4 already", "Use --bits 4, or the 16-bit original")
+            )
         for name, value in given.items():
             found = {layer[name] for layer in held} - {value}
             if value is not None and bits == 16:
-                problems.append(problem(name, value, "has no effect on 16-bit weights", "Leave it out, or use --bits 4"))
+                problems.append(
+                    problem(name, value, "has no effect on 16-bit weights", "Leave it out, or use --bits 4")
+                )
             elif value is not None and found:
                 what = "" if found == {None} else f" with {name}={', '.join(map(str, sorted(found)))}"
-                problems.append(problem(name, value, f"this checkpoint is NF4 already{what}", "Leave it out, or use the 16-bit original"))
+                problems.append(
+                    problem(
+                        name, value, f"this checkpoint is NF4 already{what}", "Leave it out, or use the 16-bit original"
+                    )
+                )
         defaults = held[0] if held else {"blocksize": 64, "double_quant": True, "scales": "absmax"}
         self.bits = bits
-        self.blocksize, self.double_quant, self.scales = (defaults[name] if value is None else value for name, value in given.items())
+        self.blocksize, self.double_quant, self.scales = (
+            defaults[name] if value is None else value for name, value in given.items()
+        )
         if not held:
             problems += nf4.option_problems(self.blocksize, self.scales)
         if problems:
@@ -327,7 +381,14 @@ class LinearLayers:
         for name in linear_names(model) if self.packed is None else self.packed:
             layer = model.get_submodule(name)
             if not isinstance(layer, LINEAR):
-                raise UserError(problem("model", name, "is quantized in the checkpoint but is no linear layer of the model", "Use the 16-bit original"))
+                raise UserError(
+                    problem(
+                        "model",
+                        name,
+                        "is quantized in the checkpoint but is no linear layer of the model",
+                        "Use the 16-bit original",
+                    )
+                )
             self.shapes[name] = (layer.weight.shape[0], layer.weight.shape[1])
             if isinstance(layer, Conv1D):
                 self.transposed.add(name)
@@ -339,7 +400,9 @@ class LinearLayers:
         if self.bits == 4:
             for name, (out, columns) in self.shapes.items():
                 layer = model.get_submodule(name)
-                blocksize, double_quant = (self.blocksize, self.double_quant) if self.packed is None else self.packed[name]
+                blocksize, double_quant = (
+                    (self.blocksize, self.double_quant) if self.packed is None else self.packed[name]
+                )
                 with torch.device("meta"):
                     replacement = NF4Linear(columns, out, layer.bias is not None, blocksize, double_quant)
                 if layer.bias is not None:
@@ -361,7 +424,14 @@ class LinearLayers:
             return weight
         oriented = value.t().contiguous() if layer in self.transposed else value
         if oriented.shape != self.shapes[layer]:
-            raise UserError(problem(name, tuple(oriented.shape), f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"))
+            raise UserError(
+                problem(
+                    name,
+                    tuple(oriented.shape),
+                    f"the model needs {self.shapes[layer]}",
+                    "Get the checkpoint that belongs to this config",
+                )
+            )
         self.sample(layer, oriented)
         return nf4.quantize(oriented, self.blocksize, self.double_quant, name, self.scales)
 

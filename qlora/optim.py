@@ -2,16 +2,18 @@
 
     m = lerp(m, g, 1 - b1)    v = b2 v + (1 - b2) g^2    p = (1 - lr decay) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-(arXiv:1711.05101, in the order of operations of torch.optim.AdamW(foreach=False), so that the bits are the same on a CPU: elementwise
-operations do not depend on where a tensor is cut.) A page holds the moments of a run of parameters, first all m, then all v:
+(arXiv:1711.05101, in the order of operations of torch.optim.AdamW(foreach=False), so that the bits are the same on a
+CPU: elementwise
+operations do not depend on where a tensor is cut.) A page holds the moments of a run of parameters, first all m, then
+all v:
 
     float32   m [n] | v [n]                                       in the parameter's dtype, as torch keeps them
     8bit      codes of m [n] | of v [n] | absmax of m [n/256] | of v [n/256]       n counts whole blocks of 256 (arXiv:2110.02861)
 
-One operation serves many parameters of a page: on a CPU as many as stay in the cache, on a GPU, where launching costs more than copying,
-the whole page. A step allocates all that it needs before it changes anything: an allocation that fails leaves parameters and state as
-they were. The alternative, a state of tensors that are each paged on demand, pages no small tensor and loses its paging in
-load_state_dict.
+One operation serves many parameters of a page: on a CPU as many as stay in the cache, on a GPU, where launching costs
+more than copying, the whole page. A step allocates all that it needs before it changes anything: an allocation that
+fails leaves parameters and state as they were. The alternative, a state of tensors that are each paged on demand, pages
+no small tensor and loses its paging in load_state_dict.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from qlora_kernels import ops
-from qlora_kernels.reference import block_tables
 from torch import Tensor
 from torch.nn import Parameter
 
 from qlora.config import parse_memory
 from qlora.errors import UserError, problem
 from qlora.paging import Pager, fitting
+from qlora_kernels import ops
+from qlora_kernels.reference import block_tables
 
 PAGE = 1 << 20  # elements: larger pages have fewer page faults at once, smaller ones fit a budget better
 CHUNK = 1 << 17  # elements computed at a time on a CPU: moments, gradient and scratch stay in the cache
@@ -48,8 +50,9 @@ class Span:
 
 
 def layout(numels: Sequence[int], block: int = 1) -> list[list[Span]]:
-    """Which elements of parameters of these sizes lie in which page. Spans begin at multiples of `block`. A parameter that fits
-    a page lies in one; a larger one begins a page and fills as many as it needs."""
+    """Which elements of parameters of these sizes lie in which page. Spans begin at multiples of `block`. A parameter
+    that fits a page lies in one; a larger one begins a page and fills as many as it needs.
+    """
     pages: list[list[Span]] = [[]]
     used = 0
     for index, numel in enumerate(numels):
@@ -66,7 +69,9 @@ def layout(numels: Sequence[int], block: int = 1) -> list[list[Span]]:
 def state_bytes(
     numels: Sequence[int], state: str = "float32", memory: int | str = "auto", itemsize: int = 4
 ) -> tuple[int, int]:
-    """(resident, spilled) bytes of the state of parameters of one dtype, of these sizes in the order of the optimizer's groups."""
+    """(resident, spilled) bytes of the state of parameters of one dtype, of these sizes in the order of the optimizer's
+    groups.
+    """
     block = BLOCK if state == "8bit" else 1
     sizes = [_page_bytes(_elements(page, block), state, itemsize) for page in layout(numels, block)]
     fits = fitting(sizes, _budget(parse_memory(memory)))
@@ -110,8 +115,9 @@ class Scalars:
 
 @dataclass
 class Run:
-    """Elements `start` to `stop` of a page that are updated together: contiguous parameters or parts of them, and their gradients, each
-    with its place in the run."""
+    """Elements `start` to `stop` of a page that are updated together: contiguous parameters or parts of them, and their
+    gradients, each with its place in the run.
+    """
 
     scalars: Scalars
     start: int
@@ -126,30 +132,44 @@ Prepared = tuple[Due, list[tuple[int, list[Run]]]]  # see PagedAdamW.prepare
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101) with a budget for its state. `memory` is what of it may lie on the parameters' device: bytes, a text
-    such as "200MB", "none", "all" (never spill), or "auto": all of it until an allocation fails, see `make_room`. The rest lies
-    in a file in `folder` (CPU; by default the system's folder for temporary files) or in pinned host memory (CUDA).
+    """AdamW (arXiv:1711.05101) with a budget for its state. `memory` is what of it may lie on the parameters' device:
+    bytes, a text such as "200MB", "none", "all" (never spill), or "auto": all of it until an allocation fails, see
+    `make_room`. The rest lies in a file in `folder` (CPU; by default the system's folder for temporary files) or in
+    pinned host memory (CUDA).
 
     `state` "float32" keeps two moments in each parameter's dtype, float32 for float32; the updates are those of
-    torch.optim.AdamW(foreach=False), to the bit on a CPU, whatever the budget. "8bit" keeps them in blocks of 256 that share a scale.
+    torch.optim.AdamW(foreach=False), to the bit on a CPU, whatever the budget. "8bit" keeps them in blocks of 256 that
+    share a scale.
 
-    `state_dict` has torch's form; its tensors are the state itself, not a copy, and what is spilled stays so. `pager` counts
-    resident, spilled and moved bytes. `close` gives everything back; so does dropping the last reference.
+    `state_dict` has torch's form; its tensors are the state itself, not a copy, and what is spilled stays so. `pager`
+    counts resident, spilled and moved bytes. `close` gives everything back; so does dropping the last reference.
 
     Raises:
         UserError: everything that is wrong with the arguments; no room for what is to be spilled.
     """
 
     def __init__(
-        self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, memory: int | str = "auto", state: Literal["float32", "8bit"] = "float32",
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        memory: int | str = "auto",
+        state: Literal["float32", "8bit"] = "float32",
         folder: str | Path | None = None,
-    ):  # fmt: skip
+    ):
         problems = [
             problem(name, value, f"must be {rule}", "Correct it")
             for name, value, right, rule in (
                 ("lr", lr, float(lr) >= 0, "at least 0"),
-                ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+                (
+                    "betas",
+                    betas,
+                    len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+                    "two numbers from 0 to below 1",
+                ),
                 ("eps", eps, eps >= 0, "at least 0"),
                 ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
                 ("state", state, state in ("float32", "8bit"), "float32 or 8bit"),
@@ -185,9 +205,15 @@ class PagedAdamW(torch.optim.Optimizer):
         problems = []
         for p in new:
             if p.device != device:
-                problems.append(problem("device", p.device, f"another parameter lies on {device}", "Use an optimizer for each device"))
+                problems.append(
+                    problem(
+                        "device", p.device, f"another parameter lies on {device}", "Use an optimizer for each device"
+                    )
+                )
             if not p.is_floating_point() or p.layout != torch.strided or not _dense(p):
-                problems.append(problem("params", tuple(p.shape), "must be dense tensors of floating-point numbers", "Leave it out"))
+                problems.append(
+                    problem("params", tuple(p.shape), "must be dense tensors of floating-point numbers", "Leave it out")
+                )
         if problems:
             raise UserError(list(dict.fromkeys(problems)))
         if self.pager is None:
@@ -196,7 +222,9 @@ class PagedAdamW(torch.optim.Optimizer):
         for dtype, members in groupby(sorted(new, key=lambda p: str(p.dtype)), key=lambda p: p.dtype):
             together = list(members)
             for spans in layout([p.numel() for p in together], self._block):
-                pages.append(Page(dtype, _elements(spans, self._block), [(together[span.index], span) for span in spans]))
+                pages.append(
+                    Page(dtype, _elements(spans, self._block), [(together[span.index], span) for span in spans])
+                )
         numbers = self.pager.add([_page_bytes(page.elements, self._kind, page.dtype.itemsize) for page in pages])
         self._spans |= {p: [] for p in new}
         for number, page in zip(numbers, pages, strict=True):
@@ -208,19 +236,25 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self) -> Prepared:
-        """What `step` does first, which needs no value of a gradient. Of a 7B it takes milliseconds: time that a GPU spends on the
-        gradients if `step` gets it from here, and waiting if not. Good for the next step, with the gradients and rates that there are."""
+        """What `step` does first, which needs no value of a gradient. Of a 7B it takes milliseconds: time that a GPU
+        spends on the gradients if `step` gets it from here, and waiting if not. Good for the next step, with the
+        gradients and rates that there are.
+        """
         self._open()
         due = self._due()
         return due, [(number, runs) for number, page in enumerate(self._pages) if (runs := self._runs(page, due))]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, prepared: Prepared | None = None, scale: float = 1.0) -> Any:
-        """Update every parameter that has a gradient; returns the loss of `closure`, if given. `prepared`: from `prepare`. Gradients are
-        multiplied by `scale` as they are read, and stay as they are: doing it before would pass over them once more.
+    def step(
+        self, closure: Callable[[], Any] | None = None, prepared: Prepared | None = None, scale: float = 1.0
+    ) -> Any:
+        """Update every parameter that has a gradient; returns the loss of `closure`, if given. `prepared`: from
+        `prepare`. Gradients are multiplied by `scale` as they are read, and stay as they are: doing it before would
+        pass over them once more.
 
         Raises:
-            MemoryError, torch.OutOfMemoryError, RuntimeError, OSError: an allocation failed (`paging.out_of_memory` tells). Nothing
+            MemoryError, torch.OutOfMemoryError, RuntimeError, OSError: an allocation failed (`paging.out_of_memory`
+            tells). Nothing
                 has changed then, and the step can be taken again.
         """
         loss = None
@@ -240,7 +274,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _open(self) -> None:
         if self.pager is None or self.pager.closed:
-            raise UserError(problem("optimizer", "PagedAdamW", "was closed and has no state any more", "Make a new one"))
+            raise UserError(
+                problem("optimizer", "PagedAdamW", "was closed and has no state any more", "Make a new one")
+            )
 
     def _due(self) -> Due:
         due: Due = {}
@@ -253,14 +289,20 @@ class PagedAdamW(torch.optim.Optimizer):
                 if gradient is None:
                     continue
                 if gradient.is_sparse:
-                    raise UserError(problem("params", tuple(p.shape), "has a sparse gradient", "Make its layer with sparse=False"))
+                    raise UserError(
+                        problem("params", tuple(p.shape), "has a sparse gradient", "Make its layer with sparse=False")
+                    )
                 if p.device != device:
                     remedy = "Make the optimizer after moving the model"
-                    raise UserError(problem("device", p.device, f"the optimizer was made for parameters on {device}", remedy))
+                    raise UserError(
+                        problem("device", p.device, f"the optimizer was made for parameters on {device}", remedy)
+                    )
                 step = self._steps.get(p, 0) + 1
                 if step not in known:
                     size, correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
-                    known[step] = Scalars(beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], size, correction, step)
+                    known[step] = Scalars(
+                        beta1, beta2, group["eps"], 1 - lr * group["weight_decay"], size, correction, step
+                    )
                 due[p] = known[step], gradient
         self._place(due)
         return due
@@ -297,8 +339,9 @@ class PagedAdamW(torch.optim.Optimizer):
     # ---------------------------------------------------------------- memory
 
     def make_room(self) -> bool:
-        """An allocation failed: move half of the resident pages (at least one) to the slow tier, for good. False if nothing is left
-        to give up, or with memory="all". What is computed does not change."""
+        """An allocation failed: move half of the resident pages (at least one) to the slow tier, for good. False if
+        nothing is left to give up, or with memory="all". What is computed does not change.
+        """
         self._open()
         return self.pager.evict(-(-self.pager.resident // 2)) > 0 if self.memory != "all" else False
 
@@ -325,7 +368,9 @@ class PagedAdamW(torch.optim.Optimizer):
                 values = self._joined([moments.values[k, span.at : span.at + span.count] for moments, span in parts])
                 entry[name] = values.as_strided(p.shape, p.stride())
                 if self._kind == "8bit":
-                    entry[f"{name}_absmax"] = self._joined([moments.scales[k, _blocks(span)] for moments, span in parts])
+                    entry[f"{name}_absmax"] = self._joined(
+                        [moments.scales[k, _blocks(span)] for moments, span in parts]
+                    )
             self.state[p] = entry
         try:
             return super().state_dict()
@@ -343,8 +388,8 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state_dict of this class or, for float32 state, of torch.optim.AdamW. The values go into the pages, wherever
-        those lie.
+        """Take over a state_dict of this class or, for float32 state, of torch.optim.AdamW. The values go into the
+        pages, wherever those lie.
 
         Raises:
             UserError: everything about it that does not fit; nothing has been changed then.
@@ -357,9 +402,15 @@ class PagedAdamW(torch.optim.Optimizer):
             raise UserError(problem("state_dict", "(groups)", rule, "Make the optimizer with the same groups"))
         for option in ("amsgrad", "maximize"):
             if any(group.get(option) for group in groups):
-                problems.append(problem("state_dict", option, "is nothing that PagedAdamW does", "Use torch.optim.AdamW for it"))
+                problems.append(
+                    problem("state_dict", option, "is nothing that PagedAdamW does", "Use torch.optim.AdamW for it")
+                )
         keys = [index for group in groups for index in group["params"]]
-        saved = {p: state_dict["state"][key] for key, p in zip(keys, self._parameters(), strict=True) if state_dict["state"].get(key)}
+        saved = {
+            p: state_dict["state"][key]
+            for key, p in zip(keys, self._parameters(), strict=True)
+            if state_dict["state"].get(key)
+        }
         for number, (p, entry) in enumerate(saved.items()):
             problems += self._misfits(number, p, entry)
         if problems:
@@ -367,7 +418,10 @@ class PagedAdamW(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._place(saved)
         self._steps = {p: int(entry["step"]) for p, entry in saved.items()}
-        flat = {p: {name: _contiguous(_like(entry[name], p)).view(-1) for name in ("exp_avg", "exp_avg_sq")} for p, entry in saved.items()}
+        flat = {
+            p: {name: _contiguous(_like(entry[name], p)).view(-1) for name in ("exp_avg", "exp_avg_sq")}
+            for p, entry in saved.items()
+        }
         with self.pager.sequence(range(len(self._pages))) as pages:
             for page, memory in zip(self._pages, pages, strict=True):
                 moments = self._moments(memory, page)
@@ -382,7 +436,9 @@ class PagedAdamW(torch.optim.Optimizer):
                             continue
                         values.copy_(flat[p][name][span.first : span.first + span.count])
                         if scales is not None:
-                            moments.values[k, span.at + span.count : span.at + scales.numel() * BLOCK].fill_((127, 0)[k])  # code of 0
+                            moments.values[k, span.at + span.count : span.at + scales.numel() * BLOCK].fill_(
+                                (127, 0)[k]
+                            )  # code of 0
                             scales.copy_(saved[p][f"{name}_absmax"][span.first // BLOCK :][: scales.numel()])
 
     def _misfits(self, number: int, p: Parameter, entry: dict[str, Any]) -> list[str]:
@@ -393,7 +449,14 @@ class PagedAdamW(torch.optim.Optimizer):
         found = {name: tuple(value.shape) for name, value in entry.items() if name != "step"}
         if "step" not in entry or found != wanted or (entry["exp_avg"].dtype == torch.uint8) != eight:
             rule = f"state of parameter {number} is {found or 'empty'}, not {self._kind} state of shapes {wanted}"
-            return [problem("state_dict", f"(parameter {number})", rule, "Load what an optimizer of the same parameters and state saved")]
+            return [
+                problem(
+                    "state_dict",
+                    f"(parameter {number})",
+                    rule,
+                    "Load what an optimizer of the same parameters and state saved",
+                )
+            ]
         return []
 
 
@@ -418,7 +481,7 @@ def _contiguous(t: Tensor) -> Tensor:
 
 def _like(value: Tensor, p: Parameter) -> Tensor:
     """A gradient or moment with its elements in the order of its parameter's."""
-    same = value.is_contiguous() and p.is_contiguous() or value.stride() == p.stride()
+    same = (value.is_contiguous() and p.is_contiguous()) or value.stride() == p.stride()
     return value if same else torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
@@ -427,14 +490,18 @@ def _like(value: Tensor, p: Parameter) -> Tensor:
 
 @dataclass
 class Moments:
-    """Row 0 of each belongs to m, row 1 to v. `values` are the moments, or their codes; `scales` the maxima of the blocks."""
+    """Row 0 of each belongs to m, row 1 to v. `values` are the moments, or their codes; `scales` the maxima of the
+    blocks.
+    """
 
     values: Tensor
     scales: Tensor | None = None
 
 
 class _Update:
-    """The update of a run, in memory that is allocated beforehand. 8-bit moments are decoded to float32, and encoded again."""
+    """The update of a run, in memory that is allocated beforehand. 8-bit moments are decoded to float32, and encoded
+    again.
+    """
 
     def __init__(self, runs: Sequence[Run], device: torch.device, eight: bool, scale: float):
         self.eight, self.scale = eight, scale

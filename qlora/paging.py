@@ -5,11 +5,13 @@
                                                    file on a disk                writes back, and takes the memory when it needs it
     cuda     device memory                         pinned memory of the host     one of two staging slots, copied on side streams
 
-On a CPU the kernel's page cache is the transfer engine: a spilled page is used where the file maps it, and nothing is copied.
-What the cache holds is no RssAnon and does not count against the budget, though `ps` shows it as resident. Copies by a thread
-into buffers of our own (the alternative) doubled the time of an optimizer step. Giving mapped pages back with MADV_DONTNEED
-frees no memory, only its mapping, and made it 1.4 times as long for the page faults; so the mapping stays, until an allocation
-fails: then addresses may be what is short (ulimit -v), and the file is mapped only while it is used. No managed memory: it loses its paging on resume and never frees. Every tier belongs to its `Pager` and goes with it.
+On a CPU the kernel's page cache is the transfer engine: a spilled page is used where the file maps it, and nothing is
+copied. What the cache holds is no RssAnon and does not count against the budget, though `ps` shows it as resident.
+Copies by a thread into buffers of our own (the alternative) doubled the time of an optimizer step. Giving mapped pages
+back with MADV_DONTNEED frees no memory, only its mapping, and made it 1.4 times as long for the page faults; so the
+mapping stays, until an allocation
+fails: then addresses may be what is short (ulimit -v), and the file is mapped only while it is used. No managed memory:
+it loses its paging on resume and never frees. Every tier belongs to its `Pager` and goes with it.
 
 The CUDA tier has the same interface and is written after the same rules; it has not run on a card yet.
 """
@@ -33,23 +35,33 @@ from torch import Tensor
 from qlora.errors import UserError, problem
 from qlora.files import disk_full
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE (Linux 5.14), which Python has no name for: all page faults of a range at once
+_POPULATE_WRITE = (
+    23  # MADV_POPULATE_WRITE (Linux 5.14), which Python has no name for: all page faults of a range at once
+)
 
 
 class Pager:
-    """Byte pages on `device`. Of at most `budget` bytes (None: any number) the memory is `device`'s own, the rest lies in the
+    """Byte pages on `device`. Of at most `budget` bytes (None: any number) the memory is `device`'s own, the rest lies
+    in the
     slow tier: on a CPU a file in `folder` (None: the system's folder for temporary files).
 
-    With `spill` False nothing ever goes to the slow tier. `moved` counts the bytes that went in and out of spilled pages, `stalls`
-    the times that one was not there yet when it was asked for.
+    With `spill` False nothing ever goes to the slow tier. `moved` counts the bytes that went in and out of spilled
+    pages, `stalls` the times that one was not there yet when it was asked for.
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", *, budget: int | None = None, folder: str | Path | None = None, spill: bool = True
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        budget: int | None = None,
+        folder: str | Path | None = None,
+        spill: bool = True,
     ):
         self.device, self.budget, self.spill = torch.device(device), budget, spill
         if self.device.type not in ("cpu", "cuda"):
-            raise UserError(problem("device", self.device, "pages can lie on cpu and cuda", "Move the parameters there"))
+            raise UserError(
+                problem("device", self.device, "pages can lie on cpu and cuda", "Move the parameters there")
+            )
         self._slow = PinnedMemory(self.device) if self.device.type == "cuda" else MappedFile(folder)
         self._sizes: list[int] = []
         self._fast: dict[int, Tensor] = {}  # page -> its memory
@@ -75,8 +87,8 @@ class Pager:
         return self._slow.stalls
 
     def add(self, sizes: Sequence[int]) -> range:
-        """New pages of these sizes in bytes, filled with zeros; returns their numbers. A page that the fast tier has no room or
-        no memory for is spilled.
+        """New pages of these sizes in bytes, filled with zeros; returns their numbers. A page that the fast tier has no
+        room or no memory for is spilled.
 
         Raises:
             UserError: the slow tier has no room either; no page was added.
@@ -86,7 +98,11 @@ class Pager:
         for index, (size, fits) in enumerate(zip(sizes, fitting(sizes, room), strict=True), first):
             try:
                 if fits:
-                    fast[index] = torch.zeros(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else anonymous(size)
+                    fast[index] = (
+                        torch.zeros(size, dtype=torch.uint8, device=self.device)
+                        if self.device.type == "cuda"
+                        else anonymous(size)
+                    )
             except ALLOCATION_ERRORS as error:
                 if not (self.spill and out_of_memory(error)):
                     raise
@@ -99,8 +115,8 @@ class Pager:
         return range(first, len(self._sizes))
 
     def evict(self, nbytes: int) -> int:
-        """Move resident pages of at least `nbytes` bytes (or all there are) to the slow tier, the last first, and lower the budget
-        to what stays; returns the bytes freed. Addresses that the slow tier used are freed too, for good.
+        """Move resident pages of at least `nbytes` bytes (or all there are) to the slow tier, the last first, and lower
+        the budget to what stays; returns the bytes freed. Addresses that the slow tier used are freed too, for good.
 
         Raises:
             UserError: the slow tier has no room; nothing was moved.
@@ -111,7 +127,9 @@ class Pager:
                 break
             chosen.append(index)
         freed = sum(self._sizes[index] for index in chosen)
-        for index, place in zip(chosen, self._slow.reserve([self._sizes[index] for index in chosen]) if chosen else [], strict=True):
+        for index, place in zip(
+            chosen, self._slow.reserve([self._sizes[index] for index in chosen]) if chosen else [], strict=True
+        ):
             self._slow.write(place, self._fast[index])
             self._places[index] = place
             del self._fast[index]
@@ -123,8 +141,8 @@ class Pager:
 
     @contextmanager
     def sequence(self, order: Sequence[int]) -> Iterator[Iterator[Tensor]]:
-        """An iterator over pages `order` (uint8 tensors to read and write, each good until the next is asked for), while the one
-        after is being fetched.
+        """An iterator over pages `order` (uint8 tensors to read and write, each good until the next is asked for),
+        while the one after is being fetched.
 
         Everything that can fail for want of memory fails on entering, before a page is handed out.
         """
@@ -133,15 +151,17 @@ class Pager:
             yield (self._fast[index] if index in self._fast else next(window) for index in order)
 
     def pages(self) -> list[Tensor]:
-        """Every page as it is, to read: a spilled one is mapped, on a GPU machine it is host memory. What is read changes with the
-        page; it lives as long as its tensor."""
+        """Every page as it is, to read: a spilled one is mapped, on a GPU machine it is host memory. What is read
+        changes with the page; it lives as long as its tensor.
+        """
         spilled = [(place, self._sizes[index]) for index, place in self._places.items()]
         found = dict(zip(self._places, self._slow.read(spilled) if spilled else [], strict=True))
         return [self._fast[index] if index in self._fast else found[index] for index in range(len(self._sizes))]
 
     def scratch(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes] outside of the pages, for what would undo the saving if it lay in memory: mapped from a file of its own if
-        pages are spilled to one."""
+        """uint8 [nbytes] outside of the pages, for what would undo the saving if it lay in memory: mapped from a file
+        of its own if pages are spilled to one.
+        """
         return self._slow.scratch(nbytes) if self.spilled else torch.empty(nbytes, dtype=torch.uint8)
 
     def close(self) -> None:
@@ -161,8 +181,8 @@ def fitting(sizes: Sequence[int], budget: int | None) -> list[bool]:
 
 
 def anonymous(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of zeros in a mapping of its own, which goes back to the system with the tensor. (What malloc gets back
-    it may keep.)
+    """uint8 [nbytes] of zeros in a mapping of its own, which goes back to the system with the tensor. (What malloc gets
+    back it may keep.)
 
     Raises:
         MemoryError: there is none.
@@ -174,7 +194,11 @@ def anonymous(nbytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-ALLOCATION_ERRORS = (MemoryError, OSError, RuntimeError)  # among which `out_of_memory` tells; torch.OutOfMemoryError is a RuntimeError
+ALLOCATION_ERRORS = (
+    MemoryError,
+    OSError,
+    RuntimeError,
+)  # among which `out_of_memory` tells; torch.OutOfMemoryError is a RuntimeError
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -183,15 +207,18 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc"))
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc")
+    )
 
 
 # ---------------------------------------------------------------- a file
 
 
 class MappedFile:
-    """Pages in a file without a name: preallocated, so that a full disk is met before anything counts on it (a write to a mapped
-    hole would kill the process), and unlinked, so that nobody can cut it short and nothing is left behind."""
+    """Pages in a file without a name: preallocated, so that a full disk is met before anything counts on it (a write to
+    a mapped hole would kill the process), and unlinked, so that nobody can cut it short and nothing is left behind.
+    """
 
     def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder or tempfile.gettempdir())
@@ -294,8 +321,12 @@ def open_unlinked(folder: Path) -> int:
         UserError: the folder cannot be written to, or is kept in memory, where spilling saves nothing.
     """
     if in_memory(folder):
-        remedy = "Write to a folder on a disk (the output folder, or TMPDIR), or keep the state resident with memory=all"
-        raise UserError(problem("folder", folder, "lies in memory (tmpfs), so pages spilled to it would save none", remedy))
+        remedy = (
+            "Write to a folder on a disk (the output folder, or TMPDIR), or keep the state resident with memory=all"
+        )
+        raise UserError(
+            problem("folder", folder, "lies in memory (tmpfs), so pages spilled to it would save none", remedy)
+        )
     try:
         if hasattr(os, "O_TMPFILE"):
             try:
@@ -307,7 +338,9 @@ def open_unlinked(folder: Path) -> int:
         os.unlink(path)
         return handle
     except OSError as error:
-        raise UserError(problem("folder", folder, f"cannot be written ({error.strerror})", "Choose a folder you may write to")) from error
+        raise UserError(
+            problem("folder", folder, f"cannot be written ({error.strerror})", "Choose a folder you may write to")
+        ) from error
 
 
 def allocate(handle: int, offset: int, nbytes: int, folder: Path) -> None:
@@ -318,7 +351,9 @@ def allocate(handle: int, offset: int, nbytes: int, folder: Path) -> None:
         if not disk_full(error):
             raise
         remedy = "Free some space there, or let more of it stay in memory"
-        raise UserError(problem("folder", folder, f"the disk has no room for {nbytes / 1e6:.0f} MB of pages", remedy)) from error
+        raise UserError(
+            problem("folder", folder, f"the disk has no room for {nbytes / 1e6:.0f} MB of pages", remedy)
+        ) from error
 
 
 def in_memory(folder: Path) -> bool:
@@ -327,7 +362,9 @@ def in_memory(folder: Path) -> bool:
         device = os.stat(folder).st_dev
         mounts = Path("/proc/self/mountinfo").read_text()
     except OSError as error:
-        raise UserError(problem("folder", folder, f"cannot be used ({error.strerror})", "Choose a folder on a disk, on Linux")) from error
+        raise UserError(
+            problem("folder", folder, f"cannot be used ({error.strerror})", "Choose a folder on a disk, on Linux")
+        ) from error
     name = f"{os.major(device)}:{os.minor(device)}"
     return re.search(rf"^\d+ \d+ {name} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE) is not None
 
@@ -336,7 +373,8 @@ def in_memory(folder: Path) -> bool:
 
 
 class PinnedMemory:
-    """Pages in page-locked memory of the host; two slots on the device that copies in, computation and copies out share:
+    """Pages in page-locked memory of the host; two slots on the device that copies in, computation and copies out
+    share:
 
     in stream    fetch 0 | fetch 1 | ........ | fetch 2 (slot of 0) |
     compute                | use 0   | use 1             | use 2 ...
@@ -362,7 +400,9 @@ class PinnedMemory:
         except MemoryError as error:
             _unpin(self.device, pinned)
             remedy = "Free some of it, or let more of the state stay on the device"
-            raise UserError(problem("memory", "host", f"has no {sum(sizes) / 1e6:.0f} MB that can be pinned ({error})", remedy)) from error
+            raise UserError(
+                problem("memory", "host", f"has no {sum(sizes) / 1e6:.0f} MB that can be pinned ({error})", remedy)
+            ) from error
         self._host += pinned
         return list(range(len(self._host) - len(pinned), len(self._host)))
 
@@ -389,7 +429,9 @@ class PinnedMemory:
             compute.wait_stream(self._in)
             compute.wait_stream(self._out)  # the slots go back to the allocator, in the order of this stream
 
-    def _walk(self, slots: list[Tensor], compute: torch.cuda.Stream, places: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    def _walk(
+        self, slots: list[Tensor], compute: torch.cuda.Stream, places: Sequence[tuple[int, int]]
+    ) -> Iterator[Tensor]:
         fetched = [torch.cuda.Event() for _ in places]
         stored = [torch.cuda.Event() for _ in places]
         self._in.wait_stream(compute)

@@ -34,8 +34,17 @@ from qlora.adapters import adapter_parameters, attach_adapters, named_adapters
 from qlora.checkpoint import drop_checkpoints, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from qlora.config import FinetuneConfig, PlanConfig, to_yaml
 from qlora.data import (
-    Batch, Dataset, Example, by_length, collate, read_records, run_length, split, step_indices, tokenize,
-)  # fmt: skip
+    Batch,
+    Dataset,
+    Example,
+    by_length,
+    collate,
+    read_records,
+    run_length,
+    split,
+    step_indices,
+    tokenize,
+)
 from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import disk_full, disk_problem, remove_partial
@@ -45,21 +54,45 @@ from qlora.optim import PagedAdamW
 from qlora.plan import plan_command, table, within
 from qlora.sources import load_tokenizer, resolve
 from qlora.train import (
-    Interrupted, MetricsLog, PeakMemory, checkpoint_activations, cut_back, duration, learning_rate, require_tensorboard, train,
-)  # fmt: skip
+    Interrupted,
+    MetricsLog,
+    PeakMemory,
+    checkpoint_activations,
+    cut_back,
+    duration,
+    learning_rate,
+    require_tensorboard,
+    train,
+)
 
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
 # base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
 FREE_TO_CHANGE = {
-    "data", "device", "epochs", "eval_data", "eval_every", "gradient_checkpointing", "keep_checkpoints", "memory", "model",
-    "optimizer_memory", "output", "resume", "revision", "save_every", "steps", "tensorboard", "trust_remote_code",
-}  # fmt: skip
+    "data",
+    "device",
+    "epochs",
+    "eval_data",
+    "eval_every",
+    "gradient_checkpointing",
+    "keep_checkpoints",
+    "memory",
+    "model",
+    "optimizer_memory",
+    "output",
+    "resume",
+    "revision",
+    "save_every",
+    "steps",
+    "tensorboard",
+    "trust_remote_code",
+}
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to. `loss` is the last step's; evaluations are None without held-out data. Seconds, bytes: `memory_bytes`
-    is the measured peak of the process, `predicted_bytes` the plan's, None without --memory."""
+    """What a run came to. `loss` is the last step's; evaluations are None without held-out data. Seconds, bytes:
+    `memory_bytes` is the measured peak of the process, `predicted_bytes` the plan's, None without --memory.
+    """
 
     output: Path
     adapter: Path
@@ -97,15 +130,27 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             print(f"memory   {config.memory / 1e6:.0f} MB: {plan.settings.flags()}\n{table(plan)}", flush=True)
 
         model = load_base(
-            config.model, bits=config.bits, dtype=config.dtype, device=config.device, blocksize=config.blocksize,
-            double_quant=config.double_quant, scales=config.scales, trust_remote_code=config.trust_remote_code, revision=config.revision,
-        )  # fmt: skip
+            config.model,
+            bits=config.bits,
+            dtype=config.dtype,
+            device=config.device,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+            scales=config.scales,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
         base_bytes = model.get_memory_footprint()
         set_seed(config.seed)
         attach_adapters(
-            model, method=config.method, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
-            targets=config.targets, rslora=config.rslora,
-        )  # fmt: skip
+            model,
+            method=config.method,
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            targets=config.targets,
+            rslora=config.rslora,
+        )
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         optimizer = owned.enter_context(closing(adamw(model, config)))
@@ -127,11 +172,20 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
             try:
                 train(
-                    model, optimizer, micro_batches(config, data.train, length["examples"]), steps=steps, first=first, clip=config.clip, log=log, save=save, save_every=config.save_every,
+                    model,
+                    optimizer,
+                    micro_batches(config, data.train, length["examples"]),
+                    steps=steps,
+                    first=first,
+                    clip=config.clip,
+                    log=log,
+                    save=save,
+                    save_every=config.save_every,
                     rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
-                    evaluate=held_out_loss if data.held_out else None, eval_every=config.eval_every,
+                    evaluate=held_out_loss if data.held_out else None,
+                    eval_every=config.eval_every,
                     memory=memory,
-                )  # fmt: skip
+                )
             except Interrupted as stop:
                 print(how_to_go_on(stop.step, config.output), file=sys.stderr, flush=True)
                 raise
@@ -147,8 +201,9 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
 
 def hold(config: FinetuneConfig) -> PeakMemory:
-    """The peak of this process, kept to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes back to the
-    system."""
+    """The peak of this process, kept to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes
+    back to the system.
+    """
     device = resolve_device(config.device)
     if config.memory is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -279,16 +334,22 @@ def read_data(config: FinetuneConfig, output: Path):
 
 def tokens(config: FinetuneConfig, tokenizer, records: list[dict]) -> Dataset:
     return tokenize(
-        records, tokenizer, format=config.format, max_tokens=config.max_tokens,
-        train_on_prompt=config.train_on_prompt, truncate=config.truncate,
-    )  # fmt: skip
+        records,
+        tokenizer,
+        format=config.format,
+        max_tokens=config.max_tokens,
+        train_on_prompt=config.train_on_prompt,
+        truncate=config.truncate,
+    )
 
 
 def planned(config: PlanConfig) -> dict[str, Any]:
     """`qlora plan` (see `plan.plan_command`), with --data of the batches that this run would have."""
     if config.data is None:
         return plan_command(config)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code, revision=config.revision, weights=False)
+    tokenizer = load_tokenizer(
+        config.model, trust_remote_code=config.trust_remote_code, revision=config.revision, weights=False
+    )
     records, held_out = read_records(config.data), read_records(config.eval_data) if config.eval_data else []
     if config.eval_fraction > 0:
         records, held_out = split(records, config.eval_fraction, config.seed)
@@ -343,12 +404,15 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
     now = identity["options"]
-    was = {"scales": now["scales"] and "absmax"} | began["options"]  # checkpoints from before that option do not name it
+    was = {"scales": now["scales"] and "absmax"} | began[
+        "options"
+    ]  # checkpoints from before that option do not name it
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")
-        for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)
-    ]  # fmt: skip
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
     if not problems and began["data"] != identity["data"]:
         first, these = began["data"]["examples"], identity["data"]["examples"]
         rule = f"the run began on {first} training examples that are not these {these}"
@@ -381,7 +445,13 @@ def _length_problems(was: dict[str, int], now: dict[str, int], done: int, option
 
 
 def before(
-    config: FinetuneConfig, data: Data, model: torch.nn.Module, optimizer: PagedAdamW, base_bytes: int, first: int, steps: int
+    config: FinetuneConfig,
+    data: Data,
+    model: torch.nn.Module,
+    optimizer: PagedAdamW,
+    base_bytes: int,
+    first: int,
+    steps: int,
 ) -> str:
     """The summary before training."""
     pager = optimizer.pager

@@ -24,7 +24,7 @@ _SHOWN = 10  # problems a person still reads
 class Record(dict):
     """One record, and where it stands: `source` is the file, `place` is "line 17", "row 3" or "record 3"."""
 
-    __slots__ = ("source", "place")
+    __slots__ = ("place", "source")
 
     def __init__(self, values: dict, source: str, place: str):
         super().__init__(values)
@@ -58,8 +58,16 @@ def kind_of(value: object) -> str:
     """What a value is, in words, for errors."""
     if value is None:
         return "null"
-    words = {str: "text", bool: "a boolean", int: "a number", _Decimal: "a number", list: "a list", dict: "an object",
-             float: "a float, which has no text of its own", bytes: "binary"}
+    words = {
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        _Decimal: "a number",
+        list: "a list",
+        dict: "an object",
+        float: "a float, which has no text of its own",
+        bytes: "binary",
+    }
     return words.get(type(value), f"a {type(value).__name__}")
 
 
@@ -101,8 +109,9 @@ def _nearby(path: Path) -> str:
 
 
 def _read_folder(folder: Path) -> list[dict]:
-    files = sorted(entry for entry in folder.iterdir()
-                   if entry.suffix.lower() in _READERS and not entry.name.startswith("."))
+    files = sorted(
+        entry for entry in folder.iterdir() if entry.suffix.lower() in _READERS and not entry.name.startswith(".")
+    )
     if not files:
         raise UserError(problem("data", folder, f"the folder holds no {_ENDINGS} file", "Name the file, or its folder"))
     records, problems, columns = [], [], {}
@@ -115,9 +124,16 @@ def _read_folder(folder: Path) -> list[dict]:
             columns[file.name] = sorted({column for record in found for column in record})
             records += found
     first, expected = next(iter(columns.items()), ("", []))
-    problems += [problem("data", folder, f"{name} has the columns {', '.join(own)} where {first} has "
-                         f"{', '.join(expected)}", "Give every file of the folder the same columns, or name one file")
-                 for name, own in columns.items() if own != expected]
+    problems += [
+        problem(
+            "data",
+            folder,
+            f"{name} has the columns {', '.join(own)} where {first} has {', '.join(expected)}",
+            "Give every file of the folder the same columns, or name one file",
+        )
+        for name, own in columns.items()
+        if own != expected
+    ]
     raise_all(problems)
     return records
 
@@ -163,8 +179,16 @@ def _why(error: ValueError) -> str:
 
 def _json_record(value: object, path: Path, place: str, problems: list[str]) -> list[dict]:
     if isinstance(value, dict):
-        return [Record({column: text_of(item) if isinstance(item, (bool, int, float)) else item
-                        for column, item in value.items()}, str(path), place)]
+        return [
+            Record(
+                {
+                    column: text_of(item) if isinstance(item, (bool, int, float)) else item
+                    for column, item in value.items()
+                },
+                str(path),
+                place,
+            )
+        ]
     rule = f"{place} is {kind_of(value)}, not an object with columns"
     problems.append(problem("data", path, rule, 'Write {"column": "text", ...}'))
     return []
@@ -201,11 +225,20 @@ def _read_json(path: Path, problems: list[str]) -> list[dict]:
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
-        problems.append(problem("data", path, f"the file is {kind_of(value)}, where a list of records is needed",
-                                "Put the records between [ and ], or one on each line of a .jsonl file"))
+        problems.append(
+            problem(
+                "data",
+                path,
+                f"the file is {kind_of(value)}, where a list of records is needed",
+                "Put the records between [ and ], or one on each line of a .jsonl file",
+            )
+        )
         return []
-    return [record for number, item in enumerate(value, 1)
-            for record in _json_record(item, path, f"record {number}", problems)]
+    return [
+        record
+        for number, item in enumerate(value, 1)
+        for record in _json_record(item, path, f"record {number}", problems)
+    ]
 
 
 def _read_csv(path: Path, problems: list[str]) -> list[dict]:
@@ -267,8 +300,14 @@ def _read_hub(source: str, nearby: str) -> list[dict]:
             return [Record(row, source, f"row {number}") for number, row in enumerate(rows, 1)]
     except (OSError, ValueError, RuntimeError, DatasetsError, http_error) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(problem("data", source, f"there is no such file, and no hub dataset could be read ({reason})",
-                                f"{nearby}. If it is a hub dataset, check name, split and network")) from error
+        raise UserError(
+            problem(
+                "data",
+                source,
+                f"there is no such file, and no hub dataset could be read ({reason})",
+                f"{nearby}. If it is a hub dataset, check name, split and network",
+            )
+        ) from error
 
 
 def load_with_datasets(name: str, config: str | None, split: str, cache: str) -> Iterable[dict]:

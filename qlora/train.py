@@ -5,13 +5,13 @@
 The loss is summed and divided once, so 4 micro-batches of 1 and 1 of 4 are the same step (the alternative, a mean of
 means, weighs a token by the size of its micro-batch). The division is applied to the float32 gradients rather than to
 the loss: the numbers that flow back through a 16-bit model are then larger by the number of tokens, which is the loss
-scaling that float16 needs. Division and clipping are one factor, which PagedAdamW applies as it reads the gradients: on a
-CPU two passes over them took as long as the update.
+scaling that float16 needs. Division and clipping are one factor, which PagedAdamW applies as it reads the gradients: on
+a CPU two passes over them took as long as the update.
 
 What a step sees is a function of its number (`batches(step)`, `rate(step)`), so a resumed run needs no iterator state.
-A step asks the device for a number once, when loss and norm decide whether it counts: between micro-batches a GPU never waits.
-metrics.jsonl: one object per line and step. `tokens` are those of the step, without padding; `tokens_per_second` leaves
-evaluation and saving out; `memory_bytes` is the peak so far (`PeakMemory`).
+A step asks the device for a number once, when loss and norm decide whether it counts: between micro-batches a GPU never
+waits. metrics.jsonl: one object per line and step. `tokens` are those of the step, without padding; `tokens_per_second`
+leaves evaluation and saving out; `memory_bytes` is the peak so far (`PeakMemory`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qlora_kernels import ops
 from torch import Tensor, nn
 
 from qlora.checkpoint import random_states, set_random_states
 from qlora.errors import UserError, problem
 from qlora.loss import loss_sum
 from qlora.paging import ALLOCATION_ERRORS, out_of_memory
+from qlora_kernels import ops
 
 Metrics = dict[str, Any]
 
@@ -92,7 +92,8 @@ def optimizer_step(
     """One step over `batches` at learning rate `rate`, gradients clipped to norm `clip` (0: not); returns loss and
     grad_norm (before clipping).
 
-    Where an allocation fails, an optimizer that can (`make_room`) gives memory back, and the whole step is taken again from
+    Where an allocation fails, an optimizer that can (`make_room`) gives memory back, and the whole step is taken again
+    from
     the same random states: the result is that of an undisturbed step.
 
     Raises:
@@ -179,7 +180,10 @@ def train(
         Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
         UserError: a loss or gradient that is not finite.
     """
-    with StopRequest() as stop, nullcontext(memory) if memory else PeakMemory(next(model.parameters()).device) as memory:
+    with (
+        StopRequest() as stop,
+        nullcontext(memory) if memory else PeakMemory(next(model.parameters()).device) as memory,
+    ):
         if evaluate is not None and first == 0:
             log({"step": 0, "tokens": 0, "eval_loss": evaluate(), "memory_bytes": memory.peak()})
         model.train()
@@ -199,19 +203,22 @@ def train(
                 "grad_norm": metrics["grad_norm"],
             }
             line |= {"tokens_per_second": speed, "memory_bytes": memory.peak()}
-            if evaluate is not None and (done == steps or eval_every and done % eval_every == 0):
+            if evaluate is not None and (done == steps or (eval_every and done % eval_every == 0)):
                 line["eval_loss"] = evaluate()
             log(line)
             interrupted = stop.asked and done < steps
-            if save is not None and (done == steps or interrupted or save_every and done % save_every == 0):
+            if save is not None and (done == steps or interrupted or (save_every and done % save_every == 0)):
                 save(done)
             if interrupted:
                 raise Interrupted(done)
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this. One that the
-    process was told to ignore stays ignored: a shell starts what runs behind it (`&`) so that its Ctrl-C is not meant for it."""
+    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this. One
+    that the
+    process was told to ignore stays ignored: a shell starts what runs behind it (`&`) so that its Ctrl-C is not meant
+    for it.
+    """
 
     def __init__(self):
         self.asked = False
@@ -251,8 +258,9 @@ def anonymous_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system. glibc keeps it for the next that asks, holes between what is used included. Nothing
-    without glibc."""
+    """Give freed memory back to the system. glibc keeps it for the next that asks, holes between what is used included.
+    Nothing without glibc.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -263,13 +271,14 @@ GROWTH = 4e9  # bytes that a process may grow by in a second: fresh pages cost t
 
 
 class PeakMemory:
-    """The most memory used since it was entered. On a GPU what torch's allocator has reserved: with CUDA's own few hundred MB
-    it is what a card must have; `allocated` is what tensors took of it. On a CPU anonymous memory, RssAnon: Linux keeps no peak of it,
-    so a thread looks every `every` seconds.
+    """The most memory used since it was entered. On a GPU what torch's allocator has reserved: with CUDA's own few
+    hundred MB it is what a card must have; `allocated` is what tensors took of it. On a CPU anonymous memory, RssAnon:
+    Linux keeps no peak of it, so a thread looks every `every` seconds.
 
-    With a `limit` in bytes the thread looks more often the nearer memory comes to it, and gives back there what is freed but kept: of a
-    run of SmolLM2 18 % over what it uses. That costs a step about a tenth where it is needed, and nothing where it is not; a process
-    that keeps nothing (M_MMAP_THRESHOLD at 256 kB, the alternative) pays a third of every step for fresh pages.
+    With a `limit` in bytes the thread looks more often the nearer memory comes to it, and gives back there what is
+    freed but kept: of a run of SmolLM2 18 % over what it uses. That costs a step about a tenth where it is needed, and
+    nothing where it is not; a process that keeps nothing (M_MMAP_THRESHOLD at 256 kB, the alternative) pays a third of
+    every step for fresh pages.
     """
 
     def __init__(self, device: torch.device, every: float = 0.05, limit: int | None = None):

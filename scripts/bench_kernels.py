@@ -2,18 +2,21 @@
 
     python scripts/bench_kernels.py [--shape 4096x4096 ...] [--rounds 15] [--output scripts/results/kernels.json]
 
-Every candidate runs once a round, round after round (A B A B ...), so that whatever else the machine does falls on all of them
-alike. Times are medians over the rounds, ratios are medians of the ratios within a round; in brackets the same from the least time
-of each, which is nearer to an idle machine. Bandwidth counts the bytes an operator must read and write; a copy reads and writes
-its 16-bit matrix in memory that exists already.
-The peers: bitsandbytes' CPU operators for quantizing and decoding; for DoRA's reductions the way PEFT computes them, with PyTorch.
+Every candidate runs once a round, round after round (A B A B ...), so that whatever else the machine does falls on all
+of them alike. Times are medians over the rounds, ratios are medians of the ratios within a round; in brackets the same
+from the least time of each, which is nearer to an idle machine. Bandwidth counts the bytes an operator must read and
+write; a copy reads and writes its 16-bit matrix in memory that exists already.
+The peers: bitsandbytes' CPU operators for quantizing and decoding; for DoRA's reductions the way PEFT computes them,
+with PyTorch.
 
-Where a result's memory comes from decides more than the operator: pages new from the kernel must be cleared, which takes bitsandbytes'
-decoder four times as long as decoding. glibc gives a result of 32 MiB or more new pages on every call, unless freed tensors have left a
-hole as large: with PEFT one step of 4096 x 4096 layers has such holes, another has none, and larger layers rarely find one. So this script
-settles it: in rows named "fresh result" every result has new pages, for both sides; in all others glibc is told to keep what is freed, so
-that no result has, and our decoder writes into the same memory as training does (bitsandbytes' has no `out=` on a CPU).
-The page faults in the table show that it is so.
+Where a result's memory comes from decides more than the operator: pages new from the kernel must be cleared, which
+takes bitsandbytes' decoder four times as long as decoding. glibc gives a result of 32 MiB or more new pages on every
+call, unless freed tensors have left a
+hole as large: with PEFT one step of 4096 x 4096 layers has such holes, another has none, and larger layers rarely find
+one. So this script
+settles it: in rows named "fresh result" every result has new pages, for both sides; in all others glibc is told to keep
+what is freed, so that no result has, and our decoder writes into the same memory as training does (bitsandbytes' has no
+`out=` on a CPU). The page faults in the table show that it is so.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from pathlib import Path
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+
 from qlora_kernels import ops
 
 BLOCKSIZE, NESTED, RANK, TOKENS = 64, 256, 16, 1024
@@ -70,10 +74,16 @@ FRESH = 1 << 25  # bytes from which a result has new pages by glibc's own rule
 
 
 def set_malloc(fresh: bool) -> None:
-    """New pages for every result of `FRESH` bytes, given back when it is freed; or none, everything freed is kept. Only glibc can be told."""
+    """New pages for every result of `FRESH` bytes, given back when it is freed; or none, everything freed is kept. Only
+    glibc can be told.
+    """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in ((mmap_threshold, FRESH), (trim_threshold, FRESH // 2)) if fresh else ((mmap_max, 0), (trim_threshold, (1 << 31) - 1)):
+    for parameter, value in (
+        ((mmap_threshold, FRESH), (trim_threshold, FRESH // 2))
+        if fresh
+        else ((mmap_max, 0), (trim_threshold, (1 << 31) - 1))
+    ):
         if mallopt is not None and not mallopt(parameter, value):
             raise RuntimeError(f"mallopt({parameter}, {value}) failed")
 
@@ -86,8 +96,13 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
     theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
     codes = n * (0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED))
     gain = torch.rand(out) + 0.5
-    # One memory for all rows, as the peer's results share a place too, and the kernel's own, as in training: that asks for huge pages.
-    scratch = ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, torch.float32).view(torch.uint8).view(-1)
+    # One memory for all rows, as the peer's results share a place too, and the kernel's own, as in training: that asks
+    # for huge pages.
+    scratch = (
+        ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, torch.float32)
+        .view(torch.uint8)
+        .view(-1)
+    )
     A, B = torch.randn(RANK, columns), torch.randn(out, RANK) * 0.01
     dy, y = torch.randn(TOKENS, out).bfloat16(), torch.randn(TOKENS, out).bfloat16()
 
@@ -118,23 +133,43 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     peer = {dtype: bnb_decoder(dtype) for dtype in (bf16, fp16, fp32)}
     if fresh:
-        return [Case(f"dequantize to {name}, fresh result", dtype.itemsize * n + codes, decoder(dtype), peer[dtype]) for name, dtype in (("bf16", bf16), ("fp32", fp32))]
+        return [
+            Case(f"dequantize to {name}, fresh result", dtype.itemsize * n + codes, decoder(dtype), peer[dtype])
+            for name, dtype in (("bf16", bf16), ("fp32", fp32))
+        ]
     return [
-        Case("quantize, absmax", n * (2 + 0.5 + 4 / BLOCKSIZE), lambda: ops.quantize_nf4(weight, BLOCKSIZE), lambda: bnb_quantize(False)),
+        Case(
+            "quantize, absmax",
+            n * (2 + 0.5 + 4 / BLOCKSIZE),
+            lambda: ops.quantize_nf4(weight, BLOCKSIZE),
+            lambda: bnb_quantize(False),
+        ),
         Case("quantize, double", 2 * n + codes, quantize_double, lambda: bnb_quantize(True)),
         Case("quantize, mse scales", n * (2 + 2 + 0.5 + 4 / BLOCKSIZE), quantize_fitted),
         Case("dequantize to bf16, reused", 2 * n + codes, into(bf16), peer[bf16]),
         Case("dequantize to bf16, reused, row gain", 2 * n + codes, into(bf16, gain), peer[bf16]),
         Case("dequantize to fp16, reused", 2 * n + codes, into(fp16), peer[fp16]),
         Case("dequantize to fp32, reused", 4 * n + codes, into(fp32), peer[fp32]),
-        Case(f"DoRA row norms, rank {RANK}", codes, lambda: ops.row_norms_nf4(packed, *parts, A, B, 2.0, out, columns, BLOCKSIZE, NESTED), peft_norms),
-        Case(f"DoRA magnitude gradient, {TOKENS} tokens", 4 * TOKENS * out, lambda: ops.column_dots(dy, y), lambda: (dy * y).sum(0, dtype=torch.float32)),
+        Case(
+            f"DoRA row norms, rank {RANK}",
+            codes,
+            lambda: ops.row_norms_nf4(packed, *parts, A, B, 2.0, out, columns, BLOCKSIZE, NESTED),
+            peft_norms,
+        ),
+        Case(
+            f"DoRA magnitude gradient, {TOKENS} tokens",
+            4 * TOKENS * out,
+            lambda: ops.column_dots(dy, y),
+            lambda: (dy * y).sum(0, dtype=torch.float32),
+        ),
         *step_cases(out, columns),
-    ]  # fmt: skip
+    ]
 
 
 def step_cases(out: int, columns: int) -> list[Case]:
-    """What lies between the products, forward and backward: loss, RMSNorm, gated product, rotation beside transformers' chains; attention beside torch's."""
+    """What lies between the products, forward and backward: loss, RMSNorm, gated product, rotation beside transformers'
+    chains; attention beside torch's.
+    """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     from qlora.attention import attend, bounds
@@ -165,9 +200,14 @@ def step_cases(out: int, columns: int) -> list[Case]:
 
     def attention_of_torch():
         q, k, v, dout = (x.transpose(1, 2) for x in heads)
-        return torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), heads[:3], dout)
+        return torch.autograd.grad(
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), heads[:3], dout
+        )
 
-    q, k, dq, dk = (torch.randn(1, TOKENS, h, 64).bfloat16().transpose(1, 2).requires_grad_(i < 2) for i, h in enumerate(2 * (out // 64, max(1, out // 256))))
+    q, k, dq, dk = (
+        torch.randn(1, TOKENS, h, 64).bfloat16().transpose(1, 2).requires_grad_(i < 2)
+        for i, h in enumerate(2 * (out // 64, max(1, out // 256)))
+    )
     angles = torch.outer(torch.arange(TOKENS), 1e-2 ** torch.linspace(0, 2, 32)).repeat(1, 2)[None]
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
 
@@ -175,14 +215,44 @@ def step_cases(out: int, columns: int) -> list[Case]:
         return lambda: torch.autograd.grad(function(q, k, cos, sin), (q, k), (dq, dk))
 
     return [
-        Case("loss of 64 x 49152 logits and gradient", 4 * logits.numel(), lambda: ops.cross_entropy_(logits.detach().clone(), tokens), loss),
+        Case(
+            "loss of 64 x 49152 logits and gradient",
+            4 * logits.numel(),
+            lambda: ops.cross_entropy_(logits.detach().clone(), tokens),
+            loss,
+        ),
         Case(f"RMSNorm, {TOKENS} tokens, both ways", 10 * TOKENS * out, both(fused, x), both(norm, x)),
-        Case(f"SwiGLU, {TOKENS} tokens, both ways", 16 * TOKENS * out, both(_SwiGLU.apply, gate, up), both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up)),
-        Case(f"SwiGLU, {TOKENS} tokens, forward", 6 * TOKENS * out, lambda: ops.swiglu(gate_, up_), lambda: torch.nn.functional.silu(gate_) * up_),
-        Case(f"SwiGLU, {TOKENS} tokens, backward with DoRA's sums", 10 * TOKENS * out, lambda: ops.swiglu_backward_dots(dy, gate_, up_), swiglu_sums_of_torch),
-        Case(f"rotation, {TOKENS} tokens, {q.shape[1]} and {k.shape[1]} heads of 64, both ways", 8 * (q.numel() + k.numel()), rotation(_Rotation.apply), rotation(apply_rotary_pos_emb)),
-        Case(f"attention, 4 x 256 tokens, {out // 64} heads of 64, both ways", 24 * TOKENS * out, attention, attention_of_torch),
-    ]  # fmt: skip
+        Case(
+            f"SwiGLU, {TOKENS} tokens, both ways",
+            16 * TOKENS * out,
+            both(_SwiGLU.apply, gate, up),
+            both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up),
+        ),
+        Case(
+            f"SwiGLU, {TOKENS} tokens, forward",
+            6 * TOKENS * out,
+            lambda: ops.swiglu(gate_, up_),
+            lambda: torch.nn.functional.silu(gate_) * up_,
+        ),
+        Case(
+            f"SwiGLU, {TOKENS} tokens, backward with DoRA's sums",
+            10 * TOKENS * out,
+            lambda: ops.swiglu_backward_dots(dy, gate_, up_),
+            swiglu_sums_of_torch,
+        ),
+        Case(
+            f"rotation, {TOKENS} tokens, {q.shape[1]} and {k.shape[1]} heads of 64, both ways",
+            8 * (q.numel() + k.numel()),
+            rotation(_Rotation.apply),
+            rotation(apply_rotary_pos_emb),
+        ),
+        Case(
+            f"attention, 4 x 256 tokens, {out // 64} heads of 64, both ways",
+            24 * TOKENS * out,
+            attention,
+            attention_of_torch,
+        ),
+    ]
 
 
 def seconds_and_faults(function: Callable) -> tuple[float, int]:
@@ -240,7 +310,9 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 
 def environment() -> dict[str, str | int]:
     """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     model = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "commit": commit.stdout.strip(),
@@ -267,18 +339,27 @@ def table(results: list[Result]) -> str:
         if r.peer_ms is not None:
             peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {r.times_peer:.1f} ({r.least_times_peer:.1f}) | {r.page_faults}, {r.peer_page_faults} |"
         share = f"{r.copy_share:.0%} ({r.least_copy_share:.0%})"
-        lines.append(f"| {r.shape} | {r.operator} | {r.ms:.3f} ({r.least_ms:.3f}) | {r.gb_per_s:.1f} | {share} | {peer}")
+        lines.append(
+            f"| {r.shape} | {r.operator} | {r.ms:.3f} ({r.least_ms:.3f}) | {r.gb_per_s:.1f} | {share} | {peer}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", help="ROWSxCOLUMNS, may be repeated (default: 4096x4096, SmolLM2's 576x1536, and 11008x4096 of a 7B model)")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        help="ROWSxCOLUMNS, may be repeated (default: 4096x4096, SmolLM2's 576x1536, and 11008x4096 of a 7B model)",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    shapes = [tuple(int(part) for part in shape.split("x")) for shape in arguments.shape or ["4096x4096", "576x1536", "11008x4096"]]
+    shapes = [
+        tuple(int(part) for part in shape.split("x"))
+        for shape in arguments.shape or ["4096x4096", "576x1536", "11008x4096"]
+    ]
     results = []
     for fresh in (True, False):  # in this order: once freed memory is kept, no result is fresh
         set_malloc(fresh)
@@ -287,7 +368,9 @@ def main() -> None:
                 results += measure(out, columns, arguments.rounds, fresh)
     about = environment()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": about, "results": [asdict(r) for r in results]}, indent=2) + "\n")
+    arguments.output.write_text(
+        json.dumps({"environment": about, "results": [asdict(r) for r in results]}, indent=2) + "\n"
+    )
     print("\n".join(f"{key}: {value}" for key, value in about.items()), table(results), sep="\n\n")
 
 

@@ -1,18 +1,22 @@
-"""An optimizer step alone: PagedAdamW resident, half spilled and fully spilled, beside torch's and bitsandbytes' optimizers.
+"""An optimizer step alone: PagedAdamW resident, half spilled and fully spilled, beside torch's and bitsandbytes'
+optimizers.
 
     python scripts/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output scripts/results/optimizer.json]
-    python scripts/bench_optimizer.py --shape --training [--learning DATA.jsonl] [--output ...]          # whole training steps instead
+    # whole training steps instead
+    python scripts/bench_optimizer.py --shape --training [--learning DATA.jsonl] [--output ...]
 
-Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B parameters, and of a
-full embedding and head (32000 x 1024 each). Every candidate steps once a round on the same parameters and gradients, round after
-round (A B A B ...); times are medians, ratios the medians of the ratios within a round to the resident PagedAdamW. The file is warm after
+Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B
+parameters, and of a full embedding and head (32000 x 1024 each). Every candidate steps once a round on the same
+parameters and gradients, round after round (A B A B ...); times are medians, ratios the medians of the ratios within a
+round to the resident PagedAdamW. The file is warm after
 the first rounds, which do not count: it lies in the page cache, as it does in training while memory allows.
 
 RssAnon is what a process of its own has more after three steps than before the optimizer was made, by budget.
 
-`--training`: a whole step of SmolLM2 (DoRA, rank 16, all-linear, 4 x 256 random tokens, bf16) with resident and with fully spilled state,
-in turns on the same model, so that what else the machine does meets both. `--learning`: two runs of `finetune` on the same batches of real
-records that differ in --optimizer-state alone, float32 and 8bit; the training loss is the mean over the last ten steps.
+`--training`: a whole step of SmolLM2 (DoRA, rank 16, all-linear, 4 x 256 random tokens, bf16) with resident and with
+fully spilled state, in turns on the same model, so that what else the machine does meets both. `--learning`: two runs
+of `finetune` on the same batches of real records that differ in --optimizer-state alone, float32 and 8bit; the training
+loss is the mean over the last ten steps.
 """
 
 from __future__ import annotations
@@ -36,7 +40,11 @@ from qlora.optim import state_bytes
 from qlora.train import anonymous_memory
 
 RANK = 16
-SHAPES = {"135M": (576, 1536, 30, 576, 192), "1B": (2048, 8192, 16, 2048, 512), "7B": (4096, 11008, 32, 4096, 4096)}  # hidden, mlp, layers, q, kv
+SHAPES = {
+    "135M": (576, 1536, 30, 576, 192),
+    "1B": (2048, 8192, 16, 2048, 512),
+    "7B": (4096, 11008, 32, 4096, 4096),
+}  # hidden, mlp, layers, q, kv
 WARM = 2
 
 
@@ -100,10 +108,23 @@ def measure(shape: str, rounds: int, folder: str) -> dict:
     for name, all_times in times.items():
         mine, reference = all_times[WARM:], times["resident"][WARM:]
         ratio = statistics.median(a / b for a, b in zip(mine, reference, strict=True))
-        rows[name] = {"ms": round(statistics.median(mine) * 1e3, 2), "least_ms": round(min(mine) * 1e3, 2), "ratio": round(ratio, 3)}
+        rows[name] = {
+            "ms": round(statistics.median(mine) * 1e3, 2),
+            "least_ms": round(min(mine) * 1e3, 2),
+            "ratio": round(ratio, 3),
+        }
         if hasattr(made[name], "pager"):
-            rows[name] |= {"resident": made[name].pager.resident, "spilled": made[name].pager.spilled, "stalls": made[name].pager.stalls}
-    return {"tensors": len(params), "parameters": sum(p.numel() for p in params), "steps": rows, "does not run on this device": refused}
+            rows[name] |= {
+                "resident": made[name].pager.resident,
+                "spilled": made[name].pager.spilled,
+                "stalls": made[name].pager.stalls,
+            }
+    return {
+        "tensors": len(params),
+        "parameters": sum(p.numel() for p in params),
+        "steps": rows,
+        "does not run on this device": refused,
+    }
 
 
 def memory(shape: str, share: float, folder: str) -> dict:
@@ -116,11 +137,17 @@ def memory(shape: str, share: float, folder: str) -> dict:
     for _ in range(3):
         optimizer.step()
     gc.collect()
-    return {"resident": optimizer.pager.resident, "spilled": optimizer.pager.spilled, "rss_anon": anonymous_memory() - before}
+    return {
+        "resident": optimizer.pager.resident,
+        "spilled": optimizer.pager.spilled,
+        "rss_anon": anonymous_memory() - before,
+    }
 
 
 def training(rounds: int, folder: str) -> dict:
-    """Whole training steps with resident and with spilled state, in turns (A B, B A, ...); the ratio is the median of the pairs'."""
+    """Whole training steps with resident and with spilled state, in turns (A B, B A, ...); the ratio is the median of
+    the pairs'.
+    """
     import transformers
     from bench_train import random_batch
 
@@ -129,9 +156,14 @@ def training(rounds: int, folder: str) -> dict:
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = qlora.attach_adapters(qlora.load_base("smollm2-135m", dtype="bf16", device="cpu"), method="dora", rank=RANK).train()
+    model = qlora.attach_adapters(
+        qlora.load_base("smollm2-135m", dtype="bf16", device="cpu"), method="dora", rank=RANK
+    ).train()
     params, batch = adapter_parameters(model), random_batch("4x256")
-    optimizers = {"resident": qlora.PagedAdamW(params, memory="all"), "spilled": qlora.PagedAdamW(params, memory="none", folder=folder)}
+    optimizers = {
+        "resident": qlora.PagedAdamW(params, memory="all"),
+        "spilled": qlora.PagedAdamW(params, memory="none", folder=folder),
+    }
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for number in range(WARM + rounds):
         for name in sorted(optimizers, reverse=number % 2 == 1):
@@ -141,9 +173,12 @@ def training(rounds: int, folder: str) -> dict:
     resident, spilled = (times[name][WARM:] for name in ("resident", "spilled"))
     ratios = sorted(a / b for a, b in zip(spilled, resident, strict=True))
     return {
-        "pairs": rounds, "seconds": {"resident": statistics.median(resident), "spilled": statistics.median(spilled)},
-        "ratio": statistics.median(ratios), "ratios": ratios, "spilled": optimizers["spilled"].pager.spilled,
-    }  # fmt: skip
+        "pairs": rounds,
+        "seconds": {"resident": statistics.median(resident), "spilled": statistics.median(spilled)},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "spilled": optimizers["spilled"].pager.spilled,
+    }
 
 
 def learning(data: str, steps: int, folder: str) -> dict:
@@ -151,16 +186,30 @@ def learning(data: str, steps: int, folder: str) -> dict:
     found: dict = {"data": Path(data).name, "steps": steps}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for state in ("float32", "8bit"):
-            result = qlora.finetune(qlora.FinetuneConfig(
-                model="smollm2-135m", data=data, eval_fraction=0.05, output=f"{scratch}/{state}", steps=steps, batch_size=4, learning_rate=5e-4,
-                warmup=5, max_tokens=256, dtype="bf16", device="cpu", optimizer_state=state,
-            ))  # fmt: skip
+            result = qlora.finetune(
+                qlora.FinetuneConfig(
+                    model="smollm2-135m",
+                    data=data,
+                    eval_fraction=0.05,
+                    output=f"{scratch}/{state}",
+                    steps=steps,
+                    batch_size=4,
+                    learning_rate=5e-4,
+                    warmup=5,
+                    max_tokens=256,
+                    dtype="bf16",
+                    device="cpu",
+                    optimizer_state=state,
+                )
+            )
             lines = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
             losses = [line["loss"] for line in lines if line["step"] > 0]
             found[state] = {
-                "first_loss": losses[0], "training_loss": statistics.mean(losses[-10:]),
-                "held_out_before": result.eval_loss_before, "held_out_loss": result.eval_loss_after,
-            }  # fmt: skip
+                "first_loss": losses[0],
+                "training_loss": statistics.mean(losses[-10:]),
+                "held_out_before": result.eval_loss_before,
+                "held_out_loss": result.eval_loss_after,
+            }
     for name in ("training_loss", "held_out_loss"):
         found[f"{name}_ratio"] = found["8bit"][name] / found["float32"][name]
     return found
@@ -172,7 +221,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", default=".", help="where the spilled pages lie: on a disk")
     parser.add_argument("--training", action="store_true", help="whole training steps of SmolLM2, resident and spilled")
-    parser.add_argument("--learning", metavar="DATA", help="two runs on these records, with float32 and with 8-bit state")
+    parser.add_argument(
+        "--learning", metavar="DATA", help="two runs on these records, with float32 and with 8-bit state"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of each run of --learning")
     parser.add_argument("--output", help="write the figures here, as JSON, over those of the same kind")
     parser.add_argument("--memory", nargs=2, metavar=("SHAPE", "SHARE"), help=argparse.SUPPRESS)
@@ -181,7 +232,12 @@ def main() -> None:
         print(json.dumps(memory(arguments.memory[0], float(arguments.memory[1]), arguments.folder)))
         return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "shapes": {}}
+    result = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "shapes": {},
+    }
     for shape in arguments.shape:
         found = {"commit": commit, **measure(shape, arguments.rounds, arguments.folder)}
         gc.collect()
@@ -197,14 +253,23 @@ def main() -> None:
         for name, why in found["does not run on this device"].items():
             print(f"  {name:28} {why}")
         for share, row in found["memory"].items():
-            print(f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB")
+            print(
+                f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB"
+            )
     if arguments.training:
         result["training"] = found = {"commit": commit, **training(arguments.rounds, arguments.folder)}
-        print(f"training step: {found['seconds']['resident']:.3f} s resident, spilled {found['ratio']:.3f} of it (of {found['pairs']} pairs the median)")
+        print(
+            f"training step: {found['seconds']['resident']:.3f} s resident, spilled {found['ratio']:.3f} of it (of {found['pairs']} pairs the median)"
+        )
     if arguments.learning:
-        result["learning"] = found = {"commit": commit, **learning(arguments.learning, arguments.steps, arguments.folder)}
+        result["learning"] = found = {
+            "commit": commit,
+            **learning(arguments.learning, arguments.steps, arguments.folder),
+        }
         for name in ("training_loss", "held_out_loss"):
-            print(f"{name}: float32 {found['float32'][name]:.4f}, 8bit {found['8bit'][name]:.4f}, {found[f'{name}_ratio'] - 1:+.2%}")
+            print(
+                f"{name}: float32 {found['float32'][name]:.4f}, 8bit {found['8bit'][name]:.4f}, {found[f'{name}_ratio'] - 1:+.2%}"
+            )
     if arguments.output:
         path = Path(arguments.output)
         if path.exists():  # what was not measured now stays

@@ -1,17 +1,21 @@
-"""Tokens per second and peak memory of a training step, ours beside PEFT + bitsandbytes; and steps of models that fill a laptop.
+"""Tokens per second and peak memory of a training step, ours beside PEFT + bitsandbytes; and steps of models that fill
+a laptop.
 
     python scripts/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large] [--json FILE]
 
-SmolLM2-135M, rank 16, all-linear, bf16, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no activation
-checkpointing, the same batches and the same loop. PEFT runs in both recipes, with `prepare_model_for_kbit_training` and without. Each measurement is a process of its own, and the contestants take
-turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians over all rounds. Peak memory
-is RssAnon, the baseline after imports included. The losses of the first step must agree, or it is not the same work.
+SmolLM2-135M, rank 16, all-linear, bf16, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no
+activation checkpointing, the same batches and the same loop. PEFT runs in both recipes, with
+`prepare_model_for_kbit_training` and without. Each measurement is a process of its own, and the contestants take turns
+(A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians over all rounds. Peak
+memory is RssAnon, the baseline after imports included. The losses of the first step must agree, or it is not the same
+work.
 
-What our DoRA costs beside our LoRA is a few percent, less than processes differ among themselves. So a last process holds both models and
-steps them in turns; the ratio is the median over the pairs of steps.
+What our DoRA costs beside our LoRA is a few percent, less than processes differ among themselves. So a last process
+holds both models and steps them in turns; the ratio is the median over the pairs of steps.
 
-A shape is examples x tokens, all of one length. `--data` adds batches of 4 real records, whose lengths differ (tokens are counted
-without padding). `--large` adds a DoRA step of a 1B and of a 7B model (random NF4 weights; checkpointed activations for 7B).
+A shape is examples x tokens, all of one length. `--data` adds batches of 4 real records, whose lengths differ (tokens
+are counted without padding). `--large` adds a DoRA step of a 1B and of a 7B model (random NF4 weights; checkpointed
+activations for 7B).
 """
 
 from __future__ import annotations
@@ -80,9 +84,9 @@ def batches_of(work: str, count: int) -> list:
 
 def ours(method: str, folder: str):
     import torch
+    from compare_peft import ALPHA, RANK
 
     import qlora
-    from compare_peft import ALPHA, RANK
 
     torch.manual_seed(0)
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
@@ -91,16 +95,20 @@ def ours(method: str, folder: str):
 def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
     """One contestant in this process."""
     import torch
+    from compare_peft import theirs
 
     import qlora
-    from compare_peft import theirs
     from qlora.train import PeakMemory
 
     batches = batches_of(work, WARM_UP + steps)
     with PeakMemory(torch.device("cpu")) as memory:
         torch.manual_seed(0)
-        model = ours(method, folder) if side == "ours" else theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
-        return take_steps(model, batches, qlora.PagedAdamW if side == "ours" else torch.optim.AdamW) | {"peak": memory.peak()}
+        model = (
+            ours(method, folder) if side == "ours" else theirs(folder, method, 4, "bf16", side == "peft+prepare", None)
+        )
+        return take_steps(model, batches, qlora.PagedAdamW if side == "ours" else torch.optim.AdamW) | {
+            "peak": memory.peak()
+        }
 
 
 def measure_pair(work: str, folder: str) -> dict[str, list[float]]:
@@ -130,7 +138,13 @@ def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
 
 
 def child(*arguments) -> dict:
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -150,24 +164,45 @@ def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
                     print(f"  {method} {side:13} did not finish, exit code {error.returncode}", flush=True)
                     continue
                 found.setdefault(f"{method} {side}", []).append(result)
-                print(f"  {method} {side:13} {speed([result]):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}", flush=True)
+                print(
+                    f"  {method} {side:13} {speed([result]):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}",
+                    flush=True,
+                )
     rows: dict[str, dict] = {}
     print(f"\n{Path(work).name:20}{'tokens/s':>10}{'peak GB':>9}{'ours is':>22}")
     for name, results in found.items():
         method, side = name.split(" ")
-        rows[name] = {"tokens_per_second": speed(results), "peak_bytes": median(r["peak"] for r in results), "first_loss": results[0]["loss"]}
+        rows[name] = {
+            "tokens_per_second": speed(results),
+            "peak_bytes": median(r["peak"] for r in results),
+            "first_loss": results[0]["loss"],
+        }
         ours = rows[f"{method} ours"]
         if side != "ours":
-            rows[name] |= {"ours_is_as_fast": ours["tokens_per_second"] / rows[name]["tokens_per_second"], "ours_takes": ours["peak_bytes"] / rows[name]["peak_bytes"]}
-        ratio = "" if side == "ours" else f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
+            rows[name] |= {
+                "ours_is_as_fast": ours["tokens_per_second"] / rows[name]["tokens_per_second"],
+                "ours_takes": ours["peak_bytes"] / rows[name]["peak_bytes"],
+            }
+        ratio = (
+            ""
+            if side == "ours"
+            else f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
+        )
         print(f"{name:20}{rows[name]['tokens_per_second']:10.0f}{rows[name]['peak_bytes'] / 1e9:9.2f}   {ratio}")
     apart = rows["dora ours"]["tokens_per_second"] / rows["lora ours"]["tokens_per_second"]
     pair = child("--pair", work, "--folder", folder)
     in_turns = median(lora / dora for lora, dora in zip(pair["lora"], pair["dora"], strict=True))
-    print(f"our DoRA runs at {in_turns:.3f} of our LoRA: {len(pair['lora'])} steps of each in turns in one process ({apart:.2f} by the processes above)")
+    print(
+        f"our DoRA runs at {in_turns:.3f} of our LoRA: {len(pair['lora'])} steps of each in turns in one process ({apart:.2f} by the processes above)"
+    )
     losses = [row["first_loss"] for row in rows.values()]
     agree = max(losses) / min(losses) - 1
-    print(f"first losses agree to {agree:.2%}\n" if agree < 0.01 else f"THE LOSSES DISAGREE by {agree:.2%}: this is not the same work\n", flush=True)
+    print(
+        f"first losses agree to {agree:.2%}\n"
+        if agree < 0.01
+        else f"THE LOSSES DISAGREE by {agree:.2%}: this is not the same work\n",
+        flush=True,
+    )
     ratios = {"our_dora_beside_our_lora_in_turns": in_turns, "our_dora_beside_our_lora_in_separate_processes": apart}
     return {"rows": rows, "losses_agree_to": agree, **ratios, "runs": found, "in_turns": pair}
 
@@ -175,9 +210,13 @@ def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="*", default=["4x256", "8x512"], help="examples x tokens")
-    parser.add_argument("--data", help="records whose batches of 4 are one more kind of work, such as GSM8K's train.jsonl")
+    parser.add_argument(
+        "--data", help="records whose batches of 4 are one more kind of work, such as GSM8K's train.jsonl"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help=f"measured steps in each process, after {WARM_UP} to warm up")
+    parser.add_argument(
+        "--steps", type=int, default=4, help=f"measured steps in each process, after {WARM_UP} to warm up"
+    )
     parser.add_argument("--large", action="store_true", help="also DoRA steps of a 1B and a 7B model (about 5 minutes)")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
@@ -208,8 +247,14 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     print(f"rank 16, all-linear, bf16, {torch.get_num_threads()} threads, {ops.backends()['cpu']}\n")
-    record: dict = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "backend": ops.backends()["cpu"]}
-    record["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    record: dict = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "backend": ops.backends()["cpu"],
+    }
+    record["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
     record["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
     with tempfile.TemporaryDirectory() as folder:
         dense = qlora.load_base("smollm2-135m", bits=16, dtype="bf16")
@@ -225,7 +270,10 @@ def main() -> None:
             result = child("--one-large", shape, work, checkpointing)
             record["large"][shape] = {"batch": work, "checkpointing": checkpointing, **result}
             how = ", activations recomputed" if checkpointing else ""
-            print(f"{shape} DoRA {work}{how}: {median(result['seconds']):.1f} s a step, peak {result['peak'] / 1e9:.2f} GB", flush=True)
+            print(
+                f"{shape} DoRA {work}{how}: {median(result['seconds']):.1f} s a step, peak {result['peak'] / 1e9:.2f} GB",
+                flush=True,
+            )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
 

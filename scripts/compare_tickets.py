@@ -1,6 +1,8 @@
-"""What the quickstart learned: answers of the base and of the adapter side by side, and exact match on tickets not trained on.
+"""What the quickstart learned: answers of the base and of the adapter side by side, and exact match on tickets not
+trained on.
 
-    python scripts/compare_tickets.py --model smollm2-135m --adapter runs/quickstart/adapter --data scripts/data/tickets_test.jsonl
+python scripts/compare_tickets.py --model smollm2-135m --adapter runs/quickstart/adapter --data
+scripts/data/tickets_test.jsonl
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def main() -> None:
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--data", required=True, help="records with prompt and completion")
     parser.add_argument("--show", type=int, default=4, help="how many answers to print")
-    parser.add_argument("--at-least", type=float, default=0.0, help="fail if the exact match afterwards is below this share")
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, help="fail if the exact match afterwards is below this share"
+    )
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -51,12 +55,16 @@ def main() -> None:
         return sum(a.strip() == w for a, w in zip(answers, wanted, strict=True)) / len(wanted)
 
     figures = {"exact_match_before": matches(before), "exact_match_after": matches(after), "tickets": len(prompts)}
-    console.print(f"exact match on {len(prompts)} held-out tickets: {figures['exact_match_before']:.0%} before, {figures['exact_match_after']:.0%} after")
+    console.print(
+        f"exact match on {len(prompts)} held-out tickets: {figures['exact_match_before']:.0%} before, {figures['exact_match_after']:.0%} after"
+    )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
     if figures["exact_match_after"] < arguments.at_least:
-        sys.exit(f"exact match {figures['exact_match_after']:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60.")
+        sys.exit(
+            f"exact match {figures['exact_match_after']:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60."
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from torch import nn
 
 @dataclass
 class Row:
-    """One figure. `wanted` is what issue and README ask for; `met` says whether it is so; `must`: if not, something is wrong."""
+    """One figure. `wanted` is what issue and README ask for; `met` says whether it is so; `must`: if not, something is
+    wrong.
+    """
 
     part: str
     name: str
@@ -48,8 +50,17 @@ class Bench:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def row(self, name: str, value: float | str, unit: str = "", *, most: float | None = None, least: float | None = None, must: bool = False,
-            met: bool | None = None) -> None:  # fmt: skip
+    def row(
+        self,
+        name: str,
+        value: float | str,
+        unit: str = "",
+        *,
+        most: float | None = None,
+        least: float | None = None,
+        must: bool = False,
+        met: bool | None = None,
+    ) -> None:
         """Tell a figure, which has to be at most or at least something. Times of small shapes are held to nothing."""
         wanted = "" if most is None and least is None else f"<= {most:g}" if most is not None else f">= {least:g}"
         if wanted and not isinstance(value, str) and (must or not self.small):
@@ -61,7 +72,8 @@ class Bench:
         """What fails inside is told, and the part goes on."""
         try:
             yield
-        except Exception as error:  # of any kind: a lent card's minutes must cost a row, not the rows behind it; the row counts as wrong
+        # of any kind: a lent card's minutes must cost a row, not the rows behind it; the row counts as wrong
+        except Exception as error:
             if self.cuda:
                 torch.cuda.synchronize()  # raises where the card is past saving
             traceback.print_exc()
@@ -82,7 +94,9 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, function: Callable[[], Any], rounds: int = 20) -> float:
-        """The median time of a call. On a card of its kernels alone, with cold caches: it is kept busy while they are launched."""
+        """The median time of a call. On a card of its kernels alone, with cold caches: it is kept busy while they are
+        launched.
+        """
         function()
         times = []
         flushed = torch.empty(1 << 27, device=self.device) if self.cuda else None  # ten times the second-level cache
@@ -115,8 +129,12 @@ def peers() -> bool:
 # ---------------------------------------------------------------- training steps, measured
 
 
-def measure_steps(bench: Bench, model: nn.Module, length: int, optimizer: torch.optim.Optimizer, count: int = 1) -> dict[str, float] | None:
-    """Seconds of a step of `count` micro-batches (median), its first loss, and the peak of memory; None if it does not fit."""
+def measure_steps(
+    bench: Bench, model: nn.Module, length: int, optimizer: torch.optim.Optimizer, count: int = 1
+) -> dict[str, float] | None:
+    """Seconds of a step of `count` micro-batches (median), its first loss, and the peak of memory; None if it does not
+    fit.
+    """
     from qlora.train import PeakMemory, optimizer_step
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -132,7 +150,12 @@ def measure_steps(bench: Bench, model: nn.Module, length: int, optimizer: torch.
                 losses.append(optimizer_step(model, optimizer, batches, 1e-4, 1.0, step)["loss"])
                 bench.wait()
                 times.append(time.perf_counter() - began)
-            return {"seconds": median(times[2:]), "loss": losses[0], "peak": memory.allocated(), "reserved": memory.peak()}
+            return {
+                "seconds": median(times[2:]),
+                "loss": losses[0],
+                "peak": memory.allocated(),
+                "reserved": memory.peak(),
+            }
     except (RuntimeError, ValueError) as error:
         if "out of memory" not in str(error):  # torch's own, or what optimizer_step made of it
             raise
@@ -150,7 +173,11 @@ def adamw(bench: Bench, model: nn.Module, side: str) -> torch.optim.Optimizer:
     import qlora
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return qlora.PagedAdamW(parameters, lr=1e-4) if side == "ours" else torch.optim.AdamW(parameters, lr=1e-4, fused=bench.cuda)
+    return (
+        qlora.PagedAdamW(parameters, lr=1e-4)
+        if side == "ours"
+        else torch.optim.AdamW(parameters, lr=1e-4, fused=bench.cuda)
+    )
 
 
 def case(shape: str, method: str, length: int, again: bool) -> str:

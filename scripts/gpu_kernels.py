@@ -12,7 +12,9 @@ from random_models import RANK
 
 
 class Worst:
-    """The largest error of each operator, relative to the largest value; anything but equality is infinite where the bits must be the same."""
+    """The largest error of each operator, relative to the largest value; anything but equality is infinite where the
+    bits must be the same.
+    """
 
     def __init__(self):
         self.errors: dict[str, tuple[float, float]] = {}
@@ -34,7 +36,11 @@ def part_kernels(bench: Bench) -> None:
 
     if bench.cuda:
         reference.CHUNK_ELEMENTS = 1 << 24  # the oracle: fewer launches
-    real = [] if bench.small else [(4096, 4096, 64), (11008, 4096, 64), (4096, 11008, 64), (1024, 4096, 64), (14336, 4096, 64)]
+    real = (
+        []
+        if bench.small
+        else [(4096, 4096, 64), (11008, 4096, 64), (4096, 11008, 64), (1024, 4096, 64), (14336, 4096, 64)]
+    )
     odd = [(1, 1, 64), (33, 77, 64), (130, 576, 64), (7, 4096, 4096), (64, 512, 256), (5, 96, 32)]
     # This also fills every `torch.empty` with NaN, or with the largest integer.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -92,16 +98,32 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
             worst("row_norms_nf4", n, reference.row_norms_nf4(*arguments), 2e-5)
             many = ops.row_norms_nf4_all(*([argument] * 3 for argument in arguments[:-1]), 256)
             worst("row_norms_nf4_all, beside one at a time", tuple(many), (n, n, n))
-    A, B, m, n = normal(bench, 16, columns, seed=3), normal(bench, rows, 16, seed=4), normal(bench, rows, seed=5), normal(bench, rows, seed=6).abs()
+    A, B, m, n = (
+        normal(bench, 16, columns, seed=3),
+        normal(bench, rows, 16, seed=4),
+        normal(bench, rows, seed=5),
+        normal(bench, rows, seed=6).abs(),
+    )
     m[0], n[-1] = -1e-9, 0.0
     for parts in ((m, n), (None, None)):
-        worst("fold_factors", ops.fold_factors(A, B, *parts, 0.7, dtype), reference.fold_factors(A, B, *parts, 0.7, dtype))
+        worst(
+            "fold_factors", ops.fold_factors(A, B, *parts, 0.7, dtype), reference.fold_factors(A, B, *parts, 0.7, dtype)
+        )
     dots = (weight, weight.flip(0).contiguous())
-    exact, scale = reference.column_dots(*(t.double() for t in dots)).float(), reference.column_dots(*(t.abs() for t in dots)).max()
+    exact, scale = (
+        reference.column_dots(*(t.double() for t in dots)).float(),
+        reference.column_dots(*(t.abs() for t in dots)).max(),
+    )
     worst("column_dots", ops.column_dots(*dots) / scale, exact / scale, 1e-4)
-    u, up, safe = normal(bench, rows, 16, dtype=dtype, seed=7), normal(bench, columns, 16, dtype=dtype, seed=8), normal(bench, columns, seed=9).abs() + 0.5
+    u, up, safe = (
+        normal(bench, rows, 16, dtype=dtype, seed=7),
+        normal(bench, columns, 16, dtype=dtype, seed=8),
+        normal(bench, columns, seed=9).abs() + 0.5,
+    )
     for y, part in ((dots[1], safe), (None, None)):
-        pairs = zip(*(code.adapter_gradients(dots[0], up, u, y, part, part, 0.7) for code in (ops, reference)), strict=True)
+        pairs = zip(
+            *(code.adapter_gradients(dots[0], up, u, y, part, part, 0.7) for code in (ops, reference)), strict=True
+        )
         for name, (found, expected) in zip(("v", "dB", "dm"), pairs, strict=True):
             if expected.numel():
                 worst(f"adapter_gradients, {name}", found, expected, 1.6e-2)
@@ -117,7 +139,12 @@ def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: i
     up, dy, w = x.flip(0).contiguous(), x.flip(1).contiguous(), x[0].abs()
     y, inverse = reference.rms_norm(x, w, 1e-6)
     worst("rms_norm" + kind, ops.rms_norm(x, w, 1e-6), (y, inverse), limit)
-    worst("rms_norm_backward" + kind, ops.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, inverse), limit)
+    worst(
+        "rms_norm_backward" + kind,
+        ops.rms_norm_backward(dy, x, w, inverse),
+        reference.rms_norm_backward(dy, x, w, inverse),
+        limit,
+    )
     worst("swiglu" + kind, ops.swiglu(x, up), reference.swiglu(x, up), limit)
     worst("swiglu_backward" + kind, ops.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), limit)
     *found, sums = ops.swiglu_backward_dots(dy, x, up)
@@ -125,7 +152,12 @@ def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: i
     worst("swiglu_backward_dots" + kind, tuple(found), tuple(expected), limit)
     worst("swiglu_backward_dots, sums" + kind, sums, wanted, max(limit, 1e-4))
     logits, expected, targets = x.clone(), x.clone(), torch.arange(rows, device=bench.device) % columns
-    worst("cross_entropy_, losses" + kind, ops.cross_entropy_(logits, targets), reference.cross_entropy_(expected, targets), limit)
+    worst(
+        "cross_entropy_, losses" + kind,
+        ops.cross_entropy_(logits, targets),
+        reference.cross_entropy_(expected, targets),
+        limit,
+    )
     worst("cross_entropy_, gradient" + kind, logits, expected, limit)
 
 
@@ -147,8 +179,14 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
             values = normal(bench, n, seed=5) if signed else normal(bench, n, seed=5).square()
             found = []
             for code in (ops, reference):
-                codes, absmax = torch.empty(n, dtype=torch.uint8, device=bench.device), torch.empty(n // 256, device=bench.device)
-                again, work = torch.full((n,), math.nan, device=bench.device), torch.empty(n, dtype=torch.int32, device=bench.device)
+                codes, absmax = (
+                    torch.empty(n, dtype=torch.uint8, device=bench.device),
+                    torch.empty(n // 256, device=bench.device),
+                )
+                again, work = (
+                    torch.full((n,), math.nan, device=bench.device),
+                    torch.empty(n, dtype=torch.int32, device=bench.device),
+                )
                 code.encode_blocks_into(codes, absmax, values.clone(), work, 256, signed)
                 code.decode_blocks_into(again, codes, absmax, work, 256, signed)
                 found.append((codes, absmax, again))
@@ -156,9 +194,8 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
 
 
 def part_bandwidth(bench: Bench) -> None:
-    from qlora_kernels import ops
-
     from qlora import nf4
+    from qlora_kernels import ops
 
     device = bench.device
     out, columns = (256, 512) if bench.small else (11008, 4096)
@@ -177,25 +214,46 @@ def part_bandwidth(bench: Bench) -> None:
     logits = torch.randn(16 if bench.small else 256, 32000, device=device).to(torch.bfloat16)
     targets = torch.arange(len(logits), device=device)
     page, room = [torch.rand(1 << 20, device=device) for _ in range(4)], torch.empty(3, 1 << 20, device=device)
-    codes, scales, work = (torch.zeros(1 << 20, dtype=torch.uint8, device=device), torch.rand(1 << 12, device=device),
-                           torch.empty(1 << 20, dtype=torch.int32, device=device))  # fmt: skip
+    codes, scales, work = (
+        torch.zeros(1 << 20, dtype=torch.uint8, device=device),
+        torch.rand(1 << 12, device=device),
+        torch.empty(1 << 20, dtype=torch.int32, device=device),
+    )
     sizes = (out, columns, 64, 256)
     taken: dict[str, float] = {}
-    cases: dict[str, tuple[Callable, float, float | None]] = {  # call, bytes that it has to move, share of a copy's speed that is wanted
+    cases: dict[
+        str, tuple[Callable, float, float | None]
+    ] = {  # call, bytes that it has to move, share of a copy's speed that is wanted
         "dequantize": (lambda: nf4.dequantize_into(target, weight), weight.nbytes + 2 * n, 0.8),
         "dequantize with row gain": (lambda: nf4.dequantize_into(target, weight, gain), weight.nbytes + 2 * n, 0.8),
         "gemv": (lambda: ops.nf4_gemv(x, *state, *sizes), weight.nbytes, None),
         "row norms, rank 16": (lambda: ops.row_norms_nf4(*state, A, B, 2.0, *sizes), weight.nbytes, None),
-        "row norms of 8 layers": (lambda: ops.row_norms_nf4_all(*([part] * 8 for part in (*state, A, B, 2.0, out, columns, 64)), 256), 8 * weight.nbytes, None),
+        "row norms of 8 layers": (
+            lambda: ops.row_norms_nf4_all(*([part] * 8 for part in (*state, A, B, 2.0, out, columns, 64)), 256),
+            8 * weight.nbytes,
+            None,
+        ),
         "column dots": (lambda: ops.column_dots(y, y), 2 * y.nbytes, None),
         "SwiGLU": (lambda: ops.swiglu(y, y), 3 * y.nbytes, None),
         "SwiGLU, backward": (lambda: ops.swiglu_backward(y, y, y), 5 * y.nbytes, None),
         "SwiGLU, backward with DoRA's sums": (lambda: ops.swiglu_backward_dots(y, y, y), 5 * y.nbytes, None),
         "factors": (lambda: ops.fold_factors(A, B, gain, gain, 2.0, torch.bfloat16), 6 * (A.numel() + B.numel()), None),
         "cross entropy": (lambda: ops.cross_entropy_(logits, targets), 3 * logits.nbytes, None),
-        "AdamW, a page": (lambda: ops.adamw_(page[:1], page[1:2], [0], *page[2:], room, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5, 1.0), 28 * 2**20, None),
-        "8-bit moments, decode": (lambda: ops.decode_blocks_into(page[0], codes, scales, work, 256, True), 5 * 2**20, None),
-        "8-bit moments, encode": (lambda: ops.encode_blocks_into(codes, scales, page[0], work, 256, True), 5 * 2**20, None),
+        "AdamW, a page": (
+            lambda: ops.adamw_(page[:1], page[1:2], [0], *page[2:], room, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5, 1.0),
+            28 * 2**20,
+            None,
+        ),
+        "8-bit moments, decode": (
+            lambda: ops.decode_blocks_into(page[0], codes, scales, work, 256, True),
+            5 * 2**20,
+            None,
+        ),
+        "8-bit moments, encode": (
+            lambda: ops.encode_blocks_into(codes, scales, page[0], work, 256, True),
+            5 * 2**20,
+            None,
+        ),
         "quantize": (lambda: ops.quantize_nf4(source, 64), weight.nbytes + 2 * n, None),
         "fit scales": (lambda: ops.fit_scales_nf4(source, 64), 2 * n, None),
     }

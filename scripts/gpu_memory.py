@@ -22,7 +22,9 @@ def limit(bench: Bench, nbytes: float | None) -> None:
 
 
 def smallest_limit(bench: Bench, step: Callable[[], Any], low: float, high: float) -> float:
-    """The smallest limit in bytes under which `step` runs, to 2 %: `low` is known to be too little, `high` to be enough."""
+    """The smallest limit in bytes under which `step` runs, to 2 %: `low` is known to be too little, `high` to be
+    enough.
+    """
     while high - low > 0.02 * high:
         middle = (low + high) / 2
         bench.clean()
@@ -56,21 +58,37 @@ def part_plan(bench: Bench) -> None:
                     base = 0 if bench.cuda else anonymous_memory()
                     model = attached(build(shape, bench.device), "dora")
                     checkpointing(model, again)
-                    measured = measure_steps(bench, model, length, qlora.PagedAdamW(qlora.adapter_parameters(model), lr=1e-4, memory="all"))
+                    measured = measure_steps(
+                        bench, model, length, qlora.PagedAdamW(qlora.adapter_parameters(model), lr=1e-4, memory="all")
+                    )
                     model = None
                     if measured is None:
                         bench.row(name, "out of memory", met=False)
                         continue
                     config = qlora.FinetuneConfig(
-                        model=folder, data="-", output="-", device=str(bench.device), dtype="bf16", method="dora", rank=RANK, batch_size=1,
-                        max_tokens=length, optimizer_memory="all", gradient_checkpointing=again,
-                    )  # fmt: skip
+                        model=folder,
+                        data="-",
+                        output="-",
+                        device=str(bench.device),
+                        dtype="bf16",
+                        method="dora",
+                        rank=RANK,
+                        batch_size=1,
+                        max_tokens=length,
+                        optimizer_memory="all",
+                        gradient_checkpointing=again,
+                    )
                     skeleton = Skeleton(config)
                     skeleton.mapped = 0  # the model came from no file
                     predicted = sum(predict(skeleton, asked(config), largest(config)).parts.values())
                     ratio = predicted / (measured["peak"] - base)
                     bench.row(f"{name}: predicted", predicted / 1e9, "GB")
-                    bench.row(f"{name}: predicted over measured peak", ratio, "(0.9 to 1.1)", met=None if bench.small else 0.9 <= ratio <= 1.1)
+                    bench.row(
+                        f"{name}: predicted over measured peak",
+                        ratio,
+                        "(0.9 to 1.1)",
+                        met=None if bench.small else 0.9 <= ratio <= 1.1,
+                    )
                     bench.row(f"{name}: reserved over predicted", (measured["reserved"] - base) / predicted)
 
 
@@ -93,13 +111,26 @@ def finetune(bench: Bench, shape: str, length: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_checkpoint(shape, Path(scratch) / "model", bench.device)
         bench.clean()
-        Path(scratch, "my.jsonl").write_text("".join(json.dumps({"text": "a line of text " * (length // 15) + str(i)}) + "\n" for i in range(16)))
-        options = {"model": f"{scratch}/model", "data": f"{scratch}/my.jsonl", "device": str(bench.device), "bits": 4, "method": "dora", "rank": 16,
-                   "steps": 3, "max_tokens": length, "dtype": "bf16"}  # fmt: skip
+        Path(scratch, "my.jsonl").write_text(
+            "".join(json.dumps({"text": "a line of text " * (length // 15) + str(i)}) + "\n" for i in range(16))
+        )
+        options = {
+            "model": f"{scratch}/model",
+            "data": f"{scratch}/my.jsonl",
+            "device": str(bench.device),
+            "bits": 4,
+            "method": "dora",
+            "rank": 16,
+            "steps": 3,
+            "max_tokens": length,
+            "dtype": "bf16",
+        }
         with bench.attempt("the README's lines"):
             limit(bench, 24e9)
             try:
-                result = qlora.finetune(qlora.FinetuneConfig(output=f"{scratch}/mine", gradient_checkpointing=True, **options))
+                result = qlora.finetune(
+                    qlora.FinetuneConfig(output=f"{scratch}/mine", gradient_checkpointing=True, **options)
+                )
             finally:
                 limit(bench, None)
             fits = (result.adapter / "adapter_model.safetensors").is_file() and math.isfinite(result.loss)
@@ -109,10 +140,18 @@ def finetune(bench: Bench, shape: str, length: int) -> None:
             budget = 1.2e9 if bench.small else 8e9
             with bench.attempt("--memory"):
                 try:
-                    result = qlora.finetune(qlora.FinetuneConfig(output=f"{scratch}/held", memory=int(budget), **options))
+                    result = qlora.finetune(
+                        qlora.FinetuneConfig(output=f"{scratch}/held", memory=int(budget), **options)
+                    )
                 finally:
                     limit(bench, None)
-                bench.row(f"finetune --memory {budget / 1e9:g}GB, {shape}: reserved", result.memory_bytes / 1e9, "GB", most=budget / 1e9, must=True)
+                bench.row(
+                    f"finetune --memory {budget / 1e9:g}GB, {shape}: reserved",
+                    result.memory_bytes / 1e9,
+                    "GB",
+                    most=budget / 1e9,
+                    must=True,
+                )
 
 
 def smallest(bench: Bench, shape: str, length: int) -> None:

@@ -1,4 +1,5 @@
-"""Everything that only a card can show, in one command: is it right, how fast, in how much memory, beside PEFT + bitsandbytes.
+"""Everything that only a card can show, in one command: is it right, how fast, in how much memory, beside PEFT +
+bitsandbytes.
 
     PYTHONPATH=.:kernels python3 scripts/gpu_suite.py [--only kernels,train] [--json scripts/results/gpu.json]
     PYTHONPATH=.:kernels python3 scripts/gpu_suite.py --device cpu --small      the same code at small shapes, where there is no card
@@ -14,12 +15,12 @@
     train8B     as train, of an 8B
     generate    tokens/s, one at a time
 
-Weights are random and made on the device, so nothing is downloaded and no dense model ever lives. A second process does the work and
-tells every figure at once. A part, or a side of it, that fails is said and the rest runs, in a new process if need be; the JSON is written after each part.
-Exit code 1 if something is wrong, 2 if there is no card; a figure that falls short of what is wanted is marked, no more. Peak memory is what
-tensors took; what torch reserved for them, and the smallest limit that works, stand beside it. PEFT runs without
-`prepare_model_for_kbit_training`, which would cost it time and memory. Unsloth and Axolotl patch models that they load themselves, so
-they are not among the peers.
+Weights are random and made on the device, so nothing is downloaded and no dense model ever lives. A second process does
+the work and tells every figure at once. A part, or a side of it, that fails is said and the rest runs, in a new process
+if need be; the JSON is written after each part. Exit code 1 if something is wrong, 2 if there is no card; a figure that
+falls short of what is wanted is marked, no more. Peak memory is what tensors took; what torch reserved for them, and
+the smallest limit that works, stand beside it. PEFT runs without `prepare_model_for_kbit_training`, which would cost it
+time and memory. Unsloth and Axolotl patch models that they load themselves, so they are not among the peers.
 """
 
 from __future__ import annotations
@@ -44,16 +45,24 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoning `tor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
-from gpu_bench import Bench, Row  # noqa: E402
-from gpu_kernels import part_bandwidth, part_kernels  # noqa: E402
-from gpu_memory import part_cap, part_plan  # noqa: E402
-from gpu_training import part_curves, part_generate, part_optimizer, part_profile, part_train, part_train8B  # noqa: E402
+import torch
+from gpu_bench import Bench, Row
+from gpu_kernels import part_bandwidth, part_kernels
+from gpu_memory import part_cap, part_plan
+from gpu_training import part_curves, part_generate, part_optimizer, part_profile, part_train, part_train8B
 
 PARTS = {  # in the order in which they run: cheap and important first
-    "kernels": part_kernels, "bandwidth": part_bandwidth, "train": part_train, "profile": part_profile, "optimizer": part_optimizer,
-    "curves": part_curves, "plan": part_plan, "cap": part_cap, "train8B": part_train8B, "generate": part_generate,
-}  # fmt: skip
+    "kernels": part_kernels,
+    "bandwidth": part_bandwidth,
+    "train": part_train,
+    "profile": part_profile,
+    "optimizer": part_optimizer,
+    "curves": part_curves,
+    "plan": part_plan,
+    "cap": part_cap,
+    "train8B": part_train8B,
+    "generate": part_generate,
+}
 SECONDS = 150  # that a part may take
 
 
@@ -61,13 +70,28 @@ def about(device: torch.device, small: bool) -> dict[str, Any]:
     from qlora_kernels import ops
 
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     except FileNotFoundError:
         commit = ""
-    facts: dict[str, Any] = {"commit": commit, "device": f"cpu ({platform.processor() or platform.machine()})", "python": platform.python_version()}
+    facts: dict[str, Any] = {
+        "commit": commit,
+        "device": f"cpu ({platform.processor() or platform.machine()})",
+        "python": platform.python_version(),
+    }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        facts |= {"device": card.name, "capability": f"{card.major}.{card.minor}", "memory_bytes": card.total_memory, "cuda": torch.version.cuda}
+        facts |= {
+            "device": card.name,
+            "capability": f"{card.major}.{card.minor}",
+            "memory_bytes": card.total_memory,
+            "cuda": torch.version.cuda,
+        }
     for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy"):
         try:
             facts[name] = metadata.version(name)
@@ -98,8 +122,18 @@ def work(parts: list[str], device: torch.device, small: bool) -> None:
 
 
 def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What `work` tells in a process of its own, which is ended when it takes too long over a part, or dies; then "lost" is told."""
-    command = [sys.executable, __file__, "--work", ",".join(parts), "--device", arguments.device, *["--small"] * arguments.small]
+    """What `work` tells in a process of its own, which is ended when it takes too long over a part, or dies; then
+    "lost" is told.
+    """
+    command = [
+        sys.executable,
+        __file__,
+        "--work",
+        ",".join(parts),
+        "--device",
+        arguments.device,
+        *["--small"] * arguments.small,
+    ]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
@@ -145,7 +179,10 @@ def main() -> int:
     if unknown := [name for name in parts if name not in PARTS]:
         parser.error(f"--only {','.join(unknown)}: no such part. Choose from {', '.join(PARTS)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. Run with --device cpu --small, or see: qlora doctor", file=sys.stderr)
+        print(
+            f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. Run with --device cpu --small, or see: qlora doctor",
+            file=sys.stderr,
+        )
         return 2
     if arguments.device == "cpu" and not arguments.small:
         print("--device cpu: needs --small; a 7B takes hours on a CPU.", file=sys.stderr)
@@ -184,7 +221,9 @@ def main() -> int:
             parts = parts[1:] if part else []
     wrong = [row.name for row in found if row.must and not row.met]
     short = [row.name for row in found if row.met is False and not row.must]
-    print(f"{sum(seconds.values()):.0f} s; failed: {', '.join(failed) or 'nothing'}; wrong: {', '.join(wrong) or 'nothing'}; short: {', '.join(short) or 'nothing'}")
+    print(
+        f"{sum(seconds.values()):.0f} s; failed: {', '.join(failed) or 'nothing'}; wrong: {', '.join(wrong) or 'nothing'}; short: {', '.join(short) or 'nothing'}"
+    )
     return 1 if failed or wrong else 0
 
 

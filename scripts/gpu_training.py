@@ -1,4 +1,6 @@
-"""Parts of gpu_suite.py: training steps beside PEFT's, where their time goes, the optimizer, and the curves of two devices."""
+"""Parts of gpu_suite.py: training steps beside PEFT's, where their time goes, the optimizer, and the curves of two
+devices.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def compared(bench: Bench, shape: str, results: dict[tuple, dict | None], length
                 bench.row(name, dora["peak"] / lora["peak"], "of the memory", most=1.02)
         losses = [result["loss"] for (_, _, n, _), result in results.items() if n == length and result]
         if losses:
-            bench.row(f"{shape} {length} tokens: first losses agree to", max(losses) / min(losses) - 1, most=0.01, must=True)
+            bench.row(
+                f"{shape} {length} tokens: first losses agree to", max(losses) / min(losses) - 1, most=0.01, must=True
+            )
 
 
 def part_profile(bench: Bench) -> None:
@@ -88,6 +92,7 @@ def part_profile(bench: Bench) -> None:
         for length in (64,) if bench.small else (512, 2048):
             name, batch = f"{shape} {method} {length}", random_batch(length, model.config.vocab_size)
             with bench.attempt(name):
+
                 def step(model=model, optimizer=optimizer, batch=batch) -> None:
                     optimizer_step(model, optimizer, [batch], 1e-4, 1.0)
 
@@ -119,7 +124,9 @@ def part_profile(bench: Bench) -> None:
                     bench.wait()
                 averages = found.key_averages()
                 kernels = [e for e in averages if str(e.device_type).endswith("CUDA" if bench.cuda else "CPU")]
-                cost = {id(e): (e.self_device_time_total if bench.cuda else e.self_cpu_time_total) / 1e3 for e in kernels}
+                cost = {
+                    id(e): (e.self_device_time_total if bench.cuda else e.self_cpu_time_total) / 1e3 for e in kernels
+                }
                 kernels.sort(key=lambda e: -cost[id(e)])
                 total = sum(cost.values())
                 bench.row(f"{name}: kernels of a step", total, "ms")
@@ -182,7 +189,12 @@ def part_optimizer(bench: Bench) -> None:
                 bench.row(about, result["peak"] / 1e9, "GB peak")
         for name in ("spilled", "8bit spilled"):
             if name in seconds and "resident" in seconds:
-                bench.row(f"a step of {count} x {length}, {name} over resident", seconds[name] / seconds["resident"], "of the time", most=1.03)
+                bench.row(
+                    f"a step of {count} x {length}, {name} over resident",
+                    seconds[name] / seconds["resident"],
+                    "of the time",
+                    most=1.03,
+                )
 
 
 def equal(bench: Bench, parameters: list[nn.Parameter]) -> None:
@@ -192,10 +204,12 @@ def equal(bench: Bench, parameters: list[nn.Parameter]) -> None:
     few = [torch.nn.Parameter(p.detach()[: p.shape[0] // 2].clone()) for p in parameters[:40]]
     few.append(torch.nn.Parameter(torch.randn(3_000_000, device=bench.device)))  # more than a page
     kinds = {
-        "torch": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False), "resident": lambda p: qlora.PagedAdamW(p, lr=1e-3, memory="all"),
-        "spilled": lambda p: qlora.PagedAdamW(p, lr=1e-3, memory="none"), "evicted": lambda p: qlora.PagedAdamW(p, lr=1e-3),
+        "torch": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
+        "resident": lambda p: qlora.PagedAdamW(p, lr=1e-3, memory="all"),
+        "spilled": lambda p: qlora.PagedAdamW(p, lr=1e-3, memory="none"),
+        "evicted": lambda p: qlora.PagedAdamW(p, lr=1e-3),
         "half spilled": lambda p: qlora.PagedAdamW(p, lr=1e-3, memory=13_000_000),
-    }  # fmt: skip
+    }
     ends: dict[str, list[torch.Tensor]] = {}
     for name, make in kinds.items():
         with bench.attempt(f"{name}: equal to torch's"):
@@ -211,25 +225,38 @@ def equal(bench: Bench, parameters: list[nn.Parameter]) -> None:
             ends[name] = [p.detach().clone() for p in mine]
             if hasattr(optimizer, "pager"):
                 saved = optimizer.state_dict()["state"]
-                ends[name] += [saved[i][key].to(bench.device) for i in range(len(mine)) for key in ("exp_avg", "exp_avg_sq")]
+                ends[name] += [
+                    saved[i][key].to(bench.device) for i in range(len(mine)) for key in ("exp_avg", "exp_avg_sq")
+                ]
                 optimizer.close()
             else:
                 ends[name] += [optimizer.state[p][key] for p in mine for key in ("exp_avg", "exp_avg_sq")]
             if name != "torch":
-                apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ends[name], ends["torch"], strict=True))
-                bench.row(f"{name}: parameters and moments of ten steps beside torch's", apart, "apart", most=1e-6, must=True)
+                apart = max(
+                    ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ends[name], ends["torch"], strict=True)
+                )
+                bench.row(
+                    f"{name}: parameters and moments of ten steps beside torch's", apart, "apart", most=1e-6, must=True
+                )
 
 
 def part_curves(bench: Bench) -> None:
     """A checkpoint that both devices load, quantize and train on, in float32."""
-    import qlora
-    from qlora.train import optimizer_step
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    import qlora
+    from qlora.train import optimizer_step
+
     hidden, layers, steps, length = (64, 2, 4, 24) if bench.small else (512, 4, 20, 128)
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=512)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(f"{scratch}/model")
@@ -255,9 +282,13 @@ def part_curves(bench: Bench) -> None:
                     curves[folder] = losses
                 (one, first), (two, second) = curves.items()
                 worst = max(abs(a - b) for a, b in zip(first, second, strict=True))
-                bench.row(f"{method}: losses of cpu and {bench.device}, {steps} steps", worst, "apart", most=1e-4, must=True)
+                bench.row(
+                    f"{method}: losses of cpu and {bench.device}, {steps} steps", worst, "apart", most=1e-4, must=True
+                )
                 a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-                same = a.keys() == b.keys() and sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+                same = a.keys() == b.keys() and sorted(p.name for p in one.iterdir()) == sorted(
+                    p.name for p in two.iterdir()
+                )
                 same = same and (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
                 bench.row(f"{method}: the same adapter files", str(same), met=same, must=True)
                 apart = max(((a[key] - b[key]).norm() / a[key].norm().clamp(min=1e-12)).item() for key in a)
@@ -272,7 +303,14 @@ def part_generate(bench: Bench) -> None:
 
     def speed(model: nn.Module) -> float:
         def run(tokens: int) -> None:
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, use_cache=True)
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+                use_cache=True,
+            )
 
         model.eval()
         with torch.no_grad():

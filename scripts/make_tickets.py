@@ -20,10 +20,14 @@ from random import Random
 
 SEED, TRAIN, TEST = 7, 600, 60
 
-FIRST = ("Ada Alice Amir Anna Ben Carla Clara Daniel David Elena Emma Felix Grace Hugo Ines Ivan James Julia Karim "
-         "Laura Leo Maria Mark Nadia Nina Omar Paul Rosa Sara Tom").split()
-LAST = ("Adams Baker Bauer Bell Brown Carter Chen Clark Cook Costa Diaz Evans Fischer Ford Garcia Green Hall Hill "
-        "Keller King Lopez Martin Meyer Moore Novak Reed Rossi Silva Walker Young").split()
+FIRST = (
+    "Ada Alice Amir Anna Ben Carla Clara Daniel David Elena Emma Felix Grace Hugo Ines Ivan James Julia Karim "
+    "Laura Leo Maria Mark Nadia Nina Omar Paul Rosa Sara Tom"
+).split()
+LAST = (
+    "Adams Baker Bauer Bell Brown Carter Chen Clark Cook Costa Diaz Evans Fischer Ford Garcia Green Hall Hill "
+    "Keller King Lopez Martin Meyer Moore Novak Reed Rossi Silva Walker Young"
+).split()
 PRODUCTS = "kettle toaster lamp blender heater radio camera printer keyboard monitor speaker router".split()
 ISSUES = {  # label -> two ways to say it
     "damaged": ("arrived cracked", "came out of the box broken"),

@@ -2,10 +2,11 @@
 
     python scripts/measure_budget.py [--data FILE] [--budgets 5] [--json FILE]
 
-SmolLM2-135M, DoRA of rank 16, steps of 16 real records on a CPU. First a run without a budget; then one that is refused, which names the
-smallest budget that works; then that budget, and others up to more than the free run takes; last one below. Each run is the command
-itself in a process of its own, and this process reads its RssAnon in /proc every 2 ms from its first moment to its last.
-Exit code 1 if a run took more than its budget, its losses are off by more than 2 %, or what a refusal says is not so.
+SmolLM2-135M, DoRA of rank 16, steps of 16 real records on a CPU. First a run without a budget; then one that is
+refused, which names the smallest budget that works; then that budget, and others up to more than the free run takes;
+last one below. Each run is the command itself in a process of its own, and this process reads its RssAnon in /proc
+every 2 ms from its first moment to its last. Exit code 1 if a run took more than its budget, its losses are off by more
+than 2 %, or what a refusal says is not so.
 """
 
 from __future__ import annotations
@@ -43,11 +44,26 @@ def watched(command: list[str]) -> dict:
 def finetune(data: str, steps: int, memory: int | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
-        command = [sys.executable, "-m", "qlora.cli", "finetune", *OPTIONS.split(), "--data", data, "--steps", str(steps), "--output", str(output)]
+        command = [
+            sys.executable,
+            "-m",
+            "qlora.cli",
+            "finetune",
+            *OPTIONS.split(),
+            "--data",
+            data,
+            "--steps",
+            str(steps),
+            "--output",
+            str(output),
+        ]
         run = watched(command + (["--memory", str(memory)] if memory is not None else []))
         if run["code"] == 0:
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-            run |= {"losses": [line["loss"] for line in lines], "tokens_per_second": median(line["tokens_per_second"] for line in lines[1:])}
+            run |= {
+                "losses": [line["loss"] for line in lines],
+                "tokens_per_second": median(line["tokens_per_second"] for line in lines[1:]),
+            }
         return run
 
 
@@ -56,10 +72,15 @@ def row(memory: int, run: dict, free: dict) -> dict:
     settings = re.search(r"^memory +\d+ MB: (.*)$", run["said"], re.MULTILINE)
     predicted, measured = re.search(r"predicted (\d+) MB, measured (\d+) MB", run["said"]).groups()
     return {
-        "memory": memory, "settings": settings[1], "peak": run["peak"], "predicted": int(predicted) * 10**6, "reported": int(measured) * 10**6,
-        "losses": run["losses"], "losses_off": max(abs(a / b - 1) for a, b in zip(run["losses"], free["losses"], strict=True)),
+        "memory": memory,
+        "settings": settings[1],
+        "peak": run["peak"],
+        "predicted": int(predicted) * 10**6,
+        "reported": int(measured) * 10**6,
+        "losses": run["losses"],
+        "losses_off": max(abs(a / b - 1) for a, b in zip(run["losses"], free["losses"], strict=True)),
         "speed": run["tokens_per_second"] / free["tokens_per_second"],
-    }  # fmt: skip
+    }
 
 
 def refused(data: str, steps: int, memory: int) -> tuple[str, int]:
@@ -74,13 +95,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(TICKETS), help="records for finetune")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--budgets", type=int, default=5, help="how many, the smallest that works and the most generous included")
+    parser.add_argument(
+        "--budgets", type=int, default=5, help="how many, the smallest that works and the most generous included"
+    )
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     data, steps = arguments.data, arguments.steps
     free = finetune(data, steps, None)
     assert free["code"] == 0, free["complaint"]
-    print(f"no budget: peak {free['peak'] / 1e6:.0f} MB, {free['tokens_per_second']:.0f} tokens/s, losses {' '.join(f'{x:.4f}' for x in free['losses'])}")
+    print(
+        f"no budget: peak {free['peak'] / 1e6:.0f} MB, {free['tokens_per_second']:.0f} tokens/s, losses {' '.join(f'{x:.4f}' for x in free['losses'])}"
+    )
     line, least = refused(data, steps, 10**6)
     print(line)
     ratio = 1.35 * free["peak"] / least
@@ -96,15 +121,21 @@ def main() -> int:
         wrong += [memory] * (found["peak"] > memory or found["losses_off"] > 0.02)
         print(
             f"{memory / 1e6:6.0f} MB  peak {found['peak'] / 1e6:6.0f} MB  predicted {found['predicted'] / 1e6:6.0f} MB  losses off {found['losses_off']:.1e}"
-            f"  speed {found['speed']:.2f}  {found['settings']}", flush=True,
-        )  # fmt: skip
+            f"  speed {found['speed']:.2f}  {found['settings']}",
+            flush=True,
+        )
     below, again = refused(data, steps, int(0.97 * least))
     print(below)
     record = {
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "data": Path(data).name, "free": {name: free[name] for name in ("peak", "losses", "tokens_per_second")}, "rows": rows,
-        "refusals": [line, below], "smallest": [least, again],
-    }  # fmt: skip
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip(),
+        "data": Path(data).name,
+        "free": {name: free[name] for name in ("peak", "losses", "tokens_per_second")},
+        "rows": rows,
+        "refusals": [line, below],
+        "smallest": [least, again],
+    }
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
     return int(bool(wrong))

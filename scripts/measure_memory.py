@@ -6,9 +6,10 @@
     merging   about two tensors
     speed     loading and quantizing beside reading the same tensors and converting them to float32 with plain torch, files cached
 
-Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as in
-Llama 3.2 1B). Each measurement runs in a process of its own: RssAnon is sampled every few milliseconds by a thread, the baseline
-is read after the imports. RssAnon leaves out pages mapped from the checkpoint's files, which the system can drop at any time.
+Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as
+in Llama 3.2 1B). Each measurement runs in a process of its own: RssAnon is sampled every few milliseconds by a thread,
+the baseline is read after the imports. RssAnon leaves out pages mapped from the checkpoint's files, which the system
+can drop at any time.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 
+
 def write_random_llama(folder: Path, shape: str) -> None:
     """A checkpoint of random bf16 weights in shards of about 1 GB, written without holding the model."""
     import torch
+    from random_models import llama_config
     from transformers import AutoModelForCausalLM
 
     from qlora.merging import ShardWriter
-    from random_models import llama_config
 
     config = llama_config(shape)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,7 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
 
     torch.zeros(1)  # the first tensor starts the thread pool
     from transformers import AutoModelForCausalLM  # noqa: F401  part of the baseline
+
     import qlora.merging
 
     if task == "read":
@@ -75,13 +78,23 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
         else:
             model = qlora.load_base(folder, bits=4, dtype="bf16")
             seconds = time.perf_counter() - started
-            held = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+            held = sum(
+                t.numel() * t.element_size()
+                for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values()
+            )
             peak = memory.peak()
             largest = max(p.numel() * p.element_size() for p in model.parameters())
             if task == "adapter":
                 qlora.attach_adapters(model, method="dora", rank=16)
                 qlora.save_adapter(model, adapter, qlora.load_tokenizer(folder))
-            return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "model": held, "largest_tensor": largest, "seconds": round(seconds, 2)}
+            return {
+                "task": task,
+                "baseline": baseline,
+                "peak_over_baseline": peak - baseline,
+                "model": held,
+                "largest_tensor": largest,
+                "seconds": round(seconds, 2),
+            }
         seconds = time.perf_counter() - started
         peak = memory.peak()
     return {"task": task, "baseline": baseline, "peak_over_baseline": peak - baseline, "seconds": round(seconds, 1)}
@@ -108,10 +121,16 @@ def main() -> None:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
         _, _, read, load, _, merge = rows  # the first two brought the files into the page cache
         for row in (load, merge):
-            print(f"{row['task']:6} peak {row['peak_over_baseline'] / 1e6:8.0f} MB over a baseline of {row['baseline'] / 1e6:.0f} MB, {row['seconds']} s")
-        print(f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, so {read['seconds'] / load['seconds']:.2f} of its speed")
+            print(
+                f"{row['task']:6} peak {row['peak_over_baseline'] / 1e6:8.0f} MB over a baseline of {row['baseline'] / 1e6:.0f} MB, {row['seconds']} s"
+            )
+        print(
+            f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, so {read['seconds'] / load['seconds']:.2f} of its speed"
+        )
         bound = load["model"] + 2 * load["largest_tensor"]
-        print(f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed")
+        print(
+            f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed"
+        )
         print(f"merging: 2 x {load['largest_tensor'] / 1e6:.0f} MB = {2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")

@@ -2,10 +2,12 @@
 
     python scripts/measure_plan.py [--quick] [--json FILE]
 
-The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored stays mapped from
-there and is no anonymous memory), and a Llama of the 1B shape with random NF4 weights. Three optimizer steps on random tokens of the
-largest batch the settings allow, in a process that keeps no freed memory (glibc's bounds are set so; a run with a budget gives it back
-only where it must, `measure_budget.py`); RssAnon is read every 3 ms. Both figures are above the process' baseline after its imports, which is printed too. Exit code 1 if one is off by more than 10 %.
+The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
+stays mapped from there and is no anonymous memory), and a Llama of the 1B shape with random NF4 weights. Three
+optimizer steps on random tokens of the largest batch the settings allow, in a process that keeps no freed memory
+(glibc's bounds are set so; a run with a budget gives it back only where it must, `measure_budget.py`); RssAnon is read
+every 3 ms. Both figures are above the process' baseline after its imports, which is printed too. Exit code 1 if one is
+off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -20,7 +22,17 @@ from pathlib import Path
 
 FILE = "smollm2-135m, safetensors"
 KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
-FIELDS = ("model", "method", "rank", "batch_size", "max_tokens", "gradient_checkpointing", "optimizer_memory", "accumulate", "bits")
+FIELDS = (
+    "model",
+    "method",
+    "rank",
+    "batch_size",
+    "max_tokens",
+    "gradient_checkpointing",
+    "optimizer_memory",
+    "accumulate",
+    "bits",
+)
 QUICK = [("smollm2-135m", "dora", 16, 2, 128, False, "all", 1, 4), (FILE, "lora", 64, 1, 128, True, "none", 2, 4)]
 GRID = [
     *QUICK,
@@ -52,7 +64,8 @@ def measure(row: dict) -> dict:
     baseline = anonymous_memory()
     with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
-            from random_models import build as random_nf4_llama, llama_config
+            from random_models import build as random_nf4_llama
+            from random_models import llama_config
 
             model = random_nf4_llama("1B")
             llama_config("1B").save_pretrained(folder)
@@ -60,7 +73,13 @@ def measure(row: dict) -> dict:
             name = row["file"] or row["model"]
             model = qlora.load_base(name, bits=row["bits"], dtype="bf16", device="cpu")
         name = folder if row["model"] == "1B" else name
-        config = FinetuneConfig(**{field: row[field] for field in FIELDS} | {"model": name}, data="-", output=folder, dtype="bf16", device="cpu")
+        config = FinetuneConfig(
+            **{field: row[field] for field in FIELDS} | {"model": name},
+            data="-",
+            output=folder,
+            dtype="bf16",
+            device="cpu",
+        )
         torch.manual_seed(0)
         qlora.attach_adapters(model, method=config.method, rank=config.rank)
         if config.gradient_checkpointing:
@@ -78,15 +97,25 @@ def measure(row: dict) -> dict:
         plan = predict(skeleton, asked(config), largest(config))
         parameters = [p for p in model.parameters() if p.requires_grad]
         exact = {
-            "adapters": sum(p.numel() * 4 for p in parameters), "gradients": sum(p.grad.numel() * 4 for p in parameters),
+            "adapters": sum(p.numel() * 4 for p in parameters),
+            "gradients": sum(p.grad.numel() * 4 for p in parameters),
             "optimizer": optimizer.pager.resident,
-            "model": sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values())
+            "model": sum(
+                t.numel() * t.element_size()
+                for t in {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values()
+            )
             - sum(p.numel() * 4 for p in parameters),
-        }  # fmt: skip
+        }
         optimizer.close()
     found = {**plan.parts, "model": skeleton.weights + skeleton.constants + skeleton.others}
     assert {name: found[name] for name in exact} == exact, (found, exact)
-    return {**row, "baseline": baseline, "predicted": sum(plan.parts.values()) if row["model"] == "1B" else plan.peak, "measured": measured, "parts": plan.parts}
+    return {
+        **row,
+        "baseline": baseline,
+        "predicted": sum(plan.parts.values()) if row["model"] == "1B" else plan.peak,
+        "measured": measured,
+        "parts": plan.parts,
+    }
 
 
 def write_file(folder: str) -> None:
@@ -98,7 +127,13 @@ def write_file(folder: str) -> None:
 
 def run(row: tuple, folder: str) -> dict:
     one = dict(zip(FIELDS, row)) | {"file": folder if row[0] == FILE else None}
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(one)], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | KEEP_NOTHING)
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", json.dumps(one)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | KEEP_NOTHING,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -119,7 +154,10 @@ def main() -> int:
         rows.append({name: value for name, value in found.items() if name != "file"})
         off = found["predicted"] / found["measured"] - 1
         about = " ".join(str(found[name]) for name in FIELDS)
-        print(f"{about:52} predicted {found['predicted'] / 1e6:7.0f} MB  measured {found['measured'] / 1e6:7.0f} MB  {off:+6.1%}", flush=True)
+        print(
+            f"{about:52} predicted {found['predicted'] / 1e6:7.0f} MB  measured {found['measured'] / 1e6:7.0f} MB  {off:+6.1%}",
+            flush=True,
+        )
         if arguments.json:  # after each row
             Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
     return int(any(abs(row["predicted"] / row["measured"] - 1) > 0.1 for row in rows))

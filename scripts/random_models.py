@@ -1,8 +1,9 @@
-"""Llamas of random NF4 weights at the shapes of real models: for speed and memory at sizes whose checkpoints nobody wants to download.
+"""Llamas of random NF4 weights at the shapes of real models: for speed and memory at sizes whose checkpoints nobody
+wants to download.
 
-Codes and scales are drawn where they will lie, so no dense weight ever exists; the scales are about those of a normal initialization with
-a standard deviation of 0.02. `build` gives a model in memory, ours or with bitsandbytes' layers over the same bytes (for PEFT),
-`write_checkpoint` a 4-bit folder.
+Codes and scales are drawn where they will lie, so no dense weight ever exists; the scales are about those of a normal
+initialization with a standard deviation of 0.02. `build` gives a model in memory, ours or with bitsandbytes' layers
+over the same bytes (for PEFT), `write_checkpoint` a 4-bit folder.
 """
 
 from __future__ import annotations
@@ -29,10 +30,20 @@ def llama_config(shape: str):
 
     hidden, intermediate, layers, heads, groups, vocabulary, tied = SHAPES[shape]
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
-        vocab_size=vocabulary, tie_word_embeddings=tied, dtype="bfloat16", architectures=["LlamaForCausalLM"], max_position_embeddings=8192,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
 
 
 def skeleton(shape: str) -> nn.Module:
@@ -54,7 +65,9 @@ def random_nf4(out: int, columns: int, generator: torch.Generator):
 
 
 def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, object]]:
-    """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones every time."""
+    """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones
+    every time.
+    """
     from qlora.adapters import linear_names
 
     generator = torch.Generator(device).manual_seed(0)
@@ -82,21 +95,25 @@ def theirs(weight, device: torch.device) -> nn.Module:
 
     from qlora import nf4
 
-    layer = bitsandbytes.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    layer = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+    )
     parts = {key.removeprefix("."): value for key, value in nf4.to_bitsandbytes(weight, torch.bfloat16).items() if key}
     layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(weight.packed, parts, device=device, module=layer)
     layer.quant_state = layer.weight.quant_state
     if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = False  # it would repack the weight at the first evaluation, and compute something else
+        layer.support_avx512bf16_for_cpu = (
+            False  # it would repack the weight at the first evaluation, and compute something else
+        )
     return layer
 
 
 def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours) -> nn.Module:
     """A frozen model; ours as `qlora.load_base` returns it."""
-    from qlora_kernels import ops
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from qlora.fused import fuse
+    from qlora_kernels import ops
 
     device = torch.device(device)
     model = skeleton(shape)
@@ -118,7 +135,9 @@ def with_peft(model: nn.Module, method: str) -> nn.Module:
     import peft
 
     model.is_loaded_in_4bit = True
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM"
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -168,16 +187,23 @@ def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, 10**9)
     for name, value in weights(model, device):
-        for suffix, part in ({"": value} if isinstance(value, Tensor) else nf4.to_bitsandbytes(value, torch.bfloat16)).items():
+        for suffix, part in (
+            {"": value} if isinstance(value, Tensor) else nf4.to_bitsandbytes(value, torch.bfloat16)
+        ).items():
             writer.add(name + suffix, part.cpu())
     writer.close()
     config = model.config
     config.quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head"],
-    ).to_dict()  # fmt: skip
+    ).to_dict()
     config.save_pretrained(folder)
     letters = {letter: i + 2 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1} | letters, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import signal
 
 import pytest
+
 from qlora_kernels.cpu.build import build
 
 build()  # before anything loads the library: an edited source is never tested through what it was compiled to before
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from helpers import ISAS  # noqa: E402
-from qlora_kernels.cpu import native  # noqa: E402
-from tiny import random_model  # noqa: E402
+import torch
+import transformers
+from helpers import ISAS
+from tiny import random_model
 
-import qlora  # noqa: E402
+import qlora
+from qlora_kernels.cpu import native
 
 transformers.utils.logging.disable_progress_bar()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with the signal ignored, for its children too
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts what runs behind it with the signal ignored, for its children too
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +59,10 @@ def loaded_kernels():
 
 @pytest.fixture
 def kernels(loaded_kernels):
-    """The native kernels themselves, whatever the operators were bound to when they were imported. Which instruction set they use is the library's state,
-    not theirs: the best again after each test, since the operators of the next one count on it."""
+    """The native kernels themselves, whatever the operators were bound to when they were imported. Which instruction
+    set they use is the library's state,
+    not theirs: the best again after each test, since the operators of the next one count on it.
+    """
     yield loaded_kernels
     loaded_kernels.select()
 

@@ -1,4 +1,6 @@
-"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, waiting. Tiny models and their data are in tiny.py."""
+"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, waiting. Tiny models and
+their data are in tiny.py.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,10 @@ import signal
 import time
 
 import torch
+from torch import nn
+
 from qlora_kernels import reference
 from qlora_kernels.cpu import native
-from torch import nn
 
 # Largest difference allowed, relative to the largest value, between two ways to compute the same thing in a dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -34,7 +37,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def without_quantized_gemm(model: nn.Module) -> nn.Module:
-    """bitsandbytes repacks its weights at the first forward on a CPU with AVX512-BF16, and computes something else then."""
+    """bitsandbytes repacks its weights at the first forward on a CPU with AVX512-BF16, and computes something else
+    then.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -15,7 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 import qlora
 from qlora import UserError, adapter_parameters, attach_adapters, named_adapters, nf4
-from qlora.adapters import AdaptedProduct, AdapterSpec, FrozenWeight, compute_norms, merged_weight, one_token, refresh_norms, row_norms
+from qlora.adapters import (
+    AdaptedProduct,
+    AdapterSpec,
+    FrozenWeight,
+    compute_norms,
+    merged_weight,
+    one_token,
+    refresh_norms,
+    row_norms,
+)
 from qlora.linear import NF4Linear
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
@@ -30,7 +39,9 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-def one_layer(kind: str, columns: int, out: int, bias: bool = True, dtype=torch.float64) -> tuple[OneLayer, torch.Tensor]:
+def one_layer(
+    kind: str, columns: int, out: int, bias: bool = True, dtype=torch.float64
+) -> tuple[OneLayer, torch.Tensor]:
     """A model of one linear layer, and its dense weight in float64."""
     W = torch.randn(out, columns)
     if kind == "nf4":
@@ -67,7 +78,9 @@ def dense_definition(model: OneLayer, W: torch.Tensor, x: torch.Tensor):
     return x @ V.t() + bias, copies
 
 
-@pytest.mark.parametrize("method,kind,size,bias", [*itertools.product(("lora", "dora"), ("nf4", "linear", "conv1d"), SIZES, (True, False))])
+@pytest.mark.parametrize(
+    "method,kind,size,bias", [*itertools.product(("lora", "dora"), ("nf4", "linear", "conv1d"), SIZES, (True, False))]
+)
 def test_equals_the_dense_definition(method, kind, size, bias):
     """Forward and the gradients of A, B, m and x, in float64."""
     columns, out = size
@@ -88,7 +101,9 @@ def test_equals_the_dense_definition(method, kind, size, bias):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_one_token_equals_the_dense_definition(method):
-    """The product of generation, in float64; a layer takes it only where a kernel multiplies as it decodes: not on a CPU."""
+    """The product of generation, in float64; a layer takes it only where a kernel multiplies as it decodes: not on a
+    CPU.
+    """
     for columns, out in SIZES:
         model, W = one_layer("nf4", columns, out, bias=False)
         adapter = in_float64(adapted(model, method)).layer
@@ -119,7 +134,9 @@ def test_lower_precision(method, dtype):
         assert gradient.dtype == torch.float32 and relative(gradient, copy.grad) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("kind,size,dora,shared", [*itertools.product(("nf4", "linear"), SIZES[::2], (True, False), (True, False))])
+@pytest.mark.parametrize(
+    "kind,size,dora,shared", [*itertools.product(("nf4", "linear"), SIZES[::2], (True, False), (True, False))]
+)
 def test_gradcheck(kind, size, dora, shared):
     """n is an argument, since it is a constant in DoRA's graph."""
     columns, out = size
@@ -133,7 +150,9 @@ def test_gradcheck(kind, size, dora, shared):
     n = row_norms(weight, A.detach(), B.detach(), 0.7) if dora else None
 
     def product(x, other, A, B, *m):
-        return AdaptedProduct.apply(x, x if shared else other, A, B, m[0] if m else None, n, model.layer.bias, weight, 0.7)
+        return AdaptedProduct.apply(
+            x, x if shared else other, A, B, m[0] if m else None, n, model.layer.bias, weight, 0.7
+        )
 
     inputs = (x, other, A, B) + ((m,) if dora else ())
     assert torch.autograd.gradcheck(product, inputs, check_undefined_grad=False)
@@ -156,8 +175,9 @@ def test_a_fresh_adapter_is_the_base(method, kind, dtype, bias):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_small_updates_arrive_in_bf16(method):
-    """An update a tenth of a bf16 step of y moves y by its full size in the mean, forward and backward: it is not rounded away
-    because the large product was rounded before."""
+    """An update a tenth of a bf16 step of y moves y by its full size in the mean, forward and backward: it is not
+    rounded away because the large product was rounded before.
+    """
     torch.manual_seed(0)
     model, W = one_layer("nf4", 1024, 512, False, dtype=torch.float32)
     attach_adapters(model, method=method, rank=4, alpha=4.0)
@@ -179,7 +199,9 @@ def test_small_updates_arrive_in_bf16(method):
     V = W + adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
     if method == "dora":
         V = (adapter.magnitude.detach().double() / norm).unsqueeze(1) * V
-    for now, before, exact in zip(moved, fresh, (x.detach().double() @ (V - W).t(), dy.double() @ (V - W)), strict=True):
+    for now, before, exact in zip(
+        moved, fresh, (x.detach().double() @ (V - W).t(), dy.double() @ (V - W)), strict=True
+    ):
         arrived = ((now - before) * exact).sum() / exact.square().sum()  # 1: all of it
         assert exact.abs().mean() < 0.25 * 2**-8 * before.abs().mean()
         assert 0.9 < arrived < 1.1
@@ -284,7 +306,16 @@ def test_nothing_dense_is_saved_or_built(method):
     parameters = rank * (columns + out) + (2 * out if method == "dora" else 0)  # m and g
     activations = tokens * (columns + rank) + (tokens * out if method == "dora" else 0)
     assert sum(saved.values()) == parameters + activations
-    allowed = ("dequantize_nf4", "aten.empty", "aten.t.", "aten.detach", "aten.slice", "aten.view", "aten.transpose", "aten.alias")
+    allowed = (
+        "dequantize_nf4",
+        "aten.empty",
+        "aten.t.",
+        "aten.detach",
+        "aten.slice",
+        "aten.view",
+        "aten.transpose",
+        "aten.alias",
+    )
     assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
 
 
@@ -368,13 +399,17 @@ def test_norms_of_a_model_come_from_one_operator():
         first.lora_B += 0.1
     with NormWatch() as watch:
         compute_norms(model)
-    assert watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
+    assert (
+        watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
+    )
     assert all(adapter._norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
 
 
 def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
-    """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does not: results, gradients,
-    and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen inputs, recomputation."""
+    """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does
+    not: results, gradients, and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen
+    inputs, recomputation.
+    """
     for method, bias, dropout, needs_x in itertools.product(("lora", "dora"), (False, True), (0.0, 0.3), (False, True)):
         found = []
         for isa in ("", "portable"):
@@ -384,7 +419,11 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
             layer = adapted(model, method, dropout=dropout).layer
             optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
             for step in range(2):
-                x = torch.randn(70, 128, generator=torch.Generator().manual_seed(step)).bfloat16().requires_grad_(needs_x)
+                x = (
+                    torch.randn(70, 128, generator=torch.Generator().manual_seed(step))
+                    .bfloat16()
+                    .requires_grad_(needs_x)
+                )
                 optimizer.zero_grad()
                 torch.manual_seed(step)
                 y = checkpoint(model, x, use_reentrant=False) if step else model(x)
@@ -392,7 +431,14 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
                 y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
                 assert layer._norms.n is norms
                 optimizer.step()
-            found.append([y.detach(), *(p.grad for p in adapter_parameters(model)), *([x.grad] if needs_x else []), *([layer.norm()] if method == "dora" else [])])
+            found.append(
+                [
+                    y.detach(),
+                    *(p.grad for p in adapter_parameters(model)),
+                    *([x.grad] if needs_x else []),
+                    *([layer.norm()] if method == "dora" else []),
+                ]
+            )
         for ours, plain in zip(*found, strict=True):
             assert relative(ours, plain) < TOLERANCE[torch.bfloat16], (method, bias, dropout)
 
@@ -412,10 +458,17 @@ def test_targets():
     assert names(r"model\.layers\.1\..*") == [n for n in names("all-linear") if ".1." in n]
 
 
-@pytest.mark.parametrize("targets,text", [
-    ("q_prj", "q_proj"), ("mlp", "LlamaMLP, not a linear layer"), (r".*nothing.*", "matches no linear layer"),
-    (r"(", "no valid regular expression"), ("lm_head", "shares its weight with the embedding"), (["q_proj", "upp_proj"], "up_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "targets,text",
+    [
+        ("q_prj", "q_proj"),
+        ("mlp", "LlamaMLP, not a linear layer"),
+        (r".*nothing.*", "matches no linear layer"),
+        (r"(", "no valid regular expression"),
+        ("lm_head", "shares its weight with the embedding"),
+        (["q_proj", "upp_proj"], "up_proj"),
+    ],
+)
 def test_a_target_that_cannot_be_is_an_error(targets, text):
     model = random_model("llama")
     with pytest.raises(UserError, match="targets="):
@@ -451,7 +504,13 @@ def test_merged_weight(method):
     model, W = one_layer("nf4", 96, 40, bias=False, dtype=torch.float32)
     adapted(model, method)
     adapter = model.layer
-    merged = merged_weight(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(),
-                           None if adapter.magnitude is None else adapter.magnitude.detach(), adapter.scaling, torch.float32)  # fmt: skip
+    merged = merged_weight(
+        FrozenWeight(adapter.base),
+        adapter.lora_A.detach(),
+        adapter.lora_B.detach(),
+        None if adapter.magnitude is None else adapter.magnitude.detach(),
+        adapter.scaling,
+        torch.float32,
+    )
     x = torch.randn(4, 96)
     assert relative(x @ merged.t(), model(x).detach()) < TOLERANCE[torch.float32]

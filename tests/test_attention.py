@@ -10,14 +10,14 @@ from itertools import accumulate
 import pytest
 import torch
 from helpers import relative, wait
-from qlora_kernels import ops, reference
-from qlora_kernels.cpu import native
 from tiny import adapted, random_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora.adapters import adapter_parameters
 from qlora.data import Example, collate
 from qlora.loss import layout_of, loss_sum
+from qlora_kernels import ops, reference
+from qlora_kernels.cpu import native
 
 CASES = [  # lengths, heads, groups, size of a head
     ((1, 2, 17, 255, 257), 4, 2, 64),
@@ -42,9 +42,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def drawn(lengths, heads, groups, D, dtype=torch.bfloat16):
-    """(bounds, [q, k, v, gradient of the result]): scores with a spread of 4, so that a few keys have most of the probability."""
+    """(bounds, [q, k, v, gradient of the result]): scores with a spread of 4, so that a few keys have most of the
+    probability.
+    """
     tokens = sum(lengths)
-    return [0, *accumulate(lengths)], [(2 * torch.randn(tokens, n, D)).to(dtype) for n in (heads, groups, groups, heads)]
+    return [0, *accumulate(lengths)], [
+        (2 * torch.randn(tokens, n, D)).to(dtype) for n in (heads, groups, groups, heads)
+    ]
 
 
 def both(kernels, bounds, tensors, scale):
@@ -57,9 +61,12 @@ def by_torch(bounds, tensors, scale):
     """[out, dq, dk, dv] by torch's own function, example by example, in the dtype of the tensors."""
     q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
     parts = [
-        scaled_dot_product_attention(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True)
-        for a, b in zip(bounds, bounds[1:]) if b > a
-    ]  # fmt: skip
+        scaled_dot_product_attention(
+            *(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True
+        )
+        for a, b in zip(bounds, bounds[1:])
+        if b > a
+    ]
     out = torch.cat([part[0].transpose(0, 1) for part in parts])
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
 
@@ -86,7 +93,9 @@ def test_what_the_kernels_lack_goes_to_the_reference(kernels):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_less_exact_than_torch(kernels, case):
-    """Against the definition in float64, of the same bf16 values. Both round P and dS to bf16; no product is rounded on the way."""
+    """Against the definition in float64, of the same bf16 values. Both round P and dS to bf16; no product is rounded on
+    the way.
+    """
     bounds, tensors = drawn(*case)
     scale = case[3] ** -0.5
     exact = both(reference, bounds, [x.double() for x in tensors], scale)
@@ -160,7 +169,9 @@ def test_a_forked_child_does_not_hang(kernels):
         torch.use_deterministic_algorithms(False)
         if not kernels.bf16_unit:
             os._exit(0)  # the reference is torch's, whose threads are not ours to care for
-        same = [(x.view(torch.int16).numpy() == y).all() for x, y in zip(both(kernels, bounds, tensors, 0.125), expected)]
+        same = [
+            (x.view(torch.int16).numpy() == y).all() for x, y in zip(both(kernels, bounds, tensors, 0.125), expected)
+        ]
         os._exit(0 if all(same) else 1)
     torch.set_num_threads(before)
     assert wait(child, 20) == 0

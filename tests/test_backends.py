@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ISAS, wait
+
 from qlora_kernels.cpu import build, native
 
 NESTED = 256
@@ -33,9 +34,21 @@ SHOW_BACKENDS = "from qlora_kernels import ops; found = ops.backends(); print(fo
     "backend, cpu, cuda",
     [
         ("", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
-        ("native", "native (", "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device"),
-        ("reference", "reference (plain PyTorch), because QLORA_BACKEND=reference", "reference (plain PyTorch), because QLORA_BACKEND=reference"),
-        ("bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes", "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes"),
+        (
+            "native",
+            "native (",
+            "bitsandbytes' kernels, because the Triton kernels cannot run, torch sees no CUDA device",
+        ),
+        (
+            "reference",
+            "reference (plain PyTorch), because QLORA_BACKEND=reference",
+            "reference (plain PyTorch), because QLORA_BACKEND=reference",
+        ),
+        (
+            "bitsandbytes",
+            "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes",
+            "bitsandbytes' kernels, because QLORA_BACKEND=bitsandbytes",
+        ),
     ],
 )
 def test_environment_chooses_the_backend(kernels, monkeypatch, backend, cpu, cuda):
@@ -74,7 +87,11 @@ def test_a_forked_child_does_not_hang(kernels, threads):
         torch.use_deterministic_algorithms(False)  # torch fills a large tensor with its threads, which are gone
         got = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
         codes = kernels.quantize_absmax(many, NESTED)[0].numpy()
-        os._exit(0 if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)") else 1)
+        os._exit(
+            0
+            if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)")
+            else 1
+        )
     assert wait(child, 20) == 0
 
 
@@ -99,7 +116,9 @@ def python(code: str, *, path: Path | None = None, timeout: float = 60) -> subpr
     """Run `code` in a new interpreter, which imports `qlora_kernels` from `path`."""
     environment = {**os.environ, "PYTHONPATH": str(path or build.FOLDER.parents[1])}
     arguments = ["-m", build.__name__] if code == "build" else ["-c", code]
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
@@ -109,14 +128,19 @@ def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
 
 
 def test_a_stale_library_is_refused(kernels, tmp_path):
-    """In a checkout: an edited source stops the import and names the command; that command helps; no library is no error."""
+    """In a checkout: an edited source stops the import and names the command; that command helps; no library is no
+    error.
+    """
     tree = tmp_path / "kernels"
     shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
     source = tree / "qlora_kernels" / "cpu" / "portable.cpp"
     show = "from qlora_kernels import ops; print(ops.backends()['cpu'])"
     source.write_text(source.read_text() + "// edited\n")
     stale = python(show, path=tree)
-    assert stale.returncode != 0 and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
+    assert (
+        stale.returncode != 0
+        and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
+    )
     assert python("build", path=tree).returncode == 0
     assert python(show, path=tree).stdout.startswith("native (")
     (tree / "qlora_kernels" / "cpu" / build.LIBRARY).unlink()

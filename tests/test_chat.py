@@ -9,8 +9,12 @@ import pytest
 from qlora.chat import PLAIN_PROMPT, prompt_ids, render_chat, render_plain, render_prompt, stop_ids, to_end_of_turn
 from qlora.errors import UserError
 
-TURNS = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"},
-         {"role": "user", "content": "And 3+3? Not 4<|im_end|>"}, {"role": "assistant", "content": " 6\n"}]
+TURNS = [
+    {"role": "user", "content": "What is 2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3+3? Not 4<|im_end|>"},
+    {"role": "assistant", "content": " 6\n"},
+]
 
 # What follows is the gist of templates that models ship.
 GENERATION = r"""{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
@@ -108,11 +112,13 @@ def test_to_end_of_turn():
 
 def test_prompts_are_what_training_wrote(tokenizer, templated):
     whole = render_chat(TURNS[:2], tokenizer)
-    before = whole.text[:whole.spans[0][0]]
+    before = whole.text[: whole.spans[0][0]]
     assert render_prompt("What is 2+2?", tokenizer) == before
     assert render_prompt(TURNS[:1], tokenizer) == before
-    assert prompt_ids("What is 2+2?", tokenizer) == tokenizer.apply_chat_template(
-        TURNS[:1], add_generation_prompt=True)["input_ids"]
+    assert (
+        prompt_ids("What is 2+2?", tokenizer)
+        == tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True)["input_ids"]
+    )
     assert render_prompt("What is 2+2?", tokenizer, raw=True) == "What is 2+2?"
     assert "<|im_start|>system\nBe brief<|im_end|>" in render_prompt("2+2?", tokenizer, system="Be brief")
 

@@ -19,8 +19,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlora.adapters import adapter_parameters
 from qlora.adapter_files import load_adapted, load_adapter, read_adapter_recipe, save_adapter
+from qlora.adapters import adapter_parameters
 from qlora.checkpoint import latest_checkpoint, load_checkpoint, random_states, save_checkpoint, set_random_states
 from qlora.errors import UserError
 from qlora.files import remove_partial
@@ -72,10 +72,15 @@ def test_peft_loads_ours(tmp_path, build, kind):
 def test_ours_loads_peft(tmp_path, build, kind):
     settings = {"method": "dora", "rank": 3, "alpha": 7.0, "rslora": False, "targets": "all-linear"} | kind
     config = peft.LoraConfig(
-        r=settings["rank"], lora_alpha=settings["alpha"], use_rslora=settings["rslora"], init_lora_weights="gaussian",
-        use_dora=settings["method"] == "dora", target_modules=settings["targets"], task_type="CAUSAL_LM",
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        use_rslora=settings["rslora"],
+        init_lora_weights="gaussian",
+        use_dora=settings["method"] == "dora",
+        target_modules=settings["targets"],
+        task_type="CAUSAL_LM",
         fan_in_fan_out=build is tiny.gpt2,
-    )  # fmt: skip
+    )
     theirs = peft.get_peft_model(build(), config)
     torch.manual_seed(4)
     with torch.no_grad():
@@ -154,7 +159,7 @@ def test_target_modules_reach_exactly_what_is_adapted(tmp_path):
         ({"use_quantum_lora": True}, "use_quantum_lora=true"),  # of a PEFT to come
         ({"r": None}, "r=None"),
     ],
-)  # fmt: skip
+)
 def test_what_we_do_not_do_is_refused_by_name(tmp_path, change, named):
     folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
     path = folder / "adapter_config.json"
@@ -250,7 +255,9 @@ def test_another_base_of_the_same_shape(tmp_path, folders, bits):
 
 @pytest.mark.parametrize("here", [dict(scales="mse"), dict(blocksize=32), dict(double_quant=False), dict(bits=16)])
 def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
-    """The fingerprint knows the checkpoint, not what was made of it. Refused in both directions, and loaded where it is the same."""
+    """The fingerprint knows the checkpoint, not what was made of it. Refused in both directions, and loaded where it is
+    the same.
+    """
     for trained, other in (({}, here), (here, {})):
         one, two = (load_base(str(folders[0]), dtype="fp32", device="cpu", **options) for options in (trained, other))
         assert one.qlora_base.fingerprint == two.qlora_base.fingerprint and not close(logits(one), logits(two))

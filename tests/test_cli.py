@@ -21,12 +21,17 @@ from qlora.errors import UserError
 
 HOUSE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(HOUSE / "kernels")])}
-NEEDED = {"finetune": ["--model", "m", "--data", "d", "--output", "o"], "generate": ["--model", "m", "--prompt", "p"],
-          "eval": ["--model", "m", "--data", "d"], "merge": ["--adapter", "a", "--output", "o"],
-          "quantize": ["--model", "m", "--output", "o"], "doctor": [], "plan": ["--model", "m"]}
+NEEDED = {
+    "finetune": ["--model", "m", "--data", "d", "--output", "o"],
+    "generate": ["--model", "m", "--prompt", "p"],
+    "eval": ["--model", "m", "--data", "d"],
+    "merge": ["--adapter", "a", "--output", "o"],
+    "quantize": ["--model", "m", "--output", "o"],
+    "doctor": [],
+    "plan": ["--model", "m"],
+}
 # What another flag needs beside it to make sense.
-COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"],
-              "warmup": ["--steps", "100"]}
+COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"], "warmup": ["--steps", "100"]}
 OPTIONS = [(command, entry) for command in COMMANDS for entry in entries(COMMANDS[command].options)]
 
 
@@ -74,24 +79,33 @@ def run(*argv: str, **settings) -> subprocess.CompletedProcess:
 
 
 def test_help_and_checks_import_no_torch():
-    code = ("import sys\nfrom qlora import cli\nfor name in cli.COMMANDS: cli.parser(name).format_help()\n"
-            "code = cli.main(['finetune', '--model', 'm', '--data', 'd', '--output', 'o', '--rank', '0'])\n"
-            "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\nassert not heavy, heavy\n"
-            "sys.exit(code)")
+    code = (
+        "import sys\nfrom qlora import cli\nfor name in cli.COMMANDS: cli.parser(name).format_help()\n"
+        "code = cli.main(['finetune', '--model', 'm', '--data', 'd', '--output', 'o', '--rank', '0'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\nassert not heavy, heavy\n"
+        "sys.exit(code)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2 and done.stderr.startswith("rank=0: must be at least 1."), done.stderr
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["finetune", *NEEDED["finetune"], "--rank", "0"], ["rank=0: must be at least 1."]),
-    (["finetune", "--model", "m", "--output", "o", "--rank", "0", "--method", "dorra"],
-     ["data=(not given): required.", "method=dorra: must be lora or dora. Did you mean dora?", "rank=0:"]),
-    (["finetune", *NEEDED["finetune"], "--lern-rate", "1e-5"], ["--lern-rate: not an option of `qlora finetune`. "
-                                                                "Did you mean --learning-rate?"]),
-    (["finetune", *NEEDED["finetune"], "--steps", "3", "--epochs", "1"], ["epochs=1.0: excludes steps=3."]),
-    (["finetune", "--config", "nowhere.yaml"], ["config=nowhere.yaml: cannot be read"]),
-    (["doctor", "--jsn"], ["--jsn: not an option of `qlora doctor`. Did you mean --json?"]),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["finetune", *NEEDED["finetune"], "--rank", "0"], ["rank=0: must be at least 1."]),
+        (
+            ["finetune", "--model", "m", "--output", "o", "--rank", "0", "--method", "dorra"],
+            ["data=(not given): required.", "method=dorra: must be lora or dora. Did you mean dora?", "rank=0:"],
+        ),
+        (
+            ["finetune", *NEEDED["finetune"], "--lern-rate", "1e-5"],
+            ["--lern-rate: not an option of `qlora finetune`. Did you mean --learning-rate?"],
+        ),
+        (["finetune", *NEEDED["finetune"], "--steps", "3", "--epochs", "1"], ["epochs=1.0: excludes steps=3."]),
+        (["finetune", "--config", "nowhere.yaml"], ["config=nowhere.yaml: cannot be read"]),
+        (["doctor", "--jsn"], ["--jsn: not an option of `qlora doctor`. Did you mean --json?"]),
+    ],
+)
 def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
     done = run(*argv)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
@@ -101,18 +115,30 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
         assert [line for line in lines if line.startswith(part)], done.stderr
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["finetun"], "finetun: not a command. Did you mean finetune?"),
-    (["train-it"], "train-it: not a command. Choose from finetune, plan, generate, eval, merge, quantize, doctor."),
-    (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
-    (["finetune", "--batch_size", "3"], "--batch_size: not an option of `qlora finetune`. Did you mean --batch-size?"),
-    (["finetune", "--lr=3"], "--lr: not an option of `qlora finetune`. Did you mean --learning-rate?"),
-    (["finetune", "--confg", "x"], "--confg: not an option of `qlora finetune`. Did you mean --config?"),
-    (["finetune", "--xyzzy"], "--xyzzy: not an option of `qlora finetune`. See `qlora finetune --help`."),
-    (["finetune", "--ran", "3"], "--ran: not an option of `qlora finetune`. Did you mean --rank?"),  # no abbreviations
-    (["finetune", "run.yaml"], "run.yaml: not expected here. Options begin with --, see `qlora finetune --help`."),
-    (["finetune", "--resume=1"], "--resume/--no-resume: ignored explicit argument '1'. See `qlora finetune --help`."),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["finetun"], "finetun: not a command. Did you mean finetune?"),
+        (["train-it"], "train-it: not a command. Choose from finetune, plan, generate, eval, merge, quantize, doctor."),
+        (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
+        (
+            ["finetune", "--batch_size", "3"],
+            "--batch_size: not an option of `qlora finetune`. Did you mean --batch-size?",
+        ),
+        (["finetune", "--lr=3"], "--lr: not an option of `qlora finetune`. Did you mean --learning-rate?"),
+        (["finetune", "--confg", "x"], "--confg: not an option of `qlora finetune`. Did you mean --config?"),
+        (["finetune", "--xyzzy"], "--xyzzy: not an option of `qlora finetune`. See `qlora finetune --help`."),
+        (
+            ["finetune", "--ran", "3"],
+            "--ran: not an option of `qlora finetune`. Did you mean --rank?",
+        ),  # no abbreviations
+        (["finetune", "run.yaml"], "run.yaml: not expected here. Options begin with --, see `qlora finetune --help`."),
+        (
+            ["finetune", "--resume=1"],
+            "--resume/--no-resume: ignored explicit argument '1'. See `qlora finetune --help`.",
+        ),
+    ],
+)
 def test_mistyped_words(argv, said, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().err.splitlines() == [said]
@@ -153,8 +179,10 @@ def test_ctrl_c_is_130(tmp_path):
     """The process waits for a writer of its config; it is interrupted exactly there."""
     pipe = tmp_path / "config.yaml"
     os.mkfifo(pipe)
-    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"from qlora.cli import main; sys.exit(main(['finetune', '--config', {str(pipe)!r}]))")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from qlora.cli import main; sys.exit(main(['finetune', '--config', {str(pipe)!r}]))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     with pipe.open("w"):  # opens when the process has it open too
         process.send_signal(signal.SIGINT)
@@ -207,9 +235,30 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     tiny.write_model(folder / "model")
     tiny.write_data(folder / "data.jsonl")
-    assert main(["finetune", "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--output",
-                 str(folder / "run one"), "--steps", "2", "--rank", "2", "--max-tokens", "64", "--dtype", "fp32",
-                 "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "finetune",
+                "--model",
+                str(folder / "model"),
+                "--data",
+                str(folder / "data.jsonl"),
+                "--output",
+                str(folder / "run one"),
+                "--steps",
+                "2",
+                "--rank",
+                "2",
+                "--max-tokens",
+                "64",
+                "--dtype",
+                "fp32",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -238,20 +287,50 @@ def test_eval_prints_a_table_or_json(trained, capsys):
 
 
 def test_merge_and_quantize_write_models_that_generate(trained, capsys):
-    for command in (["merge", "--adapter", str(trained / "run one" / "adapter"), "--output", str(trained / "merged")],
-                    ["quantize", "--model", str(trained / "model"), "--output", str(trained / "nf4")]):
+    for command in (
+        ["merge", "--adapter", str(trained / "run one" / "adapter"), "--output", str(trained / "merged")],
+        ["quantize", "--model", str(trained / "model"), "--output", str(trained / "nf4")],
+    ):
         assert main(command) == 0
         assert f"--model {command[-1]} " in capsys.readouterr().out
     for model, bits in (("merged", "16"), ("nf4", "4")):
-        assert main(["generate", "--model", str(trained / model), "--bits", bits, "--prompt", "1+1?",
-                     "--max-new-tokens", "2"]) == 0
+        assert (
+            main(
+                [
+                    "generate",
+                    "--model",
+                    str(trained / model),
+                    "--bits",
+                    bits,
+                    "--prompt",
+                    "1+1?",
+                    "--max-new-tokens",
+                    "2",
+                ]
+            )
+            == 0
+        )
 
 
-@pytest.mark.parametrize("command, option", [("generate", "adapter"), ("eval", "adapter"), ("merge", "adapter"),
-                                             ("quantize", "model"), ("finetune", "model"), ("finetune", "data")])
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("generate", "adapter"),
+        ("eval", "adapter"),
+        ("merge", "adapter"),
+        ("quantize", "model"),
+        ("finetune", "model"),
+        ("finetune", "data"),
+    ],
+)
 def test_a_wrong_path_is_one_line(command, option, trained, tmp_path, capsys):
-    values = {"model": trained / "model", "adapter": trained / "run one" / "adapter", "data": trained / "data.jsonl",
-              "output": tmp_path / "out", "prompt": "x"}
+    values = {
+        "model": trained / "model",
+        "adapter": trained / "run one" / "adapter",
+        "data": trained / "data.jsonl",
+        "output": tmp_path / "out",
+        "prompt": "x",
+    }
     values[option] = tmp_path / "nowhere"
     known = {entry.name for entry in entries(COMMANDS[command].options)}
     assert main([command, *(f"--{name}={value}" for name, value in values.items() if name in known)]) == 2
@@ -260,8 +339,28 @@ def test_a_wrong_path_is_one_line(command, option, trained, tmp_path, capsys):
 
 
 def test_next_steps_are_commands_that_parse(trained, capsys):
-    assert main(["finetune", "--model", str(trained / "model"), "--data", str(trained / "data.jsonl"), "--output",
-                 str(trained / "run two"), "--steps", "1", "--rank", "2", "--max-tokens", "64", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "finetune",
+                "--model",
+                str(trained / "model"),
+                "--data",
+                str(trained / "data.jsonl"),
+                "--output",
+                str(trained / "run two"),
+                "--steps",
+                "1",
+                "--rank",
+                "2",
+                "--max-tokens",
+                "64",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     lines = [line.partition(" qlora ")[2] for line in capsys.readouterr().out.splitlines()]
     commands = [shlex.split(line) for line in lines if line]
     assert [command[0] for command in commands] == ["generate", "merge"]

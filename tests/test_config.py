@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 
 from qlora.config import (
-    FORMATS, DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, QuantizeConfig, entries, from_options,
-    from_yaml, to_yaml,
+    FORMATS,
+    DoctorConfig,
+    EvalConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    MergeConfig,
+    QuantizeConfig,
+    entries,
+    from_options,
+    from_yaml,
+    to_yaml,
 )
 from qlora.errors import UserError
 
@@ -46,15 +55,26 @@ def test_every_option_explains_itself(cls):
 
 
 def test_text_becomes_what_it_says():
-    config = FinetuneConfig(**NEEDED, learning_rate="1e-5", steps="1e3", bits="16", blocksize=" 128", resume="yes",
-                            dropout="0", targets="q_proj,v_proj", revision="0123456")
+    config = FinetuneConfig(
+        **NEEDED,
+        learning_rate="1e-5",
+        steps="1e3",
+        bits="16",
+        blocksize=" 128",
+        resume="yes",
+        dropout="0",
+        targets="q_proj,v_proj",
+        revision="0123456",
+    )
     assert (config.learning_rate, config.steps, config.bits, config.blocksize) == (1e-5, 1000, 16, 128)
     assert type(config.steps) is int and config.resume is True and config.dropout == 0.0
     assert config.targets == "q_proj,v_proj" and config.revision == "0123456"
     assert FinetuneConfig(**NEEDED, targets=["q_proj", "v_proj"]).targets == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("text, size", [("1GB", 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), (7, 7)])
+@pytest.mark.parametrize(
+    "text, size", [("1GB", 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), (7, 7)]
+)
 def test_sizes(text, size):
     assert MergeConfig(adapter="a", output="o", shard_size=text).shard_size == size
     assert FinetuneConfig(**NEEDED, optimizer_memory=text).optimizer_memory == size
@@ -69,19 +89,73 @@ def test_optimizer_memory():
         assert "must be auto, all, none or a size such as 200MB" in line
 
 
-@pytest.mark.parametrize("name, value", [
-    ("model", ""), ("data", ""), ("output", 5), ("revision", 3), ("bits", 8), ("bits", True), ("bits", "four"),
-    ("method", "qdora"), ("rank", 0), ("rank", "0"), ("rank", 4.5), ("rank", "4.5"), ("rank", True), ("rank", None),
-    ("rank", "many"), ("alpha", 0), ("alpha", float("nan")), ("alpha", "nan"), ("alpha", float("inf")), ("alpha", True),
-    ("dropout", 1), ("dropout", -0.1), ("targets", ""), ("targets", []), ("targets", 3), ("blocksize", 48),
-    ("blocksize", 16), ("blocksize", 8192), ("learning_rate", 0), ("learning_rate", -1e-5), ("learning_rate", "1e-5x"),
-    ("learning_rate", "1e999"), ("schedule", "cosine2"), ("warmup", -1), ("weight_decay", -1), ("clip", -1), ("beta1", 1),
-    ("beta2", 1.5), ("eps", 0), ("steps", 0), ("epochs", 0), ("batch_size", 0), ("accumulate", 0), ("max_tokens", 1),
-    ("format", "csv"), ("train_on_prompt", 2), ("truncate", "start"), ("eval_data", ""), ("eval_fraction", 1),
-    ("eval_fraction", -0.1), ("eval_every", -1), ("save_every", -1), ("seed", -1), ("seed", 2**32), ("resume", "maybe"),
-    ("device", "gpu"), ("device", "cuda:x"), ("dtype", "int8"), ("double_quant", "perhaps"), ("tensorboard", None),
-    ("scales", "max"), ("scales", 1),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model", ""),
+        ("data", ""),
+        ("output", 5),
+        ("revision", 3),
+        ("bits", 8),
+        ("bits", True),
+        ("bits", "four"),
+        ("method", "qdora"),
+        ("rank", 0),
+        ("rank", "0"),
+        ("rank", 4.5),
+        ("rank", "4.5"),
+        ("rank", True),
+        ("rank", None),
+        ("rank", "many"),
+        ("alpha", 0),
+        ("alpha", float("nan")),
+        ("alpha", "nan"),
+        ("alpha", float("inf")),
+        ("alpha", True),
+        ("dropout", 1),
+        ("dropout", -0.1),
+        ("targets", ""),
+        ("targets", []),
+        ("targets", 3),
+        ("blocksize", 48),
+        ("blocksize", 16),
+        ("blocksize", 8192),
+        ("learning_rate", 0),
+        ("learning_rate", -1e-5),
+        ("learning_rate", "1e-5x"),
+        ("learning_rate", "1e999"),
+        ("schedule", "cosine2"),
+        ("warmup", -1),
+        ("weight_decay", -1),
+        ("clip", -1),
+        ("beta1", 1),
+        ("beta2", 1.5),
+        ("eps", 0),
+        ("steps", 0),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("accumulate", 0),
+        ("max_tokens", 1),
+        ("format", "csv"),
+        ("train_on_prompt", 2),
+        ("truncate", "start"),
+        ("eval_data", ""),
+        ("eval_fraction", 1),
+        ("eval_fraction", -0.1),
+        ("eval_every", -1),
+        ("save_every", -1),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("resume", "maybe"),
+        ("device", "gpu"),
+        ("device", "cuda:x"),
+        ("dtype", "int8"),
+        ("double_quant", "perhaps"),
+        ("tensorboard", None),
+        ("scales", "max"),
+        ("scales", 1),
+    ],
+)
 def test_bad_values_are_named_with_a_remedy(name, value):
     (line,) = problems(**{name: value})
     assert line.startswith(f"{name}=") and ": must " in line
@@ -97,8 +171,19 @@ def test_the_nearest_choice_is_named():
 
 def test_all_problems_at_once():
     with pytest.raises(UserError) as caught:
-        from_options(FinetuneConfig, {"model": "m", "rank": 0, "learning_rat": "1e-5", "steps": 5, "epochs": 2,
-                                      "alpha": "nan", "eval_data": "e", "eval_fraction": 0.1})
+        from_options(
+            FinetuneConfig,
+            {
+                "model": "m",
+                "rank": 0,
+                "learning_rat": "1e-5",
+                "steps": 5,
+                "epochs": 2,
+                "alpha": "nan",
+                "eval_data": "e",
+                "eval_fraction": 0.1,
+            },
+        )
     names = [line.partition("=")[0] for line in caught.value.problems]
     assert sorted(names) == ["alpha", "data", "epochs", "eval_fraction", "learning_rat", "output", "rank"]
     assert len(set(names)) == len(names)
@@ -127,9 +212,18 @@ def test_options_that_contradict_each_other():
     assert "no system message" in problems(GenerateConfig, model="m", prompt="x", raw=True, system="s")[0]
 
 
-@pytest.mark.parametrize("name, meant", [("lern_rate", "learning_rate"), ("lr", "learning_rate"), ("lora_r", "rank"),
-                                         ("batch-size", "batch_size"), ("max_seq_length", "max_tokens"),
-                                         ("target_modules", "targets"), ("gradient_accumulation_steps", "accumulate")])
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("lern_rate", "learning_rate"),
+        ("lr", "learning_rate"),
+        ("lora_r", "rank"),
+        ("batch-size", "batch_size"),
+        ("max_seq_length", "max_tokens"),
+        ("target_modules", "targets"),
+        ("gradient_accumulation_steps", "accumulate"),
+    ],
+)
 def test_unknown_options_lead_to_the_known(name, meant):
     assert problems(**{name: "1"}) == [f"{name}=1: not an option. Did you mean {meant}?"]
 
@@ -149,29 +243,52 @@ def test_formats_are_those_of_the_type():
 
 
 def test_yaml_numbers_are_numbers_and_text_stays_text(tmp_path):
-    path = written(tmp_path, "# a run\nmodel: m\ndata: 2024-01-01\noutput: 'null'\nlearning_rate: 1e-5\nrevision: 0123456\n"
-                             "steps: 30\neval_data: null\nresume: no\ntargets: [q_proj, v_proj]\ndropout: .1\n")
+    path = written(
+        tmp_path,
+        "# a run\nmodel: m\ndata: 2024-01-01\noutput: 'null'\nlearning_rate: 1e-5\nrevision: 0123456\n"
+        "steps: 30\neval_data: null\nresume: no\ntargets: [q_proj, v_proj]\ndropout: .1\n",
+    )
     config = from_yaml(FinetuneConfig, path)
     assert config.learning_rate == 1e-5 and config.dropout == 0.1 and config.steps == 30
     assert (config.data, config.output, config.revision) == ("2024-01-01", "null", "0123456")
     assert config.eval_data is None and config.resume is False and config.targets == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("config", [
-    FinetuneConfig(**NEEDED),
-    FinetuneConfig(model="null", data="1e-5", output="été: #1\nx", revision="0777", targets=["a", "b.c"], steps=7, eps=1e-8,
-                   learning_rate=1 / 3, eval_data="~", resume=True, double_quant=False, format="chat", seed=2**32 - 1),
-    GenerateConfig(model="m", prompt=" two\nlines ", system="", temperature=0.7, top_p=0.9),
-    EvalConfig(adapter="a", data="d"), MergeConfig(adapter="a", output="o", shard_size="500MB"),
-    QuantizeConfig(model="m", output="yes"), DoctorConfig(json=True),
-], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [
+        FinetuneConfig(**NEEDED),
+        FinetuneConfig(
+            model="null",
+            data="1e-5",
+            output="été: #1\nx",
+            revision="0777",
+            targets=["a", "b.c"],
+            steps=7,
+            eps=1e-8,
+            learning_rate=1 / 3,
+            eval_data="~",
+            resume=True,
+            double_quant=False,
+            format="chat",
+            seed=2**32 - 1,
+        ),
+        GenerateConfig(model="m", prompt=" two\nlines ", system="", temperature=0.7, top_p=0.9),
+        EvalConfig(adapter="a", data="d"),
+        MergeConfig(adapter="a", output="o", shard_size="500MB"),
+        QuantizeConfig(model="m", output="yes"),
+        DoctorConfig(json=True),
+    ],
+    ids=lambda config: type(config).__name__,
+)
 def test_yaml_round_trip(tmp_path, config):
     text = to_yaml(config)
     again = from_yaml(type(config), written(tmp_path, text))
     assert again == config
     assert to_yaml(again) == text and "#" not in text.replace("#1", "")
     assert [line.partition(":")[0] for line in text.splitlines() if line[:1].isalpha() and ":" in line] == [
-        entry.name for entry in entries(config)]
+        entry.name for entry in entries(config)
+    ]
 
 
 def test_flags_win_over_yaml(tmp_path):
@@ -183,17 +300,20 @@ def test_flags_win_over_yaml(tmp_path):
         from_yaml(FinetuneConfig, path, {"steps": "9", "epochs": "2"})
 
 
-@pytest.mark.parametrize("text, said", [
-    ("rank: 8\nalpha: 1\nrank: 9\n", "rank=9: given 2 times in"),
-    ("rank: [1\n", "is not valid YAML, line 2"),
-    ("a: b: c\n", "is not valid YAML, line 1"),
-    ("- rank\n", "must hold one `option: value` a line"),
-    ("just text\n", "must hold one `option: value` a line"),
-    (b"\xff\xfe\x00", "is not UTF-8 text"),
-    ("a: \x01\n", "is not valid YAML"),
-    ("a: 1\n---\nb: 2\n", "is not valid YAML"),
-    ("[1]: b\n", "is not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("rank: 8\nalpha: 1\nrank: 9\n", "rank=9: given 2 times in"),
+        ("rank: [1\n", "is not valid YAML, line 2"),
+        ("a: b: c\n", "is not valid YAML, line 1"),
+        ("- rank\n", "must hold one `option: value` a line"),
+        ("just text\n", "must hold one `option: value` a line"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("a: \x01\n", "is not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "is not valid YAML"),
+        ("[1]: b\n", "is not valid YAML"),
+    ],
+)
 def test_bad_yaml_is_one_line(tmp_path, text, said):
     with pytest.raises(UserError) as caught:
         from_yaml(FinetuneConfig, written(tmp_path, text))

@@ -17,8 +17,19 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qlora.config import FORMATS
 from qlora.data import (
-    COLUMNS, Example, collate, epoch_order, mask_by_offsets, pick_format, prompt_ids, read_records, split, step_count,
-    step_indices, stream_length, tokenize,
+    COLUMNS,
+    Example,
+    collate,
+    epoch_order,
+    mask_by_offsets,
+    pick_format,
+    prompt_ids,
+    read_records,
+    split,
+    step_count,
+    step_indices,
+    stream_length,
+    tokenize,
 )
 from qlora.errors import UserError
 
@@ -31,10 +42,13 @@ GENERATION = r"""{% for m in messages %}{% if m.role == 'assistant' %}<|im_start
 
 TALKS = [
     [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris."}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 😀 naïve 東京"},
-     {"role": "assistant", "content": " Hello, 世界! 😀😀\n\n"},
-     {"role": "user", "content": "assistant\nHello, 世界!"},
-     {"role": "assistant", "content": "<|im_start|>code:\n  x = 1\t\n"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi 😀 naïve 東京"},
+        {"role": "assistant", "content": " Hello, 世界! 😀😀\n\n"},
+        {"role": "user", "content": "assistant\nHello, 世界!"},
+        {"role": "assistant", "content": "<|im_start|>code:\n  x = 1\t\n"},
+    ],
     [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
 ]
@@ -66,7 +80,7 @@ def problems(records, tokenizer, **options):
 # ---------------------------------------------------------------------------------------------------- tokens and masks
 @pytest.mark.parametrize("talk", TALKS)
 def test_ids_equal_apply_chat_template_token_for_token(tokenizer, talk):
-    example, = tokenize([{"messages": talk}], tokenizer).examples
+    (example,) = tokenize([{"messages": talk}], tokenizer).examples
     assert list(example.ids) == tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
 
 
@@ -75,7 +89,7 @@ def test_masks_equal_the_generation_masks_of_transformers(tokenizer, talk):
     oracle = copy.deepcopy(tokenizer)
     oracle.chat_template = GENERATION
     expected = oracle.apply_chat_template(talk, return_assistant_tokens_mask=True)
-    example, = tokenize([{"messages": talk}], oracle).examples
+    (example,) = tokenize([{"messages": talk}], oracle).examples
     assert list(example.ids) == expected["input_ids"]
     assert [int(target) for target in example.targets] == expected["assistant_masks"]
 
@@ -93,15 +107,31 @@ def test_masks_do_not_depend_on_the_offsets_of_white_space(tokenizer):
 def test_masks_with_a_sentencepiece_tokenizer():
     """As Llama 2's: white space is part of the tokens, and the answer begins with it."""
     pieces = ["<unk>", "<s>", "</s>", "\u2581", "[", "I", "N", "S", "T", "]", "/", "a", "b", "\u2581b", "\u2581[", "\n"]
-    backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)},
-                                   [("\u2581", "b"), ("\u2581", "[")], unk_token="<unk>"))
+    backend = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(pieces)},
+            [("\u2581", "b"), ("\u2581", "[")],
+            unk_token="<unk>",
+        )
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     own = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    own.chat_template = ("{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% else %}"
-                         " {{ m.content }} </s>{% endif %}{% endfor %}")
-    example, = tokenize([{"messages": [{"role": role, "content": text} for role, text in (
-        ("user", "a"), ("assistant", "b\nb"), ("user", "b"), ("assistant", "a"))]}], own).examples
+    own.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]{% else %}"
+        " {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    (example,) = tokenize(
+        [
+            {
+                "messages": [
+                    {"role": role, "content": text}
+                    for role, text in (("user", "a"), ("assistant", "b\nb"), ("user", "b"), ("assistant", "a"))
+                ]
+            }
+        ],
+        own,
+    ).examples
     shown = own.convert_ids_to_tokens(example.ids)
     tokens = [token if target else "-" for token, target in zip(shown, example.targets)]
     assert " ".join(tokens).replace("- ", "") == "\u2581b \n b \u2581 </s> \u2581 a \u2581 </s>"
@@ -145,13 +175,13 @@ def test_the_formats_of_the_options_are_the_formats_there_are():
 
 @pytest.mark.parametrize("context", [{}, {"input": ""}, {"input": None}])
 def test_alpaca_without_input(tokenizer, context):
-    example, = tokenize([{"instruction": "Q", "output": "A", **context}], tokenizer).examples
+    (example,) = tokenize([{"instruction": "Q", "output": "A", **context}], tokenizer).examples
     assert "<|im_start|>user\nQ<|im_end|>" in tokenizer.decode(example.ids)
 
 
 def test_text_learns_every_token_and_eos(tokenizer, base_tokenizer):
     for own in (tokenizer, base_tokenizer):  # a chat template has no part in plain text
-        example, = tokenize([{"text": "Once upon a time"}], own).examples
+        (example,) = tokenize([{"text": "Once upon a time"}], own).examples
         assert own.decode(example.ids) == "Once upon a time<|im_end|>"
         assert example.targets == (False,) + (True,) * (len(example.ids) - 1)
     assert tokenize([{"text": "a<|im_end|>"}], tokenizer).examples == tokenize([{"text": "a"}], tokenizer).examples
@@ -159,38 +189,40 @@ def test_text_learns_every_token_and_eos(tokenizer, base_tokenizer):
 
 
 def test_train_on_prompt_learns_everything_but_the_first_token(tokenizer):
-    example, = tokenize([{"messages": TALKS[1]}], tokenizer, train_on_prompt=True).examples
+    (example,) = tokenize([{"messages": TALKS[1]}], tokenizer, train_on_prompt=True).examples
     assert list(example.ids) == tokenizer.apply_chat_template(TALKS[1])["input_ids"]
     assert example.targets == (False,) + (True,) * (len(example.ids) - 1)
 
 
 def test_a_base_model_sees_the_plain_prompt_and_learns_answer_and_eos(base_tokenizer):
     for format in ("alpaca", "prompt-completion", "question-answer"):
-        example, = tokenize([SAME[format]], base_tokenizer).examples
+        (example,) = tokenize([SAME[format]], base_tokenizer).examples
         assert base_tokenizer.decode(example.ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
         assert targets(example, base_tokenizer) == "A<|im_end|>"
         before = prompt_ids("Q\n\nC", base_tokenizer)
-        assert list(example.ids[:len(before)]) == before and not any(example.targets[:len(before)])
+        assert list(example.ids[: len(before)]) == before and not any(example.targets[: len(before)])
 
 
 @pytest.mark.parametrize("format", ["chat", "sharegpt"])
 def test_conversations_need_a_chat_template(base_tokenizer, format):
-    found, = problems([SAME[format]], base_tokenizer)
+    (found,) = problems([SAME[format]], base_tokenizer)
     assert "conversations need a chat template" in found and "prompt and completion" in found
 
 
 def test_bos_and_eos_are_written_once_whoever_writes_them(tokenizer, base_tokenizer):
     """A tokenizer that adds both by itself, as Llama's adds BOS, and a template that writes its own BOS."""
+
     def adding(own):
         own = copy.deepcopy(own)
         own.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)])
+            single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
         return own
 
     chat, plain = adding(tokenizer), adding(base_tokenizer)
     assert tokenize([SAME["chat"]], chat).examples == tokenize([SAME["chat"]], tokenizer).examples
     assert prompt_ids("Q", chat) == prompt_ids("Q", tokenizer)
-    example, = tokenize([SAME["alpaca"]], plain).examples
+    (example,) = tokenize([SAME["alpaca"]], plain).examples
     assert plain.decode(example.ids) == "<|im_start|>### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
     assert targets(example, plain) == "A<|im_end|>"
     assert list(example.ids[:-2]) == prompt_ids("Q\n\nC", plain)
@@ -202,18 +234,18 @@ def test_bos_and_eos_are_written_once_whoever_writes_them(tokenizer, base_tokeni
 def test_a_tokenizer_in_python_is_masked_by_prefixes():
     slow = ByT5Tokenizer()
     assert not slow.is_fast
-    example, = tokenize([SAME["alpaca"]], slow).examples
+    (example,) = tokenize([SAME["alpaca"]], slow).examples
     assert slow.decode(example.ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA</s>"
     assert targets(example, slow) == "A</s>"
     slow.chat_template = GENERATION
-    example, = tokenize([{"messages": TALKS[0]}], slow).examples  # its end token is plain text here, so EOS follows
+    (example,) = tokenize([{"messages": TALKS[0]}], slow).examples  # its end token is plain text here, so EOS follows
     assert targets(example, slow) == "Paris.<|im_end|>\n</s>"
 
     class Joining(ByT5Tokenizer):
         def _tokenize(self, text):
             return super()._tokenize(text.replace("\nA", "A"))
 
-    found, = problems([SAME["alpaca"]], Joining())
+    (found,) = problems([SAME["alpaca"]], Joining())
     assert "joins prompt and answer of record 1 in one token" in found
 
 
@@ -232,19 +264,25 @@ def test_masks_with_offsets_as_tokenizers_give_them():
 
 def test_tools_and_tool_calls_are_the_templates_business(tokenizer):
     own = copy.deepcopy(tokenizer)
-    own.chat_template = ("{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}"
-                         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-                         "{{ m.content or (m.tool_calls | tojson) }}<|im_end|>{% endfor %}"
-                         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    own.chat_template = (
+        "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content or (m.tool_calls | tojson) }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     call = [{"function": {"name": "add", "arguments": {"a": 2, "b": 1.50}}}]
-    talk = [{"role": "user", "content": "2+1.5?"}, {"role": "assistant", "content": None, "tool_calls": call},
-            {"role": "tool", "content": 3.5}, {"role": "assistant", "content": "3.5"}]
+    talk = [
+        {"role": "user", "content": "2+1.5?"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": 3.5},
+        {"role": "assistant", "content": "3.5"},
+    ]
     tools = [{"type": "function", "function": {"name": "add"}}]
 
     def read(tools):
         return lines(json.dumps({"messages": talk, "tools": tools}).replace('"content": 3.5', '"content": 3.50'))
 
-    example, = tokenize(read(tools), own).examples
+    (example,) = tokenize(read(tools), own).examples
     whole = own.decode(example.ids)
     assert whole.startswith('<|im_start|>tools [{"type": "function", "function": {"name": "add"}}]<|im_end|>')
     assert "<|im_start|>tool\n3.50<|im_end|>" in whole
@@ -267,7 +305,7 @@ def test_what_is_too_long_loses_its_end_or_is_dropped_and_is_counted(tokenizer):
     cut = tokenize(records, tokenizer, max_tokens=lengths[1])
     assert [len(example.ids) for example in cut.examples] == [lengths[0], lengths[1], lengths[1]]
     assert (cut.truncated, cut.dropped) == (1, 0)
-    assert cut.examples[2].ids == tokenize(records, tokenizer).examples[2].ids[:lengths[1]]
+    assert cut.examples[2].ids == tokenize(records, tokenizer).examples[2].ids[: lengths[1]]
     assert cut.target_tokens == sum(sum(example.targets) for example in cut.examples)
     dropped = tokenize(records, tokenizer, max_tokens=lengths[1], truncate="drop")
     assert (len(dropped.examples), dropped.truncated, dropped.dropped) == (2, 0, 1)
@@ -278,40 +316,48 @@ def test_what_is_too_long_loses_its_end_or_is_dropped_and_is_counted(tokenizer):
 def test_nothing_left_is_an_error_that_says_how_long(tokenizer):
     records = [{"prompt": "a " * 200, "completion": "b"}]
     length = len(tokenize(records, tokenizer).examples[0].ids)
-    found, = problems(records, tokenizer, max_tokens=50)
+    (found,) = problems(records, tokenizer, max_tokens=50)
     assert found.startswith("max_tokens=50: no example") and f"Raise it to {length}" in found
     assert "Raise it" in problems(records, tokenizer, max_tokens=length - 1, truncate="drop")[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
 def test_columns_that_fit_no_format_or_two(tokenizer):
-    found, = problems([{"questions": "a", "answer": "b"}], tokenizer)
+    (found,) = problems([{"questions": "a", "answer": "b"}], tokenizer)
     assert "the columns are answer, questions, which fit no format" in found
     assert "question-answer needs question and answer; text needs text" in found
     both = [{"question": "a", "answer": "b", "messages": TALKS[0]}]
-    found, = problems(both, tokenizer)
+    (found,) = problems(both, tokenizer)
     assert "fit chat and question-answer. Say which, for example --format chat" in found
     assert tokenize(both, tokenizer, format="question-answer").format == "question-answer"
-    found, = problems(both, tokenizer, format="alpaca")
+    (found,) = problems(both, tokenizer, format="alpaca")
     assert found.startswith("format=alpaca: needs the columns instruction and output, and the columns are answer, mess")
     assert "must be one of chat" in problems(both, tokenizer, format="alpacca")[0]
     assert pick_format([{"text": "a"}, {"text": "b", "question": "c", "answer": "d"}]) == "text"  # all have it
 
 
 def test_every_record_that_does_not_fit_is_named(tokenizer):
-    records = lines('{"prompt": "a", "completion": "b"}', '{"prompt": "a"}',
-                    '{"prompt": null, "completion": ["b"]}', "",
-                    '{"prompt": {"x": 1}, "completion": "\\ud83d"}', '{"prompt": 7, "completion": 1.50}')
+    records = lines(
+        '{"prompt": "a", "completion": "b"}',
+        '{"prompt": "a"}',
+        '{"prompt": null, "completion": ["b"]}',
+        "",
+        '{"prompt": {"x": 1}, "completion": "\\ud83d"}',
+        '{"prompt": 7, "completion": 1.50}',
+    )
     found = [line.split(": ", 1)[1] for line in problems(records, tokenizer)]
     assert [line.split(". ")[0] for line in found] == [
-        "line 2: `completion` is missing, where text is needed", "line 3: `prompt` is null, where text is needed",
-        "line 3: `completion` is a list, where text is needed", "line 5: `prompt` is an object, where text is needed",
-        "line 5: `completion` holds half a surrogate pair"]
+        "line 2: `completion` is missing, where text is needed",
+        "line 3: `prompt` is null, where text is needed",
+        "line 3: `completion` is a list, where text is needed",
+        "line 5: `prompt` is an object, where text is needed",
+        "line 5: `completion` holds half a surrogate pair",
+    ]
     good = tokenize([records[0], records[-1]], tokenizer).examples[1]
     assert targets(good, tokenizer) == "1.50<|im_end|>"
     many = problems([{"text": None}] * 30, tokenizer)
     assert len(many) == 11 and "record 10" in many[9] and "and 20 more" in many[10]
-    found, = problems([{"text": 0.5}], tokenizer)  # from Parquet: 0.5, .5 or 0.50?
+    (found,) = problems([{"text": 0.5}], tokenizer)  # from Parquet: 0.5, .5 or 0.50?
     assert "record 1: `text` is a float, which has no text of its own" in found
 
 
@@ -324,7 +370,8 @@ def test_turns_that_are_none(tokenizer):
     assert of([{"role": "asistant", "content": "a"}]) == ["record 1: turn 1 has role='asistant'"]
     assert of([{"from": "human", "value": "a"}]) == ["record 1: turn 1 has role=None"]
     assert of([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]) == [
-        "record 1: turn 2: `content` is null, where text is needed"]
+        "record 1: turn 2: `content` is null, where text is needed"
+    ]
     assert of([{"role": "user", "content": "a"}]) == ["record 1: no assistant turn, so there is nothing to learn"]
     twice = {"messages": [{"role": "system", "content": "a"}, *TALKS[0]], "system": "b"}
     assert "and a column `system` too" in problems([twice], tokenizer)[0]
@@ -338,7 +385,7 @@ def test_what_a_template_refuses_and_what_it_hides(tokenizer):
     records = [{"messages": TALKS[0]}, {"messages": TALKS[1]}]
     assert "record 2: the chat template refuses it (no system here)" in problems(records, own)[0]
     own.chat_template = GENERATION.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    found, = problems(records[:1], own)
+    (found,) = problems(records[:1], own)
     assert "the answer's tokens are unknown" in found
     assert len(tokenize(records[:1], own, train_on_prompt=True).examples) == 1  # needs no mask
 
@@ -388,13 +435,15 @@ def test_the_stream_sees_every_example_once_an_epoch_and_depends_on_the_step_alo
     stream = [index for step in range(steps) for index in step_indices(count, per_step, 5, step)]
     assert len(stream) == steps * per_step
     for epoch in range(len(stream) // count):
-        assert stream[epoch * count:(epoch + 1) * count] == epoch_order(count, 5, epoch)
+        assert stream[epoch * count : (epoch + 1) * count] == epoch_order(count, 5, epoch)
     resumed = [index for step in range(17, steps) for index in step_indices(count, per_step, 5, step)]
-    assert resumed == stream[17 * per_step:]
+    assert resumed == stream[17 * per_step :]
 
 
-@pytest.mark.parametrize("count,per_step,epochs,steps", [(10, 4, 1, 3), (10, 4, 2, 5), (10, 4, 0.5, 2), (3, 8, 1, 1),
-                                                         (100, 8, 0.001, 1), (12, 4, 1, 3), (10, 3, 1.5, 5)])
+@pytest.mark.parametrize(
+    "count,per_step,epochs,steps",
+    [(10, 4, 1, 3), (10, 4, 2, 5), (10, 4, 0.5, 2), (3, 8, 1, 1), (100, 8, 0.001, 1), (12, 4, 1, 3), (10, 3, 1.5, 5)],
+)
 def test_a_run_by_epochs_sees_each_example_so_often_and_then_ends(count, per_step, epochs, steps):
     limit = stream_length(count, epochs)
     assert step_count(count, per_step, epochs) == steps

@@ -36,9 +36,28 @@ def run(tmp_path_factory):
     """`qlora finetune` on the tickets, with DoRA in 4 bits."""
     output = tmp_path_factory.mktemp("run") / "out"
     qlora(
-        "finetune", "--model", "smollm2-135m", "--data", DATA / "tickets_train.jsonl", "--eval-data", DATA / "tickets_test.jsonl",
-        "--output", output, "--bits", 4, "--method", "dora", "--steps", STEPS, "--learning-rate", "2e-3", "--warmup", 6, "--max-tokens", 256,
-    )  # fmt: skip
+        "finetune",
+        "--model",
+        "smollm2-135m",
+        "--data",
+        DATA / "tickets_train.jsonl",
+        "--eval-data",
+        DATA / "tickets_test.jsonl",
+        "--output",
+        output,
+        "--bits",
+        4,
+        "--method",
+        "dora",
+        "--steps",
+        STEPS,
+        "--learning-rate",
+        "2e-3",
+        "--warmup",
+        6,
+        "--max-tokens",
+        256,
+    )
     return output
 
 
@@ -55,9 +74,13 @@ def test_it_learns(run):
 
 def test_generate_and_eval(run, tokenizer):
     record = read_records(str(DATA / "tickets_test.jsonl"))[0]
-    answer = qlora("generate", "--adapter", run / "adapter", "--prompt", record["prompt"], "--max-new-tokens", 48).stdout
+    answer = qlora(
+        "generate", "--adapter", run / "adapter", "--prompt", record["prompt"], "--max-new-tokens", 48
+    ).stdout
     assert set(json.loads(answer)) == set(json.loads(record["completion"]))
-    report = json.loads(qlora("eval", "--adapter", run / "adapter", "--data", DATA / "tickets_test.jsonl", "--json").stdout)
+    report = json.loads(
+        qlora("eval", "--adapter", run / "adapter", "--data", DATA / "tickets_test.jsonl", "--json").stdout
+    )
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert report["loss"] == pytest.approx(json.loads(lines[-1])["eval_loss"], rel=0.05)
 
@@ -81,12 +104,19 @@ def test_merged_in_bf16(run, held_out, tokenizer, tmp_path):
             total += len(expected)
     print(f"merged in bf16 on {total:.0f} tokens: top-1 agreement {agree / total:.4f}, KL {kl / total:.2e}")
     assert agree / total >= 0.995 and kl / total <= 1e-3
-    answers = generate_batch(merged, transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"), [read_records(str(DATA / "tickets_test.jsonl"))[0]["prompt"]], max_new_tokens=48)
+    answers = generate_batch(
+        merged,
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"),
+        [read_records(str(DATA / "tickets_test.jsonl"))[0]["prompt"]],
+        max_new_tokens=48,
+    )
     assert json.loads(answers[0])
 
 
 def test_fitted_scales_in_bitsandbytes(tmp_path):
-    """`qlora quantize --scales mse`: transformers and bitsandbytes load it, and decode every weight to the value that we decode."""
+    """`qlora quantize --scales mse`: transformers and bitsandbytes load it, and decode every weight to the value that
+    we decode.
+    """
     qlora("quantize", "--model", "smollm2-135m", "--output", tmp_path / "base", "--scales", "mse", "--dtype", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     ours, absmax = (load_base("smollm2-135m", dtype="fp32", scales=scales) for scales in ("mse", "absmax"))

@@ -24,8 +24,14 @@ def talkative(name: str = "llama", **changes):
     """A random model of the tiny tokenizer's 258 tokens whose answers vary; with small weights they do not."""
     torch.manual_seed(1)
     config = tiny.CONFIGS[name]()
-    for option, value in {"vocab_size": 258, "tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None,
-                          "pad_token_id": None, **changes}.items():
+    for option, value in {
+        "vocab_size": 258,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        **changes,
+    }.items():
         setattr(config, option, value)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -67,7 +73,7 @@ def test_it_stops_at_any_end_token_of_tokenizer_template_or_model():
     assert stop not in stop_ids(tokenizer)
     for eos in (stop, [stop, 255]):
         model.generation_config.eos_token_id = eos
-        text, = generate_batch(model, tokenizer, ["a"], max_new_tokens=12)
+        (text,) = generate_batch(model, tokenizer, ["a"], max_new_tokens=12)
         assert text == expected(model, tokenizer, "a", 12, [stop])
         assert len(text) < len(expected(model, tokenizer, "a", 12, []))
     model.generation_config.eos_token_id = None
@@ -78,8 +84,15 @@ def test_it_stops_at_any_end_token_of_tokenizer_template_or_model():
 def test_greedy_is_greedy_whatever_the_models_generation_config_says():
     tokenizer, model = tiny.tokenizer(), talkative()
     before = generate_batch(model, tokenizer, PROMPTS, max_new_tokens=12)
-    model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=2.0, top_k=3, min_new_tokens=5,
-                                   no_repeat_ngram_size=1, suppress_tokens=list(range(50, 200)))
+    model.generation_config.update(
+        repetition_penalty=5.0,
+        do_sample=True,
+        temperature=2.0,
+        top_k=3,
+        min_new_tokens=5,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(50, 200)),
+    )
     assert generate_batch(model, tokenizer, PROMPTS, max_new_tokens=12) == before
 
 
@@ -113,12 +126,19 @@ def test_system_raw_and_base_models_change_the_prompt():
     def text(own, ids):
         return own.decode(by_hand(model, ids, 8, stop_ids(own)), skip_special_tokens=True)
 
-    system, = generate_batch(model, tokenizer, ["a"], max_new_tokens=8, system="b")
-    assert system == text(tokenizer, tokenizer(
-        "<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n").input_ids).strip()
-    raw, = generate_batch(model, tokenizer, ["a b"], max_new_tokens=8, raw=True)
+    (system,) = generate_batch(model, tokenizer, ["a"], max_new_tokens=8, system="b")
+    assert (
+        system
+        == text(
+            tokenizer,
+            tokenizer(
+                "<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+            ).input_ids,
+        ).strip()
+    )
+    (raw,) = generate_batch(model, tokenizer, ["a b"], max_new_tokens=8, raw=True)
     assert raw == text(tokenizer, tokenizer("a b").input_ids)  # not stripped: it continues the prompt
-    plain, = generate_batch(model, base, ["a"], max_new_tokens=8)
+    (plain,) = generate_batch(model, base, ["a"], max_new_tokens=8)
     assert plain == text(base, base("### Instruction:\na\n\n### Response:\n").input_ids).strip()
 
 
@@ -127,7 +147,9 @@ def test_prompts_that_do_not_fit():
     with pytest.raises(UserError) as caught:
         generate_batch(model, tokenizer, ["", "a", "b" * 64], max_new_tokens=8, raw=True)
     assert [line.split(". ")[0] for line in caught.value.problems] == [
-        "prompt='': has no tokens", f"prompt={repr('b' * 64)[:60]}: has 64 tokens, and the model 64 positions"]
+        "prompt='': has no tokens",
+        f"prompt={repr('b' * 64)[:60]}: has 64 tokens, and the model 64 positions",
+    ]
     tokens = by_hand(model, tokenizer("b" * 60).input_ids, 4, stop_ids(tokenizer))
     assert generate_batch(model, tokenizer, ["b" * 60], max_new_tokens=50, raw=True) == [tokenizer.decode(tokens)]
 
@@ -150,7 +172,8 @@ def test_generate_text_takes_the_base_from_the_adapter(tmp_path):
 
 
 def test_smollm2_answers(tokenizer, smollm2_dense):
-    answers = generate_batch(smollm2_dense, tokenizer, ["What is the capital of France?", "Say hello."],
-                             max_new_tokens=10)
+    answers = generate_batch(
+        smollm2_dense, tokenizer, ["What is the capital of France?", "Say hello."], max_new_tokens=10
+    )
     assert "Paris" in answers[0]
     assert answers[1] == generate_batch(smollm2_dense, tokenizer, ["Say hello."], max_new_tokens=10)[0]

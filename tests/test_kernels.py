@@ -1,6 +1,7 @@
 """The native CPU kernels against `reference.py`: same codes and decoded bits, same sums to float32 rounding.
 
-Every instruction set, dtype, block size and odd shape; outputs start out poisoned, so that a value left unwritten shows.
+Every instruction set, dtype, block size and odd shape; outputs start out poisoned, so that a value left unwritten
+shows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from helpers import ISAS, NESTED, constants, same_bits
+
 from qlora_kernels import bitsandbytes_nf4, ops, reference
 
 SHAPES = [(1, 1), (3, 1), (1, 5), (7, 64), (33, 77), (64, 64), (5, 4097), (130, 576)]
@@ -58,7 +60,9 @@ def test_codes_equal_the_reference(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fitted_scales_and_their_codes_equal_the_reference(kernels, dtype):
-    """Scales bit for bit; codes also under scales that clip, that are negative (double quantization can make them so), or zero."""
+    """Scales bit for bit; codes also under scales that clip, that are negative (double quantization can make them so),
+    or zero.
+    """
     for shape in SHAPES[2:]:
         for name, weight in weights(shape).items():
             weight = weight.to(dtype)
@@ -70,7 +74,12 @@ def test_fitted_scales_and_their_codes_equal_the_reference(kernels, dtype):
                     kernels.select(isa)
                     assert same_bits(kernels.fit_scales_nf4(weight, blocksize), scales), (isa, shape, name, blocksize)
                     for used, codes in expected.items():
-                        assert torch.equal(kernels.encode_nf4(weight, used, blocksize), codes), (isa, shape, name, blocksize)
+                        assert torch.equal(kernels.encode_nf4(weight, used, blocksize), codes), (
+                            isa,
+                            shape,
+                            name,
+                            blocksize,
+                        )
     kernels.select()
 
 
@@ -80,7 +89,9 @@ def squared_error(weight, packed, parts, blocksize=64):
 
 
 def test_fitted_scales_leave_less_error(isa, smollm2_dense):
-    """At least 10 % less than absmax leaves, Gaussian or real weights, with double quantization; never more in any block without."""
+    """At least 10 % less than absmax leaves, Gaussian or real weights, with double quantization; never more in any
+    block without.
+    """
     mlp = smollm2_dense.model.layers[3].mlp
     for weight in (torch.randn(256, 576), mlp.down_proj.weight.detach(), mlp.gate_proj.weight.detach()):
         packed, absmax = isa.quantize_nf4(weight, 64)
@@ -95,7 +106,13 @@ def test_fitted_scales_leave_less_error(isa, smollm2_dense):
         scales = isa.fit_scales_nf4(weight, 64)
         fitted = isa.encode_nf4(weight, scales, 64)
         errors = [
-            (reference.dequantize_nf4(codes, part, None, None, None, 40, 192, 64, NESTED, torch.float32).double() - weight).square().view(-1, 64).sum(1)
+            (
+                reference.dequantize_nf4(codes, part, None, None, None, 40, 192, 64, NESTED, torch.float32).double()
+                - weight
+            )
+            .square()
+            .view(-1, 64)
+            .sum(1)
             for codes, part in ((packed, absmax), (fitted, scales))
         ]
         size = weight.double().square().view(-1, 64).sum(1)
@@ -109,7 +126,9 @@ def test_a_brute_force_finds_no_better_scale(isa):
     least = torch.full((64,), float("inf"), dtype=torch.float64)
     for factor in torch.linspace(0.5, 2.0, 400):
         tried = weight.abs().amax(1) * factor
-        decoded = reference.dequantize_nf4(reference.encode_nf4(weight, tried, 64), tried, None, None, None, 64, 64, 64, NESTED, torch.float32)
+        decoded = reference.dequantize_nf4(
+            reference.encode_nf4(weight, tried, 64), tried, None, None, None, 64, 64, 64, NESTED, torch.float32
+        )
         least = torch.minimum(least, (decoded.double() - weight).square().sum(1))
     assert squared_error(weight, isa.encode_nf4(weight, scales, 64), (scales, None, None)) < 1.02 * least.sum().item()
 
@@ -136,8 +155,16 @@ def test_a_value_that_is_not_finite_reaches_its_block_maximum(isa):
             for at in (0, 65, 130):
                 weight = torch.ones(131, dtype=dtype)
                 weight[at] = bad
-                for scales in (isa.quantize_nf4(weight, 64)[1], isa.fit_scales_nf4(weight, 64), reference.fit_scales_nf4(weight, 64)):
-                    assert [bool(v) for v in scales.isfinite()] == [at // 64 != block for block in range(3)], (bad, dtype, at)
+                for scales in (
+                    isa.quantize_nf4(weight, 64)[1],
+                    isa.fit_scales_nf4(weight, 64),
+                    reference.fit_scales_nf4(weight, 64),
+                ):
+                    assert [bool(v) for v in scales.isfinite()] == [at // 64 != block for block in range(3)], (
+                        bad,
+                        dtype,
+                        at,
+                    )
 
 
 def test_nested_codes_equal_the_reference(isa):
@@ -147,7 +174,14 @@ def test_nested_codes_equal_the_reference(isa):
     up, down = torch.nextafter(midpoints, torch.tensor(2.0)), torch.nextafter(midpoints, torch.tensor(-2.0))
     exact = torch.cat([levels, midpoints, up, down])
     exact = torch.cat([exact, -exact])  # the mean is 0 and the largest magnitude 1, so nothing is rounded
-    for absmax in (exact, torch.rand(1), torch.zeros(300), torch.rand(5000) ** 4, torch.full((257,), 0.3), torch.rand(256) * 1e-39):
+    for absmax in (
+        exact,
+        torch.rand(1),
+        torch.zeros(300),
+        torch.rand(5000) ** 4,
+        torch.full((257,), 0.3),
+        torch.rand(256) * 1e-39,
+    ):
         for nested_blocksize in (NESTED, 4096):
             codes, nested, offset = isa.quantize_absmax(absmax, nested_blocksize)
             expected = reference.quantize_absmax(absmax, nested_blocksize)
@@ -157,11 +191,26 @@ def test_nested_codes_equal_the_reference(isa):
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_8bit_blocks_equal_the_reference(isa, signed):
-    """Exact midpoints and their neighbours, values of all sizes, zeros and subnormals; what is above 0 is not encoded as 0."""
+    """Exact midpoints and their neighbours, values of all sizes, zeros and subnormals; what is above 0 is not encoded
+    as 0.
+    """
     levels, midpoints = reference.block_tables(torch.device("cpu"), signed)
-    exact = torch.cat([levels, midpoints, torch.nextafter(midpoints, torch.tensor(2.0)), torch.nextafter(midpoints, torch.tensor(-2.0)), levels[-3:]])
+    exact = torch.cat(
+        [
+            levels,
+            midpoints,
+            torch.nextafter(midpoints, torch.tensor(2.0)),
+            torch.nextafter(midpoints, torch.tensor(-2.0)),
+            levels[-3:],
+        ]
+    )
     spread = torch.randn(64, 256) * 10.0 ** torch.randint(-9, 3, (64, 256))
-    cases = [exact.clamp(-1 if signed else 0, 1), torch.zeros(256), torch.rand(512) * 1e-39, *(spread if signed else spread**2)]
+    cases = [
+        exact.clamp(-1 if signed else 0, 1),
+        torch.zeros(256),
+        torch.rand(512) * 1e-39,
+        *(spread if signed else spread**2),
+    ]
     for values in cases:
         for blocksize in (256, values.numel()):
             n = values.numel()
@@ -207,16 +256,27 @@ def test_decoded_bits_equal_the_reference(isa, dtype, double_quant):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [5_000_000, 88_000_000])
 def test_a_result_larger_than_the_caches(isa, dtype, size, threads):
-    """Into memory that exists its lines are fetched ahead, or it is written past the caches; not into fresh memory: the same bits, rows of an odd length
-    and a result that begins no line included."""
+    """Into memory that exists its lines are fetched ahead, or it is written past the caches; not into fresh memory: the
+    same bits, rows of an odd length and a result that begins no line included.
+    """
     threads(2)
     rows, columns = 1501, size // 1501 // dtype.itemsize | 1
     n = rows * columns
-    packed, gain, buffer = torch.randint(256, ((n + 1) // 2, 1), dtype=torch.uint8), torch.randn(rows), torch.empty(n + 1, dtype=dtype)
+    packed, gain, buffer = (
+        torch.randint(256, ((n + 1) // 2, 1), dtype=torch.uint8),
+        torch.randn(rows),
+        torch.empty(n + 1, dtype=dtype),
+    )
     for blocksize, row_gain, offset in ((64, None, 0), (64, gain, 0), (256, None, 0), (64, None, 1)):
-        parts, out = constants(torch.rand(-(-n // blocksize)), True), buffer[offset : offset + n].view(rows, columns).fill_(math.nan)
+        parts, out = (
+            constants(torch.rand(-(-n // blocksize)), True),
+            buffer[offset : offset + n].view(rows, columns).fill_(math.nan),
+        )
         isa.dequantize_nf4_into(out, packed, *parts, row_gain, blocksize, NESTED)
-        assert same_bits(out, isa.dequantize_nf4(packed, *parts, row_gain, rows, columns, blocksize, NESTED, dtype)), (blocksize, offset)
+        assert same_bits(out, isa.dequantize_nf4(packed, *parts, row_gain, rows, columns, blocksize, NESTED, dtype)), (
+            blocksize,
+            offset,
+        )
 
 
 def test_the_same_bytes_as_bitsandbytes(isa):
@@ -271,7 +331,9 @@ def test_what_the_kernels_lack_goes_to_the_reference(kernels):
         assert torch.equal(packed, reference.quantize_nf4(weight, blocksize)[0])
         scales = kernels.fit_scales_nf4(weight, blocksize)
         assert torch.equal(scales, reference.fit_scales_nf4(weight, blocksize))
-        assert torch.equal(kernels.encode_nf4(weight, scales, blocksize), reference.encode_nf4(weight, scales, blocksize))
+        assert torch.equal(
+            kernels.encode_nf4(weight, scales, blocksize), reference.encode_nf4(weight, scales, blocksize)
+        )
         arguments = (packed, absmax, None, None, torch.randn(6), 6, 96, blocksize, NESTED, torch.float64)
         assert same_bits(kernels.dequantize_nf4(*arguments), reference.dequantize_nf4(*arguments))
     A, B = torch.randn(4, 96, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
@@ -292,6 +354,7 @@ def test_sizes_that_do_not_fit_are_refused(kernels):
 
 # ---------------------------------------------------------------- between the products
 
+
 def test_operators_pass_opcheck():
     """Schema, shape functions and dispatch of every operator, as torch checks them, with whatever runs on this machine."""
     weight = torch.randn(10, 128)
@@ -311,16 +374,64 @@ def test_operators_pass_opcheck():
         ops.row_norms_nf4: (packed, *parts, A, B, 2.0, 10, 128, 64, NESTED),
         ops.row_norms_nf4_all: (*([part] for part in (packed, *parts, A, B, 2.0, 10, 128, 64)), NESTED),
         ops.nf4_product: (torch.randn(32, 128).bfloat16(), packed, *parts, gain, 10, 128, 64, NESTED, True),
-        ops.adapted_product: (*[torch.randn(32, 128).bfloat16()] * 2, A, B, gain, None, gain, 2.0, packed, *parts, 10, 128, 64, NESTED),
+        ops.adapted_product: (
+            *[torch.randn(32, 128).bfloat16()] * 2,
+            A,
+            B,
+            gain,
+            None,
+            gain,
+            2.0,
+            packed,
+            *parts,
+            10,
+            128,
+            64,
+            NESTED,
+        ),
         ops.adapted_product_backward: (
-            torch.randn(32, 10).bfloat16(), torch.randn(32, 128).bfloat16(), A.bfloat16(), B.bfloat16(), torch.randn(32, 4).bfloat16(),
-            torch.randn(32, 10).bfloat16(), torch.rand(3, 10), 2.0, packed, *parts, 10, 128, 64, NESTED, True,
+            torch.randn(32, 10).bfloat16(),
+            torch.randn(32, 128).bfloat16(),
+            A.bfloat16(),
+            B.bfloat16(),
+            torch.randn(32, 4).bfloat16(),
+            torch.randn(32, 10).bfloat16(),
+            torch.rand(3, 10),
+            2.0,
+            packed,
+            *parts,
+            10,
+            128,
+            64,
+            NESTED,
+            True,
         ),
         ops.column_dots: (weight.bfloat16(), weight.bfloat16()),
         ops.token_product: (B.bfloat16(), weight.bfloat16()),
-        ops.adapter_gradients: (weight.bfloat16(), A.t().contiguous().bfloat16(), B.bfloat16(), weight.bfloat16(), None, torch.ones(128), 2.0),
+        ops.adapter_gradients: (
+            weight.bfloat16(),
+            A.t().contiguous().bfloat16(),
+            B.bfloat16(),
+            weight.bfloat16(),
+            None,
+            torch.ones(128),
+            2.0,
+        ),
         ops.cross_entropy_: (weight.clone(), torch.arange(10)),
-        ops.adamw_: (list(torch.rand(2, 30)), list(torch.rand(2, 30)), [0, 30], *torch.rand(2, 60), torch.rand(3, 60), 0.9, 0.999, 1e-8, 0.99, 1e-3, 0.5, 0.1),
+        ops.adamw_: (
+            list(torch.rand(2, 30)),
+            list(torch.rand(2, 30)),
+            [0, 30],
+            *torch.rand(2, 60),
+            torch.rand(3, 60),
+            0.9,
+            0.999,
+            1e-8,
+            0.99,
+            1e-3,
+            0.5,
+            0.1,
+        ),
         ops.total_norm: ([weight, A, gain],),
         ops.encode_blocks_into: (codes.clone(), maxima.clone(), torch.randn(512), work.clone(), NESTED, True),
         ops.decode_blocks_into: (torch.empty(512), codes, maxima, work.clone(), NESTED, False),
@@ -365,7 +476,9 @@ def test_bitsandbytes_as_a_backend_gives_the_same_values():
             for gain in (None, torch.rand(shape[0])):
                 for dtype in DTYPES:
                     got = bitsandbytes_nf4.dequantize_nf4(packed, *parts, gain, *shape, blocksize, NESTED, dtype)
-                    assert same_bits(got, reference.dequantize_nf4(packed, *parts, gain, *shape, blocksize, NESTED, dtype)), (shape, dtype)
+                    assert same_bits(
+                        got, reference.dequantize_nf4(packed, *parts, gain, *shape, blocksize, NESTED, dtype)
+                    ), (shape, dtype)
                     into = torch.full(shape, float("nan"), dtype=dtype)
                     bitsandbytes_nf4.dequantize_nf4_into(into, packed, *parts, gain, blocksize, NESTED)
                     assert same_bits(into, got)

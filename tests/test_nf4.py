@@ -60,7 +60,9 @@ def test_codes_scales_and_values_equal_bitsandbytes(smollm2_dense, dtype):
         packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
         ours = nf4.quantize(weight)
         assert torch.equal(ours.packed, packed), name
-        assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.nested_offset, state.offset), name
+        assert torch.equal(ours.nested_absmax, state.state2.absmax) and torch.equal(ours.nested_offset, state.offset), (
+            name
+        )
         # bitsandbytes looks the 8-bit codes up in a table on a CPU; ours follow the exact midpoints
         assert (ours.absmax != state.absmax).float().mean() < 0.02 or name == "constant", name
         theirs = from_bitsandbytes(packed, state)
@@ -68,7 +70,9 @@ def test_codes_scales_and_values_equal_bitsandbytes(smollm2_dense, dtype):
             state.dtype = out
             expected = bnb.dequantize_4bit(packed, state)
             if out == torch.bfloat16:  # it flushes bf16 subnormals
-                expected = torch.where(nf4.dequantize(theirs, out).abs() < 2.0**-126, nf4.dequantize(theirs, out), expected)
+                expected = torch.where(
+                    nf4.dequantize(theirs, out).abs() < 2.0**-126, nf4.dequantize(theirs, out), expected
+                )
             assert torch.equal(nf4.dequantize(theirs, out), expected), (name, out)
 
 
@@ -95,7 +99,9 @@ def test_decoding_is_the_definition(shape, blocksize, double_quant):
 
 def test_storage():
     weight = nf4.quantize(torch.randn(1024, 1024))
-    assert (weight.nbytes - 4) / weight.packed.numel() / 2 == pytest.approx(0.515869, abs=1e-6)  # - the offset, 4 bytes a matrix
+    assert (weight.nbytes - 4) / weight.packed.numel() / 2 == pytest.approx(
+        0.515869, abs=1e-6
+    )  # - the offset, 4 bytes a matrix
 
 
 @pytest.mark.parametrize("columns", [64, 66])
@@ -117,7 +123,9 @@ def test_rows(columns, double_quant):
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_mse_scales_leave_less_error(smollm2_dense, double_quant):
-    """At least 10 % less than absmax in the stored weight, over every layer of SmolLM2; the codes are the nearest under what is stored."""
+    """At least 10 % less than absmax in the stored weight, over every layer of SmolLM2; the codes are the nearest under
+    what is stored.
+    """
     errors = dict.fromkeys(nf4.SCALES, 0.0)
     for name in linear_names(smollm2_dense):
         weight = smollm2_dense.get_submodule(name).weight.detach()

@@ -1,4 +1,6 @@
-"""PagedAdamW: torch's AdamW to the bit under any budget, 8-bit state, what it refuses, and its place in training. Its memory: test_optim_memory.py."""
+"""PagedAdamW: torch's AdamW to the bit under any budget, 8-bit state, what it refuses, and its place in training. Its
+memory: test_optim_memory.py.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def same_state(one: dict, two: dict) -> bool:
         return {(i, name): value for i, entry in packed["state"].items() for name, value in entry.items()}
 
     a, b = entries(one), entries(two)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and (a[k].dtype, a[k].stride()) == (b[k].dtype, b[k].stride()) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and (a[k].dtype, a[k].stride()) == (b[k].dtype, b[k].stride()) for k in a
+    )
 
 
 def share_of_state(share: float) -> int:
@@ -147,9 +151,14 @@ def test_a_factor_is_a_multiplication_of_the_gradients(small_pages, tmp_path, st
 
 
 def test_optimizer_step_is_that_of_torch(tmp_path):
-    """Our optimizer takes the factor, torch's gets the gradients multiplied: loss, norm and weights are the same, to the bit."""
+    """Our optimizer takes the factor, torch's gets the gradients multiplied: loss, norm and weights are the same, to
+    the bit.
+    """
     ends = []
-    for make in (lambda p: PagedAdamW(p, memory="none", folder=tmp_path), lambda p: torch.optim.AdamW(p, foreach=False, fused=False)):
+    for make in (
+        lambda p: PagedAdamW(p, memory="none", folder=tmp_path),
+        lambda p: torch.optim.AdamW(p, foreach=False, fused=False),
+    ):
         model = tiny.adapted(tiny.llama()).train()
         optimizer = make(adapter_parameters(model))
         batches = [collate(examples(*UNEVEN[:2])), collate(examples(*UNEVEN[2:]))]
@@ -175,14 +184,25 @@ print(all(torch.equal(p, q) for p, q in zip(*made)))
 
 def test_torch_to_the_bit_where_it_rounds_twice():
     """On a processor without AVX2, torch's own kernels round products before they are added."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_FMA], capture_output=True, text=True, env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_FMA],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+    )
     assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_pages_of_the_real_size(tmp_path):
     """A matrix over several pages between small tensors, with the threads that torch takes."""
     for threads in (1, torch.get_num_threads()):
-        made = [[torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))) for shape in ((5,), (1100, 1000), (99, 99))] for _ in "ab"]
+        made = [
+            [
+                torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+                for shape in ((5,), (1100, 1000), (99, 99))
+            ]
+            for _ in "ab"
+        ]
         reference = torch.optim.AdamW(made[0], foreach=False, fused=False)
         optimizer = PagedAdamW(made[1], memory="none", folder=tmp_path)
         before, _ = torch.get_num_threads(), torch.set_num_threads(threads)
@@ -197,7 +217,10 @@ def test_pages_of_the_real_size(tmp_path):
 def test_a_group_added_later_and_a_parameter_thawed_later(small_pages, tmp_path):
     theirs, ours = parameters(), parameters()
     optimizers = []
-    for params, make in ((theirs, lambda p: torch.optim.AdamW(p, foreach=False, fused=False)), (ours, lambda p: PagedAdamW(p, memory="none", folder=tmp_path))):
+    for params, make in (
+        (theirs, lambda p: torch.optim.AdamW(p, foreach=False, fused=False)),
+        (ours, lambda p: PagedAdamW(p, memory="none", folder=tmp_path)),
+    ):
         params[0].requires_grad_(False)
         o = make(params[:5])
         for step in range(9):
@@ -274,7 +297,9 @@ def test_8bit_is_near_and_saves_to_the_bit(small_pages, tmp_path):
     for p, q, s in zip(full, eight, start, strict=True):
         assert (p - q).norm() <= 0.1 * (p - s).norm()
     packed = copy.deepcopy(optimizer.state_dict())
-    assert packed["state"][0]["exp_avg"].dtype == torch.uint8 and packed["state"][4]["exp_avg_absmax"].shape == (-(-11000 // BLOCK),)
+    assert packed["state"][0]["exp_avg"].dtype == torch.uint8 and packed["state"][4]["exp_avg_absmax"].shape == (
+        -(-11000 // BLOCK),
+    )
     other = [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in eight]
     resumed = PagedAdamW(groups(other), memory=12_000, state="8bit", folder=tmp_path, **OPTIONS)
     resumed.load_state_dict(packed)
@@ -287,7 +312,9 @@ def test_8bit_is_near_and_saves_to_the_bit(small_pages, tmp_path):
 
 
 def test_8bit_codes_are_the_nearest(tmp_path):
-    """One step from zero: m = (1 - b1) g and v = (1 - b2) g^2, each at the nearest value of its map times its block's largest."""
+    """One step from zero: m = (1 - b1) g and v = (1 - b2) g^2, each at the nearest value of its map times its block's
+    largest.
+    """
     from bitsandbytes.functional import create_dynamic_map
 
     p = torch.nn.Parameter(torch.zeros(1000))
@@ -329,7 +356,14 @@ def test_wrong_arguments_are_told_at_once(tmp_path):
     p = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(UserError) as error:
         PagedAdamW([p], lr=-1, betas=(0.9, 1.0), eps=-1, weight_decay=-1, memory="lots", state="4bit")
-    assert [line.split("=")[0] for line in error.value.problems] == ["lr", "betas", "eps", "weight_decay", "state", "memory"]
+    assert [line.split("=")[0] for line in error.value.problems] == [
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "state",
+        "memory",
+    ]
     with pytest.raises(UserError, match="dense tensors of floating-point"):
         PagedAdamW([torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
     with pytest.raises(UserError, match="lies on"):
@@ -383,25 +417,42 @@ def test_the_default_optimizer_of_finetune(tmp_path):
     from qlora.recipe import adamw
 
     config = qlora.FinetuneConfig(
-        model=str(tmp_path / "model"), data=str(tmp_path / "data.jsonl"), output=str(tmp_path), optimizer_memory="none", optimizer_state="8bit"
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "data.jsonl"),
+        output=str(tmp_path),
+        optimizer_memory="none",
+        optimizer_state="8bit",
     )
     optimizer = adamw(tiny.adapted(tiny.llama()), config)
     assert type(optimizer) is PagedAdamW and optimizer.pager.resident == 0 < optimizer.pager.spilled
-    assert optimizer.pager.spilled == sum(state_bytes([p.numel() for g in optimizer.param_groups for p in g["params"]], "8bit"))
+    assert optimizer.pager.spilled == sum(
+        state_bytes([p.numel() for g in optimizer.param_groups for p in g["params"]], "8bit")
+    )
 
 
 def test_8bit_trains_the_real_model_as_well(tmp_path):
-    """SmolLM2 on the tickets: after the same steps on the same batches, the loss with 8-bit state is within 2 % of the one with
-    float32."""
+    """SmolLM2 on the tickets: after the same steps on the same batches, the loss with 8-bit state is within 2 % of the
+    one with float32.
+    """
     data = Path(__file__).parents[1] / "scripts/data"
     held_out = (data / "tickets_test.jsonl").read_text().splitlines(keepends=True)[:8]
     (tmp_path / "held_out.jsonl").write_text("".join(held_out))
     losses = []
     for state in ("float32", "8bit"):
-        result = qlora.finetune(qlora.FinetuneConfig(
-            model="smollm2-135m", data=str(data / "tickets_train.jsonl"), eval_data=str(tmp_path / "held_out.jsonl"), output=str(tmp_path / state),
-            steps=8, batch_size=2, learning_rate=1e-3, warmup=2, max_tokens=160, optimizer_state=state,
-        ))  # fmt: skip
+        result = qlora.finetune(
+            qlora.FinetuneConfig(
+                model="smollm2-135m",
+                data=str(data / "tickets_train.jsonl"),
+                eval_data=str(tmp_path / "held_out.jsonl"),
+                output=str(tmp_path / state),
+                steps=8,
+                batch_size=2,
+                learning_rate=1e-3,
+                warmup=2,
+                max_tokens=160,
+                optimizer_state=state,
+            )
+        )
         losses.append(result.eval_loss_after)
         assert result.eval_loss_after < 0.8 * result.eval_loss_before
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

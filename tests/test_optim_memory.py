@@ -1,4 +1,6 @@
-"""PagedAdamW's memory: what is counted beforehand and really given up, steps that survive a failed allocation, disks that are full."""
+"""PagedAdamW's memory: what is counted beforehand and really given up, steps that survive a failed allocation, disks
+that are full.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_optim import gradients, parameters, same, same_state, small_pages
+from test_optim import gradients, parameters, same, same_state
 from test_train import UNEVEN, examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +26,6 @@ from qlora.data import collate
 from qlora.errors import UserError
 from qlora.optim import BLOCK, PagedAdamW, layout, state_bytes
 from qlora.train import optimizer_step
-
 
 # ---------------------------------------------------------------- pages
 
@@ -43,7 +44,11 @@ def test_layout():
                 end = span.at + -(-span.count // block) * block
             assert end <= optim.PAGE
         assert covered == numels
-        assert all(sum(span.index == i for page in pages for span in page) == 1 for i, n in enumerate(numels) if n <= optim.PAGE)
+        assert all(
+            sum(span.index == i for page in pages for span in page) == 1
+            for i, n in enumerate(numels)
+            if n <= optim.PAGE
+        )
 
 
 @pytest.mark.parametrize("state", ["float32", "8bit"])
@@ -85,7 +90,9 @@ def test_spilling_gives_memory_back(tmp_path):
     """510 MB of state with a budget of 10 %: RssAnon is lower by what is spilled, also while the state is being saved."""
     found = []
     for share in (1.0, 0.1):
-        done = subprocess.run([sys.executable, "-c", PROCESS, "float32", str(share), tmp_path], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PROCESS, "float32", str(share), tmp_path], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     (resident, nothing, much, _, full), (kept, spilled, little, saving, also) = found
@@ -124,7 +131,9 @@ FAILURE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: ca
 
 
 class Failing(TorchDispatchMode):
-    """The allocator's error at the `fail`-th operation that returns new memory, once or (`always`) whenever the count comes there."""
+    """The allocator's error at the `fail`-th operation that returns new memory, once or (`always`) whenever the count
+    comes there.
+    """
 
     def __init__(self, fail: int = -1, always: bool = False):
         super().__init__()
@@ -160,8 +169,9 @@ class OneStep:
 
 
 def test_a_failure_anywhere_in_a_step_changes_nothing(monkeypatch, tmp_path):
-    """At every allocation of the update, and at every 17th of forward and backward: weights, moments and random states come out as
-    without it."""
+    """At every allocation of the update, and at every 17th of forward and backward: weights, moments and random states
+    come out as without it.
+    """
     monkeypatch.setattr(optim, "PAGE", 256)
     monkeypatch.setattr(optim, "CHUNK", 128)
     undisturbed = OneStep(tmp_path)
@@ -181,7 +191,9 @@ def test_a_failure_anywhere_in_a_step_changes_nothing(monkeypatch, tmp_path):
         before = one.optimizer.pager.resident
         with Failing(point) as failing:
             assert one.step() == metrics
-        assert failing.count > counter.count and 0 < one.optimizer.pager.resident < before and one.optimizer.pager.spilled
+        assert (
+            failing.count > counter.count and 0 < one.optimizer.pager.resident < before and one.optimizer.pager.spilled
+        )
         assert same(one.result()[0], weights) and same(one.result()[1], moments) and one.result()[2] == random, point
         one.optimizer.close()
 
@@ -207,7 +219,11 @@ def test_when_there_is_nothing_to_evict(tmp_path, memory):
     with Failing(50, always=True), pytest.raises(UserError) as error:
         one.step()
     (line,) = error.value.problems
-    assert "an allocation failed at step 1" in line and "--batch-size" in line and ("--optimizer-memory auto" in line) == (memory == "all")
+    assert (
+        "an allocation failed at step 1" in line
+        and "--batch-size" in line
+        and ("--optimizer-memory auto" in line) == (memory == "all")
+    )
     assert same(before, one.parameters)
 
 
@@ -248,10 +264,15 @@ torch.save([p.detach() for p in params[:-1]], sys.argv[1] + "/" + sys.argv[3])
 
 
 def test_a_real_shortage_of_memory(tmp_path):
-    """A process whose addresses (ulimit -v) or data (ulimit -d) are limited: state goes to the disk, and the step is the same."""
+    """A process whose addresses (ulimit -v) or data (ulimit -d) are limited: state goes to the disk, and the step is
+    the same.
+    """
     limits = ("free", "RLIMIT_AS", "RLIMIT_DATA")
     command = [sys.executable, "-c", REAL_FAILURE, str(tmp_path), str(Path(__file__).parent)]
-    running = [subprocess.Popen([*command, limit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for limit in limits]
+    running = [
+        subprocess.Popen([*command, limit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for limit in limits
+    ]
     ended = [process.communicate() for process in running]
     for limit, process, (said, complaint) in zip(limits, running, ended, strict=True):
         assert process.returncode == 0, complaint
@@ -276,7 +297,9 @@ def test_a_full_disk_is_told_before_anything_begins(tmp_path):
 
 
 def test_a_disk_that_is_full_in_the_middle_is_one_error(tmp_path):
-    """An allocation fails, and there is no room to spill to: nothing has moved, and the last checkpoint goes on as if nothing had been."""
+    """An allocation fails, and there is no room to spill to: nothing has moved, and the last checkpoint goes on as if
+    nothing had been.
+    """
     import resource
 
     undisturbed, one = OneStep(tmp_path), OneStep(tmp_path)

@@ -19,7 +19,11 @@ MB = 1 << 20
 
 def handles(folder: Path) -> list[int]:
     """The handles of files in `folder` that this process has open."""
-    return [int(link.name) for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and str(folder) in os.readlink(link)]
+    return [
+        int(link.name)
+        for link in Path("/proc/self/fd").iterdir()
+        if link.is_symlink() and str(folder) in os.readlink(link)
+    ]
 
 
 def mapped(folder: Path) -> int:
@@ -165,7 +169,9 @@ def test_a_cold_file_is_a_stall(tmp_path):
     assert same(pager, expected)
     warm = pager.stalls
     assert same(pager, expected) and pager.stalls == warm
-    assert pager.evict(0) == 4 * MB and pager.evict(0) == 0  # the addresses of the mapping, which would keep the file in the cache
+    assert (
+        pager.evict(0) == 4 * MB and pager.evict(0) == 0
+    )  # the addresses of the mapping, which would keep the file in the cache
     assert same(pager, expected) and mapped(tmp_path) == 0 and pager.stalls == warm
     (handle,) = handles(tmp_path)
     os.fsync(handle)
@@ -215,4 +221,6 @@ def test_failed_allocations_are_known():
         bytearray(1 << 62)
     assert out_of_memory(torch_error.value) and out_of_memory(python_error.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not out_of_memory(ValueError("memory"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not out_of_memory(
+        ValueError("memory")
+    )

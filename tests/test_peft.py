@@ -53,7 +53,8 @@ def ours(folder, method, dtype):
 
 def theirs(folder, method, dtype):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    # transformers leaves what a 4-bit checkpoint holds in float32 as it is: embeddings and norms are cast here as ours are
+    # transformers leaves what a 4-bit checkpoint holds in float32 as it is: embeddings and norms are cast here as ours
+    # are
     for parameter in base.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -69,7 +70,12 @@ def loss_and_gradients(model, batch) -> dict[str, torch.Tensor]:
     loss.backward()
     if isinstance(model, peft.PeftModel):
         found = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
-        found = {n.removeprefix("base_model.model.").replace("lora_magnitude_vector.weight", "magnitude").replace(".weight", ""): g for n, g in found.items()}
+        found = {
+            n.removeprefix("base_model.model.")
+            .replace("lora_magnitude_vector.weight", "magnitude")
+            .replace(".weight", ""): g
+            for n, g in found.items()
+        }
     else:
         found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach(), **found}
@@ -97,8 +103,8 @@ def over(model, batches) -> list[dict]:
 def test_same_loss_and_gradients(quantized, batches, method):
     """fp32: the same loss to 1e-5. bf16: our error against fp32 is no larger than PEFT's.
 
-    The error in bf16 is that of 30 layers of bf16 activations, which both share; the two draw other roundings from the same
-    floor, so over four batches they differ by a few percent either way, and 10 % is allowed.
+    The error in bf16 is that of 30 layers of bf16 activations, which both share; the two draw other roundings from the
+    same floor, so over four batches they differ by a few percent either way, and 10 % is allowed.
     """
     exact = over(ours(quantized, method, "fp32"), batches)
     peft_exact = over(theirs(quantized, method, torch.float32), batches)

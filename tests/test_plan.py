@@ -39,12 +39,23 @@ def held(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 16}, {"method": "lora", "bits": 16}, {"double_quant": False, "blocksize": 128}, {"targets": "q_proj,down_proj"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": 16},
+        {"method": "lora", "bits": 16},
+        {"double_quant": False, "blocksize": 128},
+        {"targets": "q_proj,down_proj"},
+    ],
+)
 def test_what_lies_still_is_exact(place, tmp_path, options):
     name = str(place / "model")
     config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
     plan, skeleton = predict(Skeleton(config), asked(config), lambda size: ([(8,) * size], [])), Skeleton(config)
-    built = load_base(name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant)
+    built = load_base(
+        name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant
+    )
     assert skeleton.weights + skeleton.constants + skeleton.others == held([*built.parameters(), *built.buffers()])
     attach_adapters(built, method=config.method, rank=config.rank, targets=config.targets)
     assert plan.parts["adapters"] == plan.parts["gradients"] == held(adapter_parameters(built))
@@ -57,25 +68,43 @@ def mapped(model) -> int:
     """Bytes of the tensors of a model that lie where a file of safetensors is mapped."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
     places = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if any(start <= t.data_ptr() < end for start, end in places)]
+    tensors = [
+        t for t in (*model.parameters(), *model.buffers()) if any(start <= t.data_ptr() < end for start, end in places)
+    ]
     return held(tensors)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_stays_in_the_file_is_exact(tmp_path, name):
-    """The file's header tells, tensor by tensor, whatever the config says; GPT-2's own file names its tensors without a prefix."""
+    """The file's header tells, tensor by tensor, whatever the config says; GPT-2's own file names its tensors without a
+    prefix.
+    """
     model = tiny.random_model(name)
     model.config.save_pretrained(tmp_path)  # which says float32
-    stored = {key.removeprefix("transformer."): value for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    stored = {key: value.clone() if i % 2 else value.bfloat16() for i, (key, value) in enumerate(sorted(stored.items()))}
+    stored = {
+        key.removeprefix("transformer."): value for key, value in model.state_dict().items() if key != "lm_head.weight"
+    }
+    stored = {
+        key: value.clone() if i % 2 else value.bfloat16() for i, (key, value) in enumerate(sorted(stored.items()))
+    }
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     tiny.tokenizer().save_pretrained(tmp_path)
     quantize_checkpoint(str(tmp_path), tmp_path / "nf4", dtype="bf16")
-    for folder, bits, dtype in ((".", 4, "bf16"), (".", 16, "bf16"), (".", 16, "fp32"), ("nf4", 4, "bf16"), ("nf4", 4, "fp32")):
+    for folder, bits, dtype in (
+        (".", 4, "bf16"),
+        (".", 16, "bf16"),
+        (".", 16, "fp32"),
+        ("nf4", 4, "bf16"),
+        ("nf4", 4, "fp32"),
+    ):
         where = str(tmp_path / folder)
         skeleton = Skeleton(FinetuneConfig(model=where, data="-", output="-", bits=bits, dtype=dtype, device="cpu"))
         loaded = load_base(where, bits=bits, dtype=dtype, device="cpu")
-        assert 0 < skeleton.mapped == mapped(loaded) < held([*loaded.parameters(), *loaded.buffers()]), (folder, bits, dtype)
+        assert 0 < skeleton.mapped == mapped(loaded) < held([*loaded.parameters(), *loaded.buffers()]), (
+            folder,
+            bits,
+            dtype,
+        )
 
 
 def test_layers_alike_are_extrapolated():
@@ -92,16 +121,25 @@ def test_layers_alike_are_extrapolated():
 
 
 def test_peak_is_what_is_measured():
-    """SmolLM2 within 10 %, in processes of their own; the script also compares what lies still with the real model, to the byte."""
-    done = subprocess.run([sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True)
+    """SmolLM2 within 10 %, in processes of their own; the script also compares what lies still with the real model, to
+    the byte.
+    """
+    done = subprocess.run(
+        [sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_70b_needs_no_weights(tmp_path):
     transformers.LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
-        vocab_size=128256, dtype="bfloat16",
-    ).save_pretrained(tmp_path)  # fmt: skip
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
     config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
     plan = predict(Skeleton(config), asked(config), largest(config))
     assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
@@ -119,7 +157,9 @@ def test_the_order_of_sacrifice():
     recomputed, smallest = fit(skeleton, wanted.budget // 2, lengths)
     assert recomputed.settings.gradient_checkpointing and recomputed.settings.batch_size == 4
     nothing, smallest = fit(skeleton, 1, lengths)
-    assert nothing is None and smallest.peak <= recomputed.peak  # of one example, or of any number where loading takes more
+    assert (
+        nothing is None and smallest.peak <= recomputed.peak
+    )  # of one example, or of any number where loading takes more
     assert smallest.settings.gradient_checkpointing and smallest.settings.optimizer_memory == "none"
     assert smallest.settings.batch_size * smallest.settings.accumulate == 4
     assert fit(skeleton, smallest.budget, lengths)[0].budget <= smallest.budget
@@ -158,7 +198,9 @@ def test_command(capsys):
 
 
 def options(place, output, **changes) -> FinetuneConfig:
-    usual = dict(model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=4, rank=64)
+    usual = dict(
+        model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=4, rank=64
+    )
     return FinetuneConfig(**usual | dict(learning_rate=1e-2, device="cpu", dtype="fp32") | changes)
 
 

@@ -19,8 +19,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qlora.adapters import named_adapters
 from qlora.adapter_files import load_adapted
+from qlora.adapters import named_adapters
 from qlora.checkpoint import read_state
 from qlora.config import EvalConfig, FinetuneConfig, from_yaml
 from qlora.errors import UserError
@@ -222,7 +222,9 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     same_files(tmp_path / "all/checkpoints/step-000004", tmp_path / "two/checkpoints/step-000004")
 
     cut = tmp_path / "cut/checkpoints"
-    shutil.copytree(tmp_path / "all", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000003", "step-000004"))
+    shutil.copytree(
+        tmp_path / "all", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000003", "step-000004")
+    )
     in_the_way = cut / f".step-000003.{os.getpid()}.part"  # where the next checkpoint is to be written
     in_the_way.touch()
     going_on = config("cut", save_every=1, keep_checkpoints=1, resume=True)
@@ -278,14 +280,18 @@ def test_control_c_then_the_printed_command_is_the_uninterrupted_run(config, tmp
 def test_resumed_under_another_budget_is_the_same_run_to_the_bit(config, tmp_path, capsys, state):
     usual = dict(dropout=0.1, save_every=2, steps=6, optimizer_state=state)
     finetune(config("whole", **usual))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000004", "step-000006"))
+    shutil.copytree(
+        tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step-000004", "step-000006")
+    )
     capsys.readouterr()
     finetune(config("cut", resume=True, optimizer_memory="none", **usual))
     said = capsys.readouterr().out
     assert f"AdamW in {state}" in said and "of it spilled" in said
     same_files(tmp_path / "whole/checkpoints/step-000006", tmp_path / "cut/checkpoints/step-000006")
     assert not any(path.name.startswith(".") for path in (tmp_path / "cut").rglob("*"))
-    (problem,) = refused(config("cut", resume=True, **usual | {"optimizer_state": {"float32": "8bit", "8bit": "float32"}[state]}))
+    (problem,) = refused(
+        config("cut", resume=True, **usual | {"optimizer_state": {"float32": "8bit", "8bit": "float32"}[state]})
+    )
     assert problem.startswith("optimizer_state=") and f"the run began with optimizer_state={state}" in problem
 
 
@@ -373,7 +379,9 @@ def test_no_room_for_spilled_state_is_told_before_training(config, tmp_path):
 def test_an_error_in_training_gives_the_spilled_state_back(config, tmp_path):
     (line,) = refused(config(learning_rate=1e20, steps=6, clip=0.0, optimizer_memory="none"))
     assert "is no finite number at step" in line
-    assert not [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and str(tmp_path) in os.readlink(link)]
+    assert not [
+        link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and str(tmp_path) in os.readlink(link)
+    ]
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
@@ -422,12 +430,15 @@ def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
     state = tmp_path / "run/checkpoints/step-000004/state.json"
     kept = json.loads(state.read_text())
     assert {name: kept["run"]["options"][name] for name in ("blocksize", "double_quant", "scales")} == {
-        "blocksize": 64, "double_quant": True, "scales": "absmax"
-    }  # fmt: skip
+        "blocksize": 64,
+        "double_quant": True,
+        "scales": "absmax",
+    }
     longer = dict(schedule="constant", resume=True, steps=5)
     assert [line.split(". ")[0] for line in refused(config(scales="mse", blocksize=128, **longer))] == [
-        "blocksize=128: the run began with blocksize=64", "scales=mse: the run began with scales=absmax",
-    ]  # fmt: skip
+        "blocksize=128: the run began with blocksize=64",
+        "scales=mse: the run began with scales=absmax",
+    ]
     del kept["run"]["options"]["scales"]
     state.write_text(json.dumps(kept))
     assert refused(config(scales="mse", **longer))[0].startswith("scales=mse: the run began with scales=absmax")
@@ -436,7 +447,9 @@ def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
 
 def test_options_that_the_base_contradicts(config, place, tmp_path):
     """Said before anything is loaded, together with what else is wrong; what is not given comes from the checkpoint."""
-    quantize_checkpoint(str(place / "model"), tmp_path / "base", blocksize=32, double_quant=False, scales="mse", dtype="fp32")
+    quantize_checkpoint(
+        str(place / "model"), tmp_path / "base", blocksize=32, double_quant=False, scales="mse", dtype="fp32"
+    )
     usual = dict(model=str(tmp_path / "base"))
     problems = refused(config(blocksize=64, double_quant=True, scales="absmax", data="nowhere.jsonl", **usual))
     assert [line.split("=")[0] for line in problems] == ["blocksize", "double_quant", "scales", "data"]
@@ -448,8 +461,9 @@ def test_options_that_the_base_contradicts(config, place, tmp_path):
     ]
     problems = refused(config(bits=16, blocksize=64, scales="absmax"))
     assert [line.split(". ")[0] for line in problems] == [
-        "blocksize=64: has no effect on 16-bit weights", "scales=absmax: has no effect on 16-bit weights",
-    ]  # fmt: skip
+        "blocksize=64: has no effect on 16-bit weights",
+        "scales=absmax: has no effect on 16-bit weights",
+    ]
     for output, given in (("left out", {}), ("agreeing", {"blocksize": 32, "double_quant": False})):
         finetune(config(output, steps=1, **usual, **given))
         base = json.loads((tmp_path / output / "adapter/qlora.json").read_text())["base"]
@@ -481,17 +495,54 @@ def plain(place, tmp_path_factory):
 
 
 CHANGES_THE_ADAPTER = {
-    "bits": 16, "blocksize": 32, "double_quant": False, "scales": "mse", "method": "lora", "rank": 2, "alpha": 4.0, "rslora": True,
-    "dropout": 0.5, "targets": "q_proj", "learning_rate": 1e-3, "schedule": "linear", "warmup": 2, "weight_decay": 0.5,
-    "clip": 0.01, "beta1": 0.5, "beta2": 0.5, "eps": 1e-2, "steps": 3, "epochs": 0.1, "batch_size": 3, "accumulate": 2,
-    "max_tokens": 34, "truncate": "drop", "optimizer_state": "8bit", "train_on_prompt": True, "seed": 1, "dtype": "bf16", "eval_fraction": 0.5,
-}  # fmt: skip
+    "bits": 16,
+    "blocksize": 32,
+    "double_quant": False,
+    "scales": "mse",
+    "method": "lora",
+    "rank": 2,
+    "alpha": 4.0,
+    "rslora": True,
+    "dropout": 0.5,
+    "targets": "q_proj",
+    "learning_rate": 1e-3,
+    "schedule": "linear",
+    "warmup": 2,
+    "weight_decay": 0.5,
+    "clip": 0.01,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "eps": 1e-2,
+    "steps": 3,
+    "epochs": 0.1,
+    "batch_size": 3,
+    "accumulate": 2,
+    "max_tokens": 34,
+    "truncate": "drop",
+    "optimizer_state": "8bit",
+    "train_on_prompt": True,
+    "seed": 1,
+    "dtype": "bf16",
+    "eval_fraction": 0.5,
+}
 TESTED_ELSEWHERE = {
-    "model", "data", "output", "eval_data", "eval_every", "save_every", "keep_checkpoints", "resume", "gradient_checkpointing",
+    "model",
+    "data",
+    "output",
+    "eval_data",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "gradient_checkpointing",
     "optimizer_memory",  # above
-    "format", "device", "trust_remote_code", "revision", "tensorboard",  # below
-    "memory", "optimizer_memory",  # test_plan.py, test_optim_memory.py
-}  # fmt: skip
+    "format",
+    "device",
+    "trust_remote_code",
+    "revision",
+    "tensorboard",  # below
+    "memory",  # test_plan.py, test_optim_memory.py
+}
 
 
 def test_no_option_is_forgotten():

@@ -26,7 +26,7 @@ def problems(source):
     return caught.value.problems
 
 
-AS_WRITTEN = {"question": "007", "answer": "NA", "when": "2020-01-31", "note": " 1e3, \"q\"\nü😀 "}
+AS_WRITTEN = {"question": "007", "answer": "NA", "when": "2020-01-31", "note": ' 1e3, "q"\nü😀 '}
 
 
 def test_text_is_the_text_in_the_file_whatever_the_file(tmp_path):
@@ -44,7 +44,7 @@ def test_text_is_the_text_in_the_file_whatever_the_file(tmp_path):
 def test_json_numbers_and_booleans_are_their_literal_text(tmp_path):
     line = '{"a": 1.50, "b": 42, "c": 1e-3, "d": true, "e": -0.0, "f": null, "g": [1.50, 2]}'
     source = write(tmp_path, "a.jsonl", line)
-    record, = read_records(source)
+    (record,) = read_records(source)
     nested = record.pop("g")
     assert record == {"a": "1.50", "b": "42", "c": "1e-3", "d": "true", "e": "-0.0", "f": None}
     assert nested == [1.5, 2] and json.dumps(nested) == "[1.5, 2]"  # inside tool calls they stay numbers
@@ -54,7 +54,7 @@ def test_json_numbers_and_booleans_are_their_literal_text(tmp_path):
 def test_typed_values_without_one_spelling_have_no_text(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"whole": [7], "float": [0.5], "flag": [False]}), path)
-    record, = read_records(str(path))
+    (record,) = read_records(str(path))
     assert [text_of(record[name]) for name in ("whole", "float", "flag")] == ["7", None, "false"]
 
 
@@ -98,21 +98,26 @@ def test_problems_are_gathered_and_capped(tmp_path):
 
 
 def test_bytes_that_are_not_utf8_name_their_line(tmp_path):
-    for name, content in (("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'), ("a.csv", b"text\n\xe9\n"),
-                          ("a.json", b'[\n{"text": "\xff"}]')):
-        found, = problems(write(tmp_path, name, content))
+    for name, content in (
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'),
+        ("a.csv", b"text\n\xe9\n"),
+        ("a.json", b'[\n{"text": "\xff"}]'),
+    ):
+        (found,) = problems(write(tmp_path, name, content))
         assert "line 2 is not UTF-8 (byte" in found
 
 
 def test_one_object_is_not_a_list_of_records(tmp_path):
-    found, = problems(write(tmp_path, "a.json", '{\n"text": "a"\n}'))
+    (found,) = problems(write(tmp_path, "a.json", '{\n"text": "a"\n}'))
     assert "the file is an object, where a list of records is needed" in found
 
 
 def test_csv_rows_and_headers(tmp_path):
     found = problems(write(tmp_path, "a.csv", "question,answer\na,b\na,b,c\na\n"))
     assert [line.split(": ", 1)[1].split(".")[0] for line in found] == [
-        "line 3 has 3 values where the header has 2", "line 4 has 1 values where the header has 2"]
+        "line 3 has 3 values where the header has 2",
+        "line 4 has 1 values where the header has 2",
+    ]
     assert "line 1 names no column, or one twice (a,a)" in problems(write(tmp_path, "b.csv", "a,a\nx,y\n"))[0]
     assert "line 3 is not CSV" in problems(write(tmp_path, "c.csv", 'text\n"open\nend\n'))[0]
 
@@ -135,7 +140,7 @@ def test_what_is_not_parquet(tmp_path):
 
 def test_wrong_paths_name_the_nearest_files(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
-    found, = problems(str(tmp_path / "trian.jsonl"))
+    (found,) = problems(str(tmp_path / "trian.jsonl"))
     assert "no such file or folder" in found and "train.jsonl" in found
     assert "does not exist either" in problems(str(tmp_path / "nowhere" / "a.jsonl"))[0]
     (tmp_path / "notes").mkdir()
@@ -153,7 +158,9 @@ def test_a_folder_is_read_in_order_and_needs_the_same_columns(tmp_path):
     write(tmp_path, "3.jsonl", '{"prompt": "d"}\n')
     write(tmp_path, "4.jsonl", "broken\n")
     assert [line.split(": ", 1)[1].split(".", 1)[0] for line in problems(str(tmp_path))] == [
-        "line 1 is not JSON (Expecting value, column 1)", "3"]
+        "line 1 is not JSON (Expecting value, column 1)",
+        "3",
+    ]
     assert "3.jsonl has the columns prompt where 1.csv has text" in problems(str(tmp_path))[1]
 
 
@@ -161,7 +168,7 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for source in ("no-such-owner/no-such-dataset", "no-such-dataset:main:train"):
-        found, = problems(source)
+        (found,) = problems(source)
         assert found.startswith(f"data={source}: there is no such file, and no hub dataset could be read")
         assert "\n" not in found
 
@@ -172,5 +179,7 @@ def test_what_datasets_reads_stays_text(tmp_path):
     write(tmp_path / "hub", "train.csv", "question,answer,when\n007,NA,2020-01-31\nx,1.50,\n")
     with tempfile.TemporaryDirectory() as cache:
         rows = list(load_with_datasets(str(tmp_path / "hub"), None, "train", cache))
-    assert rows == [{"question": "007", "answer": "NA", "when": "2020-01-31"},
-                    {"question": "x", "answer": "1.50", "when": ""}]
+    assert rows == [
+        {"question": "007", "answer": "NA", "when": "2020-01-31"},
+        {"question": "x", "answer": "1.50", "when": ""},
+    ]

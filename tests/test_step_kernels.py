@@ -1,5 +1,6 @@
-"""The native kernels of a step beside the products: RMSNorm, the gated product, the rotation, the loss, against `reference.py` and float64; AdamW
-against torch's own."""
+"""The native kernels of a step beside the products: RMSNorm, the gated product, the rotation, the loss, against
+`reference.py` and float64; AdamW against torch's own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import math
 import pytest
 import torch
 from helpers import ISAS, same_bits
+
 from qlora_kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,9 +38,15 @@ def step_results(kernels, dtype: torch.dtype, shape: tuple[int, int]) -> list[to
     targets, logits = torch.randint(0, shape[1], shape[:1], generator=generator), 5 * a
     y, inverse = kernels.rms_norm(a, b[0], 1e-5)
     return [
-        kernels.cross_entropy_(logits, targets), logits, y, inverse, kernels.rms_norm_backward(c, a, b[0], inverse),
-        kernels.swiglu(a, b), *kernels.swiglu_backward(c, a, b), *kernels.swiglu_backward_dots(c, a, b),
-    ]  # fmt: skip
+        kernels.cross_entropy_(logits, targets),
+        logits,
+        y,
+        inverse,
+        kernels.rms_norm_backward(c, a, b[0], inverse),
+        kernels.swiglu(a, b),
+        *kernels.swiglu_backward(c, a, b),
+        *kernels.swiglu_backward_dots(c, a, b),
+    ]
 
 
 @pytest.mark.parametrize("shape", STEP_SHAPES)
@@ -48,16 +56,22 @@ def test_elementwise_kernels_equal_the_reference(isa, dtype, shape):
     for found, expected in zip(step_results(isa, dtype, shape), step_results(reference, dtype, shape), strict=True):
         assert found.dtype == expected.dtype and found.shape == expected.shape
         eps = torch.finfo(expected.dtype).eps
-        torch.testing.assert_close(found, expected, rtol=2 * eps + 1e-5, atol=(eps + 4e-6) * max(1.0, expected.abs().max().item()))
+        torch.testing.assert_close(
+            found, expected, rtol=2 * eps + 1e-5, atol=(eps + 4e-6) * max(1.0, expected.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elementwise_kernels_give_the_same_bits_everywhere(kernels, dtype, threads):
-    same_everywhere(kernels, threads, lambda: [part for shape in STEP_SHAPES for part in step_results(kernels, dtype, shape)])
+    same_everywhere(
+        kernels, threads, lambda: [part for shape in STEP_SHAPES for part in step_results(kernels, dtype, shape)]
+    )
 
 
 def test_every_bf16_gate(kernels):
-    """All 65536, infinities and NaN among them: the nearest bf16 to float64's result, up to float32's error, and one result everywhere."""
+    """All 65536, infinities and NaN among them: the nearest bf16 to float64's result, up to float32's error, and one
+    result everywhere.
+    """
     gate = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     one, x = torch.ones_like(gate), gate.double()
     s = x.sigmoid()
@@ -67,7 +81,9 @@ def test_every_bf16_gate(kernels):
         results.append((kernels.swiglu(gate, one), *kernels.swiglu_backward(one, gate, one)))
         for found, expected in zip(results[-1], exact, strict=True):
             torch.testing.assert_close(found.double(), expected, rtol=2**-8 + 2**-20, atol=2e-7, equal_nan=True)
-        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(results[-1], results[0], strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(results[-1], results[0], strict=True)
+        )
 
 
 def test_any_floats_give_the_same_bits_everywhere(kernels):
@@ -84,7 +100,9 @@ def test_any_floats_give_the_same_bits_everywhere(kernels):
 
 
 def test_a_product_and_a_sum_are_rounded_once(isa):
-    """1 + 2^-23 + 2^-24 (1 - 2^-46), which a sum in double turns into the middle between two floats, and that into the upper one."""
+    """1 + 2^-23 + 2^-24 (1 - 2^-46), which a sum in double turns into the middle between two floats, and that into the
+    upper one.
+    """
     last = 2.0**-23
     dy, x = torch.zeros(2, 1, 64)
     dy[0, 0], dy[0, 32] = 1 + last, 2.0**-12 * (1 + last)
@@ -103,13 +121,25 @@ def test_the_sums_of_a_gated_product_are_column_dots(isa, threads):
         assert torch.equal(dots, torch.stack((isa.column_dots(dgate, gate), isa.column_dots(dup, up))))
 
 
-ROTATIONS = [(1, 1, 2, 1, 1), (3, 1, 30, 7, 7), (2, 2, 64, 5, 5), (1, 3, 80, 33, 11), (9, 3, 64, 300, 150)]  # heads, groups, D, tokens, positions
+ROTATIONS = [
+    (1, 1, 2, 1, 1),
+    (3, 1, 30, 7, 7),
+    (2, 2, 64, 5, 5),
+    (1, 3, 80, 33, 11),
+    (9, 3, 64, 300, 150),
+]  # heads, groups, D, tokens, positions
 
 
 def rotation(heads: int, groups: int, D: int, tokens: int, positions: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q and k as they lie beside each other in the result of one product, and cos and sin of a rotation that also stretches."""
+    """q and k as they lie beside each other in the result of one product, and cos and sin of a rotation that also
+    stretches.
+    """
     generator = torch.Generator().manual_seed(D)
-    q, k, _ = (3 * torch.randn(tokens, heads + 2 * groups, D, generator=generator)).to(dtype).split([heads, groups, groups], 1)
+    q, k, _ = (
+        (3 * torch.randn(tokens, heads + 2 * groups, D, generator=generator))
+        .to(dtype)
+        .split([heads, groups, groups], 1)
+    )
     angles = 9 * torch.rand(positions, D, generator=generator)
     return [q, k, *((1.2 * x).to(dtype) for x in (angles.cos(), angles.sin()))]
 
@@ -131,12 +161,16 @@ def test_a_rotation_is_rounded_once(isa, dtype):
         for found, expected in zip(rotation_results(isa, *shape, dtype), exact, strict=True):
             assert found.dtype == dtype and found.is_contiguous()
             rounding = torch.finfo(dtype).eps / 2
-            torch.testing.assert_close(found.double(), expected, rtol=rounding * (1 + 1e-4), atol=1e-5 if dtype != torch.float32 else 1e-6)
+            torch.testing.assert_close(
+                found.double(), expected, rtol=rounding * (1 + 1e-4), atol=1e-5 if dtype != torch.float32 else 1e-6
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotations_give_the_same_bits_everywhere(kernels, dtype, threads):
-    same_everywhere(kernels, threads, lambda: [part for shape in ROTATIONS for part in rotation_results(kernels, *shape, dtype)])
+    same_everywhere(
+        kernels, threads, lambda: [part for shape in ROTATIONS for part in rotation_results(kernels, *shape, dtype)]
+    )
 
 
 def test_a_rotation_that_does_not_fit_is_refused(kernels):
@@ -152,7 +186,9 @@ def test_cross_entropy_at_the_edges(isa):
     """Sure predictions keep their digits, impossible ones stay finite, and what is no number is not hidden."""
     logits = torch.tensor([[0.0, 30.0, -5.0], [-1e4, 0.0, 1e4], [math.inf, 0.0, 0.0], [math.nan, 0.0, 0.0]])
     losses = isa.cross_entropy_(logits, torch.tensor([1, 0, 1, 1]))
-    assert losses[0].item() == pytest.approx(math.exp(-30), rel=1e-3) and logits[0, 1].item() == pytest.approx(-math.exp(-30), rel=1e-3)
+    assert losses[0].item() == pytest.approx(math.exp(-30), rel=1e-3) and logits[0, 1].item() == pytest.approx(
+        -math.exp(-30), rel=1e-3
+    )
     assert losses[1].item() == pytest.approx(2e4) and logits[1].tolist() == pytest.approx([-1.0, 0.0, 1.0], abs=1e-30)
     assert losses[2:].isnan().all()
     for target in (-100, 3):
@@ -165,15 +201,23 @@ def test_cross_entropy_at_the_edges(isa):
 SIZES = [5, 1, 0, 16, 31, 33, 1, 97, 0, 4096, 8191, 20_001, 2]
 
 
-def pieces(sizes: list[int], gap: int, offset: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], torch.Tensor]:
-    """Parameters and gradients at addresses that are multiples of 4 only, and places with gaps between them; and all parameters' memory."""
+def pieces(
+    sizes: list[int], gap: int, offset: int, seed: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], torch.Tensor]:
+    """Parameters and gradients at addresses that are multiples of 4 only, and places with gaps between them; and all
+    parameters' memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     at = [sum(sizes[:i]) + i * gap for i in range(len(sizes))]
     memory = torch.randn(offset + sum(sizes) + len(sizes), generator=generator)
     starts = [offset + sum(sizes[:i]) + i for i in range(len(sizes))]  # one element between them
     spread = 10.0 ** torch.randint(-9, 4, memory.shape, generator=generator)
     gradients = torch.randn(memory.shape, generator=generator) * spread
-    return *([x[start : start + size] for start, size in zip(starts, sizes, strict=True)] for x in (memory, gradients)), at, memory
+    return (
+        *([x[start : start + size] for start, size in zip(starts, sizes, strict=True)] for x in (memory, gradients)),
+        at,
+        memory,
+    )
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.9), (0.0, 0.0)])
@@ -190,7 +234,14 @@ def test_adamw_has_the_bits_of_torch(isa, threads, betas, gap, offset):
         second, moments = [x.clone() for x in p], torch.zeros(2, n)
         for step in range(1, 4):
             g, scale = pieces(sizes, gap, offset, step)[1], (1.0, 0.3, 1 / 777)[step - 1]
-            scalars = (*betas, 1e-8, 1 - 1e-2 * decay, 1e-2 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5, scale)
+            scalars = (
+                *betas,
+                1e-8,
+                1 - 1e-2 * decay,
+                1e-2 / (1 - betas[0] ** step),
+                (1 - betas[1] ** step) ** 0.5,
+                scale,
+            )
             isa.adamw_(p, g, at, m, v, torch.empty(3, n), *scalars)
             reference.adamw_(second, g, at, *moments, torch.empty(3, n), *scalars)
             for parameter, gradient in zip(theirs, g, strict=True):
@@ -209,7 +260,9 @@ def test_the_norm_of_many_pieces(kernels, threads):
     """torch's up to rounding, with the same bits on every instruction set and for any number of threads."""
     for sizes in ([0], [1], SIZES, [1, 2, 0] * 4000, [100_003]):
         tensors = pieces(sizes, 0, 1, 0)[1]
-        torch.testing.assert_close(kernels.total_norm(tensors).double(), torch.cat(tensors).double().norm(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            kernels.total_norm(tensors).double(), torch.cat(tensors).double().norm(), rtol=1e-6, atol=0
+        )
         same_everywhere(kernels, threads, lambda tensors=tensors: [kernels.total_norm(tensors)])
     for bad in (math.inf, -math.inf, math.nan):
         tensors[0][70_000] = bad
@@ -226,15 +279,21 @@ def test_adamw_of_any_floats(isa):
         p, g, m, v = (x.clone() for x in values)
         code.adamw_([p], [g], [0], m, v, torch.empty(3, len(p)), 0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 0.25)
         ends.append(torch.stack((p, m, v)))
-    assert same_bits(*(x.nan_to_num(7.0, posinf=math.inf, neginf=-math.inf) for x in ends)) and ends[0].isfinite().any(1).all()
+    assert (
+        same_bits(*(x.nan_to_num(7.0, posinf=math.inf, neginf=-math.inf) for x in ends))
+        and ends[0].isfinite().any(1).all()
+    )
 
 
 def test_adamw_refuses_what_does_not_fit(kernels):
     """C code would write past the end."""
+
     def refused(p: int, g: int, at: list[int], moments: tuple[int, int] = (20, 20), work: int = 20) -> None:
         tensors = [torch.zeros(p)] * 2, [torch.zeros(g)] * 2
         with pytest.raises(ValueError):
-            kernels.adamw_(*tensors, at, *map(torch.zeros, moments), torch.zeros(3, work), 0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 1.0)
+            kernels.adamw_(
+                *tensors, at, *map(torch.zeros, moments), torch.zeros(3, work), 0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 1.0
+            )
 
     for at in ([0, 11], [0, 9], [-1, 10], [0, 10, 20], [0]):
         refused(10, 10, at)

@@ -40,7 +40,6 @@ from qlora.train import (
     train,
 )
 
-
 UNEVEN = ((30, 2), (9, 7), (17, 1), (25, 20))  # very different numbers of targets
 
 
@@ -179,9 +178,14 @@ def run(model, tmp_path, steps=4, **options) -> list[dict]:
     data = examples(*UNEVEN)
     with MetricsLog(tmp_path / "metrics.jsonl", steps=steps) as log:
         train(
-            model, sgd(model), lambda step: [collate(data[:2]), collate(data[2:])], steps=steps,
-            rate=lambda step: 0.1 / (step + 1), log=log, **options,
-        )  # fmt: skip
+            model,
+            sgd(model),
+            lambda step: [collate(data[:2]), collate(data[2:])],
+            steps=steps,
+            rate=lambda step: 0.1 / (step + 1),
+            log=log,
+            **options,
+        )
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -295,7 +299,9 @@ def test_a_limit_gives_freed_memory_back():
 def test_peak_memory_sees_what_was_freed():
     with PeakMemory(torch.device("cpu")) as memory:
         before = memory.peak()
-        with mmap.mmap(-1, 200_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:  # the allocator might hand out memory that an earlier test freed
+        with mmap.mmap(
+            -1, 200_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        ) as block:  # the allocator might hand out memory that an earlier test freed
             block.write(b"1" * 200_000_000)
             memory._end.wait(0.3)
         assert memory.peak() > before + 150_000_000

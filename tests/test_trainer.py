@@ -28,17 +28,30 @@ def test_trainer(saved_models, tmp_path, method):
     """It learns, the norms followed the fused AdamW, its checkpoint has the adapters, and the adapter saves and loads."""
     model = attach_adapters(load_base(str(saved_models("llama")), dtype="fp32"), method=method, rank=4)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path / "trainer", max_steps=30, per_device_train_batch_size=8, learning_rate=2e-2, report_to=[], use_cpu=True,
-        disable_tqdm=True, logging_steps=1, save_steps=30, warmup_steps=2, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=tmp_path / "trainer",
+        max_steps=30,
+        per_device_train_batch_size=8,
+        learning_rate=2e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_steps=30,
+        warmup_steps=2,
+        dataloader_pin_memory=False,
+    )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.97 * losses[0]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in adapter_parameters(model))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        p.numel() for p in adapter_parameters(model)
+    )
     if method == "dora":
         for _, adapter in named_adapters(model):
-            expected = row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+            expected = row_norms(
+                FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling
+            )
             assert torch.equal(adapter.norm(), expected)
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(load_base(str(saved_models("llama")), dtype="fp32"), tmp_path / "adapter")
@@ -47,14 +60,23 @@ def test_trainer(saved_models, tmp_path, method):
         assert relative(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # the name that transformers 5.17 knows
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing. is deprecated:FutureWarning"
+)  # the name that transformers 5.17 knows
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_kwargs. is deprecated:FutureWarning")
 def test_trainer_with_activation_checkpointing(saved_models, tmp_path):
     model = attach_adapters(load_base(str(saved_models("llama")), dtype="fp32"), method="dora", rank=4)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=tmp_path,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=False,
+    )
     before = [p.detach().clone() for p in adapter_parameters(model)]
     transformers.Trainer(model=model, args=arguments, train_dataset=Sentences()).train()
     assert any(not torch.equal(p, b) for p, b in zip(adapter_parameters(model), before, strict=True))
@@ -67,16 +89,31 @@ def test_trainer_with_the_paged_optimizer(saved_models, tmp_path):
         torch.manual_seed(5)
         model = attach_adapters(load_base(str(saved_models("llama")), dtype="fp32"), method="dora", rank=4)
         arguments = transformers.TrainingArguments(
-            output_dir=tmp_path / "trainer", max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
-            disable_tqdm=True, save_steps=3, warmup_steps=2, dataloader_pin_memory=False, lr_scheduler_type="constant_with_warmup",
-        )  # fmt: skip
+            output_dir=tmp_path / "trainer",
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_steps=3,
+            warmup_steps=2,
+            dataloader_pin_memory=False,
+            lr_scheduler_type="constant_with_warmup",
+        )
         optimizer = make(adapter_parameters(model))
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences(), optimizers=(optimizer, None))
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=Sentences(), optimizers=(optimizer, None)
+        )
         trainer.train(resume_from_checkpoint=resume)
         return [p.detach().clone() for p in adapter_parameters(model)]
 
     expected = run(lambda params: torch.optim.AdamW(params, lr=1e-2, foreach=False, fused=False), 6)
     whole = run(lambda params: PagedAdamW(params, lr=1e-2, memory="none", folder=tmp_path), 6)
-    resumed = run(lambda params: PagedAdamW(params, lr=1e-2, memory=50_000, folder=tmp_path), 6, str(tmp_path / "trainer/checkpoint-3"))
+    resumed = run(
+        lambda params: PagedAdamW(params, lr=1e-2, memory=50_000, folder=tmp_path),
+        6,
+        str(tmp_path / "trainer/checkpoint-3"),
+    )
     for other in (whole, resumed):
         assert all(torch.equal(p, q) for p, q in zip(expected, other, strict=True))

@@ -1,6 +1,8 @@
-"""The Triton kernels without a GPU: equal to the reference in Triton's interpreter, and compiled for the cards that people have.
+"""The Triton kernels without a GPU: equal to the reference in Triton's interpreter, and compiled for the cards that
+people have.
 
-What only a card can show is in scripts/gpu_suite.py. Interpreter and compiler exclude each other, so each has a process: triton_on_cpu.py.
+What only a card can show is in scripts/gpu_suite.py. Interpreter and compiler exclude each other, so each has a
+process: triton_on_cpu.py.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ def test_nothing_exact_is_contracted(compiled):
 
 
 def test_shares_are_stored_before_they_are_counted_and_read_after(compiled):
-    """The last program of a column adds up what others have stored: each of its threads stores, waits, and one counts, and the rest wait."""
+    """The last program of a column adds up what others have stored: each of its threads stores, waits, and one counts,
+    and the rest wait.
+    """
     orders = {name: found["order"] for name, found in compiled.items() if "atom" in found["order"]}
     assert len(orders) == 7 * len(triton_on_cpu.CARDS)
     assert [name for name, order in orders.items() if not re.search(r"st(bar)+atom(bar)+.*ld", order)] == []

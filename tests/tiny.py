@@ -1,4 +1,6 @@
-"""Tiny models of every architecture, adapters on them, a tokenizer and data that fit: real transformers objects, fast steps."""
+"""Tiny models of every architecture, adapters on them, a tokenizer and data that fit: real transformers objects, fast
+steps.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ TEMPLATE = (
 
 SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL, intermediate_size=150, num_key_value_heads=2),  # blocks across rows, biases
+    "llama": lambda: transformers.LlamaConfig(
+        **SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SMALL, intermediate_size=150, num_key_value_heads=2
+    ),  # blocks across rows, biases
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
     "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=160, num_key_value_heads=2),
     "gemma": lambda: transformers.GemmaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
@@ -60,8 +66,9 @@ def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: f
 
 
 def adapted(model: nn.Module, method: str = "dora", seed: int = 2, **spec) -> nn.Module:
-    """`model` with adapters (of odd rank and alpha / r not 1, unless `spec` says otherwise) away from their start, where they would
-    compute the base and a test that compares anything would pass whatever the code does."""
+    """`model` with adapters (of odd rank and alpha / r not 1, unless `spec` says otherwise) away from their start,
+    where they would compute the base and a test that compares anything would pass whatever the code does.
+    """
     torch.manual_seed(seed)
     return disturb(attach_adapters(model, method=method, **({"rank": 3, "alpha": 7.0} | spec)), seed)
 

@@ -3,9 +3,9 @@
     TRITON_INTERPRET=1 python tests/triton_on_cpu.py interpret   every kernel against the reference, in the interpreter, in float32
     python tests/triton_on_cpu.py compile                        every kernel for every card, and what ptxas says of it
 
-Triton 3.6 interprets with numpy before 2.4 only: it makes numbers of arrays of one element, which numpy refuses since. Its compiler is not
-concerned. The interpreter replaces the compiler when Triton is imported, so one process cannot do both. One line a check: its name, then "ok", or
-what ptxas found as JSON.
+Triton 3.6 interprets with numpy before 2.4 only: it makes numbers of arrays of one element, which numpy refuses since.
+Its compiler is not concerned. The interpreter replaces the compiler when Triton is imported, so one process cannot do
+both. One line a check: its name, then "ok", or what ptxas found as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 
 import torch
 import triton
+
 from qlora_kernels import reference, triton_nf4, triton_optim, triton_step
 
 NESTED = 256
@@ -60,7 +61,9 @@ def check_encoding(rows: int, columns: int, blocksize: int) -> None:
     equal(triton_nf4.fit_scales_nf4(w, blocksize), scales)
     scales = scales * torch.tensor([1.0, -0.6, 0.0]).repeat(scales.numel())[: scales.numel()]
     equal(triton_nf4.encode_nf4(w, scales, blocksize), reference.encode_nf4(w, scales, blocksize))
-    for got, wanted in zip(triton_nf4.quantize_absmax(absmax, NESTED), reference.quantize_absmax(absmax, NESTED), strict=True):
+    for got, wanted in zip(
+        triton_nf4.quantize_absmax(absmax, NESTED), reference.quantize_absmax(absmax, NESTED), strict=True
+    ):
         equal(got, wanted)
 
 
@@ -93,10 +96,17 @@ def check_many_row_norms() -> None:
     layers = []
     for rows, columns, rank in ((70, 192, 3), (5, 64, 3), (70, 192, 3), (9, 77, 3), (5, 64, 3)):
         packed, absmax = reference.quantize_nf4(torch.randn(rows, columns), 64)
-        A, B = torch.randn(rank, columns), torch.randn(rank * rows + 1)[1:].view(rows, rank) if len(layers) == 4 else torch.randn(rows, rank)
+        A, B = (
+            torch.randn(rank, columns),
+            torch.randn(rank * rows + 1)[1:].view(rows, rank) if len(layers) == 4 else torch.randn(rows, rank),
+        )
         layers.append((packed, *reference.quantize_absmax(absmax, NESTED), A, B, 0.5 + len(layers), rows, columns, 64))
     for nested in (True, False):
-        parts = layers if nested else [(codes, torch.rand(len(scales)), None, None, *rest) for codes, scales, _, _, *rest in layers]
+        parts = (
+            layers
+            if nested
+            else [(codes, torch.rand(len(scales)), None, None, *rest) for codes, scales, _, _, *rest in layers]
+        )
         lists = [list(part) for part in zip(*parts, strict=True)]
         together = triton_nf4.row_norms_nf4_all(*lists[:2], *(lists[2:4] if nested else ([], [])), *lists[4:], NESTED)
         for n, layer in zip(together, parts, strict=True):
@@ -111,10 +121,16 @@ def check_column_dots(tokens: int, columns: int) -> None:
 
 
 def check_adapter_gradients(tokens: int, columns: int, rank: int) -> None:
-    dy, y, u, up = (torch.randn(*shape) for shape in ((tokens, columns), (tokens, columns), (tokens, rank), (columns, rank)))
+    dy, y, u, up = (
+        torch.randn(*shape) for shape in ((tokens, columns), (tokens, columns), (tokens, rank), (columns, rank))
+    )
     gain, safe = torch.randn(columns), torch.rand(columns) + 0.1
     for arguments in ((y, gain, safe), (None, gain, safe), (None, None, None)):
-        for got, wanted in zip(triton_step.adapter_gradients(dy, up, u, *arguments, 0.7), reference.adapter_gradients(dy, up, u, *arguments, 0.7), strict=True):
+        for got, wanted in zip(
+            triton_step.adapter_gradients(dy, up, u, *arguments, 0.7),
+            reference.adapter_gradients(dy, up, u, *arguments, 0.7),
+            strict=True,
+        ):
             if wanted.numel():
                 close(got, wanted)
 
@@ -123,10 +139,16 @@ def check_factors(rank: int, columns: int, rows: int) -> None:
     A, B, m, n = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(rows), torch.rand(rows)
     m[0], n[-1] = -1e-9, 0.0
     for parts in ((m, n), (None, None)):
-        for got, wanted in zip(triton_step.fold_factors(A, B, *parts, 0.7, torch.float32), reference.fold_factors(A, B, *parts, 0.7, torch.float32), strict=True):
+        for got, wanted in zip(
+            triton_step.fold_factors(A, B, *parts, 0.7, torch.float32),
+            reference.fold_factors(A, B, *parts, 0.7, torch.float32),
+            strict=True,
+        ):
             equal(got, wanted)
     m[rows // 2] = math.nan
-    assert triton_step.fold_factors(A, B, m, n, 0.7, torch.float32)[1].isnan().any(1).nonzero().tolist() == [[rows // 2]]
+    assert triton_step.fold_factors(A, B, m, n, 0.7, torch.float32)[1].isnan().any(1).nonzero().tolist() == [
+        [rows // 2]
+    ]
 
 
 def check_layers(rows: int, columns: int) -> None:
@@ -140,7 +162,9 @@ def check_layers(rows: int, columns: int) -> None:
     close(triton_step.swiglu(x, up), reference.swiglu(x, up))
     for got, wanted in zip(triton_step.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), strict=True):
         close(got, wanted)
-    for got, wanted in zip(triton_step.swiglu_backward_dots(dy, x, up), reference.swiglu_backward_dots(dy, x, up), strict=True):
+    for got, wanted in zip(
+        triton_step.swiglu_backward_dots(dy, x, up), reference.swiglu_backward_dots(dy, x, up), strict=True
+    ):
         close(got, wanted)
 
 
@@ -167,7 +191,14 @@ def check_adamw(n: int) -> None:
             scalars = (0.9, 0.999, 1e-8, decay, 3e-3, 0.3, 0.7)
             expected = [t.clone() for t in (p, g, m, v)]
             for code, (a, b, *moments) in ((reference, expected), (triton_optim, (p, g, m, v))):
-                code.adamw_([a[part] for part in ranges], [b[part] for part in ranges], [part.start for part in ranges], *moments, torch.empty(3, n), *scalars)
+                code.adamw_(
+                    [a[part] for part in ranges],
+                    [b[part] for part in ranges],
+                    [part.start for part in ranges],
+                    *moments,
+                    torch.empty(3, n),
+                    *scalars,
+                )
             for got, wanted in zip((p, g, m, v), expected, strict=True):
                 close(got, wanted, 5e-7)
 
@@ -180,7 +211,11 @@ def check_blocks(n: int, blocksize: int) -> None:
         values[: n // 4 : blocksize] = 1.0
         values[n // 4 : n // 4 + blocksize] = 0.0
         values = values if signed else values.abs()
-        codes, absmax, work = torch.empty(n, dtype=torch.uint8), torch.empty(n // blocksize), torch.empty(n, dtype=torch.int32)
+        codes, absmax, work = (
+            torch.empty(n, dtype=torch.uint8),
+            torch.empty(n // blocksize),
+            torch.empty(n, dtype=torch.int32),
+        )
         expected, expected_absmax = torch.empty_like(codes), torch.empty_like(absmax)
         triton_optim.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
         reference.encode_blocks_into(expected, expected_absmax, values.clone(), work, blocksize, signed)
@@ -201,9 +236,10 @@ def check_not_finite() -> None:
 
 
 def check_model() -> None:
-    """Two DoRA steps of a whole NF4 model, its optimizer's included: all operators from these kernels, as on a card, or from the reference."""
+    """Two DoRA steps of a whole NF4 model, its optimizer's included: all operators from these kernels, as on a card, or
+    from the reference.
+    """
     from tiny import adapted, random_model
-    from qlora_kernels import ops
 
     import qlora
     from qlora import nf4
@@ -212,8 +248,14 @@ def check_model() -> None:
     from qlora.fused import fuse
     from qlora.linear import NF4Linear
     from qlora.train import optimizer_step
+    from qlora_kernels import ops
 
-    kernels = {name: getattr(module, name) for module in (triton_nf4, triton_step, triton_optim) for name in ops.OPERATORS if hasattr(module, name)}
+    kernels = {
+        name: getattr(module, name)
+        for module in (triton_nf4, triton_step, triton_optim)
+        for name in ops.OPERATORS
+        if hasattr(module, name)
+    }
     called, ends = set(), []
 
     def chosen(name: str, mine: bool):
@@ -243,8 +285,22 @@ def check_model() -> None:
         for step in range(2):
             compute_norms(model)  # as before each forward pass on a GPU
             steps.append(optimizer_step(model, optimizer, batches[2 * step : 2 * step + 2], 1e-2, 1.0))
-        ends.append((torch.tensor([list(step.values()) for step in steps]), torch.cat([(p.detach() - was).flatten() for p, was in zip(parameters, start)])))
-    missing = {"dequantize_nf4_into", "row_norms_nf4_all", "fold_factors", "adapter_gradients", "swiglu_backward_dots", "rms_norm", "cross_entropy_", "adamw_"} - called
+        ends.append(
+            (
+                torch.tensor([list(step.values()) for step in steps]),
+                torch.cat([(p.detach() - was).flatten() for p, was in zip(parameters, start)]),
+            )
+        )
+    missing = {
+        "dequantize_nf4_into",
+        "row_norms_nf4_all",
+        "fold_factors",
+        "adapter_gradients",
+        "swiglu_backward_dots",
+        "rms_norm",
+        "cross_entropy_",
+        "adamw_",
+    } - called
     assert not missing, missing
     (expected, moved), (found, also) = ends
     close(found, expected)
@@ -253,14 +309,29 @@ def check_model() -> None:
 
 
 INTERPRETED = {
-    **{f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b) for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))},
-    **{f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b) for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))},
-    **{f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k) for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))},
+    **{
+        f"encoding {r}x{c} blocks of {b}": (check_encoding, r, c, b)
+        for r, c, b in ((1, 1, 64), (33, 77, 64), (70, 192, 32), (3, 1500, 256))
+    },
+    **{
+        f"decoding {r}x{c} blocks of {b}": (check_decoding, r, c, b)
+        for r, c, b in ((1, 1, 64), (7, 64, 32), (33, 77, 64), (70, 192, 64), (3, 8192, 4096))
+    },
+    **{
+        f"row norms {r}x{c} rank {k}": (check_row_norms, r, c, k)
+        for r, c, k in ((5, 64, 3), (70, 1088, 17), (9, 77, 3), (6, 128, 80))
+    },
     "row norms of many layers": (check_many_row_norms,),
     **{f"column dots {t}x{c}": (check_column_dots, t, c) for t, c in ((1, 1), (3, 200), (300, 130))},
-    **{f"gradients {t}x{c} rank {k}": (check_adapter_gradients, t, c, k) for t, c, k in ((1, 1, 1), (3, 200, 16), (150, 130, 3), (5, 64, 80))},
+    **{
+        f"gradients {t}x{c} rank {k}": (check_adapter_gradients, t, c, k)
+        for t, c, k in ((1, 1, 1), (3, 200, 16), (150, 130, 3), (5, 64, 80))
+    },
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
-    **{f"factors rank {k}, {c} to {r}": (check_factors, k, c, r) for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))},
+    **{
+        f"factors rank {k}, {c} to {r}": (check_factors, k, c, r)
+        for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))
+    },
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
     **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
     **{f"8-bit {n} blocks of {b}": (check_blocks, n, b) for n, b in ((256, 256), (5 * 256, 256), (40 * 64, 64))},
@@ -279,66 +350,181 @@ def interpret() -> None:
 
 # ---------------------------------------------------------------- the compiler
 
-FLOAT = {name: "*fp32" for name in (
-    "absmax", "nested", "offset", "gain", "levels", "dynamic_map", "y", "sums", "A", "B", "midpoints", "scales", "stretches", "scalings",
-    "maxima", "values", "p", "g", "m", "v",
-)} | {name: "fp32" for name in ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction", "scale")}  # fmt: skip
-BF16 = {name: "*bf16" for name in ("out", "x", "weight", "a", "b")}
-BYTES = {name: "*u8" for name in ("packed", "codes")} | {"arrived": "*i32", "table": "*i64"}
-LAYER = {name: "*bf16" for name in ("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits")}
-FACTORS = {name: "*fp32" for name in ("A", "B", "m", "n", "gain", "safe")}
+FLOAT = dict.fromkeys(
+    (
+        "absmax",
+        "nested",
+        "offset",
+        "gain",
+        "levels",
+        "dynamic_map",
+        "y",
+        "sums",
+        "A",
+        "B",
+        "midpoints",
+        "scales",
+        "stretches",
+        "scalings",
+        "maxima",
+        "values",
+        "p",
+        "g",
+        "m",
+        "v",
+    ),
+    "*fp32",
+) | dict.fromkeys(
+    ("scaling", "tiny", "weight1", "beta2", "weight2", "eps", "decay", "step_size", "correction", "scale"), "fp32"
+)
+BF16 = dict.fromkeys(("out", "x", "weight", "a", "b"), "*bf16")
+BYTES = dict.fromkeys(("packed", "codes"), "*u8") | {"arrived": "*i32", "table": "*i64"}
+LAYER = dict.fromkeys(("y", "x", "dx", "dy", "gate", "up", "dgate", "dup", "logits"), "*bf16")
+FACTORS = dict.fromkeys(("A", "B", "m", "n", "gain", "safe"), "*fp32")
 UNALIGNED = ("rank", "parts", "candidates")  # sizes that are no multiples of 16
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
 COMPILED = {  # name -> kernel, types that differ, constants, options as the callers give them, whether it may not spill
-    "dequantize": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 0, "WORDS": 512}, triton_nf4.EXACT, True),
-    "dequantize with gain": (triton_nf4.dequantize_kernel, {"absmax": "*u8"}, {**DOUBLE, "GAIN": 1, "WORDS": 512}, triton_nf4.EXACT, True),
-    "dequantize to float32": (triton_nf4.dequantize_kernel, {"out": "*fp32"}, {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512}, triton_nf4.EXACT, False),
+    "dequantize": (
+        triton_nf4.dequantize_kernel,
+        {"absmax": "*u8"},
+        {**DOUBLE, "GAIN": 0, "WORDS": 512},
+        triton_nf4.EXACT,
+        True,
+    ),
+    "dequantize with gain": (
+        triton_nf4.dequantize_kernel,
+        {"absmax": "*u8"},
+        {**DOUBLE, "GAIN": 1, "WORDS": 512},
+        triton_nf4.EXACT,
+        True,
+    ),
+    "dequantize to float32": (
+        triton_nf4.dequantize_kernel,
+        {"out": "*fp32"},
+        {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 0, "GAIN": 2, "WORDS": 512},
+        triton_nf4.EXACT,
+        False,
+    ),
     "gemv": (triton_nf4.gemv_kernel, {"absmax": "*u8"}, {**DOUBLE, "ROWS": 4, "WORDS": 128}, triton_nf4.FUSED, True),
     **{
-        f"row norms, rank {rank}": (triton_nf4.row_norms_kernel, {"absmax": "*u8", "n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": words, "RANK": rank},
-                                    {**triton_nf4.FUSED, "num_stages": 1}, True)
+        f"row norms, rank {rank}": (
+            triton_nf4.row_norms_kernel,
+            {"absmax": "*u8", "n": "*fp32"},
+            {**DOUBLE, "ROWS": 64, "WORDS": words, "RANK": rank},
+            {**triton_nf4.FUSED, "num_stages": 1},
+            True,
+        )
         for rank, words in ((16, 8), (32, 8), (64, 4))
     },
-    "row norms of many layers": (triton_nf4.row_norms_all_kernel, {"n": "*fp32"}, {**DOUBLE, "ROWS": 64, "WORDS": 8, "RANK": 16},
-                                 {**triton_nf4.FUSED, "num_stages": 1}, True),
-    "quantize": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False}, triton_nf4.EXACT, False),
+    "row norms of many layers": (
+        triton_nf4.row_norms_all_kernel,
+        {"n": "*fp32"},
+        {**DOUBLE, "ROWS": 64, "WORDS": 8, "RANK": 16},
+        {**triton_nf4.FUSED, "num_stages": 1},
+        True,
+    ),
+    "quantize": (
+        triton_nf4.quantize_kernel,
+        {},
+        {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": False},
+        triton_nf4.EXACT,
+        False,
+    ),
     "encode": (triton_nf4.quantize_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64, "GIVEN": True}, triton_nf4.EXACT, False),
-    "encode blocks": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True}, triton_nf4.EXACT, False),
-    "encode blocks of moments": (triton_nf4.encode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": False}, triton_nf4.EXACT, True),
-    "decode blocks of moments": (triton_optim.decode_blocks_kernel, {}, {"BLOCKSIZE": 256, "BLOCK": 1024}, triton_nf4.EXACT, True),
+    "encode blocks": (
+        triton_nf4.encode_blocks_kernel,
+        {},
+        {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": True},
+        triton_nf4.EXACT,
+        False,
+    ),
+    "encode blocks of moments": (
+        triton_nf4.encode_blocks_kernel,
+        {},
+        {"BLOCKSIZE": 256, "BLOCKS": 16, "OFFSET": False},
+        triton_nf4.EXACT,
+        True,
+    ),
+    "decode blocks of moments": (
+        triton_optim.decode_blocks_kernel,
+        {},
+        {"BLOCKSIZE": 256, "BLOCK": 1024},
+        triton_nf4.EXACT,
+        True,
+    ),
     "adamw": (triton_optim.adamw_kernel, {}, {"BLOCK": 1024}, triton_nf4.EXACT, True),
     "fit scales": (triton_nf4.fit_scales_kernel, {}, {"BLOCKSIZE": 64, "BLOCKS": 64}, triton_nf4.EXACT, False),
-    "rms norm": (triton_step.rms_norm_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
-    "rms norm, backward": (triton_step.rms_norm_backward_kernel, {**LAYER, "inverse": "*fp32"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "rms norm": (
+        triton_step.rms_norm_kernel,
+        {**LAYER, "inverse": "*fp32"},
+        {"BLOCK": 4096},
+        {"num_warps": 8, **triton_nf4.FUSED},
+        True,
+    ),
+    "rms norm, backward": (
+        triton_step.rms_norm_backward_kernel,
+        {**LAYER, "inverse": "*fp32"},
+        {"BLOCK": 4096},
+        {"num_warps": 8, **triton_nf4.FUSED},
+        True,
+    ),
     "swiglu": (triton_step.swiglu_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
     "swiglu, backward": (triton_step.swiglu_backward_kernel, LAYER, {"BLOCK": 1024}, triton_nf4.FUSED, True),
-    "swiglu, backward with dots": (triton_step.swiglu_backward_dots_kernel, {**LAYER, "dots": "*fp32"}, {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128}, triton_nf4.FUSED, True),
-    "fold factors": (triton_step.fold_factors_kernel, {**FACTORS, "down": "*bf16", "up": "*bf16"}, {"DORA": True, "BLOCK": 2048, "RANK": 16}, triton_nf4.EXACT, True),
-    "cross entropy": (triton_step.cross_entropy_kernel, {**LAYER, "losses": "*fp32", "targets": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8, **triton_nf4.FUSED}, True),
+    "swiglu, backward with dots": (
+        triton_step.swiglu_backward_dots_kernel,
+        {**LAYER, "dots": "*fp32"},
+        {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128},
+        triton_nf4.FUSED,
+        True,
+    ),
+    "fold factors": (
+        triton_step.fold_factors_kernel,
+        {**FACTORS, "down": "*bf16", "up": "*bf16"},
+        {"DORA": True, "BLOCK": 2048, "RANK": 16},
+        triton_nf4.EXACT,
+        True,
+    ),
+    "cross entropy": (
+        triton_step.cross_entropy_kernel,
+        {**LAYER, "losses": "*fp32", "targets": "*i64"},
+        {"BLOCK": 4096},
+        {"num_warps": 8, **triton_nf4.FUSED},
+        True,
+    ),
     **{
-        name: (triton_step.column_dots_kernel, {"out": "*fp32", "safe": "*fp32", "raw": "*bf16", "dB": "*fp32"},
-               {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish}, triton_nf4.FUSED, True)
+        name: (
+            triton_step.column_dots_kernel,
+            {"out": "*fp32", "safe": "*fp32", "raw": "*bf16", "dB": "*fp32"},
+            {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish},
+            triton_nf4.FUSED,
+            True,
+        )
         for name, finish in (("column dots", False), ("gradients", True))
     },
-}  # fmt: skip
+}
 
 
 def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
-    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether it has to do without
-    spills or contraction."""
+    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether
+    it has to do without spills or contraction.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, types, constants, options, hot = COMPILED[name]
     types = {**FLOAT, **BF16, **BYTES, **types}
-    signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names}
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names
+    }
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, type_) in enumerate(signature.items())
-        if type_.startswith("*") or type_ == "i32" and argument not in UNALIGNED
+        if type_.startswith("*") or (type_ == "i32" and argument not in UNALIGNED)
     }
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", card, 32), options=options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", card, 32), options=options
+    )
     ptx = compiled.asm["ptx"]
     ptxas = triton.knobs.nvidia.ptxas if card < 90 else triton.knobs.nvidia.ptxas_blackwell
     architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)

@@ -5,4 +5,6 @@ Nothing here imports `qlora`. See `ops.py` for the operators and `reference.py` 
 
 
 class BackendError(RuntimeError):
-    """What should run here cannot: QLORA_BACKEND or QLORA_CPU_ISA names it, or the native library is not of these sources."""
+    """What should run here cannot: QLORA_BACKEND or QLORA_CPU_ISA names it, or the native library is not of these
+    sources.
+    """

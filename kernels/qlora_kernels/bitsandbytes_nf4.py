@@ -1,8 +1,11 @@
-"""bitsandbytes' operators as a backend, for accelerators that neither our Triton kernels nor our native CPU library knows.
+"""bitsandbytes' operators as a backend, for accelerators that neither our Triton kernels nor our native CPU library
+knows.
 
-Same bytes, same values: block scales are decoded as the reference does, and a row gain goes into them. bitsandbytes takes over where
-the work is (a whole weight in one launch); its fused variants are left alone. Taken only are widths that are a multiple of the block
-size: for others its CPU kernel reads wrong values, and elsewhere it compiles anew for 20 seconds. Those go to the reference.
+Same bytes, same values: block scales are decoded as the reference does, and a row gain goes into them. bitsandbytes
+takes over where the work is (a whole weight in one launch); its fused variants are left alone. Taken only are widths
+that are a multiple of the block
+size: for others its CPU kernel reads wrong values, and elsewhere it compiles anew for 20 seconds. Those go to the
+reference.
 """
 
 from __future__ import annotations
@@ -32,8 +35,18 @@ def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     return packed.view(-1, 1), absmax.float()
 
 
-def dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows: int, columns: int, blocksize: int,
-                   nested_blocksize: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def dequantize_nf4(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    row_gain,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
     if dtype not in DTYPES or blocksize not in BLOCKSIZES or columns % blocksize or rows * columns == 0:
         return reference.dequantize_nf4(
             packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, dtype
@@ -44,6 +57,12 @@ def dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows:
     return _operators().dequantize_4bit(packed.view(-1, 1), scales, blocksize, "nf4", [rows, columns], dtype)
 
 
-def dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int) -> None:
+def dequantize_nf4_into(
+    out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize: int, nested_blocksize: int
+) -> None:
     reference.count_write(out)
-    out.copy_(dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, *out.shape, blocksize, nested_blocksize, out.dtype))
+    out.copy_(
+        dequantize_nf4(
+            packed, absmax, nested_absmax, nested_offset, row_gain, *out.shape, blocksize, nested_blocksize, out.dtype
+        )
+    )

@@ -21,14 +21,15 @@
     torch.ops.qlora.rotate, rotate_backward: rotary embedding of queries and keys
     torch.ops.qlora.attention, attention_backward: causal, examples end to end
 
-Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator bitsandbytes' operators, and
-the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run.
+Where what runs: on a CPU the native library, on an NVIDIA card the Triton kernels, on any other accelerator
+bitsandbytes' operators, and the reference for the rest. QLORA_BACKEND=native|triton|bitsandbytes|reference forces one;
+it is an error where it cannot run.
 
-The default implementation of each is the function below, which is `reference.py`; a faster kernel for a device takes its place
-with `use(operator, device, function)`, as at the end of this file, and no caller changes. The alternative, a Python `if device` at
-each call site, would let the paths drift apart and hides the operators from `torch.compile` and `opcheck`. Not
-`torch.library.custom_op`: its autograd wrapper costs 15 to 30 us a call where this costs 3, and a step makes a thousand calls.
-None of the operators is differentiable; `qlora` calls them inside its own autograd Functions.
+The default implementation of each is the function below, which is `reference.py`; a faster kernel for a device takes
+its place with `use(operator, device, function)`, as at the end of this file, and no caller changes. The alternative, a
+Python `if device` at each call site, would let the paths drift apart and hides the operators from `torch.compile` and
+`opcheck`. Not `torch.library.custom_op`: its autograd wrapper costs 15 to 30 us a call where this costs 3, and a step
+makes a thousand calls. None of the operators is differentiable; `qlora` calls them inside its own autograd Functions.
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ def dequantize_nf4_into(
     nested_blocksize: int,
 ) -> None:
     """As `dequantize_nf4`, to `out` [rows, columns] in its dtype: fresh memory costs more than the decoding itself."""
-    reference.dequantize_nf4_into(out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize)
+    reference.dequantize_nf4_into(
+        out, packed, absmax, nested_absmax, nested_offset, row_gain, blocksize, nested_blocksize
+    )
 
 
 @shape_of("dequantize_nf4_into")
@@ -168,7 +171,9 @@ def nf4_gemv(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    return reference.nf4_gemv(x, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
+    return reference.nf4_gemv(
+        x, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize
+    )
 
 
 @shape_of("nf4_gemv")
@@ -202,11 +207,33 @@ def _(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns
 
 @operator()
 def row_norms_nf4_all(
-    packed: Sequence[Tensor], absmax: Sequence[Tensor], nested_absmax: Sequence[Tensor], nested_offset: Sequence[Tensor], A: Sequence[Tensor],
-    B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
-) -> list[Tensor]:  # fmt: skip
+    packed: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    nested_absmax: Sequence[Tensor],
+    nested_offset: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    blocksizes: Sequence[int],
+    nested_blocksize: int,
+) -> list[Tensor]:
     """`row_norms_nf4` of many layers in one call: a layer alone is small, what it costs is half the way there."""
-    return reference.row_norms_nf4_all(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns, blocksizes, nested_blocksize, row_norms_nf4)
+    return reference.row_norms_nf4_all(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        A,
+        B,
+        scaling,
+        rows,
+        columns,
+        blocksizes,
+        nested_blocksize,
+        row_norms_nf4,
+    )
 
 
 @shape_of("row_norms_nf4_all")
@@ -216,48 +243,144 @@ def _(packed, absmax, nested_absmax, nested_offset, A, B, scaling, rows, columns
 
 @operator()
 def nf4_product(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor], row_gain: Optional[Tensor],
-    rows: int, columns: int, blocksize: int, nested_blocksize: int, transposed: bool,
-) -> Tensor:  # fmt: skip
-    return reference.nf4_product(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed)
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    row_gain: Optional[Tensor],
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    transposed: bool,
+) -> Tensor:
+    return reference.nf4_product(
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        row_gain,
+        rows,
+        columns,
+        blocksize,
+        nested_blocksize,
+        transposed,
+    )
 
 
 @shape_of("nf4_product")
-def _(x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed):
+def _(
+    x, packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, transposed
+):
     return x.new_empty(x.shape[0], rows if transposed else columns)
 
 
 @operator()
 def adapted_product(
-    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Optional[Tensor], n: Optional[Tensor], base: Optional[Tensor], scaling: float,
-    packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
-    rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    x_adapter: Tensor,
+    A: Tensor,
+    B: Tensor,
+    m: Optional[Tensor],
+    n: Optional[Tensor],
+    base: Optional[Tensor],
+    scaling: float,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
     return reference.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight)
 
 
 @shape_of("adapted_product")
-def _(x, x_adapter, A, B, m, n, base, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize):
+def _(
+    x,
+    x_adapter,
+    A,
+    B,
+    m,
+    n,
+    base,
+    scaling,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    rows,
+    columns,
+    blocksize,
+    nested_blocksize,
+):
     u = x.new_empty(x.shape[0], A.shape[0])
-    return x.new_empty(x.shape[0], rows), u, x.new_empty(A.shape), x.new_empty(B.shape), B.new_empty(0 if m is None else 3, rows)
+    return (
+        x.new_empty(x.shape[0], rows),
+        u,
+        x.new_empty(A.shape),
+        x.new_empty(B.shape),
+        B.new_empty(0 if m is None else 3, rows),
+    )
 
 
 @operator()
 def adapted_product_backward(
-    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Optional[Tensor], factors: Tensor, scaling: float,
-    packed: Tensor, absmax: Tensor, nested_absmax: Optional[Tensor], nested_offset: Optional[Tensor],
-    rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    u: Tensor,
+    y: Optional[Tensor],
+    factors: Tensor,
+    scaling: float,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Optional[Tensor],
+    nested_offset: Optional[Tensor],
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = (packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize)
     return reference.adapted_product_backward(dy, x, down, up, u, y, factors, scaling, *weight, needs_x)
 
 
 @shape_of("adapted_product_backward")
-def _(dy, x, down, up, u, y, factors, scaling, packed, absmax, nested_absmax, nested_offset, rows, columns, blocksize, nested_blocksize, needs_x):
+def _(
+    dy,
+    x,
+    down,
+    up,
+    u,
+    y,
+    factors,
+    scaling,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    rows,
+    columns,
+    blocksize,
+    nested_blocksize,
+    needs_x,
+):
     wide = torch.promote_types(dy.dtype, torch.float32)
     dx = dy.new_empty((dy.shape[0], columns) if needs_x else 0)
-    return dx, down.new_empty(down.shape, dtype=wide), up.new_empty(up.shape, dtype=wide), up.new_empty(0 if y is None else rows, dtype=wide)
+    return (
+        dx,
+        down.new_empty(down.shape, dtype=wide),
+        up.new_empty(up.shape, dtype=wide),
+        up.new_empty(0 if y is None else rows, dtype=wide),
+    )
 
 
 @operator()
@@ -273,7 +396,7 @@ def _(a, b):
 @operator()
 def fold_factors(
     A: Tensor, B: Tensor, m: Optional[Tensor], n: Optional[Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return reference.fold_factors(A, B, m, n, scaling, dtype)
 
 
@@ -295,7 +418,13 @@ def _(left, x):
 
 @operator()
 def adapter_gradients(
-    dy: Tensor, up: Tensor, u: Tensor, y: Optional[Tensor], gain: Optional[Tensor], safe: Optional[Tensor], scaling: float
+    dy: Tensor,
+    up: Tensor,
+    u: Tensor,
+    y: Optional[Tensor],
+    gain: Optional[Tensor],
+    safe: Optional[Tensor],
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling)
 
@@ -303,7 +432,11 @@ def adapter_gradients(
 @shape_of("adapter_gradients")
 def _(dy, up, u, y, gain, safe, scaling):
     wide = torch.promote_types(dy.dtype, torch.float32)
-    return torch.empty_like(u), up.new_empty(up.shape, dtype=wide), up.new_empty(0 if y is None else up.shape[0], dtype=wide)
+    return (
+        torch.empty_like(u),
+        up.new_empty(up.shape, dtype=wide),
+        up.new_empty(0 if y is None else up.shape[0], dtype=wide),
+    )
 
 
 @operator(mutates=("logits",))
@@ -411,9 +544,20 @@ def _(dout, q, k, v, out, lse, bounds, scale):
 
 @operator(mutates=("p", "exp_avg", "exp_avg_sq", "work"))
 def adamw_(
-    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
-) -> None:  # fmt: skip
+    p: Sequence[Tensor],
+    g: Sequence[Tensor],
+    at: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    work: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step_size: float,
+    correction: float,
+    scale: float,
+) -> None:
     reference.adamw_(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale)
 
 
@@ -433,7 +577,9 @@ def _(tensors):
 
 
 @operator(mutates=("codes", "absmax", "values", "work"))
-def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+def encode_blocks_into(
+    codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool
+) -> None:
     reference.encode_blocks_into(codes, absmax, values, work, blocksize, signed)
 
 
@@ -443,7 +589,9 @@ def _(codes, absmax, values, work, blocksize, signed):
 
 
 @operator(mutates=("values", "work"))
-def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+def decode_blocks_into(
+    values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool
+) -> None:
     reference.decode_blocks_into(values, codes, absmax, work, blocksize, signed)
 
 
@@ -456,11 +604,37 @@ def _(values, codes, absmax, work, blocksize, signed):
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 OPERATORS = (
-    "quantize_nf4", "fit_scales_nf4", "encode_nf4", "quantize_absmax", "dequantize_nf4", "dequantize_nf4_into", "nf4_gemv", "row_norms_nf4", "row_norms_nf4_all",
-    "nf4_product", "adapted_product", "adapted_product_backward", "fold_factors", "column_dots", "token_product", "adapter_gradients",
-    "cross_entropy_", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "swiglu_backward_dots",
-    "adamw_", "total_norm", "encode_blocks_into", "decode_blocks_into", "rotate", "rotate_backward", "attention", "attention_backward",
-)  # fmt: skip
+    "quantize_nf4",
+    "fit_scales_nf4",
+    "encode_nf4",
+    "quantize_absmax",
+    "dequantize_nf4",
+    "dequantize_nf4_into",
+    "nf4_gemv",
+    "row_norms_nf4",
+    "row_norms_nf4_all",
+    "nf4_product",
+    "adapted_product",
+    "adapted_product_backward",
+    "fold_factors",
+    "column_dots",
+    "token_product",
+    "adapter_gradients",
+    "cross_entropy_",
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+    "swiglu_backward_dots",
+    "adamw_",
+    "total_norm",
+    "encode_blocks_into",
+    "decode_blocks_into",
+    "rotate",
+    "rotate_backward",
+    "attention",
+    "attention_backward",
+)
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
 
@@ -470,7 +644,9 @@ def _installed(package: str) -> bool:
 
 @functools.cache
 def _cuda() -> tuple[str, str]:
-    """(backend, why) on CUDA devices: our Triton kernels where they run. Found out at the first use, which may start the driver."""
+    """(backend, why) on CUDA devices: our Triton kernels where they run. Found out at the first use, which may start
+    the driver.
+    """
     forced = os.environ.get("QLORA_BACKEND", "")
     if forced in ("reference", "bitsandbytes"):
         return _other()
@@ -485,7 +661,9 @@ def _cuda() -> tuple[str, str]:
     else:
         return "triton", ""
     if forced == "triton":
-        raise BackendError(f"QLORA_BACKEND=triton: the Triton kernels cannot run, {missing}. Unset it for the fastest there is")
+        raise BackendError(
+            f"QLORA_BACKEND=triton: the Triton kernels cannot run, {missing}. Unset it for the fastest there is"
+        )
     backend, why = _other()
     return backend, f"the Triton kernels cannot run, {missing}" + (f"; {why}" if why else "")
 
@@ -499,7 +677,9 @@ def _other() -> tuple[str, str]:
     if _installed("bitsandbytes"):
         return "bitsandbytes", "QLORA_BACKEND=bitsandbytes" if forced == "bitsandbytes" else ""
     if forced == "bitsandbytes":
-        raise BackendError("QLORA_BACKEND=bitsandbytes: bitsandbytes is not installed. Install it, or unset QLORA_BACKEND")
+        raise BackendError(
+            "QLORA_BACKEND=bitsandbytes: bitsandbytes is not installed. Install it, or unset QLORA_BACKEND"
+        )
     return "reference", "bitsandbytes is not installed"
 
 
@@ -534,19 +714,27 @@ def _late(name: str, choose: Callable[[], tuple[str, str]]) -> Callable:
 def _choose_cpu() -> tuple[native.Native | None, str]:
     forced = os.environ.get("QLORA_BACKEND", "")
     if forced not in ("", *BACKENDS):
-        raise BackendError(f"QLORA_BACKEND={forced}: must be one of {', '.join(BACKENDS)}, or unset for the fastest there is")
+        raise BackendError(
+            f"QLORA_BACKEND={forced}: must be one of {', '.join(BACKENDS)}, or unset for the fastest there is"
+        )
     if forced in ("reference", "bitsandbytes"):
         return None, _words(*_other())
     library, words = native.load()
     if forced == "native" and library is None:
-        raise BackendError(f"QLORA_BACKEND=native: the native CPU kernels are not built. Run {native.build.COMMAND}, or unset QLORA_BACKEND")
+        raise BackendError(
+            f"QLORA_BACKEND=native: the native CPU kernels are not built. Run {native.build.COMMAND}, or unset QLORA_BACKEND"
+        )
     if forced == "triton":
         _cuda()
     return library, words
 
 
 def _words(backend: str, why: str) -> str:
-    name = {"reference": "reference (plain PyTorch)", "triton": "Triton kernels", "bitsandbytes": "bitsandbytes' kernels"}[backend]
+    name = {
+        "reference": "reference (plain PyTorch)",
+        "triton": "Triton kernels",
+        "bitsandbytes": "bitsandbytes' kernels",
+    }[backend]
     return f"{name}, because {why}" if why else name
 
 
@@ -567,18 +755,23 @@ def multiplies_a_vector(device: torch.device) -> bool:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's chains."""
+    """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's
+    chains.
+    """
     return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
 
 
 def multiplies(x: Tensor, *weight: Tensor | int | None) -> bool:
-    """Whether `nf4_product` and `adapted_product` of a weight [packed ... nested_blocksize] are one kernel; elsewhere a dense weight for the usual
-    product is faster. Tensors without a device count as the CPU's, for `plan`."""
+    """Whether `nf4_product` and `adapted_product` of a weight [packed ... nested_blocksize] are one kernel; elsewhere a
+    dense weight for the usual product is faster. Tensors without a device count as the CPU's, for `plan`.
+    """
     return x.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.multiplies(x, *weight)
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for `plan`."""
+    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for
+    `plan`.
+    """
     return q.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.attends(q, k, v)
 
 

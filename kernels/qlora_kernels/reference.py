@@ -6,9 +6,10 @@ NF4 (QLoRA, arXiv:2305.14314, section 3 and appendix E), byte for byte as bitsan
     absmax   largest magnitude of a block, float32; a block of zeros has absmax 0 and code 7 throughout
     nested   offset = mean(absmax); (absmax - offset) in blocks of 256 to the signed 8-bit dynamic map (arXiv:1511.04561)
     decode   level[code] * (map[q] * nested_absmax + offset), two roundings to float32 in that order, then one to `dtype`
-DoRA (arXiv:2402.09353) adds two reductions: `column_dots`, and the row norms of W + s B A without a dense B A (`row_norms`).
-Work goes by chunks of whole blocks, so that the float32 temporaries stay at a few tens of MB whatever the size of the weight.
-The alternative, decoding through an int64 index of every element, costs sixteen times the memory of the result.
+DoRA (arXiv:2402.09353) adds two reductions: `column_dots`, and the row norms of W + s B A without a dense B A
+(`row_norms`). Work goes by chunks of whole blocks, so that the float32 temporaries stay at a few tens of MB whatever
+the size of the weight. The alternative, decoding through an int64 index of every element, costs sixteen times the
+memory of the result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 18  # a multiple of every block size; float32 temporaries of 1 MB stay in the cache
-FIT = (32, *range(24, 47))  # scales tried by `fit_scales_nf4`: absmax * k / 32; absmax itself is kept where others are no better
+FIT = (
+    32,
+    *range(24, 47),
+)  # scales tried by `fit_scales_nf4`: absmax * k / 32; absmax itself is kept where others are no better
 TINY = 1e-38  # smaller block maxima are treated as this one, so that 1 / absmax stays finite
 
 # Quantiles of N(0, 1) between 1 - 0.9677083 and 0.9677083, scaled to [-1, 1], with an exact zero. tests derive them.
@@ -104,7 +108,9 @@ def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def _lane_sum(values: Tensor) -> Tensor:
-    """Sums of [blocks, blocksize]: 16 lanes in order, then the lanes in halves, so that every implementation gets the same bits."""
+    """Sums of [blocks, blocksize]: 16 lanes in order, then the lanes in halves, so that every implementation gets the
+    same bits.
+    """
     lanes = values.view(values.shape[0], -1, 16).unbind(1)
     total = sum(lanes[1:], start=lanes[0])
     while total.shape[1] > 1:
@@ -141,9 +147,11 @@ def fit_scales_nf4(weight: Tensor, blocksize: int) -> Tensor:
 
 
 def encode_nf4(weight: Tensor, scales: Tensor, blocksize: int) -> Tensor:
-    """weight, scales float32 [ceil(n / blocksize)] -> packed uint8 [(n+1)//2, 1]: the nearest levels of w * (1 / scale).
+    """weight, scales float32 [ceil(n / blocksize)] -> packed uint8 [(n+1)//2, 1]: the nearest levels of w * (1 /
+    scale).
 
-    For scales that are not absmax, or absmax as double quantization decodes it. A scale below 1e-38 counts as 0 and takes code 7.
+    For scales that are not absmax, or absmax as double quantization decodes it. A scale below 1e-38 counts as 0 and
+    takes code 7.
     """
     flat = weight.reshape(-1)
     n = flat.numel()
@@ -168,8 +176,10 @@ def quantize_absmax(absmax: Tensor, nested_blocksize: int) -> tuple[Tensor, Tens
 
 @functools.cache
 def block_tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
-    """(values [256], midpoints [255]) of the dynamic map for blocks. Unsigned, every value above 0 is nearer to the smallest code than
-    to that of 0: a second moment that was rounded to 0 would make its step m / eps."""
+    """(values [256], midpoints [255]) of the dynamic map for blocks. Unsigned, every value above 0 is nearer to the
+    smallest code than
+    to that of 0: a second moment that was rounded to 0 would make its step m / eps.
+    """
     levels = dynamic_map(device, signed)
     midpoints = (levels[:-1] + levels[1:]) / 2
     if not signed:
@@ -177,8 +187,11 @@ def block_tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
     return levels, midpoints
 
 
-def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
-    """values float32 [n], whole blocks -> codes uint8 [n], absmax float32 [n / blocksize]: 8-bit state (arXiv:2110.02861).
+def encode_blocks_into(
+    codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool
+) -> None:
+    """values float32 [n], whole blocks -> codes uint8 [n], absmax float32 [n / blocksize]: 8-bit state
+    (arXiv:2110.02861).
 
     `work` int32 [n] and `values` are used up, so that nothing is allocated.
     """
@@ -189,24 +202,37 @@ def encode_blocks_into(codes: Tensor, absmax: Tensor, values: Tensor, work: Tens
     codes.copy_(torch.bucketize(values, block_tables(values.device, signed)[1], out_int32=True, out=work))
 
 
-def decode_blocks_into(values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+def decode_blocks_into(
+    values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool
+) -> None:
     """The inverse: code's value times its block's largest magnitude; `work` int32 [n] is used up."""
     torch.index_select(block_tables(values.device, signed)[0], 0, work.copy_(codes), out=values)
     values.view(-1, blocksize).mul_(absmax.unsqueeze(1))
 
 
 def adamw_(
-    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-    beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
-) -> None:  # fmt: skip
+    p: Sequence[Tensor],
+    g: Sequence[Tensor],
+    at: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    work: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    step_size: float,
+    correction: float,
+    scale: float,
+) -> None:
     """One step of AdamW (arXiv:1711.05101) in place, of contiguous tensors p with gradients scale g:
 
         m = lerp(m, g, 1 - beta1)    v = beta2 v + (1 - beta2) g^2    p = decay p - step_size m / (sqrt(v) / correction + eps)
 
-    with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), correction = sqrt(1 - beta2^t). The moments of p[i] are those from
-    at[i] of exp_avg and exp_avg_sq [n]; those between are 0 and stay so. They and work [3, n or more], which is used up so that nothing is
-    allocated, have the dtype of the arithmetic. The operations and their order are those of torch.optim.AdamW(foreach=False): the same
-    bits, wherever a tensor is cut.
+    with decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^t), correction = sqrt(1 - beta2^t). The moments of
+    p[i] are those from at[i] of exp_avg and exp_avg_sq [n]; those between are 0 and stay so. They and work [3, n or
+    more], which is used up so that nothing is allocated, have the dtype of the arithmetic. The operations and their
+    order are those of torch.optim.AdamW(foreach=False): the same bits, wherever a tensor is cut.
     """
     count_write(p)
     values, gradient, root = work[:, : exp_avg.numel()]
@@ -226,8 +252,12 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(tensors)
 
 
-def gathered(p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], values: Tensor, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Copy p[i] and g[i] to `values` and `gradient` from at[i] on, zeros between the gradients; returns p flat, and where it lies in `values`."""
+def gathered(
+    p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], values: Tensor, gradient: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Copy p[i] and g[i] to `values` and `gradient` from at[i] on, zeros between the gradients; returns p flat, and
+    where it lies in `values`.
+    """
     pieces = [x.view(-1) for x in p]
     ranges = [slice(first, first + x.numel()) for first, x in zip(at, pieces, strict=True)]
     places = [values[part] for part in ranges]
@@ -238,12 +268,17 @@ def gathered(p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], values
     return pieces, places
 
 
-def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int) -> Tensor:
+def decode_absmax(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, nested_blocksize: int
+) -> Tensor:
     """Block scales float32 [k], from the 8-bit codes of double quantization or as they are."""
     if nested_absmax is None:
         return absmax
     scale = nested_absmax.repeat_interleave(nested_blocksize)[: absmax.numel()]
-    return torch.nn.functional.embedding(absmax.int(), dynamic_map(absmax.device).unsqueeze(1)).squeeze(1) * scale + nested_offset
+    return (
+        torch.nn.functional.embedding(absmax.int(), dynamic_map(absmax.device).unsqueeze(1)).squeeze(1) * scale
+        + nested_offset
+    )
 
 
 def _decode(flat: Tensor, scales: Tensor, start: int, stop: int, blocksize: int) -> Tensor:
@@ -287,7 +322,9 @@ def dequantize_nf4(
 
 def count_write(out: Tensor | Sequence[Tensor]) -> None:
     """Tell autograd that `out` was written: below its dispatch level torch no longer does so by itself."""
-    torch.autograd.graph.increment_version([x for x in ((out,) if isinstance(out, Tensor) else out) if not x.is_inference()])
+    torch.autograd.graph.increment_version(
+        [x for x in ((out,) if isinstance(out, Tensor) else out) if not x.is_inference()]
+    )
 
 
 def dequantize_nf4_into(
@@ -303,11 +340,26 @@ def dequantize_nf4_into(
     """`dequantize_nf4` to `out` [rows, columns], in its dtype."""
     rows, columns = out.shape
     count_write(out)
-    out.copy_(dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, out.dtype))
+    out.copy_(
+        dequantize_nf4(
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            row_gain,
+            rows,
+            columns,
+            blocksize,
+            nested_blocksize,
+            out.dtype,
+        )
+    )
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
-    """a, b [tokens, out] -> sum over tokens of a * b, [out]: summed in float32, or in float64 where one of them is float64."""
+    """a, b [tokens, out] -> sum over tokens of a * b, [out]: summed in float32, or in float64 where one of them is
+    float64.
+    """
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     total = torch.zeros(a.shape[1], dtype=wide, device=a.device)
     step = max(1, CHUNK_ELEMENTS // max(1, a.shape[1]))
@@ -317,13 +369,19 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def guarded(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and backward alike."""
+    """(m, n) safe to divide by: n away from 0 (rows of zeros), |m| at least 1e-6 n with m's sign. Used forward and
+    backward alike.
+    """
     n = n.clamp(min=1e-12)
     return torch.copysign(torch.maximum(m.abs(), 1e-6 * n), m), n
 
 
-def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A [r, in], B [out, r], m and n [out] -> A and diag(gain) s B in `dtype`, gain = m / n, and the `guarded` m; without m the last two are empty."""
+def fold_factors(
+    A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A [r, in], B [out, r], m and n [out] -> A and diag(gain) s B in `dtype`, gain = m / n, and the `guarded` m;
+    without m the last two are empty.
+    """
     up = scaling * B
     gain, safe = B.new_empty(0), B.new_empty(0)
     if m is not None:
@@ -339,11 +397,19 @@ def token_product(left: Tensor, x: Tensor) -> Tensor:
 
 
 def adapter_gradients(
-    dy: Tensor, up: Tensor, u: Tensor, y: Tensor | None, gain: Tensor | None, safe: Tensor | None, scaling: float, dots: Callable = column_dots
+    dy: Tensor,
+    up: Tensor,
+    u: Tensor,
+    y: Tensor | None,
+    gain: Tensor | None,
+    safe: Tensor | None,
+    scaling: float,
+    dots: Callable = column_dots,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over dy [tokens, out] that a layer's backward pass wants, with up [out, r] = diag(gain) s B, u [tokens, r] = x At:
+    """The sums over dy [tokens, out] that a layer's backward pass wants, with up [out, r] = diag(gain) s B, u [tokens,
+    r] = x At:
 
-        v [tokens, r] = dy up    dB [out, r] = diag(s gain) dyt u    dm [out] = sum_t dy y / safe, empty without y
+    v [tokens, r] = dy up    dB [out, r] = diag(s gain) dyt u    dm [out] = sum_t dy y / safe, empty without y
     """
     dB = _wide(dy.t() @ u)
     dB *= scaling if gain is None else (scaling * gain).unsqueeze(1)
@@ -361,9 +427,13 @@ def nf4_gemv(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """x [columns] -> W x [rows], of a weight that is never rounded: decoded, multiplied and summed in float32 (float64 for such x)."""
+    """x [columns] -> W x [rows], of a weight that is never rounded: decoded, multiplied and summed in float32 (float64
+    for such x).
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
-    W = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, None, rows, columns, blocksize, nested_blocksize, wide)
+    W = dequantize_nf4(
+        packed, absmax, nested_absmax, nested_offset, None, rows, columns, blocksize, nested_blocksize, wide
+    )
     return W @ x.to(wide)
 
 
@@ -372,8 +442,8 @@ def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scal
 
         n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
 
-    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely. On a GPU all are, as
-    to ask which would be a wait for every chunk.
+    Where the sums cancel (n^2 below 1e-3 ||W||^2) they have lost their digits, and those rows are computed densely. On
+    a GPU all are, as to ask which would be a wait for every chunk.
     """
     gram = A @ A.t()
     n = torch.empty(B.shape[0], dtype=A.dtype, device=A.device)
@@ -384,7 +454,9 @@ def row_norms(chunks: Iterable[tuple[slice, Tensor]], A: Tensor, B: Tensor, scal
             continue
         own = torch.linalg.vector_norm(W, dim=1).square_()
         squared = own + 2 * scaling * ((W @ A.t()) * b).sum(1) + scaling**2 * ((b @ gram) * b).sum(1)
-        if not squared.is_meta and (lost := (squared < 1e-3 * own).nonzero().squeeze(1)).numel():  # without numbers none is lost
+        if (
+            not squared.is_meta and (lost := (squared < 1e-3 * own).nonzero().squeeze(1)).numel()
+        ):  # without numbers none is lost
             squared[lost] = (W[lost] + scaling * (b[lost] @ A)).square().sum(1)
         n[part] = squared.sqrt()
     return n
@@ -403,7 +475,9 @@ def row_norms_nf4(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """`row_norms` of an NF4 weight [rows, columns]: A [r, columns], B [rows, r] float32 or float64 -> n [rows] in that dtype."""
+    """`row_norms` of an NF4 weight [rows, columns]: A [r, columns], B [rows, r] float32 or float64 -> n [rows] in that
+    dtype.
+    """
     scales = decode_absmax(absmax, nested_absmax, nested_offset, nested_blocksize)
 
     def chunks() -> Iterator[tuple[slice, Tensor]]:
@@ -419,30 +493,69 @@ def row_norms_nf4(
 
 
 def row_norms_nf4_all(
-    packed: Sequence[Tensor], absmax: Sequence[Tensor], nested_absmax: Sequence[Tensor], nested_offset: Sequence[Tensor], A: Sequence[Tensor],
-    B: Sequence[Tensor], scaling: Sequence[float], rows: Sequence[int], columns: Sequence[int], blocksizes: Sequence[int], nested_blocksize: int,
+    packed: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    nested_absmax: Sequence[Tensor],
+    nested_offset: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    blocksizes: Sequence[int],
+    nested_blocksize: int,
     norms: Callable = row_norms_nf4,
-) -> list[Tensor]:  # fmt: skip
-    """`row_norms_nf4`, or `norms`, of each layer; the constants of double quantization are empty lists where there are none."""
+) -> list[Tensor]:
+    """`row_norms_nf4`, or `norms`, of each layer; the constants of double quantization are empty lists where there are
+    none.
+    """
     constants = zip(nested_absmax, nested_offset, strict=True) if nested_absmax else [(None, None)] * len(packed)
     layers = zip(packed, absmax, constants, A, B, scaling, rows, columns, blocksizes, strict=True)
     return [norms(codes, scales, *c, *layer, nested_blocksize) for codes, scales, c, *layer in layers]
 
 
 def nf4_product(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, row_gain: Tensor | None,
-    rows: int, columns: int, blocksize: int, nested_blocksize: int, transposed: bool,
-) -> Tensor:  # fmt: skip
-    """x [tokens, columns] -> x W't [tokens, rows], W' = diag(row_gain) W; not transposed: x [tokens, rows] -> x W' [tokens, columns]."""
-    weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    row_gain: Tensor | None,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    transposed: bool,
+) -> Tensor:
+    """x [tokens, columns] -> x W't [tokens, rows], W' = diag(row_gain) W; not transposed: x [tokens, rows] -> x W'
+    [tokens, columns].
+    """
+    weight = dequantize_nf4(
+        packed, absmax, nested_absmax, nested_offset, row_gain, rows, columns, blocksize, nested_blocksize, x.dtype
+    )
     return x @ (weight.t() if transposed else weight)
 
 
 def adapted_product(
-    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, base: Tensor | None, scaling: float,
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """An adapted layer forward: x [tokens, in], x_adapter (x, or x after dropout), A [r, in], B [out, r], m and n [out] or None
+    x: Tensor,
+    x_adapter: Tensor,
+    A: Tensor,
+    B: Tensor,
+    m: Tensor | None,
+    n: Tensor | None,
+    base: Tensor | None,
+    scaling: float,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+) -> tuple[Tensor, ...]:
+    """An adapted layer forward: x [tokens, in], x_adapter (x, or x after dropout), A [r, in], B [out, r], m and n [out]
+    or None
 
         -> y [tokens, out] = x W't + u upt,  u [tokens, r] = x_adapter downt,  `fold_factors`' down and up, with W' = diag(gain) W,
            and its gain and safe m, and n as one [3, out], [0, out] without m
@@ -453,22 +566,43 @@ def adapted_product(
     if m is not None and n is None:
         n = row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
     down, up, gain, safe = fold_factors(A, B, m, n, scaling, x.dtype)
-    weight = dequantize_nf4(*constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype)
+    weight = dequantize_nf4(
+        *constants, None if m is None else gain, rows, columns, blocksize, nested_blocksize, x.dtype
+    )
     u = x_adapter @ down.t()
     factors = B.new_empty(0, rows) if m is None else torch.stack((gain, safe, n))
     return torch.addmm(u @ up.t(), x, weight.t()), u, down, up, factors
 
 
 def adapted_product_backward(
-    dy: Tensor, x: Tensor, down: Tensor, up: Tensor, u: Tensor, y: Tensor | None, factors: Tensor, scaling: float, packed: Tensor,
-    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, rows: int, columns: int, blocksize: int, nested_blocksize: int, needs_x: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`; dm is empty without y."""
+    dy: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    u: Tensor,
+    y: Tensor | None,
+    factors: Tensor,
+    scaling: float,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    rows: int,
+    columns: int,
+    blocksize: int,
+    nested_blocksize: int,
+    needs_x: bool,
+) -> tuple[Tensor, ...]:
+    """(dx = dy W' + v down or empty, dA = vt x, dB, dm) with v, dB and dm of `adapter_gradients`; dm is empty without
+    y.
+    """
     gain, safe = factors[:2] if len(factors) else (None, None)
     v, dB, dm = adapter_gradients(dy, up, u, y, gain, safe, scaling)
     dx = dy.new_empty(0)
     if needs_x:
-        weight = dequantize_nf4(packed, absmax, nested_absmax, nested_offset, gain, rows, columns, blocksize, nested_blocksize, dy.dtype)
+        weight = dequantize_nf4(
+            packed, absmax, nested_absmax, nested_offset, gain, rows, columns, blocksize, nested_blocksize, dy.dtype
+        )
         dx = torch.addmm(v @ down, dy, weight)
     return dx, token_product(v, x), dB, dm
 
@@ -478,7 +612,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [n, vocabulary], targets [n] int64 -> losses [n] = log(sum_k e^(l_k)) - l_target, in float32 (float64 for float64).
+    """logits [n, vocabulary], targets [n] int64 -> losses [n] = log(sum_k e^(l_k)) - l_target, in float32 (float64 for
+    float64).
 
     The logits become d losses / d logits = softmax - onehot(target), rounded to their dtype.
     """
@@ -486,7 +621,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     wide, at = _wide(logits), targets.unsqueeze(1)
     total = wide.logsumexp(1, keepdim=True)
     losses = total - wide.gather(1, at)
-    logits.copy_(wide.sub_(total).exp_().scatter_(1, at, torch.expm1(-losses)))  # p - 1, without the cancellation near p = 1
+    logits.copy_(
+        wide.sub_(total).exp_().scatter_(1, at, torch.expm1(-losses))
+    )  # p - 1, without the cancellation near p = 1
     return losses.squeeze(1)
 
 
@@ -533,7 +670,8 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x cos + (-x2, x1) sin for x = (x1, x2) in each head of q [tokens, heads, D] and of k [tokens, groups, D]. arXiv:2104.09864.
+    """x cos + (-x2, x1) sin for x = (x1, x2) in each head of q [tokens, heads, D] and of k [tokens, groups, D].
+    arXiv:2104.09864.
 
     cos, sin [positions, D] of their dtype, tokens a multiple of positions: token t is turned by row t % positions.
     """
@@ -546,17 +684,20 @@ def rotate_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q k^T of one example in float32, [heads, queries, keys], minus infinity where a key is later than the query."""
+    """scale q k^T of one example in float32, [heads, queries, keys], minus infinity where a key is later than the
+    query.
+    """
     scores = torch.einsum("qhd,khd->hqk", _wide(q), _wide(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention within each example: q [tokens, heads, D], k, v [tokens, groups, D], example i in rows bounds[i] to bounds[i + 1].
+    """Causal attention within each example: q [tokens, heads, D], k, v [tokens, groups, D], example i in rows bounds[i]
+    to bounds[i + 1].
 
-    -> out [tokens, heads, D] = softmax(scale q k^T) v, and lse [heads, tokens] = log(sum e^(scale q k^T)) in float32. Heads h of equal
-    h // (heads / groups) share a key and a value.
+    -> out [tokens, heads, D] = softmax(scale q k^T) v, and lse [heads, tokens] = log(sum e^(scale q k^T)) in float32.
+    Heads h of equal h // (heads / groups) share a key and a value.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -564,14 +705,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: flo
         part = slice(start, stop)
         scores = _scores(q[part], k[part], scale)
         lse[:, part] = scores.logsumexp(2)
-        out[part] = torch.einsum("hqk,khd->qhd", scores.softmax(2), _wide(v[part].repeat_interleave(q.shape[1] // k.shape[1], dim=1)))
+        out[part] = torch.einsum(
+            "hqk,khd->qhd", scores.softmax(2), _wide(v[part].repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+        )
     return out, lse
 
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) with P = e^(scale q k^T - lse) and dS = P (dout v^T - sum(dout out)): dq = scale dS k, dk = scale dS^T q, dv = P^T dout.
+    """(dq, dk, dv) with P = e^(scale q k^T - lse) and dS = P (dout v^T - sum(dout out)): dq = scale dS k, dk = scale
+    dS^T q, dv = P^T dout.
 
     dk and dv are summed over the heads that share a key. arXiv:2205.14135, appendix B.
     """

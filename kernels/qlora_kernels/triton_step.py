@@ -3,15 +3,17 @@
     fold_factors     all that a layer's product needs of A, B, m and n in one launch, where PyTorch's chain makes ten: a small step is bound
                      by its launches
     column_dots      sum_t a[t, j] * b[t, j] in float32. Two stages, so that narrow matrices fill a card: each program sums a tile of
-                     columns over its share of the tokens, and the last of a tile's adds the shares up, always in the same order, so
-                     every run gives the same bits
+                     columns over its share of the tokens, and the last of a tile's adds the shares up, always in the
+                     same order, so every run gives the same bits
     cross_entropy_   a row of logits is read once for its sum and once to become its gradient
-    rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors; with the sums of DoRA's
+    rms_norm, swiglu and their gradients: one pass each, where PyTorch's chains write three to five tensors; with the
+    sums of DoRA's
                      gradients for gate and up, which are at hand in that pass
 
-The alternative for the last ones, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the up projection's
-outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would silently be wrong. What it would
-add is the rotary embedding in one launch; `qlora/fused.py` takes three operations for it.
+The alternative for the last ones, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the
+up projection's outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would
+silently be wrong. What it would add is the rotary embedding in one launch; `qlora/fused.py` takes three operations for
+it.
 """
 
 from __future__ import annotations
@@ -29,11 +31,29 @@ SHARE = 64  # tokens that a program sums
 
 @triton.jit
 def column_dots_kernel(
-    out, sums, arrived, a, b, safe, gain, raw, dB, scaling, tokens, columns, a_stride, b_stride, rank,
-    SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time. FINISH: out is divided by safe, and on the way
-    dB [columns, rank] = scaling gain raw."""
+    out,
+    sums,
+    arrived,
+    a,
+    b,
+    safe,
+    gain,
+    raw,
+    dB,
+    scaling,
+    tokens,
+    columns,
+    a_stride,
+    b_stride,
+    rank,
+    SHARE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FINISH: tl.constexpr,
+):
+    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time. FINISH: out is divided by
+    safe, and on the way dB [columns, rank] = scaling gain raw.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     if FINISH:
@@ -43,7 +63,9 @@ def column_dots_kernel(
                 k = start + tl.arange(0, 16)
                 inside = (column < columns)[:, None] & (k < rank)[None, :]
                 at = column[:, None] * rank + k[None, :]
-                tl.store(dB + at, tl.load(raw + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None], mask=inside)
+                tl.store(
+                    dB + at, tl.load(raw + at, mask=inside, other=0.0).to(tl.float32) * factor[:, None], mask=inside
+                )
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
@@ -75,18 +97,45 @@ def _column_dots(a: Tensor, b: Tensor, finish: tuple | None = None) -> Tensor:
     safe, gain, raw, dB, scaling, rank = finish or (out, out, out, out, 0.0, 0)
     with on(a):
         column_dots_kernel[(groups, shares)](
-            out, sums, counters(a.device, groups), a, b, safe, gain, raw, dB, scaling, tokens, columns, a.stride(0), b.stride(0), rank,
-            SHARE=SHARE, TOKENS=16, COLUMNS=128, FINISH=finish is not None, **FUSED,
-        )  # fmt: skip
+            out,
+            sums,
+            counters(a.device, groups),
+            a,
+            b,
+            safe,
+            gain,
+            raw,
+            dB,
+            scaling,
+            tokens,
+            columns,
+            a.stride(0),
+            b.stride(0),
+            rank,
+            SHARE=SHARE,
+            TOKENS=16,
+            COLUMNS=128,
+            FINISH=finish is not None,
+            **FUSED,
+        )
     return out
 
 
 def adapter_gradients(dy, up, u, y, gain, safe, scaling):
-    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above. Those of DoRA also make dB what it has to be and divide
-    dm, in the place of four launches."""
+    """Three reads of dy, where a CPU has one: products of cuBLAS, and the sums above. Those of DoRA also make dB what
+    it has to be and divide dm, in the place of four launches.
+    """
     parts = (safe, gain)
-    takes = y is not None and y.shape == dy.shape and y.numel() > 0 and dy.dtype == y.dtype == u.dtype and dy.dtype in DTYPES
-    if not takes or any(t is None or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in parts):
+    takes = (
+        y is not None
+        and y.shape == dy.shape
+        and y.numel() > 0
+        and dy.dtype == y.dtype == u.dtype
+        and dy.dtype in DTYPES
+    )
+    if not takes or any(
+        t is None or t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in parts
+    ):
         return reference.adapter_gradients(dy, up, u, y, gain, safe, scaling, column_dots)
     raw = dy.t() @ u
     dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
@@ -95,9 +144,25 @@ def adapter_gradients(dy, up, u, y, gain, safe, scaling):
 
 @triton.jit
 def fold_factors_kernel(
-    down, up, gain, safe, A, B, m, n, scaling, count, rows, rank, DORA: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr
+    down,
+    up,
+    gain,
+    safe,
+    A,
+    B,
+    m,
+    n,
+    scaling,
+    count,
+    rows,
+    rank,
+    DORA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
 ):
-    """The first programs convert A, flat, the others BLOCK // RANK rows of B each. NaN stays NaN: a comparison with it is false."""
+    """The first programs convert A, flat, the others BLOCK // RANK rows of B each. NaN stays NaN: a comparison with it
+    is false.
+    """
     program = tl.program_id(0)
     pieces = tl.cdiv(count, BLOCK)
     if program < pieces:
@@ -122,10 +187,18 @@ def fold_factors_kernel(
         tl.store(up + row[:, None] * rank + k[None, :], value.to(up.dtype.element_ty), mask=inside)
 
 
-def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fold_factors(
+    A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, rank = B.shape
     factors = [A, B] if m is None else [A, B, m, n]
-    if dtype not in DTYPES or rank > 1024 or not A.numel() or not B.numel() or not all(t.dtype == torch.float32 and t.is_contiguous() for t in factors):
+    if (
+        dtype not in DTYPES
+        or rank > 1024
+        or not A.numel()
+        or not B.numel()
+        or not all(t.dtype == torch.float32 and t.is_contiguous() for t in factors)
+    ):
         return reference.fold_factors(A, B, m, n, scaling, dtype)
     if any(t.numel() != rows for t in factors[2:]):
         raise ValueError(f"{m.numel()} magnitudes and {n.numel()} norms for {rows} rows")
@@ -134,9 +207,23 @@ def fold_factors(A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scali
     width = max(16, power_of_2(rank))
     with on(A):
         fold_factors_kernel[(cdiv(A.numel(), 2048) + cdiv(rows, 2048 // width),)](
-            down, up, gain, safe, A, B, B if m is None else m, B if m is None else n, scaling, A.numel(), rows, rank,
-            DORA=m is not None, BLOCK=2048, RANK=width, **EXACT,
-        )  # fmt: skip
+            down,
+            up,
+            gain,
+            safe,
+            A,
+            B,
+            B if m is None else m,
+            B if m is None else n,
+            scaling,
+            A.numel(),
+            rows,
+            rank,
+            DORA=m is not None,
+            BLOCK=2048,
+            RANK=width,
+            **EXACT,
+        )
     return down, up, gain, safe
 
 
@@ -192,9 +279,23 @@ def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_dots_kernel(
-    dgate, dup, dots, sums, arrived, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+    dgate,
+    dup,
+    dots,
+    sums,
+    arrived,
+    dy,
+    gate,
+    up,
+    tokens,
+    columns,
+    SHARE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """The same, and dots [2, columns]: the sums of d gate * gate and d up * up; sums [2, shares, columns]: over SHARE tokens."""
+    """The same, and dots [2, columns]: the sums of d gate * gate and d up * up; sums [2, shares, columns]: over SHARE
+    tokens.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     first, second = tl.zeros([TOKENS, COLUMNS], tl.float32), tl.zeros([TOKENS, COLUMNS], tl.float32)
@@ -215,12 +316,16 @@ def swiglu_backward_dots_kernel(
     tl.store(others + place, tl.sum(second, axis=0), mask=column < columns)
     if last_of(arrived + tl.program_id(0), shares):
         tl.store(dots + column, sum_of_shares(sums, column, shares, columns, COLUMNS), mask=column < columns)
-        tl.store(dots + columns + column, sum_of_shares(others, column, shares, columns, COLUMNS), mask=column < columns)
+        tl.store(
+            dots + columns + column, sum_of_shares(others, column, shares, columns, COLUMNS), mask=column < columns
+        )
 
 
 @triton.jit
 def cross_entropy_kernel(losses, logits, targets, n, BLOCK: tl.constexpr):
-    """One row of n logits. The target's gradient p - 1 is minus the share of all others, which keeps its digits near p = 1."""
+    """One row of n logits. The target's gradient p - 1 is minus the share of all others, which keeps its digits near p
+    = 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     most = float("-inf")
@@ -259,7 +364,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     block = power_of_2(x.shape[1])
     with on(x):
-        rms_norm_kernel[(x.shape[0],)](y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
+        rms_norm_kernel[(x.shape[0],)](
+            y, inverse, x, weight, eps, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED
+        )
     return y, inverse
 
 
@@ -269,7 +376,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
         return reference.rms_norm_backward(dy, x, weight, inverse)
     dx, block = torch.empty_like(x), power_of_2(x.shape[1])
     with on(x):
-        rms_norm_backward_kernel[(x.shape[0],)](dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED)
+        rms_norm_backward_kernel[(x.shape[0],)](
+            dx, dy, x, weight, inverse, x.shape[1], BLOCK=block, num_warps=_warps(block), **FUSED
+        )
     return dx
 
 
@@ -303,16 +412,37 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     dots = torch.empty(2, columns, dtype=torch.float32, device=gate.device)
     with on(gate):
         swiglu_backward_dots_kernel[(groups, shares)](
-            dgate, dup, dots, sums, counters(gate.device, groups), dy, gate, up, tokens, columns, SHARE=SHARE, TOKENS=8, COLUMNS=128, **FUSED
+            dgate,
+            dup,
+            dots,
+            sums,
+            counters(gate.device, groups),
+            dy,
+            gate,
+            up,
+            tokens,
+            columns,
+            SHARE=SHARE,
+            TOKENS=8,
+            COLUMNS=128,
+            **FUSED,
         )
     return dgate, dup, dots
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    if not _alike(logits) or logits.dim() != 2 or targets.dtype != torch.int64 or not targets.is_contiguous() or logits.numel() == 0:
+    if (
+        not _alike(logits)
+        or logits.dim() != 2
+        or targets.dtype != torch.int64
+        or not targets.is_contiguous()
+        or logits.numel() == 0
+    ):
         return reference.cross_entropy_(logits, targets)
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     reference.count_write(logits)
     with on(logits):
-        cross_entropy_kernel[(logits.shape[0],)](losses, logits, targets, logits.shape[1], BLOCK=4096, num_warps=8, **FUSED)
+        cross_entropy_kernel[(logits.shape[0],)](
+            losses, logits, targets, logits.shape[1], BLOCK=4096, num_warps=8, **FUSED
+        )
     return losses

@@ -1,12 +1,15 @@
-// Causal attention in bf16 on the processor's matrix unit (AMX), or by the dot products of AVX512-BF16, forward and backward.
+// Causal attention in bf16 on the processor's matrix unit (AMX), or by the dot products of AVX512-BF16, forward and
+// backward.
 //
-//   forward    S = Q K^T    P = softmax(scale S)    O = P V                  for each example and head    (arXiv:2205.14135)
-//   backward   dP = dO V^T    dS = P (dP - rowsum(dO O))    dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
+//   forward    S = Q K^T    P = softmax(scale S)    O = P V                  for each example and head
+//   (arXiv:2205.14135) backward   dP = dO V^T    dS = P (dP - rowsum(dO O))    dQ = scale dS K    dK = scale dS^T Q dV
+//   = P^T dO
 //
-// All operands are arrays of tiles, see tiles.h. Scores are computed transposed, [keys, queries]: a lane is a query, so maxima, sums and constants of queries are plain vectors, and rounded
-// rows of C are A (for dK, dV) or, interleaved, B (for O and dQ, which come out transposed too) without another pass over them.
-// One thread takes an example and a group of heads that share keys: sums are always in the same order. The alternative, torch's kernel of the
-// same algorithm, rounds dK and dV of every head, and its backward pass takes 9 times as long at 256 tokens.
+// All operands are arrays of tiles, see tiles.h. Scores are computed transposed, [keys, queries]: a lane is a query, so
+// maxima, sums and constants of queries are plain vectors, and rounded rows of C are A (for dK, dV) or, interleaved, B
+// (for O and dQ, which come out transposed too) without another pass over them. One thread takes an example and a group
+// of heads that share keys: sums are always in the same order. The alternative, torch's kernel of the same algorithm,
+// rounds dK and dV of every head, and its backward pass takes 9 times as long at 256 tokens.
 #include "tiles.h"
 
 #include "attention.h"
@@ -15,7 +18,8 @@
 namespace qlora {
 namespace {
 
-constexpr int64_t kMacro = 8;  // blocks of 32 queries and of 32 keys whose probabilities exist at a time in the backward pass
+constexpr int64_t kMacro =
+    8;  // blocks of 32 queries and of 32 keys whose probabilities exist at a time in the backward pass
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // ---------------------------------------------------------------- element by element
@@ -23,14 +27,17 @@ constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 // 2^x: 2^n p(r) with |r| <= 1/2, p of degree 6 (Taylor's, relative error 1e-7).
 inline __m512 power_of_two(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-  constexpr float kTerms[] = {1.333355815e-3f, 9.618129108e-3f, 5.550410866e-2f, 2.402265070e-1f, 6.931471806e-1f, 1.0f};
+  constexpr float kTerms[] = {1.333355815e-3f, 9.618129108e-3f, 5.550410866e-2f,
+                              2.402265070e-1f, 6.931471806e-1f, 1.0f};
   __m512 p = _mm512_set1_ps(1.540353039e-4f);
   for (const float term : kTerms) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(term));
   return _mm512_scalef_ps(p, n);
 }
 
 // Which of 16 queries from `query` on may see `key`, both counted within one block of 32.
-inline __mmask16 visible(int key, int query) { return key <= query ? 0xffff : key >= query + 16 ? 0 : __mmask16(0xffff << (key - query)); }
+inline __mmask16 visible(int key, int query) {
+  return key <= query ? 0xffff : key >= query + 16 ? 0 : __mmask16(0xffff << (key - query));
+}
 
 // ---------------------------------------------------------------- one example, one group of heads
 
@@ -40,13 +47,14 @@ int64_t forward_bytes(int64_t tokens, int64_t D) {
 }
 
 template <bool kAmx>
-void forward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group, void* work) {
+void forward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
+             void* work) {
   const Heads q = views[0], k = views[1], v = views[2], out = views[3];
   const int64_t blocks = ceil_div(n, 32), D = ceil_div(s.D, 32), shared = s.heads / s.groups;
   Memory memory{static_cast<Tile*>(work)};
-  const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * D, blocks);      // A of S, O
-  const Grid queries = memory.take(2, D), p = memory.take(2, blocks);                     // B of S, O
-  const Grid scores = memory.take(2 * blocks, 2), o = memory.take(2 * D, 2);              // C: S, O transposed
+  const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * D, blocks);  // A of S, O
+  const Grid queries = memory.take(2, D), p = memory.take(2, blocks);                 // B of S, O
+  const Grid scores = memory.take(2 * blocks, 2), o = memory.take(2 * D, 2);          // C: S, O transposed
   pack_rows(keys, blocks, k.at(from, group), k.token, n, s.D, false);
   pack_pairs(values, blocks, v.at(from, group), v.token, n, s.D, true);
   const Unit<kAmx> unit;
@@ -80,7 +88,8 @@ void forward(const Heads* views, float* lse, const AttentionShape& s, int64_t fr
       for (int x = 0; x < 2; ++x) {
         alignas(64) float total[16], top[16];
         _mm512_store_ps(total, sum[x]), _mm512_store_ps(top, largest[x]);
-        for (int64_t t = 0; t < 16 && t < rest - 16 * x; ++t) lse[h * s.tokens + at + 16 * x + t] = kLn2 * (top[t] + log2f(total[t]));
+        for (int64_t t = 0; t < 16 && t < rest - 16 * x; ++t)
+          lse[h * s.tokens + at + 16 * x + t] = kLn2 * (top[t] + log2f(total[t]));
         const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), sum[x]);
         for (int64_t d = 0; d < 2 * D; ++d) {
           Tile& tile = o(d, x);
@@ -96,8 +105,10 @@ inline float dot(const BF16* a, const BF16* b, int64_t n) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = __mmask16(first(n - i));
-    const __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + i)), y = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + i));
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)), sum);
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a + i)),
+                  y = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + i));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)),
+                          sum);
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -108,16 +119,21 @@ int64_t backward_bytes(int64_t tokens, int64_t D) {
 }
 
 template <bool kAmx>
-void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group, void* work) {
-  const Heads dout = views[0], q = views[1], k = views[2], v = views[3], out = views[4], dq = views[5], dk = views[6], dv = views[7];
+void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
+              void* work) {
+  const Heads dout = views[0], q = views[1], k = views[2], v = views[3], out = views[4], dq = views[5], dk = views[6],
+              dv = views[7];
   const int64_t blocks = ceil_div(n, 32), D = ceil_div(s.D, 32), shared = s.heads / s.groups;
   Memory memory{static_cast<Tile*>(work)};
-  const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * blocks, D), keys_t = memory.take(2 * D, blocks);  // A of S, dP, dQ
-  const Grid sum_k = memory.take(2 * blocks, 2 * D), sum_v = memory.take(2 * blocks, 2 * D);                               // C: dK, dV
-  const Grid queries = memory.take(2 * kMacro, D), gradient = memory.take(2 * kMacro, D);                                  // B of S, dP
-  const Grid queries_p = memory.take(2 * D, kMacro), gradient_p = memory.take(2 * D, kMacro);                              // B of dK, dV
-  const Grid p = memory.take(2 * kMacro, kMacro), ds = memory.take(2 * kMacro, kMacro), ds_p = memory.take(2 * kMacro, kMacro);  // A of dV, dK; B of dQ
-  const Grid score = memory.take(2, 2), slope = memory.take(2, 2), sum_q = memory.take(2 * D, 2 * kMacro);                 // C: S, dP, dQ transposed
+  const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * blocks, D),
+             keys_t = memory.take(2 * D, blocks);                                              // A of S, dP, dQ
+  const Grid sum_k = memory.take(2 * blocks, 2 * D), sum_v = memory.take(2 * blocks, 2 * D);   // C: dK, dV
+  const Grid queries = memory.take(2 * kMacro, D), gradient = memory.take(2 * kMacro, D);      // B of S, dP
+  const Grid queries_p = memory.take(2 * D, kMacro), gradient_p = memory.take(2 * D, kMacro);  // B of dK, dV
+  const Grid p = memory.take(2 * kMacro, kMacro), ds = memory.take(2 * kMacro, kMacro),
+             ds_p = memory.take(2 * kMacro, kMacro);  // A of dV, dK; B of dQ
+  const Grid score = memory.take(2, 2), slope = memory.take(2, 2),
+             sum_q = memory.take(2 * D, 2 * kMacro);  // C: S, dP, dQ transposed
   pack_rows(keys, blocks, k.at(from, group), k.token, n, s.D, false);
   pack_rows(values, blocks, v.at(from, group), v.token, n, s.D, false);
   pack_pairs(keys_t, blocks, k.at(from, group), k.token, n, s.D, true);
@@ -132,7 +148,8 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t f
       pack_pairs(gradient_p, count, dout.at(at, h), dout.token, rest, s.D, false);
       alignas(64) float top[32 * kMacro], delta[32 * kMacro];
       for (int64_t t = 0; t < 32 * count; ++t) {
-        top[t] = t < rest ? kLog2e * lse[h * s.tokens + at + t] : 1e30f;  // no probability for a query that is not there
+        top[t] =
+            t < rest ? kLog2e * lse[h * s.tokens + at + t] : 1e30f;  // no probability for a query that is not there
         delta[t] = t < rest ? dot(dout.at(at + t, h), out.at(at + t, h), s.D) : 0.0f;
       }
       for (int64_t k0 = 0; k0 <= q0; k0 += kMacro) {
@@ -147,9 +164,11 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t f
               for (int y = 0; y < 2; ++y)
                 for (int x = 0; x < 2; ++x) {
                   const int64_t query = 32 * i + 16 * x;
-                  e[y][x] = power_of_two(_mm512_fmsub_ps(score(r / 16, x).floats(r % 16 + y), c, _mm512_load_ps(top + query)));
+                  e[y][x] = power_of_two(
+                      _mm512_fmsub_ps(score(r / 16, x).floats(r % 16 + y), c, _mm512_load_ps(top + query)));
                   if (k0 + j == q0 + i) e[y][x] = _mm512_maskz_mov_ps(visible(r + y, 16 * x), e[y][x]);
-                  g[y][x] = _mm512_mul_ps(e[y][x], _mm512_sub_ps(slope(r / 16, x).floats(r % 16 + y), _mm512_load_ps(delta + query)));
+                  g[y][x] = _mm512_mul_ps(
+                      e[y][x], _mm512_sub_ps(slope(r / 16, x).floats(r % 16 + y), _mm512_load_ps(delta + query)));
                 }
               for (int y = 0; y < 2; ++y) {
                 p(2 * j + r / 16, i).set(r % 16 + y, rounded(e[y][0], e[y][1]));

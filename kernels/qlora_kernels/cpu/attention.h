@@ -16,9 +16,10 @@ struct AttentionShape {
   float scale;
 };
 
-// One group of heads of the example of n tokens that begins at `from`. views, forward: q, k, v, out; backward: dout, q, k, v, out, dq, dk, dv.
-// lse [heads, tokens]: log(sum_k e^(scale S)), from the forward to the backward pass.
-using AttentionPass = void (*)(const Heads* views, float* lse, const AttentionShape& shape, int64_t from, int64_t n, int64_t group, void* work);
+// One group of heads of the example of n tokens that begins at `from`. views, forward: q, k, v, out; backward: dout, q,
+// k, v, out, dq, dk, dv. lse [heads, tokens]: log(sum_k e^(scale S)), from the forward to the backward pass.
+using AttentionPass = void (*)(const Heads* views, float* lse, const AttentionShape& shape, int64_t from, int64_t n,
+                               int64_t group, void* work);
 
 struct Attention {  // [0]: forward, [1]: backward
   AttentionPass pass[2];

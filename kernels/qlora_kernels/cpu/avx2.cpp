@@ -33,12 +33,16 @@ struct F32 {
 
 inline F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-inline F16 madd(F16 a, F16 b, F16 c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
+inline F16 madd(F16 a, F16 b, F16 c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
 
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-inline __m256 load8(const BF16* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16)); }
+inline __m256 load8(const BF16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+}
 inline __m256 load8(const FP16* p) { return _mm256_cvtph_ps(load128(p)); }
 
 template <class T>
@@ -64,7 +68,8 @@ inline __m256 nearest_level(__m256 x) {
   x = clamped(x);
   const __m256i cell = cell_of(x);
   const __m256 above = _mm256_cmp_ps(x, _mm256_i32gather_ps(tables.cell_threshold, cell, 4), _CMP_GT_OQ);
-  return _mm256_blendv_ps(_mm256_i32gather_ps(tables.cell_level, cell, 4), _mm256_i32gather_ps(tables.cell_next, cell, 4), above);
+  return _mm256_blendv_ps(_mm256_i32gather_ps(tables.cell_level, cell, 4),
+                          _mm256_i32gather_ps(tables.cell_next, cell, 4), above);
 }
 
 inline F16 nearest_level(F16 x) { return {nearest_level(x.low), nearest_level(x.high)}; }
@@ -102,7 +107,8 @@ inline F32 load32(const T* p) {
 template <>
 inline F32 load32(const BF16* p) {
   const __m256i* from = reinterpret_cast<const __m256i*>(p);
-  const __m256i low = _mm256_loadu_si256(from), high = _mm256_loadu_si256(from + 1), above = _mm256_set1_epi32(-0x10000);
+  const __m256i low = _mm256_loadu_si256(from), high = _mm256_loadu_si256(from + 1),
+                above = _mm256_set1_epi32(-0x10000);
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(low, above)), _mm256_castsi256_ps(_mm256_and_si256(high, above))}};
 }
@@ -111,8 +117,10 @@ inline __m256 round8(__m256 x, FP16) { return _mm256_cvtph_ps(rounded(x, FP16())
 inline __m256 round8(__m256 x, BF16) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), _mm256_set1_epi32(-0x10000));
-  return _mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i r = _mm256_and_si256(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd),
+                                     _mm256_set1_epi32(-0x10000));
+  return _mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                          _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
 template <class T>
@@ -144,8 +152,10 @@ template <>
 inline F32 store32(BF16* p, F32 x) {
   const F16 a = round16<BF16>(x.a), b = round16<BF16>(x.b);
   __m256i* to = reinterpret_cast<__m256i*>(p);
-  _mm256_storeu_si256(to, _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.low), 16), _mm256_castps_si256(b.low)));
-  _mm256_storeu_si256(to + 1, _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.high), 16), _mm256_castps_si256(b.high)));
+  _mm256_storeu_si256(to,
+                      _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.low), 16), _mm256_castps_si256(b.low)));
+  _mm256_storeu_si256(to + 1,
+                      _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(a.high), 16), _mm256_castps_si256(b.high)));
   return {a, b};
 }
 
@@ -195,7 +205,8 @@ struct Table<float> {
 template <Stores kStores>
 inline void put(void* out, __m256i values) {
   if (kStores == kFetched) _mm_prefetch(static_cast<char*>(out) + kAhead, _MM_HINT_T1);
-  kStores == kPast ? _mm256_stream_si256(static_cast<__m256i*>(out), values) : _mm256_storeu_si256(static_cast<__m256i*>(out), values);
+  kStores == kPast ? _mm256_stream_si256(static_cast<__m256i*>(out), values)
+                   : _mm256_storeu_si256(static_cast<__m256i*>(out), values);
 }
 
 template <Stores kStores, class T>
@@ -206,7 +217,8 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
     // Bytes 0-7 in the low half, 8-15 in the high half, each byte followed by itself shifted: codes in element order.
     const __m128i b = load128(bytes + i);
     const __m256i wide = _mm256_cvtepu8_epi16(b);
-    const __m256i code = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)), nibble);
+    const __m256i code =
+        _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)), nibble);
     const __m256i low = _mm256_shuffle_epi8(table.low_bytes, code), high = _mm256_shuffle_epi8(table.high_bytes, code);
     const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
     put<kStores>(out + 2 * i, _mm256_permute2x128_si256(even, odd, 0x20));
@@ -225,9 +237,11 @@ inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, f
     uint32_t four;
     __builtin_memcpy(&four, bytes + i, 4);
     const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(int(four)));
-    const __m256i code = _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));  // 3 low bits count below
+    const __m256i code =
+        _mm256_or_si256(_mm256_srli_epi64(wide, 4), _mm256_slli_epi64(wide, 32));  // 3 low bits count below
     const __m256 low = _mm256_permutevar8x32_ps(table.low, code), high = _mm256_permutevar8x32_ps(table.high, code);
-    put<kStores>(out + 2 * i, _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)))));
+    put<kStores>(out + 2 * i,
+                 _mm256_castps_si256(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)))));
   }
   for (; i < n; ++i) {
     out[2 * i] = table[bytes[i] >> 4];
@@ -240,7 +254,8 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256i largest = _mm256_setzero_si256();
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(load8(in + i)), magnitude));
+  for (; i + 8 <= n; i += 8)
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(load8(in + i)), magnitude));
   alignas(32) uint32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
   uint32_t result = 0;
@@ -255,8 +270,8 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
 template <class T>
 inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
   const __m256 scale = _mm256_set1_ps(inverse);
-  const __m256i collect = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1,
-                                           -1, -1, -1, -1, -1, -1, -1);
+  const __m256i collect = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1,
+                                           -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   for (int64_t i = 0; i < n; i += 8) {
     __m256 x;
     if (n - i >= 8) {
@@ -291,8 +306,24 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "step.h"
 
 namespace qlora {
-const Kernels avx2_kernels = {"AVX2", decode, encode, encode_with, fit, dots, gram, norms,
-                              cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, swiglu_backward_dots, rotate, scaled,
-                              adamw_moments, adamw_values, sum_of_squares};
+const Kernels avx2_kernels = {"AVX2",
+                              decode,
+                              encode,
+                              encode_with,
+                              fit,
+                              dots,
+                              gram,
+                              norms,
+                              cross_entropy,
+                              rms_norm,
+                              rms_norm_backward,
+                              swiglu,
+                              swiglu_backward,
+                              swiglu_backward_dots,
+                              rotate,
+                              scaled,
+                              adamw_moments,
+                              adamw_values,
+                              sum_of_squares};
 }  // namespace qlora
 #endif

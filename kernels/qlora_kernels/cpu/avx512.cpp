@@ -37,7 +37,9 @@ inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 madd(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
-inline __m512 widen(__m256i bits, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline __m512 widen(__m256i bits, BF16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 inline __m512 widen(__m256i bits, FP16) { return _mm512_cvtph_ps(bits); }
 
 template <class T>
@@ -62,7 +64,9 @@ inline F16 load_some<float>(const float* p, int64_t n) {
 inline __m512 clamped(__m512 x) { return _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f)); }
 
 // The cell of a value in the low five bits, where the permutations look for it.
-inline __m512i cell_of(__m512 x) { return _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(kCells), _mm512_set1_ps(kRounder))); }
+inline __m512i cell_of(__m512 x) {
+  return _mm512_castps_si512(_mm512_fmadd_ps(x, _mm512_set1_ps(kCells), _mm512_set1_ps(kRounder)));
+}
 
 inline __m512 of_cell(const float* table, __m512i cell) {
   return _mm512_permutex2var_ps(_mm512_load_ps(table), cell, _mm512_load_ps(table + 16));
@@ -103,13 +107,16 @@ inline F32 load32(const T* p) {
 template <>
 inline F32 load32(const BF16* p) {
   const __m512i bits = _mm512_loadu_si512(p);
-  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))}};
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)))}};
 }
 
-// The upper half is x rounded to bf16. It adds 0x7fff and the last bit that stays, by taking away the complement; NaN becomes 0x7fc0.
+// The upper half is x rounded to bf16. It adds 0x7fff and the last bit that stays, by taking away the complement; NaN
+// becomes 0x7fc0.
 inline __m512i rounded_above(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
-  const __m512i less = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1), _mm512_set1_epi32(-0x8000), 0xae);  // ~a & b | c
+  const __m512i less = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1),
+                                                 _mm512_set1_epi32(-0x8000), 0xae);  // ~a & b | c
   return _mm512_mask_sub_epi32(_mm512_set1_epi32(0x7fc00000), _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, less);
 }
 
@@ -203,10 +210,11 @@ inline __m512i repeated(__m512i lanes) {  // of 64 / kTimes bytes that every lan
   return _mm512_shuffle_epi8(lanes, _mm512_load_si512(order.byte));
 }
 
-// 16 bytes -> 32 values. A byte goes into two words (of 8 bytes: into two floats), and is shifted in the first: of what else there is above a code the
-// permutation takes no notice.
+// 16 bytes -> 32 values. A byte goes into two words (of 8 bytes: into two floats), and is shifted in the first: of what
+// else there is above a code the permutation takes no notice.
 inline __m512i expand32(__m128i bytes, __m512i values) {
-  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(repeated<4>(_mm512_broadcast_i32x4(bytes)), _mm512_set1_epi32(4)), values);
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(repeated<4>(_mm512_broadcast_i32x4(bytes)), _mm512_set1_epi32(4)),
+                                  values);
 }
 
 template <Stores kStores>
@@ -228,14 +236,16 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
 }
 
 inline __m512 expand16(__m128i bytes, __m512 values) {  // 8 bytes -> 16 values
-  return _mm512_permutexvar_ps(_mm512_srlv_epi32(repeated<8>(_mm512_broadcastq_epi64(bytes)), _mm512_set1_epi64(4)), values);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(repeated<8>(_mm512_broadcastq_epi64(bytes)), _mm512_set1_epi64(4)),
+                               values);
 }
 
 template <Stores kStores>
 inline void expand(const Table<float>& table, const uint8_t* bytes, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    put<kStores>(out + 2 * i, _mm512_castps_si512(expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)), table.values)));
+    put<kStores>(out + 2 * i, _mm512_castps_si512(expand16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i)),
+                                                           table.values)));
   if (i < n) {
     const __mmask8 some = __mmask8((1u << (n - i)) - 1);
     const __m512 rest = expand16(_mm_maskz_loadu_epi8(some, bytes + i), table.values);
@@ -250,14 +260,16 @@ inline uint32_t absmax_bits(const T* in, int64_t n) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16)
     largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load16(in + i).v), magnitude));
-  if (i < n) largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(in + i, n - i).v), magnitude));
+  if (i < n)
+    largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(load_some(in + i, n - i).v), magnitude));
   return _mm512_reduce_max_epu32(largest);
 }
 
 inline __m128i eight_bytes(__m512 x) {  // 16 scaled values -> 8 bytes of codes
   x = clamped(x);
   const __m512i cell = cell_of(x);
-  const __m512i code = _mm512_permutex2var_epi32(_mm512_load_si512(tables.cell_code), cell, _mm512_load_si512(tables.cell_code + 16));
+  const __m512i code =
+      _mm512_permutex2var_epi32(_mm512_load_si512(tables.cell_code), cell, _mm512_load_si512(tables.cell_code + 16));
   const __mmask16 above = _mm512_cmp_ps_mask(x, of_cell(tables.cell_threshold, cell), _CMP_GT_OQ);
   const __m512i exact = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
   return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(exact, 4), _mm512_srli_epi64(exact, 32)));
@@ -282,8 +294,24 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "step.h"
 
 namespace qlora {
-const Kernels avx512_kernels = {"AVX-512", decode, encode, encode_with, fit, dots, gram, norms,
-                                cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, swiglu_backward_dots, rotate, scaled,
-                                adamw_moments, adamw_values, sum_of_squares};
+const Kernels avx512_kernels = {"AVX-512",
+                                decode,
+                                encode,
+                                encode_with,
+                                fit,
+                                dots,
+                                gram,
+                                norms,
+                                cross_entropy,
+                                rms_norm,
+                                rms_norm_backward,
+                                swiglu,
+                                swiglu_backward,
+                                swiglu_backward_dots,
+                                rotate,
+                                scaled,
+                                adamw_moments,
+                                adamw_values,
+                                sum_of_squares};
 }  // namespace qlora
 #endif

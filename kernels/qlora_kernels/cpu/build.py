@@ -1,10 +1,11 @@
 """Build the native CPU kernels: `python -m qlora_kernels.cpu.build`.
 
-One shared library holds the kernels for every instruction set; each file is compiled with the flags of its own, and the choice
-is made at run time, so a wheel built on one machine is right on all of its architecture. A hash of the sources and flags goes
-into the library: `native.py` compares it with the sources that lie beside it, so that a stale build is never used.
-No torch and no Python headers are involved, and `setup.py` uses this file too. The alternative, `torch.utils.cpp_extension`,
-binds the library to one version of torch and costs a minute for each build.
+One shared library holds the kernels for every instruction set; each file is compiled with the flags of its own, and the
+choice is made at run time, so a wheel built on one machine is right on all of its architecture. A hash of the sources
+and flags goes
+into the library: `native.py` compares it with the sources that lie beside it, so that a stale build is never used. No
+torch and no Python headers are involved, and `setup.py` uses this file too. The alternative,
+`torch.utils.cpp_extension`, binds the library to one version of torch and costs a minute for each build.
 """
 
 from __future__ import annotations
@@ -25,8 +26,24 @@ COMMAND = "python -m qlora_kernels.cpu.build"
 MARKER = b"qlora-source-hash:"
 
 # No -ffast-math and no contraction: map[q] * nested + offset must be rounded twice.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-fvisibility=default", "-Wall")
-SOURCES: dict[str, tuple[str, ...]] = {"nf4.cpp": (), "portable.cpp": (), "attention.cpp": (), "narrow.cpp": (), "product.cpp": ()}
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fvisibility=default",
+    "-Wall",
+)
+SOURCES: dict[str, tuple[str, ...]] = {
+    "nf4.cpp": (),
+    "portable.cpp": (),
+    "attention.cpp": (),
+    "narrow.cpp": (),
+    "product.cpp": (),
+}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES |= {
         "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -76,12 +93,28 @@ def compile_library(target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as work:
         started = []
         for name, flags in SOURCES.items():
-            command = [*compiler.split(), *FLAGS, *flags, define, "-c", str(FOLDER / name), "-o", str(Path(work, name + ".o"))]
+            command = [
+                *compiler.split(),
+                *FLAGS,
+                *flags,
+                define,
+                "-c",
+                str(FOLDER / name),
+                "-o",
+                str(Path(work, name + ".o")),
+            ]
             started.append((command, _start(command)))
         for command, process in started:
             _finish(command, process)
         library = Path(work, LIBRARY)
-        link = [*compiler.split(), "-shared", "-fopenmp", *(str(Path(work, name + ".o")) for name in SOURCES), "-o", str(library)]
+        link = [
+            *compiler.split(),
+            "-shared",
+            "-fopenmp",
+            *(str(Path(work, name + ".o")) for name in SOURCES),
+            "-o",
+            str(library),
+        ]
         _finish(link, _start(link))
         os.replace(library, target)
     return target

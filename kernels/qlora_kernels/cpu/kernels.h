@@ -1,16 +1,17 @@
 // The kernels once, over the vector primitives that the including file defines for its instruction set:
 //
-//   F16                            16 float32 lanes; F16::zero, load, store, broadcast, madd(a, b, c) = a * b + c, add, mul, sum
-//   load16(const T*) -> F16        16 values of float, BF16 or FP16
-//   Table<T>(scale, gain)          the 16 decoded values of a block: round_to<T>((level * scale) * gain)
-//   expand<stores>(table, bytes, n, out)   2n values from n bytes of codes; past the caches only where `out` begins a line of them
-//   absmax_bits(in, n)             largest |x| of n values, as the bits of a float: NaN outranks infinity outranks the rest
-//   codes(in, n, inverse, out)     (n + 1) / 2 bytes of codes of in[i] * inverse, clamped to [-1, 1]
-//   load_some(const T*, n) -> F16  n < 16 values and zeros;  nearest_level(F16)  of values clamped likewise
+//   F16                            16 float32 lanes; F16::zero, load, store, broadcast, madd(a, b, c) = a * b + c, add,
+//   mul, sum load16(const T*) -> F16        16 values of float, BF16 or FP16 Table<T>(scale, gain)          the 16
+//   decoded values of a block: round_to<T>((level * scale) * gain) expand<stores>(table, bytes, n, out)   2n values
+//   from n bytes of codes; past the caches only where `out` begins a line of them absmax_bits(in, n) largest |x| of n
+//   values, as the bits of a float: NaN outranks infinity outranks the rest codes(in, n, inverse, out)     (n + 1) / 2
+//   bytes of codes of in[i] * inverse, clamped to [-1, 1] load_some(const T*, n) -> F16  n < 16 values and zeros;
+//   nearest_level(F16)  of values clamped likewise
 //
-// A block has one scale and a code has 16 values, so a block needs 16 multiplications and 16 roundings, whatever its size; the
-// rest is a table lookup in registers, two bytes an element. The alternative, to look up the float level and then multiply, round
-// and pack each element, does four times the work and needs care with bf16 subnormals, which vcvtneps2bf16 flushes.
+// A block has one scale and a code has 16 values, so a block needs 16 multiplications and 16 roundings, whatever its
+// size; the rest is a table lookup in registers, two bytes an element. The alternative, to look up the float level and
+// then multiply, round and pack each element, does four times the work and needs care with bf16 subnormals, which
+// vcvtneps2bf16 flushes.
 //
 // Everything here is in an anonymous namespace: each instruction set must keep its own copy.
 #pragma once
@@ -63,7 +64,9 @@ void decode_as(const Weight& weight, int64_t start, int64_t stop, T* out) {
 
 template <class T>
 void decode_to(const Weight& w, int64_t start, int64_t stop, Stores stores, void* out) {
-  (stores == kPast ? decode_as<kPast, T> : stores == kFetched ? decode_as<kFetched, T> : decode_as<kPlain, T>)(w, start, stop, static_cast<T*>(out));
+  (stores == kPast      ? decode_as<kPast, T>
+   : stores == kFetched ? decode_as<kFetched, T>
+                        : decode_as<kPlain, T>)(w, start, stop, static_cast<T*>(out));
 }
 
 void decode(const Weight& w, int64_t start, int64_t stop, Dtype dtype, Stores stores, void* out) {
@@ -85,14 +88,16 @@ void encode_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shif
   }
 }
 
-void encode(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, uint8_t* packed, float* absmax) {
+void encode(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, uint8_t* packed,
+            float* absmax) {
   if (dtype == kFloat32) encode_as(static_cast<const float*>(in), n, first, last, shift, packed, absmax);
   if (dtype == kBFloat16) encode_as(static_cast<const BF16*>(in), n, first, last, shift, packed, absmax);
   if (dtype == kFloat16) encode_as(static_cast<const FP16*>(in), n, first, last, shift, packed, absmax);
 }
 
 template <class T>
-void encode_with_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, const float* scales, uint8_t* packed) {
+void encode_with_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, const float* scales,
+                    uint8_t* packed) {
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block << shift, size = int64_t(1) << shift;
     const float inverse = __builtin_fabsf(scales[block]) > kTiny ? 1.0f / scales[block] : 0.0f;
@@ -100,15 +105,16 @@ void encode_with_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t
   }
 }
 
-void encode_with(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift, const float* scales, uint8_t* packed) {
+void encode_with(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, int32_t shift,
+                 const float* scales, uint8_t* packed) {
   if (dtype == kFloat32) encode_with_as(static_cast<const float*>(in), n, first, last, shift, scales, packed);
   if (dtype == kBFloat16) encode_with_as(static_cast<const BF16*>(in), n, first, last, shift, scales, packed);
   if (dtype == kFloat16) encode_with_as(static_cast<const FP16*>(in), n, first, last, shift, scales, packed);
 }
 
 // The scale of least squared error. Each candidate scale gives nearest levels l; for these levels the best scale is
-// sum(w l) / sum(l l), and it leaves sum(w w) - sum(w l)^2 / sum(l l), so the candidate with the largest last term wins. Sums are
-// of w / absmax, 16 lanes in order and no fused products: the same bits everywhere, as in reference.py.
+// sum(w l) / sum(l l), and it leaves sum(w w) - sum(w l)^2 / sum(l l), so the candidate with the largest last term
+// wins. Sums are of w / absmax, 16 lanes in order and no fused products: the same bits everywhere, as in reference.py.
 template <class T>
 void fit_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, float* scales) {
   alignas(64) float values[4096];  // the largest block
@@ -120,7 +126,8 @@ void fit_as(const T* in, int64_t n, int64_t first, int64_t last, int32_t shift, 
     scales[block] = absmax;
     if (bits == 0 || bits >= 0x7f800000) continue;  // zeros; NaN or infinity
     const F16 inverse = F16::broadcast(1.0f / (absmax > kTiny ? absmax : kTiny));
-    for (int64_t i = 0; i < count; i += 16) mul(count - i < 16 ? load_some(in + start + i, count - i) : load16(in + start + i), inverse).store(values + i);
+    for (int64_t i = 0; i < count; i += 16)
+      mul(count - i < 16 ? load_some(in + start + i, count - i) : load16(in + start + i), inverse).store(values + i);
     float best = -1.0f;
     for (int candidate = kFitFirst - 1; candidate <= kFitLast; ++candidate) {
       const F16 stretch = F16::broadcast(32.0f / float(candidate < kFitFirst ? 32 : candidate));
@@ -145,8 +152,8 @@ void fit(const void* in, Dtype dtype, int64_t n, int64_t first, int64_t last, in
   if (dtype == kFloat16) fit_as(static_cast<const FP16*>(in), n, first, last, shift, scales);
 }
 
-// Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction set. The
-// sums stay in the cache and kDotRun rows are read side by side: streams that the processor can fetch ahead.
+// Each column is summed over the rows in order, product and sum rounded separately: the same bits on every instruction
+// set. The sums stay in the cache and kDotRun rows are read side by side: streams that the processor can fetch ahead.
 constexpr int kDotRun = 4;
 
 template <int kRows, class T>
@@ -169,19 +176,25 @@ void dots_as(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, int
   for (; t < rows; ++t) dots_of_rows<1>(a + t * lda, lda, b + t * ldb, ldb, columns, out);
 }
 
-void dots(Dtype dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out) {
-  if (dtype == kFloat32) dots_as(static_cast<const float*>(a), lda, static_cast<const float*>(b), ldb, rows, columns, out);
-  if (dtype == kBFloat16) dots_as(static_cast<const BF16*>(a), lda, static_cast<const BF16*>(b), ldb, rows, columns, out);
-  if (dtype == kFloat16) dots_as(static_cast<const FP16*>(a), lda, static_cast<const FP16*>(b), ldb, rows, columns, out);
+void dots(Dtype dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns,
+          float* out) {
+  if (dtype == kFloat32)
+    dots_as(static_cast<const float*>(a), lda, static_cast<const float*>(b), ldb, rows, columns, out);
+  if (dtype == kBFloat16)
+    dots_as(static_cast<const BF16*>(a), lda, static_cast<const BF16*>(b), ldb, rows, columns, out);
+  if (dtype == kFloat16)
+    dots_as(static_cast<const FP16*>(a), lda, static_cast<const FP16*>(b), ldb, rows, columns, out);
 }
 
-// n_j = sqrt(||W_j||^2 + 2 s sum_k P_jk B_jk + s^2 sum_k (B gram)_jk B_jk) with P = W At and gram = A At; W is decoded a panel of
-// kPanelRows x kDepth at a time and lives in L1 only. The rank is a multiple of 16 (padded with zeros); A comes as tiles
-// [rank / 16, columns, 16], and kGroup tiles are multiplied per decoding of W. Where the three sums cancel (below 1e-3 of
+// n_j = sqrt(||W_j||^2 + 2 s sum_k P_jk B_jk + s^2 sum_k (B gram)_jk B_jk) with P = W At and gram = A At; W is decoded
+// a panel of kPanelRows x kDepth at a time and lives in L1 only. The rank is a multiple of 16 (padded with zeros); A
+// comes as tiles [rank / 16, columns, 16], and kGroup tiles are multiplied per decoding of W. Where the three sums
+// cancel (below 1e-3 of
 // ||W_j||^2) they have lost their digits and the row is computed densely.
 constexpr int64_t kDepth = 256, kGroup = 4;
 
-inline void panel_product(const float* panel, int64_t depth, int64_t rows, const float* tile, float* product, int64_t stride) {
+inline void panel_product(const float* panel, int64_t depth, int64_t rows, const float* tile, float* product,
+                          int64_t stride) {
   F16 sum[kPanelRows];
   for (int m = 0; m < kPanelRows; ++m) sum[m] = F16::zero();
   for (int64_t i = 0; i < depth; ++i) {
@@ -201,7 +214,8 @@ void gram(const float* A, const float* tiles, int64_t rank, int64_t columns, int
       const int64_t depth = columns - i0 < kDepth ? columns - i0 : kDepth;
       for (int64_t m = 0; m < rows; ++m)
         for (int64_t i = 0; i < depth; ++i) panel[m * kDepth + i] = A[(j0 + m) * columns + i0 + i];
-      for (int64_t k = 0; k < rank; k += 16) panel_product(panel, depth, rows, tiles + k * columns + 16 * i0, out + j0 * rank + k, rank);
+      for (int64_t k = 0; k < rank; k += 16)
+        panel_product(panel, depth, rows, tiles + k * columns + 16 * i0, out + j0 * rank + k, rank);
     }
   }
 }
@@ -218,7 +232,8 @@ inline double squares(const float* values, int64_t count) {
   return total;
 }
 
-float dense_norm_squared(const Weight& w, const float* tiles, const float* b, int64_t rank, float scaling, int64_t row) {
+float dense_norm_squared(const Weight& w, const float* tiles, const float* b, int64_t rank, float scaling,
+                         int64_t row) {
   float values[kDepth];
   double total = 0.0;
   for (int64_t i0 = 0; i0 < w.columns; i0 += kDepth) {
@@ -226,15 +241,16 @@ float dense_norm_squared(const Weight& w, const float* tiles, const float* b, in
     decode_as(w, row * w.columns + i0, row * w.columns + i0 + depth, values);
     for (int64_t k = 0; k < rank; k += 16) {
       const F16 part = F16::load(b + k);
-      for (int64_t i = 0; i < depth; ++i) values[i] += scaling * mul(part, F16::load(tiles + k * w.columns + 16 * (i0 + i))).sum();
+      for (int64_t i = 0; i < depth; ++i)
+        values[i] += scaling * mul(part, F16::load(tiles + k * w.columns + 16 * (i0 + i))).sum();
     }
     total += squares(values, depth);
   }
   return float(total);
 }
 
-void norms(const Weight& w, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first,
-           int64_t last, float* n) {
+void norms(const Weight& w, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling,
+           int64_t first, int64_t last, float* n) {
   alignas(64) float panel[kPanelRows * kDepth];
   alignas(64) float product[kNormRows * kGroup * 16];
   double own[kNormRows], cross[kNormRows];
@@ -260,7 +276,8 @@ void norms(const Weight& w, const float* tiles, const float* B, const float* gra
     }
     for (int64_t j = first; j < last; ++j)
       for (int64_t g = 0; g < group; ++g)
-        cross[j - first] += mul(F16::load(product + ((j - first) * kGroup + g) * 16), F16::load(B + j * rank + k0 + 16 * g)).sum();
+        cross[j - first] +=
+            mul(F16::load(product + ((j - first) * kGroup + g) * 16), F16::load(B + j * rank + k0 + 16 * g)).sum();
   }
 
   for (int64_t j = first; j < last; ++j) {

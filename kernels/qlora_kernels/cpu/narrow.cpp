@@ -1,10 +1,13 @@
-// Sums over tokens with the narrow matrices of an adapter, on the processor's matrix unit (AMX), one pass over a large matrix for all:
+// Sums over tokens with the narrow matrices of an adapter, on the processor's matrix unit (AMX), one pass over a large
+// matrix for all:
 //
-//   x [tokens, columns], left, up [.., rank] bf16      v = x up    p = left^T x    dots_c = sum_t x_tc y_tc          (x: a layer's dy, or its input)
+//   x [tokens, columns], left, up [.., rank] bf16      v = x up    p = left^T x    dots_c = sum_t x_tc y_tc (x: a
+//   layer's dy, or its input)
 //
-// The backward pass of an adapted layer wants all three of dy, whose size is what they cost. A piece is kPart tokens of a strip of columns: it
-// leaves partial sums, of v over columns and of the others over tokens, which `finish` adds up in order, so the number of threads does not
-// matter. x is B of p, two rows interleaved, and A of v as it lies in memory. The alternative, a product each, reads dy three times.
+// The backward pass of an adapted layer wants all three of dy, whose size is what they cost. A piece is kPart tokens of
+// a strip of columns: it leaves partial sums, of v over columns and of the others over tokens, which `finish` adds up
+// in order, so the number of threads does not matter. x is B of p, two rows interleaved, and A of v as it lies in
+// memory. The alternative, a product each, reads dy three times.
 #include "tiles.h"
 
 #include "narrow.h"
@@ -18,7 +21,8 @@ constexpr int64_t kBlocks = kStrip / 32;  // of 32 columns
 inline __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }
 
-void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64_t columns, float* v, float* p, float* dots) {
+void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64_t columns, float* v, float* p,
+           float* dots) {
   const int64_t blocks = ceil_div(columns, 32), steps = ceil_div(tokens, 32), ranks = ceil_div(n.rank, 16);
   const Unit<true> unit;
   Tile left[kPart / 32], up[kBlocks], pairs[kBlocks][2], sums[kBlocks][2], edge[kBlocks][2], part[2];
@@ -30,7 +34,8 @@ void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64
       transpose(left[s]);
     }
     for (int64_t b = 0; b < blocks; ++b) {
-      if (n.up != nullptr) pairs_of(up[b], n.up + (column + 32 * b) * n.rank + 16 * k, n.rank, columns - 32 * b, ranked);
+      if (n.up != nullptr)
+        pairs_of(up[b], n.up + (column + 32 * b) * n.rank + 16 * k, n.rank, columns - 32 * b, ranked);
       dot[b][0] = dot[b][1] = _mm512_setzero_ps();
     }
     memset(sums, 0, sizeof sums);
@@ -86,13 +91,15 @@ void piece(const Narrow& n, int64_t token, int64_t tokens, int64_t column, int64
       if (n.up != nullptr) {
         _tile_stored(0, &part[0], 64);
         _tile_stored(1, &part[1], 64);
-        for (int64_t t = 0; t < rest; ++t) _mm512_storeu_ps(v + (token + 32 * s + t) * 16 * ranks + 16 * k, part[t / 16].floats(t % 16));
+        for (int64_t t = 0; t < rest; ++t)
+          _mm512_storeu_ps(v + (token + 32 * s + t) * 16 * ranks + 16 * k, part[t / 16].floats(t % 16));
       }
     }
     for (int64_t b = 0; b < blocks; ++b)
       for (int h = 0; h < 2; ++h)
         for (int r = 0; r < 16; ++r)
-          _mm512_mask_storeu_ps(p + (16 * k + r) * n.columns + column + 32 * b + 16 * h, __mmask16(first(columns - 32 * b - 16 * h)), sums[b][h].floats(r));
+          _mm512_mask_storeu_ps(p + (16 * k + r) * n.columns + column + 32 * b + 16 * h,
+                                __mmask16(first(columns - 32 * b - 16 * h)), sums[b][h].floats(r));
     if (n.y == nullptr || k > 0) continue;
     for (int64_t b = 0; b < blocks; ++b) {
       alignas(64) float both[2][16];
@@ -113,11 +120,14 @@ void finish_tokens(const Narrow& n, const float* v, int64_t strips, int64_t toke
   for (int64_t t = token; t < token + tokens; ++t)
     for (int64_t k = 0; k < n.rank; k += 16) {
       const __mmask16 mask = __mmask16(first(n.rank - k));
-      _mm256_mask_storeu_epi16(out + t * n.rank + k, mask, (__m256i)_mm512_cvtneps_pbh(total(v + t * padded + k, strips, n.tokens * padded, 0xffff)));
+      _mm256_mask_storeu_epi16(
+          out + t * n.rank + k, mask,
+          (__m256i)_mm512_cvtneps_pbh(total(v + t * padded + k, strips, n.tokens * padded, 0xffff)));
     }
 }
 
-void finish_columns(const Narrow& n, const float* p, int64_t parts, int64_t column, int64_t columns, bool transposed, float scaling, const float* gain, float* out) {
+void finish_columns(const Narrow& n, const float* p, int64_t parts, int64_t column, int64_t columns, bool transposed,
+                    float scaling, const float* gain, float* out) {
   const int64_t apart = 16 * ceil_div(n.rank, 16) * n.columns;
   for (int64_t c = column; c < column + columns; c += 16)
     for (int64_t k = 0; k < n.rank; k += 16) {
@@ -125,14 +135,17 @@ void finish_columns(const Narrow& n, const float* p, int64_t parts, int64_t colu
       Tile tile;
       for (int r = 0; r < 16; ++r) {
         const __m512 sum = total(p + (k + r) * n.columns + c, parts, apart, mask);
-        if (transposed) tile.set(r, _mm512_castps_si512(sum));
-        else if (k + r < n.rank) _mm512_mask_storeu_ps(out + (k + r) * n.columns + c, mask, sum);
+        if (transposed)
+          tile.set(r, _mm512_castps_si512(sum));
+        else if (k + r < n.rank)
+          _mm512_mask_storeu_ps(out + (k + r) * n.columns + c, mask, sum);
       }
       if (!transposed) continue;
       transpose(tile);
       for (int64_t j = 0; j < minimum(16, column + columns - c); ++j) {
         const __m512 factor = _mm512_set1_ps(gain == nullptr ? scaling : scaling * gain[c + j]);
-        _mm512_mask_storeu_ps(out + (c + j) * n.rank + k, __mmask16(first(n.rank - k)), _mm512_mul_ps(tile.floats(int(j)), factor));
+        _mm512_mask_storeu_ps(out + (c + j) * n.rank + k, __mmask16(first(n.rank - k)),
+                              _mm512_mul_ps(tile.floats(int(j)), factor));
       }
     }
 }

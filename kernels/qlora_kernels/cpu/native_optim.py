@@ -1,9 +1,11 @@
-"""The native kernels of an optimizer's step: AdamW over pieces where they lie, the norm of all gradients, 8-bit codes of moments.
+"""The native kernels of an optimizer's step: AdamW over pieces where they lie, the norm of all gradients, 8-bit codes
+of moments.
 
-AdamW is two passes around torch's own square root. That is MKL's, whose last bit depends on the processor (of 0.6 % of all floats it is
-not that of the nearest one with AVX-512, of none with AVX2). The bits of all else in torch's AdamW are known: a product and a sum are
-rounded together where torch has AVX2 or AVX-512, in its vectors and behind them. A run of pieces stays in the cache from one pass to the
-next, so what lies in memory is read and written once, as one pass would.
+AdamW is two passes around torch's own square root. That is MKL's, whose last bit depends on the processor (of 0.6 % of
+all floats it is not that of the nearest one with AVX-512, of none with AVX2). The bits of all else in torch's AdamW are
+known: a product and a sum are rounded together where torch has AVX2 or AVX-512, in its vectors and behind them. A run
+of pieces stays in the cache from one pass to the next, so what lies in memory is read and written once, as one pass
+would.
 """
 
 from __future__ import annotations
@@ -39,22 +41,42 @@ class OptimizerKernels:
     library: ctypes.CDLL
 
     def adamw_(
-        self, p: Sequence[Tensor], g: Sequence[Tensor], at: Sequence[int], exp_avg: Tensor, exp_avg_sq: Tensor, work: Tensor,
-        beta1: float, beta2: float, eps: float, decay: float, step_size: float, correction: float, scale: float,
-    ) -> None:  # fmt: skip
+        self,
+        p: Sequence[Tensor],
+        g: Sequence[Tensor],
+        at: Sequence[int],
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        work: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        decay: float,
+        step_size: float,
+        correction: float,
+        scale: float,
+    ) -> None:
         n, sizes = exp_avg.numel(), [x.numel() for x in p]
         floats = all([x.dtype == torch.float32 and x.is_contiguous() for x in (*p, *g, exp_avg, exp_avg_sq, work)])
         if not (floats and FUSES):
-            return reference.adamw_(p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale)
+            return reference.adamw_(
+                p, g, at, exp_avg, exp_avg_sq, work, beta1, beta2, eps, decay, step_size, correction, scale
+            )
         ends = [first + size for first, size in zip(at, sizes, strict=True)]
-        if not (sizes == [x.numel() for x in g] and exp_avg_sq.numel() == n <= work.shape[1] and all(map(operator.le, (0, *ends), (*at, n)))):
+        if not (
+            sizes == [x.numel() for x in g]
+            and exp_avg_sq.numel() == n <= work.shape[1]
+            and all(map(operator.le, (0, *ends), (*at, n)))
+        ):
             raise ValueError(f"{len(p)} parameters of {sum(sizes)} elements at {list(at)[:9]}... of {n} moments")
         reference.count_write(p)
         step = (ctypes.c_float * 8)(1 - beta1, beta2, 1 - beta2, eps, decay, step_size, correction, scale)
         shared = (_integers(at), _integers(sizes), len(sizes), n, exp_avg.data_ptr(), exp_avg_sq.data_ptr())
         self.library.qlora_adamw(step, _integers([x.data_ptr() for x in g]), *shared, None, torch.get_num_threads())
         root = torch.sqrt(exp_avg_sq, out=work[0, :n])
-        self.library.qlora_adamw(step, _integers([x.data_ptr() for x in p]), *shared, root.data_ptr(), torch.get_num_threads())
+        self.library.qlora_adamw(
+            step, _integers([x.data_ptr() for x in p]), *shared, root.data_ptr(), torch.get_num_threads()
+        )
 
     def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
         if not all([x.dtype == torch.float32 and x.is_contiguous() for x in tensors]):
@@ -63,29 +85,58 @@ class OptimizerKernels:
         *at, n = accumulate(sizes, initial=0)
         partial, out = torch.empty(n // 8192 + 1, dtype=torch.float64), torch.empty((), dtype=torch.float32)
         self.library.qlora_total_norm(
-            _integers([x.data_ptr() for x in tensors]), _integers(at), _integers(sizes), len(sizes), n, len(partial), partial.data_ptr(),
-            out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            _integers([x.data_ptr() for x in tensors]),
+            _integers(at),
+            _integers(sizes),
+            len(sizes),
+            n,
+            len(partial),
+            partial.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
         return out
 
-    def encode_blocks_into(self, codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    def encode_blocks_into(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, work: Tensor, blocksize: int, signed: bool
+    ) -> None:
         self._check_blocks(codes, absmax, values, blocksize)
         for out in (codes, absmax):
             reference.count_write(out)
         self.library.qlora_encode_blocks(
-            values.data_ptr(), values.numel(), blocksize, signed, codes.data_ptr(), absmax.data_ptr(), torch.get_num_threads()
+            values.data_ptr(),
+            values.numel(),
+            blocksize,
+            signed,
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            torch.get_num_threads(),
         )
 
-    def decode_blocks_into(self, values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool) -> None:
+    def decode_blocks_into(
+        self, values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool
+    ) -> None:
         self._check_blocks(codes, absmax, values, blocksize)
         reference.count_write(values)
         self.library.qlora_decode_blocks(
-            codes.data_ptr(), absmax.data_ptr(), values.numel(), blocksize, signed, values.data_ptr(), torch.get_num_threads()
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            values.numel(),
+            blocksize,
+            signed,
+            values.data_ptr(),
+            torch.get_num_threads(),
         )
 
     @staticmethod
     def _check_blocks(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int) -> None:
         n = values.numel()
-        fits = codes.numel() == n == absmax.numel() * blocksize and codes.dtype == torch.uint8 and values.dtype == absmax.dtype == torch.float32
+        fits = (
+            codes.numel() == n == absmax.numel() * blocksize
+            and codes.dtype == torch.uint8
+            and values.dtype == absmax.dtype == torch.float32
+        )
         if not (fits and all(t.is_contiguous() for t in (codes, absmax, values))):
-            raise ValueError(f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values, all contiguous")
+            raise ValueError(
+                f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values, all contiguous"
+            )

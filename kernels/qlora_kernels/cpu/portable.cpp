@@ -1,4 +1,5 @@
-// The kernels in plain C++, for any processor. The compiler vectorizes the loops of F16 with whatever the baseline offers.
+// The kernels in plain C++, for any processor. The compiler vectorizes the loops of F16 with whatever the baseline
+// offers.
 #include "nf4.h"
 #include "types.h"
 
@@ -64,9 +65,10 @@ inline F16 load_some(const T* p, int64_t n) {
 
 // For step.h.
 
-// a * b + c, rounded once. The product is exact in double; the sum is rounded to double and then to float, which differs from one
-// rounding only where the sum lies in the middle between two floats. There, and below 2^-126 where the middles lie elsewhere, a sum
-// that is not exact is made odd in its last place first: it then lies on the same side of every middle as the exact one.
+// a * b + c, rounded once. The product is exact in double; the sum is rounded to double and then to float, which
+// differs from one rounding only where the sum lies in the middle between two floats. There, and below 2^-126 where the
+// middles lie elsewhere, a sum that is not exact is made odd in its last place first: it then lies on the same side of
+// every middle as the exact one.
 inline float fused(float a, float b, float c) {
 #if defined(__FP_FAST_FMAF)
   return __builtin_fmaf(a, b, c);
@@ -75,7 +77,8 @@ inline float fused(float a, float b, float c) {
   int64_t bits;
   __builtin_memcpy(&bits, &sum, 8);
   if ((bits & 0x1fffffff) != 0x10000000 && __builtin_fabs(sum) >= 0x1p-126) return float(sum);
-  const double part = sum - product, rest = (product - (sum - part)) + (double(c) - part);  // what the rounding left out, exactly
+  const double part = sum - product,
+               rest = (product - (sum - part)) + (double(c) - part);  // what the rounding left out, exactly
   const int64_t up = (rest > 0.0) - (rest < 0.0), outward = sum > 0.0 ? up : -up;
   if (!(bits & 1)) bits += outward;
   double odd;
@@ -192,7 +195,8 @@ inline F16 nearest_level(F16 x) {
 
 template <class T>
 inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
-  for (int64_t i = 0; i + 1 < n; i += 2) *out++ = uint8_t(code_of(to_float(in[i]) * inverse) << 4 | code_of(to_float(in[i + 1]) * inverse));
+  for (int64_t i = 0; i + 1 < n; i += 2)
+    *out++ = uint8_t(code_of(to_float(in[i]) * inverse) << 4 | code_of(to_float(in[i + 1]) * inverse));
   if (n & 1) *out = uint8_t(code_of(to_float(in[n - 1]) * inverse) << 4 | 7);
 }
 
@@ -203,8 +207,24 @@ inline void codes(const T* in, int64_t n, float inverse, uint8_t* out) {
 #include "step.h"
 
 namespace qlora {
-const Kernels portable_kernels = {"portable C++", decode, encode, encode_with, fit, dots, gram, norms,
-                                 cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, swiglu_backward_dots, rotate, scaled,
-                                 adamw_moments, adamw_values, sum_of_squares};
+const Kernels portable_kernels = {"portable C++",
+                                  decode,
+                                  encode,
+                                  encode_with,
+                                  fit,
+                                  dots,
+                                  gram,
+                                  norms,
+                                  cross_entropy,
+                                  rms_norm,
+                                  rms_norm_backward,
+                                  swiglu,
+                                  swiglu_backward,
+                                  swiglu_backward_dots,
+                                  rotate,
+                                  scaled,
+                                  adamw_moments,
+                                  adamw_values,
+                                  sum_of_squares};
 
 }  // namespace qlora

@@ -3,11 +3,13 @@
 //   forward   y  = x W'^T + u up^T      u = x down^T               W' = diag(gain) W
 //   backward  dx = dy W'  + v down
 //
-// A thread decodes a few panels of 32 columns of y (of W'^T, or of W'), straight into the tiles that the unit takes, and multiplies all tokens
-// with them while they lie in the second cache. An adapter's factor is one more tile of each panel, so that its product costs no pass over y and is
-// not rounded by itself. Sums of 32 x 32 stay in the unit from the first column to the last; they are rounded while the next ones are made, since what
-// the unit has just written is slow to read. Every second sum runs backwards: what it shares with the one before is then still in the first cache.
-// The alternative, a dense weight for the library's product and the adapter's before it, writes and reads the weight twice and y once more.
+// A thread decodes a few panels of 32 columns of y (of W'^T, or of W'), straight into the tiles that the unit takes,
+// and multiplies all tokens with them while they lie in the second cache. An adapter's factor is one more tile of each
+// panel, so that its product costs no pass over y and is not rounded by itself. Sums of 32 x 32 stay in the unit from
+// the first column to the last; they are rounded while the next ones are made, since what the unit has just written is
+// slow to read. Every second sum runs backwards: what it shares with the one before is then still in the first cache.
+// The alternative, a dense weight for the library's product and the adapter's before it, writes and reads the weight
+// twice and y once more.
 #include "tiles.h"
 
 #include "product.h"
@@ -17,35 +19,44 @@ namespace qlora {
 namespace {
 
 constexpr int64_t kBlock = kProductBlock;
-constexpr int64_t kTokens = 256;    // are multiplied with all panels before the next ones, so that their x stays in the second cache,
+constexpr int64_t kTokens =
+    256;  // are multiplied with all panels before the next ones, so that their x stays in the second cache,
 constexpr int64_t kCache = 1 << 19;  // beside so many bytes of panels
 
-// Panels that a thread decodes before it multiplies: as many as there is room for, but at least a whole line of codes of each row.
+// Panels that a thread decodes before it multiplies: as many as there is room for, but at least a whole line of codes
+// of each row.
 int64_t panels_of(int64_t inner, int64_t rank) {
   const int64_t panel = 2 * (inner / 32 + ceil_div(rank, 32)) * int64_t(sizeof(Tile));
   return kCache > 4 * panel ? kCache / panel : 4;
 }
 
 int64_t room(int64_t inner, int64_t rank) {
-  const int64_t panels = panels_of(inner, rank) * 2 * (inner / 32 + ceil_div(rank, 32)), down = inner / 32 * ceil_div(rank, 16);
+  const int64_t panels = panels_of(inner, rank) * 2 * (inner / 32 + ceil_div(rank, 32)),
+                down = inner / 32 * ceil_div(rank, 16);
   return int64_t(sizeof(Tile)) * (panels > down ? panels : down);
 }
 
 // ---------------------------------------------------------------- decoding
 
-inline __m512 some(const float* x, int64_t n) { return _mm512_maskz_loadu_ps(__mmask16(first(n)), x); }  // the first n of 16, zeros behind them
+inline __m512 some(const float* x, int64_t n) {
+  return _mm512_maskz_loadu_ps(__mmask16(first(n)), x);
+}  // the first n of 16, zeros behind them
 
 // The 16 values of a block's codes in bf16, twice.
 inline __m512i values_of(float scale, float gain) {
-  const __m512 values = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(tables.levels), _mm512_set1_ps(scale)), _mm512_set1_ps(gain));
+  const __m512 values =
+      _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(tables.levels), _mm512_set1_ps(scale)), _mm512_set1_ps(gain));
   return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// 16 bytes -> 32 values: a byte goes into two words and is shifted in the first. Of what else there is above a code the permutation takes no notice.
+// 16 bytes -> 32 values: a byte goes into two words and is shifted in the first. Of what else there is above a code the
+// permutation takes no notice.
 inline __m512i decode(const uint8_t* codes, __m512i values) {
-  alignas(64) static constexpr uint32_t each[16] = {0,          0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707,
-                                                    0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f};
-  const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), _mm512_load_si512(each));
+  alignas(64) static constexpr uint32_t each[16] = {
+      0,          0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707,
+      0x08080808, 0x09090909, 0x0a0a0a0a, 0x0b0b0b0b, 0x0c0c0c0c, 0x0d0d0d0d, 0x0e0e0e0e, 0x0f0f0f0f};
+  const __m512i bytes = _mm512_shuffle_epi8(
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), _mm512_load_si512(each));
   return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_set1_epi32(4)), values);
 }
 
@@ -72,7 +83,8 @@ void decode_rows(const Product& p, int64_t panel, int64_t panels, Tile* out, int
       const __m512 factor = _mm512_set1_ps(p.scaling);
       for (int r = 0; r < 16; ++r) {
         const float* b = p.B + (16 * strip + r) * p.rank + k;
-        to.set(r, rounded(_mm512_mul_ps(factor, some(b, p.rank - k)), _mm512_mul_ps(factor, some(b + 16, p.rank - k - 16))));
+        to.set(r, rounded(_mm512_mul_ps(factor, some(b, p.rank - k)),
+                          _mm512_mul_ps(factor, some(b + 16, p.rank - k - 16))));
       }
       transpose(to);
     }
@@ -83,7 +95,8 @@ void decode_rows(const Product& p, int64_t panel, int64_t panels, Tile* out, int
 void decode_columns(const Product& p, int64_t panel, int64_t panels, Tile* out, int64_t across) {
   const Weight w = p.weight;
   for (int64_t done = 0; done < panels;) {
-    const int64_t column = 32 * (panel + done), count = column % 64 == 0 && done + 1 < panels ? 2 : 1;  // both halves of a block
+    const int64_t column = 32 * (panel + done),
+                  count = column % 64 == 0 && done + 1 < panels ? 2 : 1;  // both halves of a block
     Tile* const to = out + 2 * done * across;
     for (int64_t i = 0; i < w.rows / 32; ++i)
       for (int q = 0; q < 16; ++q) {
@@ -95,10 +108,13 @@ void decode_columns(const Product& p, int64_t panel, int64_t panels, Tile* out, 
           _mm_prefetch(reinterpret_cast<const char*>(codes + 8 * w.columns), _MM_HINT_T0);
           for (int64_t half = 0; half < count; ++half) x[half][odd] = decode(codes + 16 * half, values);
         }
-        for (int64_t half = 0; half < count; ++half) interleave(x[half][0], x[half][1], to[2 * half * across + i], to[(2 * half + 1) * across + i], q);
+        for (int64_t half = 0; half < count; ++half)
+          interleave(x[half][0], x[half][1], to[2 * half * across + i], to[(2 * half + 1) * across + i], q);
       }
     for (int64_t k = 0; k < p.rank; k += 32)
-      for (int64_t s = 0; s < 2 * count; ++s) pairs_of(to[s * across + w.rows / 32 + k / 32], p.down + k * w.columns + column + 16 * s, w.columns, p.rank - k, 16);
+      for (int64_t s = 0; s < 2 * count; ++s)
+        pairs_of(to[s * across + w.rows / 32 + k / 32], p.down + k * w.columns + column + 16 * s, w.columns, p.rank - k,
+                 16);
     done += count;
   }
 }
@@ -119,7 +135,8 @@ struct Pending {
   void round() {
     const int r = next++;
     const Tile(&row)[2] = sums->tile[r / 16];
-    _mm512_storeu_si512(y + r * stride, rounded(_mm512_mul_ps(gain[0], row[0].floats(r % 16)), _mm512_mul_ps(gain[1], row[1].floats(r % 16))));
+    _mm512_storeu_si512(y + r * stride, rounded(_mm512_mul_ps(gain[0], row[0].floats(r % 16)),
+                                                _mm512_mul_ps(gain[1], row[1].floats(r % 16))));
   }
 };
 
@@ -152,7 +169,8 @@ inline void store(Sums& sums) {
 }
 
 // 32 tokens times a panel; rounds what waits meanwhile.
-void block(const Product& p, int64_t token, const Tile* panel, int64_t across, bool backwards, Sums& sums, Pending& before) {
+void block(const Product& p, int64_t token, const Tile* panel, int64_t across, bool backwards, Sums& sums,
+           Pending& before) {
   clear();
   const uint16_t* x = p.x + token * p.inner;
   const int64_t steps = p.inner / 32, ranks = ceil_div(p.rank, 32);
@@ -163,7 +181,8 @@ void block(const Product& p, int64_t token, const Tile* panel, int64_t across, b
     if (before.next < 32) before.round();
     if (before.next < 32) before.round();
   }
-  for (int64_t k = 0; k < ranks; ++k) multiply(p.left + token * 32 * ranks + 32 * k, 32 * ranks, 16 * 32 * ranks, panel + steps + k, across);
+  for (int64_t k = 0; k < ranks; ++k)
+    multiply(p.left + token * 32 * ranks + 32 * k, 32 * ranks, 16 * 32 * ranks, panel + steps + k, across);
   while (before.next < 32) before.round();
   store(sums);
 }
@@ -189,20 +208,23 @@ void product_of(const uint16_t* a, int64_t inner, bool both, const Tile* panel, 
   }
   store(sums);
   for (int h = 0; h < 2; ++h)
-    for (int r = 0; r < 16; ++r) sums.tile[0][h].set(r, _mm512_castps_si512(_mm512_add_ps(sums.tile[0][h].floats(r), sums.tile[1][h].floats(r))));
+    for (int r = 0; r < 16; ++r)
+      sums.tile[0][h].set(r, _mm512_castps_si512(_mm512_add_ps(sums.tile[0][h].floats(r), sums.tile[1][h].floats(r))));
 }
 
 // 16 ranks of B from `rank` on, of 32 rows from `row` on: [rank][row] in two tiles.
 void ranks_of(const Product& p, int64_t row, int64_t rank, Tile (&B)[2]) {
   for (int h = 0; h < 2; ++h) {
-    for (int r = 0; r < 16; ++r) B[h].set(r, _mm512_castps_si512(some(p.B + (row + 16 * h + r) * p.rank + rank, p.rank - rank)));
+    for (int r = 0; r < 16; ++r)
+      B[h].set(r, _mm512_castps_si512(some(p.B + (row + 16 * h + r) * p.rank + rank, p.rank - rank)));
     transpose(B[h]);
   }
 }
 
-// n of 32 rows of W, and its factors. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T: A is to the panel what more tokens
-// are. W and A are rounded to bf16 here, as they are for y, whose rows that stretches by as much as it moves n: up to 1e-3 where A lies along a row and
-// takes a quarter of it away, 1e-5 in training (SmolLM2, updates of up to a tenth of W). Where the sums cancel and it could be more, n is not exact.
+// n of 32 rows of W, and its factors. n_j^2 = ||W_j||^2 + 2 s sum_k B_jk (P_jk + s / 2 sum_l B_jl gram_lk), P = W A^T:
+// A is to the panel what more tokens are. W and A are rounded to bf16 here, as they are for y, whose rows that
+// stretches by as much as it moves n: up to 1e-3 where A lies along a row and takes a quarter of it away, 1e-5 in
+// training (SmolLM2, updates of up to a tenth of W). Where the sums cancel and it could be more, n is not exact.
 bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles, int64_t across) {
   const int64_t strips = ceil_div(p.rank, 16), row = 32 * panel;
   const __m512 factor = _mm512_set1_ps(p.scaling);
@@ -218,13 +240,15 @@ bool norms(const Product& p, const Factors& to, int64_t panel, const Tile* tiles
       const float* gram = to.gram + 16 * (16 * s * strips + t);
       for (int h = 0; h < 2; ++h)
         for (int k = 0; k < 16; ++k)
-          for (int l = 0; l < 16; ++l) update[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), other[h].floats(l), update[h][k]);
+          for (int l = 0; l < 16; ++l)
+            update[h][k] = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), other[h].floats(l), update[h][k]);
     }
     const float* gram = to.gram + 16 * (16 * s * strips + s);
     for (int h = 0; h < 2; ++h)
       for (int k = 0; k < 16; ++k) {
         __m512 sum = _mm512_fmadd_ps(_mm512_set1_ps(0.5f * gram[16 * k * strips + k]), B[h].floats(k), update[h][k]);
-        for (int l = 0; l < k; ++l) sum = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), B[h].floats(l), sum);
+        for (int l = 0; l < k; ++l)
+          sum = _mm512_fmadd_ps(_mm512_set1_ps(gram[16 * k * strips + l]), B[h].floats(l), sum);
         rest[h] = _mm512_fmadd_ps(B[h].floats(k), _mm512_fmadd_ps(factor, sum, sums.tile[s % 2][h].floats(k)), rest[h]);
       }
   }
@@ -250,11 +274,13 @@ void up_of(const Product& p, const Factors& to, int64_t panel) {
     for (int64_t k = 0; k < p.rank; k += 16) {
       const __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(p.scaling), some(p.B + j * p.rank + k, p.rank - k));
       const __m512 folded = to.m == nullptr ? scaled : _mm512_mul_ps(scaled, _mm512_set1_ps(to.gain[j]));
-      _mm256_mask_storeu_epi16(to.up + j * p.rank + k, __mmask16(first(p.rank - k)), (__m256i)_mm512_cvtneps_pbh(folded));
+      _mm256_mask_storeu_epi16(to.up + j * p.rank + k, __mmask16(first(p.rank - k)),
+                               (__m256i)_mm512_cvtneps_pbh(folded));
     }
 }
 
-bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
+bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, int64_t panel, int64_t panels,
+          char* work) {
   const Unit<true> unit;
   Sums sums[2];
   const __m512 one = _mm512_set1_ps(1.0f);
@@ -274,9 +300,11 @@ bool wide(const Product& p, const Factors* to, int64_t token, int64_t tokens, in
       const int64_t stop = minimum(part + kTokens, token + tokens), blocks = ceil_div(stop - part, kBlock);
       for (int64_t c = 0; c < count; ++c)
         for (int64_t n = 0; n < blocks; ++n) {
-          const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n), start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
+          const int64_t t = part + kBlock * (c & 1 ? blocks - 1 - n : n),
+                        start = minimum(t, p.tokens - kBlock);  // the last 32 tokens, some of them again
           const int64_t column = 32 * (panel + done + c);
-          block(p, start, tiles + 2 * c * across, across, (t + column) / 32 & 1, sums[turn], before);  // the order of a sum is its own, whoever makes it
+          block(p, start, tiles + 2 * c * across, across, (t + column) / 32 & 1, sums[turn],
+                before);  // the order of a sum is its own, whoever makes it
           before = {&sums[turn], p.y + start * p.outer + column, p.outer, {one, one}, int(t - start)};
           for (int h = 0; gain != nullptr && h < 2; ++h) before.gain[h] = _mm512_loadu_ps(gain + column + 16 * h);
           turn = !turn;
@@ -324,10 +352,12 @@ void factors(const Factors& to, int64_t inner, int64_t rank, int64_t strip) {
 void widen(const uint16_t* u, int64_t rank, int64_t token, int64_t tokens, uint16_t* left) {
   const int64_t padded = 32 * ceil_div(rank, 32);
   for (int64_t t = token; t < token + tokens; ++t)
-    for (int64_t k = 0; k < rank; k += 32) _mm512_storeu_si512(left + t * padded + k, _mm512_maskz_loadu_epi16(first(rank - k), u + t * rank + k));
+    for (int64_t k = 0; k < rank; k += 32)
+      _mm512_storeu_si512(left + t * padded + k, _mm512_maskz_loadu_epi16(first(rank - k), u + t * rank + k));
 }
 
-void narrow(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work, uint16_t* u, uint16_t* left) {
+void narrow(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int64_t token, int64_t tokens, char* work,
+            uint16_t* u, uint16_t* left) {
   const Unit<true> unit;
   const int64_t steps = inner / 32, strips = ceil_div(rank, 16);
   Tile* const tiles = reinterpret_cast<Tile*>(work);  // [strips][steps]
@@ -356,7 +386,8 @@ void narrow(const uint16_t* x, const float* A, int64_t inner, int64_t rank, int6
       }
       _tile_stored(0, &sums[0], 64);
       _tile_stored(1, &sums[1], 64);
-      for (int h = 0; h < 2; ++h) store_rows(sums[h], 1.0f, u + (t + 16 * h) * rank + 16 * s, rank, n - 16 * h, rank - 16 * s);
+      for (int h = 0; h < 2; ++h)
+        store_rows(sums[h], 1.0f, u + (t + 16 * h) * rank + 16 * s, rank, n - 16 * h, rank - 16 * s);
     }
   widen(u, rank, token, tokens, left);
 }

@@ -4,25 +4,29 @@
 //   maximum(a, b)        a > b ? a : b, lane by lane, so b where one of them is NaN; minimum likewise
 //   exponent(x)          the float whose bits are those of x shifted left by 23
 //   round16<T>(F16)      rounded to the values that T has;  store16(T*, F16)
-//   F32 {F16 a, b}       32 values in an order that T alone fixes: the first and the second 16, but for BF16 the even and the odd, which
-//                        lie in the lower and upper halves of 16 integers and become floats, and bf16 again, without being moved
-//   load32(const T*) -> F32;  store32(T*, F32) -> F32, the values as they are stored;  in_order<T>(F32), the first and the second 16
+//   F32 {F16 a, b}       32 values in an order that T alone fixes: the first and the second 16, but for BF16 the even
+//   and the odd, which
+//                        lie in the lower and upper halves of 16 integers and become floats, and bf16 again, without
+//                        being moved
+//   load32(const T*) -> F32;  store32(T*, F32) -> F32, the values as they are stored;  in_order<T>(F32), the first and
+//   the second 16
 //
-// PyTorch has no fused CPU kernel for these three: it makes four float32 copies of a tensor to normalize it, and writes a
-// float32 tensor of [tokens, vocabulary] three times for a loss. Each value is rounded where transformers' modules round it, so
-// the results are theirs. Sums are of 32 lanes in order, and a product and a sum are rounded together only by `fused`: the same
-// bits on every instruction set. Most of this runs as fast as memory allows; AVX-512's own rounding to bf16 is not used, since it
-// takes subnormals for zero.
+// PyTorch has no fused CPU kernel for these three: it makes four float32 copies of a tensor to normalize it, and writes
+// a float32 tensor of [tokens, vocabulary] three times for a loss. Each value is rounded where transformers' modules
+// round it, so the results are theirs. Sums are of 32 lanes in order, and a product and a sum are rounded together only
+// by `fused`: the same bits on every instruction set. Most of this runs as fast as memory allows; AVX-512's own
+// rounding to bf16 is not used, since it takes subnormals for zero.
 #pragma once
 
 namespace qlora {
 namespace {
 
-struct All {};  // how many of 32 values, where it is not a number below 32: a loop without questions, its last step through a copy
+struct All {
+};  // how many of 32 values, where it is not a number below 32: a loop without questions, its last step through a copy
 
-// Ask for what the arrays hold some iterations later: the processor's own prefetching ends with a page of 4 KB, which is 64
-// iterations, and takes up again late. In memory that no cache holds this saves up to two fifths of the time; behind the end of an
-// array it does nothing.
+// Ask for what the arrays hold some iterations later: the processor's own prefetching ends with a page of 4 KB, which
+// is 64 iterations, and takes up again late. In memory that no cache holds this saves up to two fifths of the time;
+// behind the end of an array it does nothing.
 template <class... T>
 inline void prefetch(int64_t i, T*... arrays) {
   constexpr int64_t kAhead = 1024, kLine = 64;
@@ -76,15 +80,17 @@ inline void with_type(Dtype dtype, F f) {
 
 inline F16 negative(F16 x) { return mul(x, F16::broadcast(-1.0f)); }
 
-// e^x for x in [kLow, kHigh], infinite above 88.37; NaN of NaN. As 2^n e^r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to n, and
-// adding 127 to it leaves the bits of 2^n's exponent in the last places. e^r = 1 + r + r^2 q(r), q of degree 4 with the least relative
-// error that float32 coefficients allow, 3e-9. In all within 0.91 units in the last place, which every such x was tried for.
+// e^x for x in [kLow, kHigh], infinite above 88.37; NaN of NaN. As 2^n e^r with |r| <= ln(2) / 2. Adding 1.5 * 2^23
+// rounds to n, and adding 127 to it leaves the bits of 2^n's exponent in the last places. e^r = 1 + r + r^2 q(r), q of
+// degree 4 with the least relative error that float32 coefficients allow, 3e-9. In all within 0.91 units in the last
+// place, which every such x was tried for.
 constexpr float kLow = -87.0f, kHigh = 89.0f;
 
 inline F16 exponential(F16 x) {
   const F16 shifted = fused(x, F16::broadcast(1.44269504f), F16::broadcast(kRounder + 127.0f));
   const F16 n = add(shifted, F16::broadcast(-kRounder - 127.0f));
-  const F16 r = fused(n, F16::broadcast(2.12194440e-4f), fused(n, F16::broadcast(-0.693359375f), x));  // the first product is exact
+  const F16 r = fused(n, F16::broadcast(2.12194440e-4f),
+                      fused(n, F16::broadcast(-0.693359375f), x));  // the first product is exact
   F16 p = F16::broadcast(0x1.6a4d5ap-10f);
   p = fused(p, r, F16::broadcast(0x1.12398ep-7f));
   p = fused(p, r, F16::broadcast(0x1.5558b0p-5f));
@@ -110,7 +116,9 @@ float cross_entropy_row(T* x, int64_t n, int64_t target) {
   for (int i = 0; i < 16; ++i) largest = all[i] > largest ? all[i] : largest;
 
   const F16 shift = F16::broadcast(-largest);
-  const auto power = [&](F16 logits) { return exponential(maximum(F16::broadcast(kLow), add(logits, shift))); };  // NaN of NaN
+  const auto power = [&](F16 logits) {
+    return exponential(maximum(F16::broadcast(kLow), add(logits, shift)));
+  };  // NaN of NaN
   constexpr int64_t kPart = 4096;
   double total = 0.0;
   for (int64_t start = 0; start < n; start += kPart) {
@@ -128,7 +136,8 @@ float cross_entropy_row(T* x, int64_t n, int64_t target) {
     store32(x + i, F32{mul(power(logits.a), scale), mul(power(logits.b), scale)}, left);
   });
   const double loss = __builtin_log(total) + largest - wanted;
-  x[target] = round_to<T>(float(__builtin_expm1(-loss)));  // p - 1, with p = e^-loss, without the cancellation near p = 1
+  x[target] =
+      round_to<T>(float(__builtin_expm1(-loss)));  // p - 1, with p = e^-loss, without the cancellation near p = 1
   return float(loss);
 }
 
@@ -186,10 +195,12 @@ void rms_norm_backward_row(const T* dy, const T* x, const T* weight, int64_t n, 
   });
 }
 
-void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx) {
+void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse,
+                       void* dx) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    rms_norm_backward_row(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight), n, inverse, static_cast<T*>(dx));
+    rms_norm_backward_row(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight), n,
+                          inverse, static_cast<T*>(dx));
   });
 }
 
@@ -240,14 +251,16 @@ void swiglu_backward_as(const T* dy, const T* gate, const T* up, int64_t n, T* d
 void swiglu_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    swiglu_backward_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), n, static_cast<T*>(dgate), static_cast<T*>(dup));
+    swiglu_backward_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), n,
+                       static_cast<T*>(dgate), static_cast<T*>(dup));
   });
 }
 
-// The same for some columns of matrices whose rows are `stride` apart, and the sums over the rows of dgate * gate and of dup * up,
-// with the bits of `dots`: DoRA's magnitude gradients, while gate and up are at hand.
+// The same for some columns of matrices whose rows are `stride` apart, and the sums over the rows of dgate * gate and
+// of dup * up, with the bits of `dots`: DoRA's magnitude gradients, while gate and up are at hand.
 template <class T>
-void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t stride, int64_t rows, int64_t columns, T* dgate, T* dup, float* gate_dots, float* up_dots) {
+void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t stride, int64_t rows, int64_t columns,
+                             T* dgate, T* dup, float* gate_dots, float* up_dots) {
   for (int64_t c = 0; c < columns; ++c) gate_dots[c] = up_dots[c] = 0.0f;
   for (int64_t t = 0; t < rows; ++t)
     each32(columns, [&](int64_t c, auto left) {
@@ -266,41 +279,52 @@ void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t st
     });
 }
 
-void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns, void* dgate, void* dup,
-                          float* gate_dots, float* up_dots) {
+void swiglu_backward_dots(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows,
+                          int64_t columns, void* dgate, void* dup, float* gate_dots, float* up_dots) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    swiglu_backward_dots_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), stride, rows, columns, static_cast<T*>(dgate),
-                            static_cast<T*>(dup), gate_dots, up_dots);
+    swiglu_backward_dots_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), stride,
+                            rows, columns, static_cast<T*>(dgate), static_cast<T*>(dup), gate_dots, up_dots);
   });
 }
 
-// The heads of one token, [heads, D], turned: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2 for the two halves of a head, cos and sin [D];
-// or `back`, by the transposed matrix, which is how gradients are turned. PyTorch has no kernel for it; transformers' chain makes six.
+// The heads of one token, [heads, D], turned: y1 = x1 cos1 - x2 sin1, y2 = x2 cos2 + x1 sin2 for the two halves of a
+// head, cos and sin [D]; or `back`, by the transposed matrix, which is how gradients are turned. PyTorch has no kernel
+// for it; transformers' chain makes six.
 template <class T>
 void rotate_as(const T* x, const T* cos, const T* sin, int64_t heads, int64_t D, bool back, T* y) {
   const int64_t half = D / 2;
   const T *first = back ? sin + half : sin, *second = back ? sin : sin + half;
-  const F16 minus = F16::broadcast(-1.0f), plus = F16::broadcast(1.0f), of_first = back ? plus : minus, of_second = back ? minus : plus;
+  const F16 minus = F16::broadcast(-1.0f), plus = F16::broadcast(1.0f), of_first = back ? plus : minus,
+            of_second = back ? minus : plus;
   for (int64_t h = 0; h < heads; ++h, x += D, y += D)
     each32(half, [&](int64_t i, auto left) {
       prefetch(i, x, x + half, y, y + half);
-      const F32 x1 = load32(x + i, left), x2 = load32(x + half + i, left), c1 = load32(cos + i, left), c2 = load32(cos + half + i, left);
+      const F32 x1 = load32(x + i, left), x2 = load32(x + half + i, left), c1 = load32(cos + i, left),
+                c2 = load32(cos + half + i, left);
       const F32 s1 = load32(first + i, left), s2 = load32(second + i, left);
-      store32(y + i, F32{fused(x2.a, mul(s1.a, of_first), mul(x1.a, c1.a)), fused(x2.b, mul(s1.b, of_first), mul(x1.b, c1.b))}, left);
-      store32(y + half + i, F32{fused(x1.a, mul(s2.a, of_second), mul(x2.a, c2.a)), fused(x1.b, mul(s2.b, of_second), mul(x2.b, c2.b))}, left);
+      store32(y + i,
+              F32{fused(x2.a, mul(s1.a, of_first), mul(x1.a, c1.a)), fused(x2.b, mul(s1.b, of_first), mul(x1.b, c1.b))},
+              left);
+      store32(
+          y + half + i,
+          F32{fused(x1.a, mul(s2.a, of_second), mul(x2.a, c2.a)), fused(x1.b, mul(s2.b, of_second), mul(x2.b, c2.b))},
+          left);
     });
 }
 
-void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y) {
+void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back,
+            void* y) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    rotate_as(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), heads, D, back, static_cast<T*>(y));
+    rotate_as(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), heads, D, back,
+              static_cast<T*>(y));
   });
 }
 
-// AdamW before and after the square root of v, which is torch's own: MKL's, which is not always the nearest float, and another one elsewhere.
-// A product and a sum are rounded together where torch's kernels for AVX2 and AVX-512 do so, in their vectors and behind them.
+// AdamW before and after the square root of v, which is torch's own: MKL's, which is not always the nearest float, and
+// another one elsewhere. A product and a sum are rounded together where torch's kernels for AVX2 and AVX-512 do so, in
+// their vectors and behind them.
 void adamw_moments(const AdamW& step, const float* g, float* m, float* v, int64_t n) {
   const bool near = step.weight < 0.5f;  // torch's lerp goes from the nearer end
   const F16 scale = F16::broadcast(step.scale), part = F16::broadcast(near ? step.weight : step.weight - 1.0f);
@@ -318,8 +342,11 @@ void adamw_moments(const AdamW& step, const float* g, float* m, float* v, int64_
 }
 
 void adamw_values(const AdamW& step, const float* m, const float* root, float* p, int64_t n) {
-  const F16 correction = F16::broadcast(step.correction), eps = F16::broadcast(step.eps), decay = F16::broadcast(step.decay), size = F16::broadcast(-step.size);
-  const auto moved = [&](F16 p, F16 m, F16 root) { return add(mul(p, decay), div(mul(size, m), add(div(root, correction), eps))); };
+  const F16 correction = F16::broadcast(step.correction), eps = F16::broadcast(step.eps),
+            decay = F16::broadcast(step.decay), size = F16::broadcast(-step.size);
+  const auto moved = [&](F16 p, F16 m, F16 root) {
+    return add(mul(p, decay), div(mul(size, m), add(div(root, correction), eps)));
+  };
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, p);
     const F32 values = load32(p + i, left), moment = load32(m + i, left), roots = load32(root + i, left, 1.0f);
@@ -344,7 +371,8 @@ void scaled_as(const float* in, int64_t rows, int64_t columns, float factor, con
     const float g = gain == nullptr ? 1.0f : gain[row];
     int64_t i = row * columns;
     const int64_t end = i + columns;
-    for (; i + 16 <= end; i += 16) store16(out + i, mul(mul(F16::load(in + i), F16::broadcast(factor)), F16::broadcast(g)));
+    for (; i + 16 <= end; i += 16)
+      store16(out + i, mul(mul(F16::load(in + i), F16::broadcast(factor)), F16::broadcast(g)));
     for (; i < end; ++i) out[i] = round_to<T>((in[i] * factor) * g);
   }
 }

@@ -1,10 +1,11 @@
-// 1 KB tiles, the operands of the processor's matrix unit (AMX), their products, and how they are made from rows of bf16:
+// 1 KB tiles, the operands of the processor's matrix unit (AMX), their products, and how they are made from rows of
+// bf16:
 //
 //   C[16, 16] += A[16, 32] B[32, 16]
 //   A   16 rows of 32 bf16        B   16 rows, each two rows of 16 bf16 interleaved        C   16 rows of 16 float32
 //
-// Included first by files that run on it, under QLORA_TILES. Everything is in an anonymous namespace and compiled for AVX512-BF16 and AMX:
-// nf4.cpp lets nothing of it run elsewhere.
+// Included first by files that run on it, under QLORA_TILES. Everything is in an anonymous namespace and compiled for
+// AVX512-BF16 and AMX: nf4.cpp lets nothing of it run elsewhere.
 #pragma once
 
 #include <stdint.h>
@@ -17,7 +18,8 @@
 
 // The instructions of all that follows, up to QLORA_TILES_END.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
 #define QLORA_TILES_END _Pragma("clang attribute pop")
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
@@ -96,7 +98,8 @@ inline void multiply(Grid a, Grid b, int64_t k, Grid c, bool accumulate) {
         for (int64_t i = 0; i < k; ++i)
           for (int p = 0; p < 16; ++p) {
             const __m512bh pairs = (__m512bh)_mm512_load_si512(b(x, i).row[p]);
-            for (int r = 0; r < 16; ++r) sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_set1_epi32(int(a(y, i).row[r][p])), pairs);
+            for (int r = 0; r < 16; ++r)
+              sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)_mm512_set1_epi32(int(a(y, i).row[r][p])), pairs);
           }
         for (int r = 0; r < 16; ++r) _mm512_store_ps(c(y, x).row[r], sum[r]);
       }
@@ -158,8 +161,10 @@ inline __m512i interleaved(__m512i x) {
 // Two rows of 32 values to pairs of the first 16 columns, and of the others.
 inline void interleave(__m512i even, __m512i odd, Tile& first, Tile& second, int p) {
   alignas(64) static constexpr uint16_t order[2][32] = {
-      {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   first.set(p, _mm512_permutex2var_epi16(even, _mm512_load_si512(order[0]), odd));
   second.set(p, _mm512_permutex2var_epi16(even, _mm512_load_si512(order[1]), odd));
 }
@@ -168,7 +173,8 @@ inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2p
 
 // 16 rows of 32 values: A. Rows past n and columns past `columns` are zeros.
 inline void rows_of(Tile& t, const BF16* x, int64_t stride, int64_t n, int64_t columns) {
-  for (int r = 0; r < 16; ++r) t.set(r, r < n ? _mm512_maskz_loadu_epi16(first(columns), x + r * stride) : _mm512_setzero_si512());
+  for (int r = 0; r < 16; ++r)
+    t.set(r, r < n ? _mm512_maskz_loadu_epi16(first(columns), x + r * stride) : _mm512_setzero_si512());
 }
 
 // 32 rows of 16 values: B.
@@ -176,12 +182,14 @@ inline void pairs_of(Tile& t, const BF16* x, int64_t stride, int64_t n, int64_t 
   const __mmask16 mask = __mmask16(first(columns));
   for (int p = 0; p < 16; ++p) {
     const __m256i low = 2 * p < n ? _mm256_maskz_loadu_epi16(mask, x + 2 * p * stride) : _mm256_setzero_si256();
-    const __m256i high = 2 * p + 1 < n ? _mm256_maskz_loadu_epi16(mask, x + (2 * p + 1) * stride) : _mm256_setzero_si256();
+    const __m256i high =
+        2 * p + 1 < n ? _mm256_maskz_loadu_epi16(mask, x + (2 * p + 1) * stride) : _mm256_setzero_si256();
     t.set(p, interleaved(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
   }
 }
 
-// The forms in which the products take x [n, D], tokens past n as zeros: A [2 blocks][D / 32] or, transposed, B in the same order;
+// The forms in which the products take x [n, D], tokens past n as zeros: A [2 blocks][D / 32] or, transposed, B in the
+// same order;
 inline void pack_rows(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D, bool transposed) {
   for (int64_t t = 0; t < 2 * blocks; ++t)
     for (int64_t d = 0; d < out.across; ++d) {
@@ -202,7 +210,8 @@ inline void pack_pairs(Grid out, int64_t blocks, const BF16* x, int64_t stride, 
 // C times a factor to 16 rows of x, of which n exist, 16 columns, of which `columns` exist.
 inline void store_rows(const Tile& c, float factor, BF16* x, int64_t stride, int64_t n, int64_t columns) {
   for (int r = 0; r < 16 && r < n; ++r)
-    _mm256_mask_storeu_epi16(x + r * stride, __mmask16(first(columns)), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(c.floats(r), _mm512_set1_ps(factor))));
+    _mm256_mask_storeu_epi16(x + r * stride, __mmask16(first(columns)),
+                             (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(c.floats(r), _mm512_set1_ps(factor))));
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The two 16-bit formats as bit patterns, and their exact conversions in plain integers (used where no instruction does it).
+// The two 16-bit formats as bit patterns, and their exact conversions in plain integers (used where no instruction does
+// it).
 #pragma once
 
 #include <stdint.h>
