@@ -11,18 +11,18 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "FinetuneConfig": "config",
+    "FinetuneConfig": "config.commands",
     "UserError": "errors",
-    "load_base": "model",
-    "load_tokenizer": "sources",
-    "attach_adapters": "adapters",
-    "adapter_parameters": "adapters",
-    "named_adapters": "adapters",
-    "save_adapter": "adapter_files",
-    "load_adapter": "adapter_files",
-    "PagedAdamW": "optim",
-    "finetune": "recipe",
-    "merge": "merging",
+    "load_base": "models.load",
+    "load_tokenizer": "models.source",
+    "attach_adapters": "layers.attach",
+    "adapter_parameters": "layers.attach",
+    "named_adapters": "layers.attach",
+    "save_adapter": "export.peft",
+    "load_adapter": "export.peft",
+    "PagedAdamW": "optim.adamw",
+    "finetune": "run.recipe",
+    "merge": "export.merge",
 }
 __all__ = [*_HOME, "__version__"]
 

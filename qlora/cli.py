@@ -25,17 +25,19 @@ from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from qlora.config import (
-    GROUPS,
-    SIZES,
+from qlora.config.commands import (
     DoctorConfig,
     EvalConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
-    Options,
     PlanConfig,
     QuantizeConfig,
+)
+from qlora.config.options import (
+    GROUPS,
+    SIZES,
+    Options,
     choices,
     entries,
     from_options,
@@ -46,12 +48,12 @@ from qlora.config import (
     shown_default,
 )
 from qlora.errors import UserError, problem
-from qlora_kernels import BackendError  # a package without torch in it
+from qlora_kernels import BackendError
 
 
 def _finetune(config: FinetuneConfig) -> None:
     _quiet()
-    from qlora.recipe import finetune
+    from qlora.run.recipe import finetune
 
     finetune(config)
     adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
@@ -63,7 +65,7 @@ def _finetune(config: FinetuneConfig) -> None:
 
 def _merge(config: MergeConfig) -> None:
     _quiet()
-    from qlora.merging import merge
+    from qlora.export.merge import merge
 
     merge(**asdict(config))
     folder = shlex.quote(config.output)
@@ -75,14 +77,14 @@ def _merge(config: MergeConfig) -> None:
 
 def _generate(config: GenerateConfig) -> None:
     _quiet()
-    from qlora.generate import generate_text
+    from qlora.run.commands import generate_text
 
     print(generate_text(config))
 
 
 def _eval(config: EvalConfig) -> None:
     _quiet()
-    from qlora.evaluate import evaluate_command
+    from qlora.run.commands import evaluate_command
 
     result = evaluate_command(config)
     if config.json:  # JSON has no infinity
@@ -96,7 +98,7 @@ def _eval(config: EvalConfig) -> None:
 
 def _quantize(config: QuantizeConfig) -> None:
     _quiet()
-    from qlora.merging import quantize_checkpoint
+    from qlora.export.bnb import quantize_checkpoint
 
     quantize_checkpoint(**asdict(config))
     print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."')
@@ -104,7 +106,7 @@ def _quantize(config: QuantizeConfig) -> None:
 
 def _plan(config: PlanConfig) -> None:
     _quiet()
-    from qlora.recipe import planned
+    from qlora.run.commands import planned
 
     found = planned(config)
     text = found.pop("text")

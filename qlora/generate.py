@@ -13,36 +13,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qlora.adapter_files import load_adapted
-from qlora.config import GenerateConfig
-from qlora.data import prompt_ids, stop_ids
+from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError, problem
-
-
-def generate_text(config: GenerateConfig) -> str:
-    """`qlora generate`: what the model answers to `config.prompt`, with the base and recipe that the adapter names.
-
-    Raises UserError if model or adapter cannot be loaded, or the prompt does not fit.
-    """
-    model, tokenizer = load_adapted(
-        config.adapter,
-        model=config.model,
-        bits=config.bits,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return generate_batch(
-        model,
-        tokenizer,
-        [config.prompt],
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        system=config.system,
-        raw=config.raw,
-    )[0]
 
 
 @torch.no_grad()

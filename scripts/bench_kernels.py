@@ -172,8 +172,8 @@ def step_cases(out: int, columns: int) -> list[Case]:
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-    from qlora.attention import attend, bounds
-    from qlora.fused import RMSNorm, _Rotation, _SwiGLU
+    from qlora.layers.attention import attend, bounds
+    from qlora.layers.fused import RMSNorm, _Rotation, _SwiGLU
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
     fused = RMSNorm(norm.weight, norm.variance_epsilon)

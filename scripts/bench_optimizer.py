@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 
 import qlora
-from qlora.optim import state_bytes
-from qlora.train import anonymous_memory
+from qlora.optim.layout import state_bytes
+from qlora.train.memory import anonymous_memory
 
 RANK = 16
 SHAPES = {
@@ -151,8 +151,8 @@ def training(rounds: int, folder: str) -> dict:
     import transformers
     from bench_train import random_batch
 
-    from qlora.adapters import adapter_parameters
-    from qlora.train import optimizer_step
+    from qlora.layers.attach import adapter_parameters
+    from qlora.train.step import optimizer_step
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ def random_batch(shape: str):
     """One batch of random tokens, all but the first of each example targets."""
     import torch
 
-    from qlora.data import Example, collate
+    from qlora.data.batch import Example, collate
 
     count, length = map(int, shape.split("x"))
     ids = torch.randint(5, 30000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
@@ -49,7 +49,9 @@ def random_batch(shape: str):
 
 def real_batches(path: str, count: int) -> list:
     import qlora
-    from qlora.data import collate, read_records, tokenize
+    from qlora.data.batch import collate
+    from qlora.data.records import read_records
+    from qlora.data.tokenize import tokenize
 
     records = read_records(path)[: 4 * count]
     examples = tokenize(records, qlora.load_tokenizer("smollm2-135m"), max_tokens=512).examples
@@ -58,7 +60,7 @@ def real_batches(path: str, count: int) -> list:
 
 def stepper(model, adamw) -> Callable:
     """Takes an optimizer step on a batch: seconds and loss."""
-    from qlora.train import optimizer_step
+    from qlora.train.step import optimizer_step
 
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model.train()
@@ -98,7 +100,7 @@ def measure(side: str, method: str, work: str, steps: int, folder: str) -> dict:
     from compare_peft import theirs
 
     import qlora
-    from qlora.train import PeakMemory
+    from qlora.train.memory import PeakMemory
 
     batches = batches_of(work, WARM_UP + steps)
     with PeakMemory(torch.device("cpu")) as memory:
@@ -128,7 +130,8 @@ def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
     from random_models import build
 
     import qlora
-    from qlora.train import PeakMemory, checkpoint_activations
+    from qlora.train.memory import PeakMemory
+    from qlora.train.step import checkpoint_activations
 
     with PeakMemory(torch.device("cpu")) as memory:
         model = qlora.attach_adapters(build(shape), method="dora", rank=16, alpha=32)

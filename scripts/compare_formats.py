@@ -37,11 +37,14 @@ from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
 import qlora
-from qlora import nf4
-from qlora.adapters import linear_names
-from qlora.data import Example, collate, read_records, step_indices, tokenize
-from qlora.loss import target_logits
-from qlora.train import learning_rate, optimizer_step
+from qlora.data.batch import Example, collate
+from qlora.data.order import step_indices
+from qlora.data.records import read_records
+from qlora.data.tokenize import tokenize
+from qlora.layers import nf4
+from qlora.layers.attach import linear_names
+from qlora.layers.loss import target_logits
+from qlora.train.step import learning_rate, optimizer_step
 
 BLOCKSIZE, BATCH = 64, 8
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6

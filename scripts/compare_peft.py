@@ -29,9 +29,12 @@ import torch
 import transformers
 
 import qlora
-from qlora.data import collate, read_records, step_indices, tokenize
+from qlora.data.batch import collate
+from qlora.data.order import step_indices
+from qlora.data.records import read_records
+from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
-from qlora.train import learning_rate, optimizer_step
+from qlora.train.step import learning_rate, optimizer_step
 
 RANK, ALPHA, BATCH, RATE, WARMUP = 16, 32.0, 4, 5e-4, 4
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qlora
-from qlora.data import read_records
+from qlora.data.records import read_records
 from qlora.generate import generate_batch
 
 

@@ -135,7 +135,8 @@ def measure_steps(
     """Seconds of a step of `count` micro-batches (median), its first loss, and the peak of memory; None if it does not
     fit.
     """
-    from qlora.train import PeakMemory, optimizer_step
+    from qlora.train.memory import PeakMemory
+    from qlora.train.step import optimizer_step
 
     trained = [p for p in model.parameters() if p.requires_grad]
     batches = [random_batch(length, model.config.vocab_size, seed=i) for i in range(count)]

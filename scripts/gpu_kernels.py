@@ -194,7 +194,7 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
 
 
 def part_bandwidth(bench: Bench) -> None:
-    from qlora import nf4
+    from qlora.layers import nf4
     from qlora_kernels import ops
 
     device = bench.device

@@ -43,8 +43,9 @@ def smallest_limit(bench: Bench, step: Callable[[], Any], low: float, high: floa
 
 def part_plan(bench: Bench) -> None:
     import qlora
-    from qlora.plan import Skeleton, asked, largest, predict
-    from qlora.train import anonymous_memory
+    from qlora.plan.fit import asked, largest, predict
+    from qlora.plan.meta import Skeleton
+    from qlora.train.memory import anonymous_memory
 
     if not bench.installed("pydantic"):  # which checks the options of a run
         return
@@ -156,7 +157,7 @@ def finetune(bench: Bench, shape: str, length: int) -> None:
 
 def smallest(bench: Bench, shape: str, length: int) -> None:
     import qlora
-    from qlora.train import optimizer_step
+    from qlora.train.step import optimizer_step
 
     model = attached(build(shape, bench.device), "dora")
     checkpointing(model, True)

@@ -80,8 +80,8 @@ def part_profile(bench: Bench) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     import qlora
-    from qlora.loss import loss_sum
-    from qlora.train import optimizer_step
+    from qlora.layers.loss import loss_sum
+    from qlora.train.step import optimizer_step
 
     shape = "small" if bench.small else "7B"
     base = build(shape, bench.device)
@@ -246,7 +246,7 @@ def part_curves(bench: Bench) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     import qlora
-    from qlora.train import optimizer_step
+    from qlora.train.step import optimizer_step
 
     hidden, layers, steps, length = (64, 2, 4, 24) if bench.small else (512, 4, 20, 128)
     config = LlamaConfig(

@@ -29,7 +29,7 @@ def write_random_llama(folder: Path, shape: str) -> None:
     from random_models import llama_config
     from transformers import AutoModelForCausalLM
 
-    from qlora.merging import ShardWriter
+    from qlora.export.shards import ShardWriter
 
     config = llama_config(shape)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_random_llama(folder: Path, shape: str) -> None:
             writer.add(name, torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator))
     writer.close()
     config.save_pretrained(folder)
-    from qlora.sources import load_tokenizer
+    from qlora.models.source import load_tokenizer
 
     load_tokenizer("smollm2-135m").save_pretrained(folder)
 
@@ -55,12 +55,12 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     from safetensors import safe_open
 
     import qlora
-    from qlora.train import PeakMemory, anonymous_memory
+    from qlora.train.memory import PeakMemory, anonymous_memory
 
     torch.zeros(1)  # the first tensor starts the thread pool
     from transformers import AutoModelForCausalLM  # noqa: F401  part of the baseline
 
-    import qlora.merging
+    import qlora
 
     if task == "read":
         started = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     started = time.perf_counter()
     with PeakMemory(torch.device("cpu")) as memory:
         if task == "merge":
-            qlora.merging.merge(adapter, output)
+            qlora.merge(adapter, output)
             held = 0
         else:
             model = qlora.load_base(folder, bits=4, dtype="bf16")

@@ -52,11 +52,13 @@ def measure(row: dict) -> dict:
     import torch
     import transformers
 
-    import qlora.recipe
-    from qlora.config import FinetuneConfig
-    from qlora.data import Example, collate
-    from qlora.plan import Skeleton, asked, largest, predict
-    from qlora.train import PeakMemory, anonymous_memory, checkpoint_activations, optimizer_step
+    import qlora.run.recipe
+    from qlora.config.commands import FinetuneConfig
+    from qlora.data.batch import Example, collate
+    from qlora.plan.fit import asked, largest, predict
+    from qlora.plan.meta import Skeleton
+    from qlora.train.memory import PeakMemory, anonymous_memory
+    from qlora.train.step import checkpoint_activations, optimizer_step
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -86,7 +88,7 @@ def measure(row: dict) -> dict:
             checkpoint_activations(model)
         ids = torch.randint(5, 49000, (config.batch_size, config.max_tokens)).tolist()
         batch = collate([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in ids])
-        optimizer = qlora.recipe.adamw(model, config)
+        optimizer = qlora.run.recipe.adamw(model, config)
         model.train()
         for step in range(3):
             optimizer_step(model, optimizer, [batch] * config.accumulate, 1e-4, 1.0, step)

@@ -55,7 +55,7 @@ def skeleton(shape: str) -> nn.Module:
 
 
 def random_nf4(out: int, columns: int, generator: torch.Generator):
-    from qlora.nf4 import NESTED_BLOCKSIZE, NF4Weight
+    from qlora.layers.weight import NESTED_BLOCKSIZE, NF4Weight
 
     device, blocks = generator.device, out * columns // 64
     packed = torch.empty(out * columns // 2, 1, dtype=torch.uint8, device=device).random_(0, 256, generator=generator)
@@ -68,7 +68,7 @@ def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, objec
     """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones
     every time.
     """
-    from qlora.adapters import linear_names
+    from qlora.layers.attach import linear_names
 
     generator = torch.Generator(device).manual_seed(0)
     linear = {f"{name}.weight" for name in linear_names(model)}
@@ -81,7 +81,7 @@ def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, objec
 
 
 def ours(weight, device: torch.device) -> nn.Module:
-    from qlora.linear import NF4Linear
+    from qlora.layers.linear import NF4Linear
 
     with torch.device("meta"):
         layer = NF4Linear(weight.shape[1], weight.shape[0])
@@ -93,7 +93,7 @@ def theirs(weight, device: torch.device) -> nn.Module:
     """bitsandbytes' layer over the same bytes."""
     import bitsandbytes
 
-    from qlora import nf4
+    from qlora.layers import nf4
 
     layer = bitsandbytes.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
@@ -112,7 +112,7 @@ def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours
     """A frozen model; ours as `qlora.load_base` returns it."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from qlora.fused import fuse
+    from qlora.layers.fused import fuse
     from qlora_kernels import ops
 
     device = torch.device(device)
@@ -150,7 +150,7 @@ def attached(model: nn.Module, method: str) -> nn.Module:
 
 def detached(model: nn.Module) -> nn.Module:
     """The base again."""
-    from qlora.adapters import named_adapters
+    from qlora.layers.attach import named_adapters
 
     for name, adapter in list(named_adapters(model)):
         model.set_submodule(name, adapter.base)
@@ -159,7 +159,7 @@ def detached(model: nn.Module) -> nn.Module:
 
 def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0):
     """`count` examples of random tokens, all but the first of each targets."""
-    from qlora.data import Example, collate
+    from qlora.data.batch import Example, collate
 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
@@ -167,7 +167,7 @@ def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0):
 
 
 def checkpointing(model: nn.Module, on: bool) -> None:
-    from qlora.train import checkpoint_activations
+    from qlora.train.step import checkpoint_activations
 
     if on:
         checkpoint_activations(model)
@@ -180,8 +180,8 @@ def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
-    from qlora import nf4
-    from qlora.merging import ShardWriter
+    from qlora.export.shards import ShardWriter
+    from qlora.layers import nf4
 
     model = skeleton(shape)
     folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ import tiny
 
 import qlora
 from qlora.cli import COMMANDS, main, parse, parser
-from qlora.config import choices, entries, kinds
+from qlora.config.options import choices, entries, kinds
 from qlora.errors import UserError
 
 HOUSE = Path(__file__).resolve().parents[1]
@@ -374,9 +374,9 @@ def test_next_steps_are_commands_that_parse(trained, capsys):
 def test_functions_stay_functions_whatever_is_imported():
     import importlib
 
-    for module in ("recipe", "merging", "config", "evaluate", "generate"):
+    for module in ("run.recipe", "export.merge", "config.commands", "evaluate", "generate"):
         importlib.import_module(f"qlora.{module}")
-    assert callable(qlora.finetune) and callable(qlora.merge) and qlora.finetune.__module__ == "qlora.recipe"
+    assert callable(qlora.finetune) and callable(qlora.merge) and qlora.finetune.__module__ == "qlora.run.recipe"
     for name in qlora.__all__:
         assert getattr(qlora, name) is not None and name in dir(qlora)
     with pytest.raises(AttributeError, match="no attribute 'finetun'"):

@@ -14,12 +14,15 @@ import transformers
 from bitsandbytes.functional import dequantize_4bit
 from helpers import without_quantized_gemm
 
-from qlora import load_base, nf4
-from qlora.adapters import linear_names
-from qlora.data import collate, read_records, tokenize
+from qlora import load_base
+from qlora.data.batch import collate
+from qlora.data.records import read_records
+from qlora.data.tokenize import tokenize
+from qlora.export.bnb import quantize_checkpoint
 from qlora.generate import generate_batch
-from qlora.loss import loss_sum, target_logits
-from qlora.merging import quantize_checkpoint
+from qlora.layers import nf4
+from qlora.layers.attach import linear_names
+from qlora.layers.loss import loss_sum, target_logits
 
 DATA = Path(__file__).parents[1] / "scripts" / "data"
 STEPS = 24

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import qlora
-from qlora.adapter_files import save_adapter
-from qlora.config import GenerateConfig
-from qlora.data import prompt_ids, stop_ids
+from qlora.config.commands import GenerateConfig
+from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError
-from qlora.generate import generate_batch, generate_text
+from qlora.export.peft import save_adapter
+from qlora.generate import generate_batch
+from qlora.run.commands import generate_text
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
 

@@ -1,6 +1,7 @@
-"""The house's order, read from the import statements: a file imports only from layers below its own.
+"""The house's order, read from the import statements: a file imports only from floors below its own.
 
-Imports inside functions count too. `qlora/__init__.py` stands before the door: it only names where things live.
+Imports inside functions count too. `qlora/__init__.py` stands before the door: it only names where things live. The files
+of one floor may not import each other, so a floor is what can be read in any order.
 """
 
 from __future__ import annotations
@@ -15,24 +16,42 @@ import qlora
 
 HOUSE = Path(__file__).resolve().parents[1]
 
-LAYERS = (
+FLOORS = (
     ("errors",),
-    ("config",),
-    ("nf4", "attention", "fused", "files"),
-    ("linear", "loss", "paging"),
-    ("adapters", "optim"),
-    ("records", "chat", "sources"),
-    ("model", "data"),
-    ("adapter_files",),
-    ("checkpoint",),
-    ("train", "generate", "evaluate", "merging"),
-    ("plan",),
-    ("recipe",),
+    ("sizes", "files", "specs"),
+    ("config.options",),
+    ("config.commands", "layers.weight", "layers.attention", "layers.fused"),
+    ("layers.nf4", "layers.loss", "optim.memory_errors", "train.rng", "train.memory"),
+    ("layers.linear", "optim.disk_tier"),
+    ("layers.adapters", "optim.pinned_tier"),
+    ("layers.attach", "optim.pager"),
+    ("optim.layout",),
+    ("optim.adamw",),
+    ("data.records", "data.chat", "models.hub", "models.transformers_seam"),
+    ("data.formats", "data.batch", "data.order", "models.source", "models.device"),
+    ("models.packed", "models.gguf"),
+    ("data.tokenize", "models.quantize"),
+    ("models.load", "export.card"),
+    ("export.peft", "export.shards"),
+    ("export.merge", "export.bnb", "train.checkpoint", "train.signals", "train.metrics"),
+    ("train.step",),
+    ("train.loop", "evaluate", "generate"),
+    ("plan.meta",),
+    ("plan.fit",),
+    ("plan.say", "run.adapted"),
+    ("run.output",),
+    ("run.inputs",),
+    ("run.identity", "run.report"),
+    ("run.commands", "run.recipe"),
     ("doctor",),
     ("cli",),
 )
-LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-MODULES = sorted(path.stem for path in (HOUSE / "qlora").glob("*.py") if path.stem != "__init__")
+FLOOR = {module: level for level, floor in enumerate(FLOORS) for module in floor}
+MODULES = sorted(
+    ".".join(path.relative_to(HOUSE / "qlora").with_suffix("").parts)
+    for path in (HOUSE / "qlora").rglob("*.py")
+    if path.stem != "__init__"
+)
 KERNELS = sorted((HOUSE / "kernels").rglob("*.py"))
 
 
@@ -46,19 +65,25 @@ def imported(path: Path, package: str) -> Iterator[str]:
             yield from (f"{home}.{name.name}" for name in node.names)
 
 
-def test_every_module_has_a_layer():
-    assert set(MODULES) - set(LEVEL) == set()
-    assert not [path for path in (HOUSE / "qlora").iterdir() if path.is_dir() and path.name != "__pycache__"]
+def module_of(name: str) -> str | None:
+    """The module of `qlora` that a dotted name leads into, without the package: "qlora.layers.nf4.rows" -> "layers.nf4"."""
+    parts = name.split(".")
+    if parts[0] != "qlora":
+        return None
+    return next((".".join(parts[1:end]) for end in range(len(parts), 1, -1) if ".".join(parts[1:end]) in FLOOR), "")
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set(FLOOR)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    names = [name.split(".") for name in imported(HOUSE / "qlora" / f"{module}.py", "qlora")]
-    used = {parts[1] for parts in names if parts[0] == "qlora" and parts[1:] and parts[1] in MODULES}
-    assert {name for name in used if LEVEL[name] >= LEVEL[module]} == set()
+    names = list(imported(HOUSE / "qlora" / f"{module.replace('.', '/')}.py", "qlora"))
+    used = {module_of(name) for name in names} - {None, ""}
+    assert {name for name in used if FLOOR[name] >= FLOOR[module]} == set()
     # the front door may be asked for the version, and for nothing else
-    front = {parts[1] if parts[1:] else "qlora" for parts in names if parts[0] == "qlora"} - set(MODULES)
-    assert front <= {"__version__"}
+    assert {name for name in names if module_of(name) == ""} <= {"qlora.__version__"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
@@ -71,5 +96,13 @@ def test_kernels_folder_is_no_package():
     assert KERNELS and not (HOUSE / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.parametrize("folder", [HOUSE / "qlora", *(path for path in (HOUSE / "qlora").iterdir() if path.is_dir())])
+def test_packages_are_only_folders(folder):
+    """Names live in modules: what a package's `__init__` imports is paid for by everybody who imports a neighbour."""
+    if folder.name not in ("qlora", "__pycache__"):
+        assert (folder / "__init__.py").read_text() == ""
+
+
 def test_no_module_takes_the_place_of_an_exported_function():
-    assert not set(qlora.__all__) & set(MODULES)
+    taken = {module.split(".")[0] for module in MODULES}
+    assert not set(qlora.__all__) & taken

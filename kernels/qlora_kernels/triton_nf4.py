@@ -494,16 +494,7 @@ def _lane_sum(lanes, BLOCKS: tl.constexpr):
 
 @triton.jit
 def fit_scales_kernel(
-    scales,
-    weight,
-    levels,
-    midpoints,
-    stretches,
-    candidates,
-    n,
-    tiny,
-    BLOCKSIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    scales, weight, levels, midpoints, stretches, candidates, n, tiny, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """For each block the scale of least squared error among the candidates, refined: see `reference.fit_scales_nf4`."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)

@@ -1,0 +1,272 @@
+"""TODO head of config.options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from qlora.errors import UserError, problem
+from qlora.sizes import number, parse_memory, parse_size
+
+GROUPS = (
+    "model and data",
+    "quantization",
+    "adapter",
+    "training",
+    "data",
+    "evaluation and checkpoints",
+    "generation",
+    "output",
+    "machine",
+)
+MODEL, QUANTIZATION, ADAPTER, TRAINING, DATA, CHECKPOINTS, GENERATION, OUTPUT, MACHINE = GROUPS
+
+
+def option(default: Any = MISSING, *, group: str, help: str, rule: str = "", aka: str = "", **limits: Any) -> Any:
+    """A dataclass field. `help` begins with a noun where the option is required (it also reads after "Give ...");
+    `limits` are pydantic's (ge, lt, min_length, pattern, ...); `rule` replaces the sentence made from them; `aka` holds
+    names that other trainers use, so that an unknown one leads here."""
+    return field(
+        default=default, metadata={"help": help, "group": group, "rule": rule, "aka": aka.split(), "limits": limits}
+    )
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the options of every command do: coerce and check themselves when made.
+
+    Raises: UserError with every problem found.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in _checked(type(self), vars(self)).items():
+            setattr(self, name, value)
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        """Problems between options. `values` holds only those that passed on their own, coerced."""
+        return []
+
+
+# Reading the declarations.
+
+Entry = dataclasses.Field[Any]
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def entries(cls: type[Options] | Options) -> list[Entry]:
+    """The options of a command, in the order of their groups."""
+    return sorted(dataclasses.fields(cls), key=lambda entry: GROUPS.index(entry.metadata["group"]))
+
+
+@functools.cache
+def kinds(cls: type[Options]) -> dict[str, Any]:
+    """Option name -> its type."""
+    return get_type_hints(cls)
+
+
+def choices(kind: Any) -> tuple[Any, ...]:
+    """The values of a Literal, also of an optional one; () for other types."""
+    return next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
+
+
+def shown_default(entry: Entry) -> str:
+    """A default as a user would type it; "" where there is none."""
+    if entry.default is MISSING or entry.default is None:
+        return ""
+    if entry.name == "shard_size":
+        return f"{entry.default // 10**9}GB"
+    return ("yes" if entry.default else "no") if isinstance(entry.default, bool) else f"{entry.default}"
+
+
+def show(value: object) -> str:
+    """A value on one line of an error message."""
+    text = str(value)
+    if isinstance(value, str) and (not text.strip() or not text.isprintable()):
+        text = repr(text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant, or None."""
+    names = list(names)
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1)
+    return found[0] if found else next((longer for longer in names if name and longer.startswith(name)), None)
+
+
+def nearest_option(cls: type[Options], name: str) -> str | None:
+    """The option that was probably meant by an unknown name, or None."""
+    known = {alias: entry.name for entry in entries(cls) for alias in (entry.name, *entry.metadata["aka"])}
+    return known.get(nearest(name, known) or "")
+
+
+# Checking.
+
+
+def _numbered_choice(value: object) -> object:
+    """ "16" -> 16, for a Literal of numbers."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else number(value)
+
+
+EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_fraction"))
+SIZES = {"shard_size": parse_size, "memory": parse_size, "optimizer_memory": parse_memory}  # options in bytes
+
+
+@functools.cache
+def _checker(cls: type[Options], name: str) -> Any:
+    """pydantic's checker of one option. Imported here, as `--help` does not need it."""
+    from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+
+    kind, limits = kinds(cls)[name], next(entry for entry in entries(cls) if entry.name == name).metadata["limits"]
+    marks: list[Any] = [Field(**limits)]
+    if name in SIZES:
+        marks.append(BeforeValidator(SIZES[name]))
+    elif isinstance((choices(kind) or [""])[0], int):
+        marks.append(BeforeValidator(_numbered_choice))
+    elif {int, float} & {kind, *get_args(kind)}:
+        marks.append(BeforeValidator(number))
+    return TypeAdapter(Annotated[(kind, *marks)], config=ConfigDict(allow_inf_nan=False))
+
+
+_TYPE_RULES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+}
+
+
+def _problem(entry: Entry, kind: Any, value: object, error: Mapping[str, Any]) -> str:
+    """One line from pydantic's first error about an option: what is wrong, and what to do."""
+    words = [choice for choice in choices(kind) if isinstance(choice, str)]
+    meant = nearest(value, words) if isinstance(value, str) else None
+    what, _, how = error["type"].partition("_")
+    if how in ("parsing", "type", "from_float", "parsing_size") and what in _TYPE_RULES:
+        rule = _TYPE_RULES[what]
+    else:
+        rule = error["msg"].replace("Value error, ", "").replace("Input should", "must").replace("'", "")
+        rule = rule.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    rule = entry.metadata["rule"] or rule
+    if error["type"].endswith("too_short"):
+        rule, remedy = "must not be empty", f"Give {entry.metadata['help']}"
+    elif meant:
+        return f"{entry.name}={show(value)}: {rule}. Did you mean {meant}?"
+    elif entry.default is MISSING:
+        remedy = f"Give {entry.metadata['help']}"
+    else:
+        default = shown_default(entry)
+        remedy = "Correct it or leave it out" + (f" for the default, {default}" if default else "")
+    return problem(entry.name, show(value), rule, remedy)
+
+
+def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of `cls`: those given, coerced and checked, and defaults. Raises: UserError with every problem."""
+    from pydantic import ValidationError
+
+    names = [entry.name for entry in entries(cls)]
+    problems, good = [], {}
+    for name in (name for name in values if name not in names):
+        meant = nearest_option(cls, name)
+        problems.append(
+            f"{show(name)}={show(values[name])}: not an option. "
+            + (f"Did you mean {meant}?" if meant else "Remove it.")
+        )
+    for entry in entries(cls):
+        name = entry.name
+        if name not in values and entry.default is MISSING:
+            problems.append(problem(name, "(not given)", "required", f"Give {entry.metadata['help']}"))
+            continue
+        value = values.get(name, entry.default)
+        try:
+            good[name] = _checker(cls, name).validate_python(value)
+        except ValidationError as error:
+            problems.append(_problem(entry, kinds(cls)[name], value, error.errors()[0]))
+    problems += cls.conflicts(good)
+    if problems:
+        raise UserError(problems)
+    return good
+
+
+# Options from a file, and a file from options.
+
+
+def from_options(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
+    """Options by name, as text or Python values. Like `cls(**values)`, but a name that is missing or unknown is one
+    more problem among the others. Raises: UserError."""
+    return cls(**_checked(cls, values))
+
+
+def from_yaml(cls: type[AnyOptions], path: str | Path, overrides: Mapping[str, Any] | None = None) -> AnyOptions:
+    """Options from a YAML file. `overrides` (the flags) win, also over an option of the file that they exclude.
+
+    Raises: UserError: no such file, not YAML, a key twice, an unknown key (with the nearest name), any bad value.
+    """
+    overrides = overrides or {}
+    values = _read_yaml(path)
+    for first, second in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
+        if first in overrides and second not in overrides:
+            values.pop(second, None)
+    return from_options(cls, {**values, **overrides})
+
+
+def to_yaml(config: Options) -> str:
+    """Every option, resolved, as YAML that `from_yaml` reads back to an equal config."""
+    values = {entry.name: getattr(config, entry.name) for entry in entries(config)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.BaseLoader):
+    """Scalars stay text, but for a plain null."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    """The file's options, as text or None or lists of text."""
+
+    def failure(rule: str, remedy: str) -> UserError:
+        return UserError(problem("config", show(str(path)), rule, remedy))
+
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node else None
+    except OSError as error:
+        raise failure(f"cannot be read ({error.strerror})", "Give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise failure("is not UTF-8 text", "Give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        said = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise failure(f"is not valid YAML{where}: {said}", "Correct that place") from error
+    if values is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise failure("must hold one `option: value` a line", "Write for example `rank: 16`")
+    lines: dict[str, list[int]] = {}
+    for key, _ in node.value:
+        lines.setdefault(key.value, []).append(key.start_mark.line + 1)
+    twice = [
+        problem(
+            name,
+            show(values.get(name)),
+            f"given {len(at)} times in {path}, lines {', '.join(map(str, at))}",
+            "Keep one of them",
+        )
+        for name, at in lines.items()
+        if len(at) > 1
+    ]
+    if twice:
+        raise UserError(twice)
+    return {str(name): value for name, value in values.items()}

@@ -1,0 +1,94 @@
+"""TODO head of models.gguf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from qlora.errors import UserError, problem
+
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
+
+
+class _GGUFTensor:
+    """A tensor of a GGUF file, decoded by a chunk of rows at a time when it is read."""
+
+    def __init__(self, tensor, dtype: torch.dtype, undo: Callable[[Tensor], Tensor]):
+        self.tensor, self.dtype, self.undo = tensor, dtype, undo
+
+    def __getitem__(self, _) -> Tensor:
+        import gguf
+
+        shape = tuple(int(d) for d in reversed(self.tensor.shape))
+        data = self.tensor.data
+        out = torch.empty(shape, dtype=self.dtype)
+        if len(shape) == 1:
+            return self.undo(torch.from_numpy(gguf.dequantize(data, self.tensor.tensor_type).copy())).to(self.dtype)
+        step = max(1, (1 << 22) // shape[-1])
+        for start in range(0, shape[0], step):
+            out[start : start + step] = torch.from_numpy(
+                gguf.dequantize(data[start : start + step], self.tensor.tensor_type)
+            )
+        return self.undo(out)
+
+
+def gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
+    """{name in the model: lazy tensor}, undoing what the conversion to GGUF does to each architecture's weights."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    architecture = str(reader.fields["general.architecture"].contents())
+    if architecture not in GGUF_ARCHITECTURES:
+        raise UserError(
+            problem(
+                "model",
+                path,
+                f"GGUF architecture {architecture} is not supported",
+                f"Supported: {', '.join(GGUF_ARCHITECTURES)}; or use the safetensors original",
+            )
+        )
+    kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    dtype = torch.float32 if dtype == "auto" else dtype
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    tensors: dict[str, object] = {}
+    for name in skeleton.state_dict():
+        stem, _, suffix = name.rpartition(".")
+        tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
+        if tensor is not None:
+            tensors[name] = _GGUFTensor(
+                tensor, dtype, _gguf_undo(architecture, name, skeleton.get_submodule(stem), config)
+            )
+    leftover = sorted(set(stored) - {"rope_freqs.weight"})
+    if leftover:
+        raise UserError(
+            problem(
+                "model",
+                path,
+                f"holds tensors that the model has no place for ({', '.join(leftover[:5])})",
+                "Use the safetensors original",
+            )
+        )
+    return tensors
+
+
+def _gguf_undo(architecture: str, name: str, module: nn.Module, config) -> Callable[[Tensor], Tensor]:
+    if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+
+        def interleaved_to_halves(w: Tensor) -> Tensor:  # llama.cpp rotates neighbouring pairs, transformers halves
+            return w.view(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+        return interleaved_to_halves
+    if architecture.startswith("gemma") and "norm" in name:
+        return lambda w: w - 1  # stored as 1 + w
+    if isinstance(module, Conv1D) and name.endswith(".weight"):
+        return lambda w: w.t().contiguous()
+    return lambda w: w

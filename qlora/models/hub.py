@@ -1,0 +1,42 @@
+"""TODO head of models.hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora.errors import UserError, problem
+
+
+def download(model: str, revision: str | None, weights: bool = True) -> Path:
+    """The folder of a hub model in the hub's cache: what is new is downloaded, without a network what is there serves."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    offline, no_network = constants.HF_HUB_OFFLINE, None
+    try:
+        if weights and not offline:
+            try:  # fails at once, where a download goes on trying for half a minute
+                files = [s.rfilename for s in HfApi().model_info(model, revision=revision, timeout=10).siblings or []]
+                patterns.append("*.safetensors" if any(f.endswith(".safetensors") for f in files) else "*.bin")
+            except HfHubHTTPError:
+                raise
+            except http_error as error:
+                offline, no_network = True, error
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
+            )
+        )
+    except (OSError, ValueError, http_error) as error:
+        error = no_network or error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            problem(
+                "model",
+                model,
+                f"is no local folder and could not be had from the hub ({reason})",
+                "Check the name and the network, or give a local folder",
+            )
+        ) from None

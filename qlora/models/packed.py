@@ -1,0 +1,98 @@
+"""TODO head of models.packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from qlora.layers import nf4
+from qlora.layers.weight import NF4Weight
+from qlora.models.source import Source
+
+STORED = {  # the types of safetensors files
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return [folder / name for name in sorted(names)]
+
+
+def stored_types(source: Source) -> dict[str, torch.dtype | None]:
+    """The type of every tensor in a folder's safetensors files by the name it has there, from their headers; empty
+    without such files.
+    """
+    from safetensors import safe_open
+
+    types: dict[str, torch.dtype | None] = {}
+    for path in _safetensors(source.folder):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                types |= {key: STORED.get(file.get_slice(key).get_dtype()) for key in file.keys()}
+    return types
+
+
+def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:
+    """Layers that a bitsandbytes checkpoint holds in 4 bits: their block sizes, and whether the scales are
+    double-quantized.
+    """
+    from safetensors import safe_open
+
+    layers: dict[str, tuple[int, bool]] = {}
+    for path in _safetensors(source.folder):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                name, found, _ = key.partition(".weight.quant_state.")
+                if found:
+                    state = json.loads(bytes(file.get_tensor(key).tolist()))
+                    layers[name] = (state["blocksize"], "nested_blocksize" in state)
+    return dict(sorted(layers.items()))
+
+
+class PackedTensor:
+    """A 4-bit weight in a bitsandbytes checkpoint. Passes through transformers' cast untouched; `load` reads it."""
+
+    def __init__(self, name: str, parts: dict[str, object], device: torch.device | None = None):
+        self.name, self.parts, self.device = name, parts, device
+
+    def __getitem__(self, _) -> PackedTensor:
+        return self
+
+    def to(self, device=None, dtype=None) -> PackedTensor:
+        return PackedTensor(self.name, self.parts, device)
+
+    def load(self) -> NF4Weight:
+        return nf4.from_bitsandbytes(
+            {key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}, self.name
+        )
+
+
+def packed_tensors(source: Source) -> dict[str, object]:
+    from safetensors import safe_open
+
+    slices = {}
+    for path in _safetensors(source.folder):
+        file = safe_open(path, "pt")  # stays open as long as its slices live
+        slices |= {key: file.get_slice(key) for key in file.keys()}
+    tensors: dict[str, object] = {}
+    for name in packed_layers(source):
+        weight = f"{name}.weight"
+        parts = {"": slices.pop(weight)}
+        parts |= {
+            key.removeprefix(weight): slices.pop(key) for key in [k for k in slices if k.startswith(weight + ".")]
+        }
+        tensors[weight] = PackedTensor(weight, parts)
+    return tensors | slices

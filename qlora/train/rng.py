@@ -1,0 +1,41 @@
+"""TODO head of train.rng."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's generators (all devices), Python's and numpy's, as JSON."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    array = numpy.random.get_state(legacy=False)
+    array["state"]["key"] = array["state"]["key"].tolist()
+    here = {"torch": _text(torch.get_rng_state()), "cuda": [_text(state) for state in cuda]}
+    return here | {"python": random.getstate(), "numpy": array}
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` returned; a device that is no longer there is passed over."""
+    torch.set_rng_state(_bytes(states["torch"]))
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_bytes(state), device)
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    array = {**states["numpy"], "state": dict(states["numpy"]["state"])}
+    array["state"]["key"] = numpy.array(array["state"]["key"], dtype=numpy.uint32)
+    numpy.random.set_state(array)
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

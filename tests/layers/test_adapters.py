@@ -1,0 +1,510 @@
+"""LoRA and DoRA against their dense definition, and everything that must not be stored, stale or silent."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative
+from tiny import adapted, random_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import qlora
+from qlora import UserError, adapter_parameters, attach_adapters, named_adapters
+from qlora.layers import nf4
+from qlora.layers.adapters import AdaptedProduct, merged_weight, one_token, row_norms
+from qlora.layers.attach import compute_norms, refresh_norms
+from qlora.layers.linear import FrozenWeight, NF4Linear
+from qlora.specs import AdapterSpec
+
+SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
+
+
+class OneLayer(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def one_layer(
+    kind: str, columns: int, out: int, bias: bool = True, dtype=torch.float64
+) -> tuple[OneLayer, torch.Tensor]:
+    """A model of one linear layer, and its dense weight in float64."""
+    W = torch.randn(out, columns)
+    if kind == "nf4":
+        layer = NF4Linear(columns, out, bias)
+        layer.nf4 = nf4.quantize(W)
+        W = nf4.dequantize(layer.nf4, torch.float64)
+    elif kind == "conv1d":
+        layer = Conv1D(out, columns)
+        layer.weight.data = W.t().contiguous()
+        layer = layer.to(dtype)
+    else:
+        layer = nn.Linear(columns, out, bias)
+        layer.weight.data = W
+        layer = layer.to(dtype)
+    if layer.bias is not None:
+        layer.bias.data = torch.randn(out, dtype=dtype)
+    return OneLayer(layer), W.double()
+
+
+def in_float64(model: OneLayer) -> OneLayer:
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.double()
+    return model
+
+
+def dense_definition(model: OneLayer, W: torch.Tensor, x: torch.Tensor):
+    """y of the papers' formulas on fresh copies of the parameters, and the copies."""
+    adapter = model.layer
+    copies = {n: p.detach().double().clone().requires_grad_() for n, p in adapter.named_parameters(recurse=False)}
+    V = W + adapter.scaling * copies["lora_B"] @ copies["lora_A"]
+    if adapter.magnitude is not None:
+        V = (copies["magnitude"] / V.norm(dim=1).detach()).unsqueeze(1) * V
+    bias = 0 if adapter.base.bias is None else adapter.base.bias.double()
+    return x @ V.t() + bias, copies
+
+
+@pytest.mark.parametrize(
+    "method,kind,size,bias", [*itertools.product(("lora", "dora"), ("nf4", "linear", "conv1d"), SIZES, (True, False))]
+)
+def test_equals_the_dense_definition(method, kind, size, bias):
+    """Forward and the gradients of A, B, m and x, in float64."""
+    columns, out = size
+    model, W = one_layer(kind, columns, out, bias)
+    in_float64(adapted(model, method))
+    x = torch.randn(2, 11, columns, dtype=torch.float64, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    y = model(x)
+    expected, copies = dense_definition(model, W, x2)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    assert relative(y.detach(), expected.detach()) < TOLERANCE[torch.float64]
+    assert relative(x.grad, x2.grad) < TOLERANCE[torch.float64]
+    for name, copy in copies.items():
+        assert relative(getattr(model.layer, name).grad, copy.grad) < TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_one_token_equals_the_dense_definition(method):
+    """The product of generation, in float64; a layer takes it only where a kernel multiplies as it decodes: not on a
+    CPU.
+    """
+    for columns, out in SIZES:
+        model, W = one_layer("nf4", columns, out, bias=False)
+        adapter = in_float64(adapted(model, method)).layer
+        x = torch.randn(columns, dtype=torch.float64)
+        norm = None if adapter.magnitude is None else adapter.norm()
+        with torch.no_grad():
+            weight = FrozenWeight(adapter.base)
+            y = one_token(weight, x, adapter.lora_A, adapter.lora_B, adapter.magnitude, norm, adapter.scaling)
+            assert relative(y, dense_definition(model, W, x)[0].detach()) < TOLERANCE[torch.float64]
+            assert not weight.takes_one_token(x)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precision(method, dtype):
+    model, W = one_layer("nf4", 128, 70, dtype=torch.float32)
+    adapted(model, method)
+    x = torch.randn(40, 128).to(dtype).requires_grad_()
+    x2 = x.detach().double().requires_grad_()
+    expected, copies = dense_definition(model, W, x2)
+    y = model(x)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    expected.backward(dy.double())
+    assert relative(y.detach(), expected.detach()) < TOLERANCE[dtype]
+    for name, copy in copies.items():
+        gradient = getattr(model.layer, name).grad
+        assert gradient.dtype == torch.float32 and relative(gradient, copy.grad) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(
+    "kind,size,dora,shared", [*itertools.product(("nf4", "linear"), SIZES[::2], (True, False), (True, False))]
+)
+def test_gradcheck(kind, size, dora, shared):
+    """n is an argument, since it is a constant in DoRA's graph."""
+    columns, out = size
+    model, _ = one_layer(kind, columns, out)
+    weight = FrozenWeight(model.layer)
+    x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(2, columns, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(out, 2, dtype=torch.float64, requires_grad=True)
+    m = (torch.rand(out, dtype=torch.float64) + 0.5).requires_grad_() if dora else None
+    n = row_norms(weight, A.detach(), B.detach(), 0.7) if dora else None
+
+    def product(x, other, A, B, *m):
+        return AdaptedProduct.apply(
+            x, x if shared else other, A, B, m[0] if m else None, n, model.layer.bias, weight, 0.7
+        )
+
+    inputs = (x, other, A, B) + ((m,) if dora else ())
+    assert torch.autograd.gradcheck(product, inputs, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["nf4", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fresh_adapter_is_the_base(method, kind, dtype, bias):
+    """To the bit, but for a bias: the base adds it before the one rounding, an adapter after it."""
+    model, _ = one_layer(kind, 128, 70, bias, dtype=torch.float32)
+    if kind == "linear":
+        model.to(dtype)
+    x = torch.randn(5, 128, dtype=dtype)
+    before = model(x)
+    after = attach_adapters(model, method=method, rank=4)(x)
+    assert relative(after, before) < TOLERANCE[dtype] if bias else torch.equal(after, before)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_small_updates_arrive_in_bf16(method):
+    """An update a tenth of a bf16 step of y moves y by its full size in the mean, forward and backward: it is not
+    rounded away because the large product was rounded before.
+    """
+    torch.manual_seed(0)
+    model, W = one_layer("nf4", 1024, 512, False, dtype=torch.float32)
+    attach_adapters(model, method=method, rank=4, alpha=4.0)
+    x = torch.randn(256, 1024).bfloat16().requires_grad_()
+    dy = torch.randn(256, 512).bfloat16()
+    adapter = model.layer
+
+    def passes():
+        x.grad = None
+        y = model(x)
+        y.backward(dy)
+        return y.detach().double(), x.grad.double()
+
+    fresh = passes()
+    with torch.no_grad():
+        adapter.lora_B.normal_(0, 2e-3)
+    moved = passes()
+    norm = row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), 1.0).double()
+    V = W + adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
+    if method == "dora":
+        V = (adapter.magnitude.detach().double() / norm).unsqueeze(1) * V
+    for now, before, exact in zip(
+        moved, fresh, (x.detach().double() @ (V - W).t(), dy.double() @ (V - W)), strict=True
+    ):
+        arrived = ((now - before) * exact).sum() / exact.square().sum()  # 1: all of it
+        assert exact.abs().mean() < 0.25 * 2**-8 * before.abs().mean()
+        assert 0.9 < arrived < 1.1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_row_norms_never_cancel(size):
+    """Rows where s B A nearly undoes W lose their digits in the three sums and are computed densely."""
+    columns, out = size
+    W = torch.randn(out, columns)
+    A = torch.linalg.qr(torch.randn(columns, out if out < columns else columns))[0].t().contiguous()
+    B = -(W @ A.t()) * (1 - 1e-4)  # W + B A is what lies outside the rows of A, and a ten-thousandth of the rest
+    expected = (W.double() + B.double() @ A.double()).norm(dim=1)
+    assert relative(row_norms(FrozenWeight(W), A, B, 1.0), expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zero_rows_and_zero_magnitudes(dtype):
+    """No NaN or inf forward or backward; m = 0 gives a row of the size 1e-6, with a gradient that can move it."""
+    model, _ = one_layer("linear", 64, 9)
+    model.layer.weight.data[2] = 0
+    in_float64(attach_adapters(model, method="dora", rank=2))
+    model.layer.magnitude.data[4] = 0
+    model.layer.magnitude.data[5] *= -1
+    x = torch.randn(7, 64, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    plain = x.detach() @ model.layer.base.weight.t()
+    assert torch.allclose(y[:, 5] - model.layer.base.bias[5], -plain[:, 5])
+    assert (y[:, 4] - model.layer.base.bias[4]).abs().max() < 1e-4
+    for tensor in (y, x.grad, *(p.grad for p in adapter_parameters(model))):
+        assert torch.isfinite(tensor).all()
+    assert model.layer.magnitude.grad[4] != 0
+
+
+def test_bias_is_outside_the_scaling():
+    model, _ = one_layer("linear", 64, 9)
+    in_float64(attach_adapters(model, method="dora", rank=2))
+    y = model(x := torch.randn(3, 64, dtype=torch.float64))
+    model.layer.magnitude.data *= 2
+    refresh_norms(model)
+    bias = model.layer.base.bias
+    assert torch.allclose(model(x) - bias, 2 * (y - bias))
+
+
+def test_scaling():
+    spec = dict(method="lora", rank=9, alpha=6.0, dropout=0.0, modules=())
+    assert AdapterSpec(rslora=False, **spec).scaling == pytest.approx(6 / 9)
+    assert AdapterSpec(rslora=True, **spec).scaling == pytest.approx(6 / 3)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_dropout_acts_on_the_low_rank_path_in_training_only(method):
+    model, W = one_layer("nf4", 64, 9, dtype=torch.float32)
+    adapted(model, method, dropout=0.5).train()
+    x = torch.randn(1000, 64)
+    assert not torch.equal(model(x), model(x))
+    # in the mean over many draws the low-rank path is what it is without dropout
+    mean = torch.stack([model(x) for _ in range(200)]).mean(0)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    assert relative(mean, model(x)) < 0.05
+    with torch.no_grad():
+        model.layer.lora_B.zero_()
+    model.train()
+    assert torch.equal(model(x), model(x))
+
+
+# ---------------------------------------------------------------- memory
+
+
+class SizeWatch(TorchDispatchMode):
+    """Names every operation whose result has as many elements as the watched weight."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.elements, self.seen = elements, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements:
+                self.seen.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_nothing_dense_is_saved_or_built(method):
+    """Saved for backward: x, u, the parameters and for DoRA y. Of the size of W there is only W itself, decoded."""
+    columns, out, tokens, rank = 256, 192, 10, 3
+    model, _ = one_layer("nf4", columns, out, dtype=torch.float32)
+    adapted(model, method)
+    x = torch.randn(tokens, columns, requires_grad=True)
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with SizeWatch(columns * out) as watch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x).sum().backward()
+    parameters = rank * (columns + out) + (2 * out if method == "dora" else 0)  # m and g
+    activations = tokens * (columns + rank) + (tokens * out if method == "dora" else 0)
+    assert sum(saved.values()) == parameters + activations
+    allowed = (
+        "dequantize_nf4",
+        "aten.empty",
+        "aten.t.",
+        "aten.detach",
+        "aten.slice",
+        "aten.view",
+        "aten.transpose",
+        "aten.alias",
+    )
+    assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
+
+
+# ---------------------------------------------------------------- stale norms
+
+
+def expected_norm(adapter) -> torch.Tensor:
+    return row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}], ids=str)
+def test_norm_follows_every_optimizer(options):
+    """The fused AdamW, transformers.Trainer's default, does not bump Tensor._version."""
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.05, **options)
+    for _ in range(4):
+        model(torch.randn(5, 64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model.layer.norm(), expected_norm(model.layer))
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "base", "refresh"])
+def test_norm_follows_other_changes(change):
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    adapter, before = model.layer, model.layer.norm()
+    if change == "in place":
+        with torch.no_grad():
+            adapter.lora_B.mul_(2)
+    elif change == "data":
+        adapter.lora_B.data = adapter.lora_B.data * 2
+    elif change == "load_state_dict":
+        model.load_state_dict({k: v * 2 if k.endswith("lora_B") else v for k, v in model.state_dict().items()})
+    elif change == "base":
+        adapter.base.nf4 = nf4.quantize(torch.randn(48, 64))
+    else:
+        adapter.lora_B.detach().numpy()[:] *= 2
+        refresh_norms(model)
+    assert not torch.equal(adapter.norm(), before)
+    assert torch.equal(adapter.norm(), expected_norm(adapter))
+
+
+class NormWatch(TorchDispatchMode):
+    """Counts the operators that compute norms."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += "row_norms" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_norm_is_computed_once_per_optimizer_step():
+    """Not per micro-batch, and not in the recomputation of a checkpointed layer."""
+    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
+    adapted(model, "dora")
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
+    with NormWatch() as watch:
+        for _ in range(3):
+            for _ in range(4):
+                checkpoint(model, torch.randn(5, 64, requires_grad=True), use_reentrant=False).sum().backward()
+            optimizer.step()
+    assert watch.calls == 3
+
+
+def test_norms_of_a_model_come_from_one_operator():
+    """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only those that have changed."""
+    model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
+    adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
+    refresh_norms(model)
+    with NormWatch() as watch:
+        compute_norms(model)
+    assert watch.calls == 1
+    for adapter in adapters.values():
+        assert torch.equal(adapter.norm(), expected_norm(adapter))
+    first, *others = adapters.values()
+    before, untouched = first.norm(), [adapter._norms.n for adapter in others]
+    with torch.no_grad():
+        first.lora_B += 0.1
+    with NormWatch() as watch:
+        compute_norms(model)
+    assert (
+        watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
+    )
+    assert all(adapter._norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
+
+
+def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
+    """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does
+    not: results, gradients, and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen
+    inputs, recomputation.
+    """
+    for method, bias, dropout, needs_x in itertools.product(("lora", "dora"), (False, True), (0.0, 0.3), (False, True)):
+        found = []
+        for isa in ("", "portable"):
+            kernels.select(isa)
+            torch.manual_seed(1)
+            model, _ = one_layer("nf4", 128, 96, bias, dtype=torch.float32)
+            layer = adapted(model, method, dropout=dropout).layer
+            optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
+            for step in range(2):
+                x = (
+                    torch.randn(70, 128, generator=torch.Generator().manual_seed(step))
+                    .bfloat16()
+                    .requires_grad_(needs_x)
+                )
+                optimizer.zero_grad()
+                torch.manual_seed(step)
+                y = checkpoint(model, x, use_reentrant=False) if step else model(x)
+                norms = layer._norms.n
+                y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
+                assert layer._norms.n is norms
+                optimizer.step()
+            found.append(
+                [
+                    y.detach(),
+                    *(p.grad for p in adapter_parameters(model)),
+                    *([x.grad] if needs_x else []),
+                    *([layer.norm()] if method == "dora" else []),
+                ]
+            )
+        for ours, plain in zip(*found, strict=True):
+            assert relative(ours, plain) < TOLERANCE[torch.bfloat16], (method, bias, dropout)
+
+
+# ---------------------------------------------------------------- targets and attaching
+
+
+def test_targets():
+    def names(targets):
+        model = random_model("llama")
+        attach_adapters(model, targets=targets)
+        return [name for name, _ in named_adapters(model)]
+
+    assert len(names("all-linear")) == 14 and "lm_head" not in names("all-linear")
+    assert names("q_proj,v_proj") == names(["q_proj", "v_proj"]) == names(r".*\.(q|v)_proj")
+    assert names("layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert names(r"model\.layers\.1\..*") == [n for n in names("all-linear") if ".1." in n]
+
+
+@pytest.mark.parametrize(
+    "targets,text",
+    [
+        ("q_prj", "q_proj"),
+        ("mlp", "LlamaMLP, not a linear layer"),
+        (r".*nothing.*", "matches no linear layer"),
+        (r"(", "no valid regular expression"),
+        ("lm_head", "shares its weight with the embedding"),
+        (["q_proj", "upp_proj"], "up_proj"),
+    ],
+)
+def test_a_target_that_cannot_be_is_an_error(targets, text):
+    model = random_model("llama")
+    with pytest.raises(UserError, match="targets="):
+        try:
+            attach_adapters(model, targets=targets)
+        except UserError as error:
+            assert text in str(error)
+            raise
+    assert list(named_adapters(model)) == []
+
+
+def test_all_problems_at_once():
+    with pytest.raises(UserError) as error:
+        attach_adapters(random_model("llama"), method="lokr", rank=0, alpha=-1, dropout=1.0, targets="nothing_here")
+    assert len(error.value.problems) == 5
+
+
+def test_attaching_twice_is_refused():
+    model = attach_adapters(random_model("llama"))
+    with pytest.raises(UserError, match="has adapters already"):
+        attach_adapters(model)
+
+
+def test_only_the_adapters_train_and_stay_float32():
+    model = attach_adapters(random_model("llama").to(torch.bfloat16))
+    model.to(torch.bfloat16)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
+    assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_merged_weight(method):
+    model, W = one_layer("nf4", 96, 40, bias=False, dtype=torch.float32)
+    adapted(model, method)
+    adapter = model.layer
+    merged = merged_weight(
+        FrozenWeight(adapter.base),
+        adapter.lora_A.detach(),
+        adapter.lora_B.detach(),
+        None if adapter.magnitude is None else adapter.magnitude.detach(),
+        adapter.scaling,
+        torch.float32,
+    )
+    x = torch.randn(4, 96)
+    assert relative(x @ merged.t(), model(x).detach()) < TOLERANCE[torch.float32]

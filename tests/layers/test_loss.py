@@ -1,0 +1,369 @@
+"""The loss of every architecture against transformers' own, in whichever layout it runs; chunks, packing, fused
+modules.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from helpers import relative
+from tiny import CONFIGS, SMALL, adapted, examples, random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from qlora.data.batch import Example, collate
+from qlora.layers import attention, loss
+from qlora.layers.attach import adapter_parameters
+from qlora.layers.fused import GatedMLP, RMSNorm, fuse
+from qlora.layers.loss import HeadLoss, Layout, layout_of, loss_sum
+
+_GROUPED = dict(**SMALL, intermediate_size=160, num_key_value_heads=2)
+MORE = {
+    "granite": lambda: transformers.GraniteConfig(
+        **_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2
+    ),
+    "cohere": lambda: transformers.CohereConfig(
+        **_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
+    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
+    "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
+    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_GROUPED, layer_types=["conv", "full_attention"]
+    ),  # a convolution over tokens
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
+}
+PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}  # their attention or convolutions do not know our bounds
+# (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other
+# functions
+FUSED = {
+    "llama": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "mistral": (5, 2, 2),
+    "phi3": (5, 0, 2),
+    "gemma": (0, 0, 2),
+    "cohere": (0, 2, 0),
+    "gpt2": (0, 0, 0),
+}
+
+
+def build(name: str) -> torch.nn.Module:
+    if name in CONFIGS:
+        return random_model(name)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(MORE[name]()).eval()
+
+
+def plain(model: torch.nn.Module, batch) -> torch.Tensor:
+    return (
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss
+        * batch.target_tokens
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
+def test_loss_and_gradients_are_those_of_transformers(name, fused):
+    model = adapted(build(name), "dora")
+    batch = collate(examples((12, 6), (5, 3), (9, 8), (9, 2)))
+    parameters = adapter_parameters(model)
+    expected = plain(model, batch)
+    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    if fused:
+        fuse(model)
+    found = loss_sum(model, batch)
+    assert layout_of(model) == Layout(True, name not in PADDED)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    scale = max(g.abs().max() for g in gradients if g is not None)
+    for got, want in zip(torch.autograd.grad(found, parameters, allow_unused=True), gradients, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "windowed", "gemma3"])
+def test_a_packed_batch_is_its_examples_alone(name):
+    model = adapted(build(name), "lora")
+    data = examples((12, 11), (5, 3), (9, 8), (9, 2), (1, 0))
+    alone = [loss_sum(model, collate([example])) for example in data]
+    together = loss_sum(model, collate(data))
+    assert layout_of(model).packed
+    assert together.item() == pytest.approx(sum(alone).item(), rel=1e-6)
+    parameters = adapter_parameters(model)
+    for got, want in zip(
+        torch.autograd.grad(together, parameters), torch.autograd.grad(sum(alone), parameters), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in (*CONFIGS, *MORE) if n not in PADDED])
+def test_examples_do_not_see_each_other(name):
+    """No gradient of one example's loss reaches the tokens of another, whatever stands beside it."""
+    model = build(name)
+    data = examples((12, 0), (7, 6), (10, 0))
+    seen = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda m, i, out: seen.append(out.requires_grad_()) or out
+    )
+    layout_of(model)
+    seen.clear()
+    (gradient,) = torch.autograd.grad(loss_sum(model, collate(data)), seen)
+    handle.remove()
+    reached = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
+    assert gradient.shape[1] == 29 and reached == list(range(12, 18))  # its last token predicts nothing
+
+
+def test_no_padding_is_computed():
+    model, sizes = build("llama"), []
+    layout_of(model)
+    model.model.layers[0].register_forward_hook(lambda m, i, out: sizes.append(i[0].shape[1]))
+    loss_sum(model, collate(examples((50, 3), (4, 3))))
+    assert sizes == [54]
+
+
+@pytest.mark.parametrize("name", sorted({*CONFIGS, *MORE} - PADDED))
+def test_a_row_is_filled_up_without_a_trace(monkeypatch, name):
+    monkeypatch.setattr(loss, "ROUND", 4)
+    model, batch, sizes = adapted(build(name), "lora"), collate(examples((20, 3), (13, 12))), []
+    parameters = adapter_parameters(model)
+    expected = plain(model, batch)
+    gradients = torch.autograd.grad(expected, parameters)
+    layout_of(model)
+    model.get_decoder().register_forward_hook(lambda m, i, out: sizes.append(out.last_hidden_state.shape[1]))
+    found = loss_sum(model, batch)
+    assert sizes == [36]  # 33 and 3 more
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(found, parameters), gradients, strict=True):
+        assert relative(ours, theirs) < 1e-4
+
+
+def test_another_attention_mask_is_still_a_mask():
+    """A packed model that somebody calls himself, with padding or to generate, is an ordinary model."""
+    model = build("llama")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected, padded = model(ids).logits, torch.tensor([[1, 1, 1, 0, 0]])
+    masked = model(ids, attention_mask=padded).logits
+    assert layout_of(model).packed and model.config._attn_implementation == attention.NAME
+    torch.testing.assert_close(model(ids).logits, expected)
+    torch.testing.assert_close(model(ids, attention_mask=padded).logits, masked)
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    again = build("llama").generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+    assert out.tolist() == again.tolist()
+
+
+# ---------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("scale, cap", [(1.0, None), (0.25, None), (1.0, 5.0), (0.5, 3.0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_loss_is_the_definition(monkeypatch, scale, cap, bias):
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(23, 33, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight, tokens = (
+        torch.randn(101, 33, dtype=torch.float64, generator=generator),
+        torch.randint(0, 101, (23,), generator=generator),
+    )
+    b = torch.randn(101, dtype=torch.float64, generator=generator) if bias else None
+    logits = F.linear(states, weight, b) * scale
+    expected = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), tokens, reduction="sum")
+    found = HeadLoss.apply(states, weight, b, tokens, scale, cap)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    want = torch.autograd.grad(3.5 * expected, states)
+    torch.testing.assert_close(torch.autograd.grad(3.5 * found, states), want, rtol=1e-10, atol=1e-12)
+    single = HeadLoss.apply(
+        states.detach().float().requires_grad_(), weight.float(), None if b is None else b.float(), tokens, scale, cap
+    )
+    assert single.dtype == torch.float32 and single.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_head_loss_in_bf16_rounds_once():
+    """Logits and their gradient are bf16, as in the plain way: the same numbers but for a last place."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(40, 64, generator=generator).bfloat16().requires_grad_()
+    weight, tokens = (
+        torch.randn(500, 64, generator=generator).bfloat16() / 4,
+        torch.randint(0, 500, (40,), generator=generator),
+    )
+    expected = F.cross_entropy(F.linear(states, weight).float(), tokens, reduction="sum")
+    found = HeadLoss.apply(states, weight, None, tokens, 1.0, None)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    (got,), (want,) = torch.autograd.grad(found, states), torch.autograd.grad(expected, states)
+    assert relative(got, want) < 0.01
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                self.elements = max(self.elements, out.numel())
+        return result
+
+
+@pytest.mark.parametrize("adapted_head", [False, True])
+def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 4000}, intermediate_size=160)
+    )
+    adapted(model, "dora", targets=["q_proj", "lm_head"] if adapted_head else ["q_proj"])
+    batch = collate(examples((120, 119), (100, 99)))
+    expected = plain(model, batch)
+    want = torch.autograd.grad(expected, adapter_parameters(model))
+    layout_of(model)
+    monkeypatch.setattr(loss, "CHUNK", 20)
+    with _Largest() as largest:
+        found = loss_sum(model, batch)
+        got = torch.autograd.grad(found, adapter_parameters(model))
+    assert 20 * 4000 <= largest.elements <= 4000 * 64  # the head's own weight; the logits would be 218 * 4000
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+def test_a_batch_without_targets():
+    model = adapted(build("llama"), "lora")
+    assert loss_sum(model, collate([Example((1, 2, 3), (False,) * 3)])).item() == 0
+
+
+def test_a_model_that_is_no_transformers_model_runs_as_it_is():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model = build("llama")
+    batch = collate(examples((12, 6), (5, 3)))
+    wrapped = Wrapped(model)
+    assert loss_sum(wrapped, batch).item() == pytest.approx(plain(model, batch).item(), rel=1e-5)
+    assert layout_of(wrapped) == Layout(False, False)
+
+
+def test_finding_the_layout_changes_nothing():
+    """Training mode and the random state stay: a resumed run finds the same."""
+    model = adapted(build("llama"), "dora", dropout=0.5).train()
+    before = torch.get_rng_state()
+    layout_of(model)
+    assert (
+        model.training
+        and all(module.training for module in model.modules())
+        and torch.equal(before, torch.get_rng_state())
+    )
+
+
+# ---------------------------------------------------------------- fused modules
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name):
+    model = build(name)
+    fuse(model)
+    kinds = [type(module) for module in model.modules()]
+    rotating = [module for module in model.modules() if "forward" in vars(module)]
+    assert (kinds.count(RMSNorm), kinds.count(GatedMLP), len(rotating)) == FUSED[name]
+    assert set(model.state_dict()) == set(build(name).state_dict())
+    count = len(kinds)
+    assert len(list(fuse(model).modules())) == count  # once is enough
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_modules_round_as_transformers_does(dtype):
+    torch.manual_seed(0)
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    norm.weight.data.uniform_(0.5, 2)
+    norm.requires_grad_(False)
+    mlp = random_model("llama").model.layers[0].mlp.to(dtype).requires_grad_(False)
+    for module, width in ((norm, 576), (mlp, 64)):
+        x = (3 * torch.randn(4, 7, width)).to(dtype).requires_grad_()
+        dy = torch.randn(4, 7, width).to(dtype)
+        fused = fuse(torch.nn.Sequential(module))
+        assert type(fused[0]) in (RMSNorm, GatedMLP)
+        expected, found = module(x), fused(x)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=2 * eps, atol=4 * eps)
+        # The gradient is rounded once here, several times there: compare with the one in float64.
+        exact = (
+            torch.autograd.grad(module.double()(x.double()), x, dy.double())[0]
+            if module is norm
+            else torch.autograd.grad(expected, x, dy)[0]
+        )
+        assert relative(torch.autograd.grad(found, x, dy)[0], exact) < 8 * eps
+        module.to(dtype)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a hook", "a frozen magnitude", "a bias", "checkpointing"])
+def test_magnitude_gradients_of_a_gated_product(change):
+    """Summed beside the gradient of the product where that is possible, by each layer itself where not: the same either
+    way.
+    """
+    model = adapted(random_model("llama"), "dora")
+    mlp = model.model.layers[0].mlp
+    if change == "a bias":
+        mlp.up_proj.base.bias = torch.nn.Parameter(torch.randn(mlp.up_proj.base.out_features), requires_grad=False)
+    if change == "a frozen magnitude":
+        mlp.gate_proj.magnitude.requires_grad_(False)
+    if change == "a hook":
+        mlp.gate_proj.register_forward_hook(lambda module, inputs, y: y + 1)
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    parameters = [p for p in (x, *mlp.parameters()) if p.requires_grad]
+    expected = torch.autograd.grad(mlp(x), parameters, dy)
+    fused = fuse(torch.nn.Sequential(mlp))
+    assert type(fused[0]) is GatedMLP and mlp.gate_proj.lends() == (change not in ("a hook", "a frozen magnitude"))
+    y = checkpoint(fused, x, use_reentrant=False) if change == "checkpointing" else fused(x)
+    found = torch.autograd.grad(y, parameters, dy)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def turned(forward, q, k, cos, sin) -> list[torch.Tensor]:
+    """Both turned by the function that this `forward` calls, and the gradients of the sum of their squares."""
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    results = forward.__globals__["apply_rotary_pos_emb"](q, k, cos, sin)
+    return [*results, *torch.autograd.grad(sum(x.square().sum() for x in results), (q, k))]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_rotation_is_that_of_transformers(name):
+    """In this model alone; nearer to float64 in bf16, as it rounds once less; also where Phi's function turns a part of
+    each head only.
+    """
+    model = fuse(build(name))
+    layer = next(module for module in model.modules() if "forward" in vars(module))
+    ours, theirs = layer.forward.__func__, type(layer).forward
+    assert ours.__globals__["apply_rotary_pos_emb"] is not theirs.__globals__["apply_rotary_pos_emb"]
+    assert copy.deepcopy(model).get_submodule("model.layers.0.self_attn").forward.__self__ is not layer
+    for part in (16, 8) if name == "phi3" else (16,):
+        angles = 3 * torch.randn(2, 70, part)
+        tensors = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 70, 16), angles.cos(), angles.sin()
+        for got, expected in zip(turned(ours, *tensors), turned(theirs, *tensors), strict=True):
+            torch.testing.assert_close(got, expected)
+        low = [x.bfloat16() for x in tensors]
+        results = (
+            turned(forward, *inputs)
+            for forward, inputs in ((ours, low), (theirs, low), (theirs, [x.double() for x in low]))
+        )
+        for got, other, exact in zip(*results, strict=True):
+            assert got.dtype == torch.bfloat16 and (got - exact).norm() <= (other - exact).norm()
+
+
+def test_a_norm_that_learns_keeps_its_gradient():
+    norm = fuse(torch.nn.Sequential(transformers.models.llama.modeling_llama.LlamaRMSNorm(8)))
+    assert type(norm[0]) is RMSNorm and norm[0].weight.requires_grad
+    norm(torch.randn(3, 8)).square().sum().backward()
+    assert norm[0].weight.grad.abs().sum() > 0

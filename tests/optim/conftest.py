@@ -1,0 +1,15 @@
+"""Fixtures of the optimizer's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora.optim import adamw, layout
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Pages of 2048 elements, computed 512 at a time: the parameters above lie in many pages, some in several."""
+    monkeypatch.setattr(layout, "PAGE", 2048)
+    monkeypatch.setattr(adamw, "PAGE", 2048)
+    monkeypatch.setattr(adamw, "CHUNK", 512)

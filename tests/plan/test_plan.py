@@ -1,0 +1,230 @@
+"""The plan against what is really built, held and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import transformers
+from safetensors.torch import save_file
+
+from qlora import attach_adapters, finetune, load_base
+from qlora.cli import main
+from qlora.config.commands import FinetuneConfig, PlanConfig
+from qlora.data.batch import Example
+from qlora.errors import UserError
+from qlora.export.bnb import quantize_checkpoint
+from qlora.layers.attach import adapter_parameters
+from qlora.layers.loss import layout_of
+from qlora.plan.fit import asked, fit, largest, predict
+from qlora.plan.meta import Skeleton
+from qlora.run.inputs import micro_batches
+from qlora.run.recipe import adamw
+
+HOUSE = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_model(folder / "model")
+    tiny.write_data(folder / "data.jsonl")
+    return folder
+
+
+def held(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": 16},
+        {"method": "lora", "bits": 16},
+        {"double_quant": False, "blocksize": 128},
+        {"targets": "q_proj,down_proj"},
+    ],
+)
+def test_what_lies_still_is_exact(place, tmp_path, options):
+    name = str(place / "model")
+    config = FinetuneConfig(model=name, data="-", output=str(tmp_path), device="cpu", dtype="bf16", **options)
+    plan, skeleton = predict(Skeleton(config), asked(config), lambda size: ([(8,) * size], [])), Skeleton(config)
+    built = load_base(
+        name, bits=config.bits, dtype="bf16", device="cpu", blocksize=config.blocksize, double_quant=config.double_quant
+    )
+    assert skeleton.weights + skeleton.constants + skeleton.others == held([*built.parameters(), *built.buffers()])
+    attach_adapters(built, method=config.method, rank=config.rank, targets=config.targets)
+    assert plan.parts["adapters"] == plan.parts["gradients"] == held(adapter_parameters(built))
+    optimizer = adamw(built, config)
+    assert plan.parts["optimizer"] == optimizer.pager.resident
+    optimizer.close()
+
+
+def mapped(model) -> int:
+    """Bytes of the tensors of a model that lie where a file of safetensors is mapped."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    places = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    tensors = [
+        t for t in (*model.parameters(), *model.buffers()) if any(start <= t.data_ptr() < end for start, end in places)
+    ]
+    return held(tensors)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_stays_in_the_file_is_exact(tmp_path, name):
+    """The file's header tells, tensor by tensor, whatever the config says; GPT-2's own file names its tensors without a
+    prefix.
+    """
+    model = tiny.random_model(name)
+    model.config.save_pretrained(tmp_path)  # which says float32
+    stored = {
+        key.removeprefix("transformer."): value for key, value in model.state_dict().items() if key != "lm_head.weight"
+    }
+    stored = {
+        key: value.clone() if i % 2 else value.bfloat16() for i, (key, value) in enumerate(sorted(stored.items()))
+    }
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tiny.tokenizer().save_pretrained(tmp_path)
+    quantize_checkpoint(str(tmp_path), tmp_path / "nf4", dtype="bf16")
+    for folder, bits, dtype in (
+        (".", 4, "bf16"),
+        (".", 16, "bf16"),
+        (".", 16, "fp32"),
+        ("nf4", 4, "bf16"),
+        ("nf4", 4, "fp32"),
+    ):
+        where = str(tmp_path / folder)
+        skeleton = Skeleton(FinetuneConfig(model=where, data="-", output="-", bits=bits, dtype=dtype, device="cpu"))
+        loaded = load_base(where, bits=bits, dtype=dtype, device="cpu")
+        assert 0 < skeleton.mapped == mapped(loaded) < held([*loaded.parameters(), *loaded.buffers()]), (
+            folder,
+            bits,
+            dtype,
+        )
+
+
+def test_layers_alike_are_extrapolated():
+    """Three layers and two tell what all 30 need."""
+    config = FinetuneConfig(model="smollm2-135m", data="-", output="-", device="cpu", dtype="bf16")
+    skeleton = Skeleton(config)
+    assert skeleton.alike
+    short = skeleton.step((64, 64), False)
+    whole = Skeleton(config)
+    whole.alike = False
+    assert dataclasses.astuple(whole.step((64, 64), False)) == pytest.approx(dataclasses.astuple(short), rel=0.01)
+    model = load_base("smollm2-135m", dtype="bf16", device="cpu")
+    assert layout_of(model) == skeleton._runnable(3, False).qlora_layout
+
+
+def test_peak_is_what_is_measured():
+    """SmolLM2 within 10 %, in processes of their own; the script also compares what lies still with the real model, to
+    the byte.
+    """
+    done = subprocess.run(
+        [sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_70b_needs_no_weights(tmp_path):
+    transformers.LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path / "config.json"), device="cuda", dtype="bf16", batch_size=1)
+    plan = predict(Skeleton(config), asked(config), largest(config))
+    assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
+    assert plan.parts["weights"] < plan.peak < 100e9
+
+
+def test_the_order_of_sacrifice():
+    config = PlanConfig(model="smollm2-135m", device="cpu", dtype="bf16", batch_size=4, max_tokens=256, rank=64)
+    skeleton, lengths = Skeleton(config), largest(config)
+    wanted = predict(skeleton, asked(config), lengths)
+    assert fit(skeleton, wanted.budget, lengths)[0] == wanted
+    less, smallest = fit(skeleton, wanted.budget - 10_000_000, lengths)
+    assert less.settings.batch_size == 4 and not less.settings.gradient_checkpointing
+    assert 0 < less.parts["optimizer"] < wanted.parts["optimizer"] and less.budget <= wanted.budget - 10_000_000
+    recomputed, smallest = fit(skeleton, wanted.budget // 2, lengths)
+    assert recomputed.settings.gradient_checkpointing and recomputed.settings.batch_size == 4
+    nothing, smallest = fit(skeleton, 1, lengths)
+    assert (
+        nothing is None and smallest.peak <= recomputed.peak
+    )  # of one example, or of any number where loading takes more
+    assert smallest.settings.gradient_checkpointing and smallest.settings.optimizer_memory == "none"
+    assert smallest.settings.batch_size * smallest.settings.accumulate == 4
+    assert fit(skeleton, smallest.budget, lengths)[0].budget <= smallest.budget
+    assert fit(skeleton, smallest.budget - 1, lengths)[0] is None
+
+
+def test_the_largest_batch_is_one_of_the_run(tmp_path):
+    """Of most tokens, and of most with padding, among the very batches that `finetune` makes."""
+    lengths = [3, 40, 5, 9, 22, 8, 31, 17, 4, 6, 90, 12, 13]
+    examples = [Example((1,) * n, (False,) + (True,) * (n - 1)) for n in lengths]
+    config = FinetuneConfig(model="-", data="-", output="-", batch_size=4, accumulate=2, steps=5, seed=3)
+    for size in (4, 2, 1):
+        trained, evaluated = largest(config, examples, examples[:3])(size)
+        cut = dataclasses.replace(config, batch_size=size, accumulate=8 // size)
+        batches = [batch for step in range(5) for batch in micro_batches(cut, examples, 40)(step)]
+        assert max(map(sum, trained)) == max(batch.tokens for batch in batches)
+        assert max(len(b) * max(b) for b in trained) == max(batch.input_ids.numel() for batch in batches)
+        assert max(map(sum, evaluated)) == {4: 48, 2: 40, 1: 40}[size]  # 3, 5, 40: of like length together
+    assert largest(config)(2) == ([(1024, 1024)], [])
+
+
+def test_command(capsys):
+    line = ["plan", "--model", "smollm2-135m", "--max-tokens", "256", "--device", "cpu", "--dtype", "bf16"]
+    assert main([*line, "--memory", "100GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and sum(found["parts"].values()) == found["peak"]
+    assert main([*line, "--memory", "50MB"]) == 0
+    assert "the smallest that works is" in capsys.readouterr().out
+    data = str(HOUSE / "scripts/data/tickets_train.jsonl")
+    assert main([*line, "--data", data, "--json"]) == 0  # of real records, which are shorter
+    real = json.loads(capsys.readouterr().out)
+    assert 4 * 70 < real["tokens"] < 4 * 256 == found["tokens"] and real["peak"] < found["peak"]
+
+
+# ---------------------------------------------------------------- finetune --memory
+
+
+def options(place, output, **changes) -> FinetuneConfig:
+    usual = dict(
+        model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=4, rank=64
+    )
+    return FinetuneConfig(**usual | dict(learning_rate=1e-2, device="cpu", dtype="fp32") | changes)
+
+
+def losses(output) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_same_losses_within_a_budget(place, tmp_path, capsys):
+    finetune(options(place, tmp_path / "free"))
+    with pytest.raises(UserError) as refused:
+        finetune(options(place, tmp_path / "tight", memory=1_000_000))
+    (line,) = refused.value.problems
+    assert line.startswith("memory=1MB: too little") and not (tmp_path / "tight").exists()
+    least = int(line.split("the smallest that works is ")[1].split("MB")[0]) * 1_000_000
+    finetune(options(place, tmp_path / "tight", memory=least + 2_000_000, save_every=2))
+    said = capsys.readouterr().out
+    assert "predicted" in said and f"of {least // 1_000_000 + 2} MB" in said
+    assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "free"), rel=1e-4)
+    finetune(options(place, tmp_path / "tight", memory=None, save_every=2, resume=True))  # a budget may change
+
+
+def test_no_other_masks_for_a_budget(place, tmp_path):
+    """Dropout draws by batch: a run with it keeps its batches."""
+    config = options(place, tmp_path / "x", dropout=0.1)
+    assert fit(Skeleton(config), 1, largest(config))[1].settings.batch_size == 4

@@ -1,0 +1,130 @@
+"""Tiny models of every architecture, adapters on them, a tokenizer and data that fit: real transformers objects, fast
+steps.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from qlora.data.batch import Example
+from qlora.layers.attach import attach_adapters, named_adapters, refresh_norms
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(
+        **SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **SMALL, intermediate_size=150, num_key_value_heads=2
+    ),  # blocks across rows, biases
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, intermediate_size=160, num_key_value_heads=2),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=16),
+    "phi": lambda: transformers.PhiConfig(**SMALL, intermediate_size=160),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, intermediate_size=160, pad_token_id=0),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
+}
+
+
+def random_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A tiny float32 model of an architecture with random weights, biases and norms included, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: float = 0.5) -> nn.Module:
+    """Move every adapter away from its start: random B, magnitudes up to half of the row norm away from it."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, adapter in named_adapters(model):
+            adapter.lora_B.normal_(0, spread, generator=generator)
+            if adapter.magnitude is not None:
+                adapter.magnitude *= 1 + magnitudes * (2 * torch.rand(adapter.magnitude.shape, generator=generator) - 1)
+    refresh_norms(model)
+    return model
+
+
+def adapted(model: nn.Module, method: str = "dora", seed: int = 2, **spec) -> nn.Module:
+    """`model` with adapters (of odd rank and alpha / r not 1, unless `spec` says otherwise) away from their start,
+    where they would compute the base and a test that compares anything would pass whatever the code does.
+    """
+    torch.manual_seed(seed)
+    return disturb(attach_adapters(model, method=method, **({"rank": 3, "alpha": 7.0} | spec)), seed)
+
+
+def llama(seed: int = 1) -> nn.Module:
+    return random_model("llama", seed)
+
+
+def gpt2(seed: int = 1) -> nn.Module:
+    """With Conv1D layers and biases."""
+    return random_model("gpt2", seed)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, two special tokens, a chat template; pad is eos."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|im_start|>": 256, "<|im_end|>": 257}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    result.chat_template = TEMPLATE
+    return result
+
+
+def write_model(folder: Path, seed: int = 1) -> Path:
+    """A model folder in Hugging Face's layout."""
+    llama(seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_data(path: Path, count: int = 24, seed: int = 0) -> Path:
+    """Sums with answers of very different lengths, as JSONL."""
+    dice = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            a, b = dice.randint(0, 99), dice.randint(0, 9)
+            file.write(json.dumps({"question": f"{a}+{b}?", "answer": f"{a + b} " * dice.randint(1, 6)}) + "\n")
+    return path
+
+
+UNEVEN = ((30, 2), (9, 7), (17, 1), (25, 20))  # very different numbers of targets
+
+
+def examples(*sizes: tuple[int, int], seed: int = 0) -> list[Example]:
+    """Random tokens: (tokens, targets at their end) of each."""
+    dice = random.Random(seed)
+    return [Example(tuple(dice.randrange(256) for _ in range(n)), (False,) * (n - k) + (True,) * k) for n, k in sizes]
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all adapter parameters by name."""
+    return {
+        f"{name}.{part}": p.detach().clone()
+        for name, adapter in named_adapters(model)
+        for part, p in adapter.named_parameters(recurse=False)
+    }
