@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from qlora_kernels.cpu import build
 
-FOLDER = "kernels/qlora_kernels/cpu"
+FOLDER = "kernels/qlora_kernels/cpu/csrc"
 
 
 class BuildKernels(build_ext):

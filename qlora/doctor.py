@@ -126,7 +126,7 @@ def _torch() -> dict[str, Any]:
     import torch
 
     from qlora.models.device import resolve_device, resolve_dtype
-    from qlora_kernels import ops
+    from qlora_kernels import backends
 
     if hasattr(torch.cpu, "get_capabilities"):
         can = torch.cpu.get_capabilities()
@@ -149,7 +149,7 @@ def _torch() -> dict[str, Any]:
         "instructions": instructions,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "used": {"device": str(device), "dtype": resolve_dtype("auto", device), "kernels": ops.backends()},
+        "used": {"device": str(device), "dtype": resolve_dtype("auto", device), "kernels": backends.describe()},
     }
 
 

@@ -7,8 +7,15 @@ alternative, to hand the config itself down, ties every layer to every option of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+
+from qlora.errors import problem
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCALES = ("absmax", "mse")
+METHODS = ("lora", "dora")
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,24 @@ class Quantization:
     blocksize: int | None = None  # weights that share a scale; 64
     double_quant: bool | None = None  # scales in 8 bits; True
     scales: str | None = None  # "absmax" or "mse"; "absmax"
+
+    def resolved(self) -> Quantization:
+        """With the defaults of weights to quantize in the place of None."""
+        defaults = {"blocksize": 64, "double_quant": True, "scales": "absmax"}
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values by themselves, None left out."""
+        found = []
+        if self.bits not in (4, 16):
+            found.append(problem("bits", self.bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
+        if self.blocksize not in (None, *BLOCKSIZES):
+            found.append(problem("blocksize", self.blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
+        if self.scales not in (None, *SCALES):
+            rule = f"must be {' or '.join(SCALES)}"
+            found.append(problem("scales", self.scales, rule, "absmax is the usual choice"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -33,6 +58,19 @@ class AdapterSpec:
     rslora: bool = False
     targets: str | tuple[str, ...] = "all-linear"
     modules: tuple[str, ...] = ()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values by themselves."""
+        found = []
+        if self.method not in METHODS:
+            found.append(problem("method", self.method, f"must be one of {', '.join(METHODS)}", "dora is the default"))
+        if not (isinstance(self.rank, int) and self.rank >= 1):
+            found.append(problem("rank", self.rank, "must be a whole number of at least 1", "16 is a usual choice"))
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            found.append(problem("alpha", self.alpha, "must be a positive number", "Twice the rank is a usual choice"))
+        if not 0 <= self.dropout < 1:
+            found.append(problem("dropout", self.dropout, "must be at least 0 and below 1", "0 is a usual choice"))
+        return found
 
     @property
     def scaling(self) -> float:

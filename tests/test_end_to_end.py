@@ -21,7 +21,7 @@ from qlora.data.tokenize import tokenize
 from qlora.export.bnb import quantize_checkpoint
 from qlora.generate import generate_batch
 from qlora.layers import nf4
-from qlora.layers.attach import linear_names
+from qlora.layers.linear import linear_names
 from qlora.layers.loss import loss_sum, target_logits
 
 DATA = Path(__file__).parents[1] / "scripts" / "data"
@@ -126,9 +126,9 @@ def test_fitted_scales_in_bitsandbytes(tmp_path):
     names = linear_names(theirs)
     assert len(names) == 210
     for name in names:
-        weight, mine = theirs.get_submodule(name).weight, nf4.dequantize(ours.get_submodule(name).nf4)
+        weight, mine = theirs.get_submodule(name).weight, nf4.dequantize(ours.get_submodule(name).quantized)
         assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), mine), name
-        assert not torch.equal(mine, nf4.dequantize(absmax.get_submodule(name).nf4)), name
+        assert not torch.equal(mine, nf4.dequantize(absmax.get_submodule(name).quantized)), name
 
 
 def test_the_adapter_in_peft(run, held_out, tmp_path):

@@ -12,7 +12,7 @@ from qlora.errors import UserError, problem
 from qlora.export.shards import CPU, ShardWriter, check_new_folder, placeholder, write_config
 from qlora.files import whole_folder
 from qlora.layers import nf4
-from qlora.layers.adapters import LINEAR
+from qlora.layers.linear import LINEAR
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.load import stream
 from qlora.models.quantize import LinearLayers

@@ -21,7 +21,7 @@ from qlora.export.peft import KEYS, PREFIX, TENSORS, read_adapter_recipe
 from qlora.export.shards import CPU, ShardWriter, check_new_folder, placeholder, write_config
 from qlora.files import whole_folder
 from qlora.layers.adapters import merged_weight
-from qlora.layers.linear import FrozenWeight
+from qlora.layers.weight import FrozenWeight
 from qlora.models.device import DTYPES
 from qlora.models.load import stream
 from qlora.models.quantize import LinearLayers
@@ -107,7 +107,7 @@ def merge(
             else:
                 weight = FrozenWeight(value.t() if transposed else value)
                 if layer in layers.shapes:
-                    layers.sample(layer, weight.weight)
+                    layers.sample(layer, weight.dense_weight)
             if layer in parts:
                 unmerged.discard(layer)
                 A, B, m = (parts[layer][key] for key in ("lora_A", "lora_B", "magnitude"))

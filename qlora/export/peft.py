@@ -30,9 +30,8 @@ from qlora import __version__
 from qlora.errors import UserError, problem
 from qlora.export.card import model_card
 from qlora.files import read_json, whole_folder, write_json
-from qlora.layers.adapters import LINEAR
-from qlora.layers.attach import attach_adapters, named_adapters, refresh_norms
-from qlora.layers.linear import FrozenWeight
+from qlora.layers.attach import active_adapter, attach_adapters, named_adapters, forget_row_norms
+from qlora.layers.linear import LINEAR, frozen_weight
 from qlora.models.quantize import BaseRecipe
 from qlora.specs import AdapterSpec
 
@@ -96,7 +95,7 @@ def write_adapter(model: nn.Module, folder: Path, tokenizer, notes: Mapping[str,
 
 
 def _spec(model: nn.Module) -> AdapterSpec:
-    spec = getattr(model, "qlora_adapter", None)
+    spec = active_adapter(model)
     if spec is None:
         raise UserError(problem("model", type(model).__name__, "has no adapters", "Call attach_adapters first"))
     return spec
@@ -224,13 +223,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     base, spec = read_adapter_recipe(folder)
     tensors = {_current(key): value for key, value in load_file(folder / TENSORS).items()}
     problems = _base_problems(model, base, folder)
-    attached = getattr(model, "qlora_adapter", None) if any(True for _ in named_adapters(model)) else None
+    attached = active_adapter(model) if any(True for _ in named_adapters(model)) else None
     if attached is None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-        shapes = {name: FrozenWeight(layers[name]).shape for name in spec.modules if name in layers}
+        shapes = {name: frozen_weight(layers[name]).shape for name in spec.modules if name in layers}
         names = list(layers)
     else:
-        shapes = {name: FrozenWeight(adapter.base).shape for name, adapter in named_adapters(model)}
+        shapes = {name: frozen_weight(adapter.base).shape for name, adapter in named_adapters(model)}
         names = list(shapes)
         for field in ("method", "rank", "alpha", "rslora"):
             stored, there = getattr(spec, field), getattr(attached, field)
@@ -254,7 +253,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         for name, parameter in named_parameters(model).items():
             module, part = name.rsplit(".", 1)
             parameter.copy_(tensors[f"{PREFIX}{module}.{KEYS[part]}"])
-    refresh_norms(model)
+    forget_row_norms(model)
     return model
 
 

@@ -2,56 +2,49 @@
 
     W [out, in] frozen, A [r, in], B [out, r], m [out], s = alpha / r (alpha / sqrt(r) with rsLoRA), x [tokens, in]
     LoRA (arXiv:2106.09685)   y = x Wt + s (x At) Bt + bias
-    DoRA (arXiv:2402.09353)   y = g * (x Wt + s (x At) Bt) + bias,   g = m / n,   n_j = ||W_j + s B_j A||, constant in the graph
-                              (section 4.3); m starts at ||W_j|| of the weight really used, so a fresh adapter is the
-                              base
+    DoRA (arXiv:2402.09353)   y = g * (x Wt + s (x At) Bt) + bias,   g = m / n,   n_j = ||W_j + s B_j A||
+                              n is constant in the graph (section 4.3); m starts at ||W_j|| of the weight really used, so a
+                              fresh adapter is the base
     norm without a dense B A  n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
-    row fold                  diag(g) W has the codes of W with scaled constants, so for an NF4 base
-                              y = s (x At) (gB)t + x (gW)t costs the matrix products of LoRA. Backward, with v = s dy
-                              (gB):
+    row fold                  diag(g) W has the codes of W with scaled constants, so for a quantized base
+                              y = s (x At) (gB)t + x (gW)t costs the matrix products of LoRA. Backward, v = s dy (gB):
                               dx = v A + dy (gW),  dA = vt x,  dB = s g (dyt (x At)),  dm_j = sum_t dy_tj y_tj / m_j
-A dense base is not copied to be scaled: y and dy are multiplied by g instead, one more pass over [tokens, out] each. In
-bf16 that rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps
-it.
 
-n changes only when A, B or W do, so it is computed once per optimizer step, not per micro-batch nor in the
-recomputation of a
-checkpointed layer: on a GPU of all layers before a forward pass (`compute_norms`), on a CPU with AMX in the product
-that decodes W anyway, elsewhere a layer at a time. What counts as a change is in `AdaptedLinear.norm`. Dropout acts on
-the low-rank path alone. The alternative, PEFT's sum of a base result and corrections, keeps three [tokens, out] tensors
-and decodes the weight four times.
+A dense base is not copied to be scaled: y and dy are multiplied by g instead, one more pass over [tokens, out] each. In
+bf16 that rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps it.
+When n is computed, and by whom, is in `norms`. Dropout acts on the low-rank path alone. The alternative, PEFT's sum of a
+base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.pytorch_utils import Conv1D
 
-from qlora.layers.linear import FrozenWeight, NF4Linear, autocast, product
+from qlora.layers.linear import NF4Linear, autocast, frozen_weight
+from qlora.layers.norms import RowNormCache, Version, version_of
+from qlora.layers.weight import FrozenWeight, matmul
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops, reference
 
-METHODS = ("lora", "dora")
-LINEAR = (nn.Linear, NF4Linear, Conv1D)
+# ---------------------------------------------------------------- the mathematics
 
 
 def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """n [out] = ||W_j + s B_j A||, in the dtype of A (float32, or float64 in tests), by the three sums of the module
     head.
 
-    The arithmetic is `qlora_kernels.reference.row_norms`; for an NF4 weight one operator decodes and sums, a block of
-    rows at a time.
+    The arithmetic is `qlora_kernels.reference.row_norms`; for a quantized weight one operator decodes and sums, a block
+    of rows at a time.
     """
-    if weight.nf4 is None:
+    if weight.quantized is None:
         return reference.row_norms(weight.chunks(A.dtype), A, B, scaling)
-    *constants, rows, columns, blocksize, nested_blocksize = weight.parts()
-    return ops.row_norms_nf4(*constants, A, B, scaling, rows, columns, blocksize, nested_blocksize)
+    return ops.row_norms_4bit(weight.quantized.parts, weight.quantized.layout, A, B, scaling)
 
 
 def merged_weight(
@@ -60,146 +53,140 @@ def merged_weight(
     """W + s B A, or g (W + s B A) where m is given: dense [out, in] in `dtype`, computed in float32 a chunk of rows at
     a time.
     """
-    gain = None
+    row_scale = None
     if m is not None:
-        m, n = reference.guarded(m, row_norms(weight, A, B, scaling))
-        gain = (m / n).unsqueeze(1)
+        m, n = reference.clamp_magnitude(m, row_norms(weight, A, B, scaling))
+        row_scale = (m / n).unsqueeze(1)
     merged = torch.empty(weight.shape, dtype=dtype, device=A.device)
     for part, W in weight.chunks(A.dtype):
         rows = torch.addmm(W, B[part], A, alpha=scaling)
-        merged[part] = rows if gain is None else rows * gain[part]
+        merged[part] = rows if row_scale is None else rows * row_scale[part]
     return merged
 
 
-def one_token(
-    weight: FrozenWeight, x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float
-) -> Tensor:
-    """y [out] of the module head before the bias for a single token x [in], in float32, without a graph: for
-    generation.
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n on its way."""
 
-    The weight is multiplied as it is decoded (`FrozenWeight.times`), so the gain goes onto y, where it is not rounded
-    either.
+    weight: FrozenWeight
+    scaling: float
+    n: Tensor | None = None
+    base_row_norms: Tensor | None = None
+
+
+def one_token(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants) -> Tensor:
+    """y [out] before the bias for a single token x [in], in float32, without a graph: for generation.
+
+    The weight is multiplied as it is decoded (`FrozenWeight.gemv`), so g goes onto y, where it is not rounded either.
     """
-    y = torch.addmv(weight.times(x), B, A @ x.to(A.dtype), alpha=scaling)
-    if m is not None:
-        m, n = reference.guarded(m, n)
+    y = torch.addmv(constants.weight.gemv(x), B, A @ x.to(A.dtype), alpha=constants.scaling)
+    if m is not None and constants.n is not None:
+        m, n = reference.clamp_magnitude(m, constants.n)
         y *= m / n
     return y
 
 
+def forward_product(
+    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants
+) -> tuple[Tensor, list[Tensor]]:
+    """y [tokens, out] before the bias, and what the backward pass needs: xA = x_adapter At [tokens, r], A and s g B in the
+    dtype of x, and factors [2 or 3, out] float32 (g, the m that is safe to divide by, and n where the product made it;
+    empty without m).
+
+    Both products are rounded together: in one sum where one kernel makes them, elsewhere the low-rank product comes first
+    and the large one is accumulated onto it. In bf16 this matters: the large product rounded first already lies on bf16's
+    grid, and an update smaller than half a step of that grid, as every update is early in training, then vanishes
+    (docs/log.md).
+    """
+    weight, scaling, n = constants.weight, constants.scaling, constants.n
+    if weight.supports_fused_gemm(x):
+        w = weight.quantized
+        y, *saved = ops.adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, w.parts, w.layout)
+        return y, saved
+    fold = m is not None and weight.quantized is not None
+    A_cast, B_scaled, row_scale, m_clamped = ops.prepare_lora_factors(
+        A, B, m if fold else None, n if fold else None, scaling, x.dtype
+    )
+    if m is not None and not fold:
+        m_clamped, n = reference.clamp_magnitude(m, n)
+        row_scale = m_clamped / n
+    factors = row_scale.new_empty(0) if m is None else torch.stack((row_scale, m_clamped))
+    xA = x_adapter @ A_cast.t()
+    y = matmul(x, weight.scratch(x.dtype, row_scale if fold else None).t(), onto=xA @ B_scaled.t())
+    if m is not None and not fold:
+        y *= row_scale.to(x.dtype)
+    return y, [xA, A_cast, B_scaled, factors]
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def backward_product(
+    dy: Tensor,
+    x_adapter: Tensor,
+    saved: list[Tensor],
+    y: Tensor | None,
+    constants: Constants,
+    needs: tuple[bool, ...],
+    shared: bool,
+) -> Gradients:
+    """(dx, dx_adapter, dA, dB, dm) of `forward_product`; dm only with y, which is kept where m learns.
+
+    Args:
+        needs: of x, x_adapter, A, B, m, whether their gradient is wanted.
+        shared: x_adapter is x; the whole gradient is dx then.
+    """
+    weight, scaling = constants.weight, constants.scaling
+    xA, A_cast, B_scaled, factors = saved
+    need_x, need_xa, need_A, need_B, need_m = needs
+    if shared and weight.supports_fused_gemm(dy):
+        w = weight.quantized
+        dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, w.parts, w.layout, need_x)
+        return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
+    dx = dxa = dA = dm = None
+    row_scale, m_clamped = (factors[0], factors[1]) if len(factors) else (None, None)
+    if row_scale is not None and weight.quantized is None:
+        dm = ops.columnwise_dot(dy, y) / m_clamped if need_m else None
+        dy, y, row_scale = dy * row_scale.to(dy.dtype), None, None
+    v, dB, sums = ops.adapter_gradients(dy, B_scaled, xA, y, row_scale, m_clamped, scaling)
+    if y is not None:
+        dm = sums
+    if need_A:
+        dA = ops.matmul_tn(v, x_adapter)
+    if need_xa:
+        dxa = v @ A_cast
+    if need_x and shared:
+        dx, dxa = matmul(dy, weight.scratch(dy.dtype, row_scale), onto=dxa), None
+    elif need_x:
+        dx = weight.matmul(dy, False, row_scale)
+    return dx, dxa, dA, dB if need_B else None, dm
+
+
 class AdaptedProduct(torch.autograd.Function):
-    """y [tokens, out] of the module head from x, the adapter's input (x after dropout, or x itself), A, B, m and n.
+    """(y, factors) of `forward_product` from x, the adapter's input (x after dropout, or x itself), A, B and m.
 
-    Where `weight.multiplies(x)` it may be `fused` to one operator each way, and n may be None: it is made on the way
-    from `base`, the norms of W, and the last row of what `kept.n` is then.
-
-    Saves x, u = x At, A and s gB in the dtype of x, and y before the bias where m learns; the base weight is decoded
-    again in the backward pass. A, B and m are float32, and so are their gradients.
-
-    Both products are rounded together: in one sum where fused, elsewhere the low-rank product comes first and the large
-    one is accumulated onto it. In bf16 this matters: the large product rounded first already lies on bf16's grid, and
-    an update smaller than half a step of that grid, as every update is early in training, then vanishes altogether
-    (measured on SmolLM2: of what a first step of B should gain, 100 % arrive, 60 % the other way round).
+    Saves what `forward_product` says, and y where m learns; the base weight is decoded again in the backward pass. A, B
+    and m are float32, and so are their gradients.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        x_adapter,
-        A,
-        B,
-        m,
-        n,
-        bias,
-        weight: FrozenWeight,
-        scaling: float,
-        lend=None,
-        fused=False,
-        base=None,
-        kept=None,
-    ):
-        dtype, learns = x.dtype, ctx.needs_input_grad[4]
-        ctx.weight, ctx.scaling, ctx.shared, ctx.fused = weight, scaling, x_adapter is x, fused
-        if fused:
-            y, u, down, up, factors = ops.adapted_product(x, x_adapter, A, B, m, n, base, scaling, *weight.parts())
-            if m is not None and n is None:
-                kept.n = factors
-            safe = factors[1] if lend is not None else None
-        else:
-            fold = m is not None and weight.folds
-            down, up, gain, safe = ops.fold_factors(A, B, m if fold else None, n if fold else None, scaling, dtype)
-            if m is not None and not fold:
-                safe, n = reference.guarded(m, n)
-                gain = safe / n
-            factors = gain.new_empty(0) if m is None else torch.stack((gain, safe))
-            u = x_adapter @ down.t()
-            y = product(x, weight.scratch(dtype, gain if fold else None).t(), onto=u @ up.t())
-            if m is not None and not fold:
-                y *= gain.to(dtype)
-        ctx.save_for_backward(x_adapter, down, up, u, y if learns else None, factors)
-        if lend is not None:
-            lend.append(safe)
-        return y if bias is None else y + bias.to(dtype)
+    def forward(ctx, x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants):
+        ctx.constants, ctx.shared = constants, x_adapter is x
+        y, saved = forward_product(x, x_adapter, A, B, m, constants)
+        ctx.save_for_backward(x_adapter, y if ctx.needs_input_grad[4] else None, *saved)
+        factors = saved[-1]
+        ctx.mark_non_differentiable(factors)
+        return y, factors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x_adapter, down, up, u, y, factors = ctx.saved_tensors
-        weight, shared = ctx.weight, ctx.shared
-        need_x, need_xa, need_A, need_B, need_m = ctx.needs_input_grad[:5]
-        dx = dxa = dA = dm = None
-        if shared and ctx.fused:
-            dx, dA, dB, dm = ops.adapted_product_backward(
-                dy, x_adapter, down, up, u, y, factors, ctx.scaling, *weight.parts(), need_x
-            )
-            return (
-                dx if need_x else None,
-                None,
-                dA if need_A else None,
-                dB if need_B else None,
-                dm if need_m else None,
-                *[None] * 8,
-            )
-        gain, safe = factors[:2] if len(factors) else (None, None)
-        if gain is not None and not weight.folds:
-            dm = ops.column_dots(dy, y) / safe if need_m else None
-            dy, y, gain = dy * gain.to(dy.dtype), None, None
-        v, dB, sums = ops.adapter_gradients(dy, up, u, y, gain, safe, ctx.scaling)
-        if y is not None:
-            dm = sums
-        if need_A:
-            dA = ops.token_product(v, x_adapter)
-        if need_xa:
-            dxa = v @ down
-        if need_x and shared:
-            dx, dxa = product(dy, weight.scratch(dy.dtype, gain), onto=dxa), None
-        elif need_x:
-            dx = weight.product(dy, False, gain)
-        return dx, dxa, dA, dB if need_B else None, dm, *[None] * 8
+    def backward(ctx, dy, _):
+        x_adapter, y, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        return *backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared), None
 
 
-_optimizer_steps = 0  # steps of any optimizer in this process: see AdaptedLinear.norm
-
-
-def _count_step(optimizer, args, kwargs) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-@dataclass(slots=True)
-class _Norms:
-    """What a layer keeps of its norms, and what each was computed from. An object of its own, because setting an
-    attribute of a module is slow.
-    """
-
-    state: tuple | None = None
-    n: Tensor | None = None  # n is the last row of this matrix
-    base_state: tuple | None = None
-    base: Tensor | None = None  # ||W_j||
+# ---------------------------------------------------------------- the module
 
 
 class AdaptedLinear(nn.Module):
@@ -211,91 +198,93 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Module, spec: AdapterSpec):
         super().__init__()
-        weight = FrozenWeight(base)
+        weight = frozen_weight(base)
         dtype = torch.float64 if _dtype(base) == torch.float64 else torch.float32
         self.base = base
         self.scaling, self.dropout_p = spec.scaling, spec.dropout
+        self.enabled = True
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.magnitude = None
-        if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
-            self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))
-        self.forget_norm()
+        self.magnitude: nn.Parameter | None = None
+        if spec.method == "dora":  # ||W_j||, computed as n is while B = 0, so that g is exactly 1
+            norms = row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+            self.magnitude = nn.Parameter(norms)
+        self.row_norms = RowNormCache()
         if self.magnitude is not None:
-            self._norms.base_state, self._norms.base = self.norm_state()[-2:], self.magnitude.detach().clone()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.forget_norm())
+            self.row_norms.put_base(self.version(), self.magnitude.detach().clone())
+        self.register_load_state_dict_post_hook(lambda module, keys: module.forget_row_norms())
 
-    def norm_state(self) -> tuple:
+    def version(self) -> Version:
         """What n was or would be computed from. Asked for each layer twice a step, so it goes past
         `Module.__getattr__`, as `forward` does.
         """
-        A, B, base = self._parameters["lora_A"], self._parameters["lora_B"], self._modules["base"]
+        parameters, base = self._parameters, self._modules["base"]
         W = base._buffers["weight"] if "weight" in base._buffers else base._parameters["weight"]
-        return (_optimizer_steps, A._version, A.data_ptr(), B._version, B.data_ptr(), W._version, W.data_ptr())
+        return version_of(parameters["lora_A"], parameters["lora_B"], W)
 
-    def norm(self) -> Tensor:
-        """n [out], kept until A, B or the base may have changed.
-
-        Counted as a change: any optimizer's step (the fused AdamW does not bump `Tensor._version`), an in-place write
-        that torch sees, a replaced tensor, `load_state_dict`, a move to another device. Writes that torch cannot see
-        (numpy, ctypes, through `.data`) need `refresh_norms(model)`.
-        """
-        state, kept = self.norm_state(), self._norms
-        if state != kept.state:
+    def current_row_norms(self) -> Tensor:
+        """n [out] of A, B and W as they are now; see `norms` for what counts as a change."""
+        version = self.version()
+        n = self.row_norms.get(version)
+        if n is None:
             with torch.no_grad():
-                kept.n = row_norms(FrozenWeight(self.base), self.lora_A, self.lora_B, self.scaling).unsqueeze(0)
-            kept.state = state
-        return kept.n[-1]
+                n = row_norms(frozen_weight(self.base), self.lora_A, self.lora_B, self.scaling)
+            self.row_norms.put(version, n)
+        return n
 
-    def lends(self) -> bool:
-        """Whether `forward` can lend: the output is y itself, and m learns."""
-        magnitude, hooks = self._parameters.get("magnitude"), self._forward_hooks or self._forward_pre_hooks
-        return magnitude is not None and magnitude.requires_grad and self._modules["base"].bias is None and not hooks
+    def base_row_norms(self) -> Tensor:
+        """||W_j|| [out], of which n is made in training; to the bit the n of B = 0."""
+        version = self.version()
+        norms = self.row_norms.get_base(version)
+        if norms is None:
+            with torch.no_grad():
+                B = torch.zeros_like(self.lora_B)
+                norms = row_norms(frozen_weight(self.base), self.lora_A, B, self.scaling)
+            self.row_norms.put_base(version, norms)
+        return norms
 
-    def forget_norm(self) -> None:
+    def forget_row_norms(self) -> None:
         """Compute n anew at the next use."""
-        self._norms = _Norms()
+        self.row_norms = RowNormCache()
 
-    def base_norm(self, state: tuple) -> Tensor:
-        """||W_j|| [out], of which n is made in training; to the bit the n of B = 0. `state` is what `norm_state` says
-        now.
-        """
-        kept = self._norms
-        if kept.base_state != state[-2:]:
-            with torch.no_grad():
-                kept.base = row_norms(FrozenWeight(self.base), self.lora_A, torch.zeros_like(self.lora_B), self.scaling)
-            kept.base_state = state[-2:]
-        return kept.base
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and m, what a kind of adapter comes down to; gradients flow into them."""
+        parameters = self._parameters
+        return parameters["lora_A"], parameters["lora_B"], parameters.get("magnitude")
 
-    def forward(self, x: Tensor, lend: list[Tensor] | None = None) -> Tensor:
-        """`lend` takes the guarded m; its owner sees to the gradient of `magnitude`, sum_t dy_tj y_tj / m_j: see
-        `fused.GatedMLP`.
-        """
-        x, base = autocast(x), self._modules["base"]
-        flat, weight, bias = x.reshape(-1, x.shape[-1]), FrozenWeight(base), base.bias
-        adapter_input = (
-            torch.nn.functional.dropout(flat, self.dropout_p) if self.training and self.dropout_p > 0 else flat
-        )
-        A, B, magnitude = self._parameters["lora_A"], self._parameters["lora_B"], self._parameters.get("magnitude")
-        fused = weight.multiplies(flat)
-        norm, base_norm, kept = None, None, self._norms
-        if magnitude is not None:
-            state = self.norm_state()
-            if fused and state != kept.state:
-                base_norm = self.base_norm(state)
-            else:
-                norm = self.norm()
-        if adapter_input is flat and weight.takes_one_token(x):
-            y = one_token(weight, flat[0], A, B, magnitude, norm, self.scaling)
+    def constants(self, x: Tensor) -> Constants:
+        """What else the product of x [tokens, in] takes."""
+        weight = frozen_weight(self._modules["base"])
+        if self._parameters.get("magnitude") is None:
+            return Constants(weight, self.scaling)
+        n = self.row_norms.get(self.version())
+        if n is None and weight.supports_fused_gemm(x):
+            return Constants(weight, self.scaling, None, self.base_row_norms())
+        return Constants(weight, self.scaling, self.current_row_norms() if n is None else n)
+
+    def adapter_input(self, x: Tensor) -> Tensor:
+        """x after dropout, or x itself."""
+        return torch.nn.functional.dropout(x, self.dropout_p) if self.training and self.dropout_p > 0 else x
+
+    def keep_row_norms(self, constants: Constants, factors: Tensor) -> None:
+        """Keep the n that a fused product made on its way."""
+        if constants.base_row_norms is not None:
+            self.row_norms.put(self.version(), factors[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self._modules["base"]
+        if not self.enabled:
+            return base(x)
+        x = autocast(x)
+        flat, bias, (A, B, m) = x.reshape(-1, x.shape[-1]), base.bias, self.factors()
+        x_adapter, constants = self.adapter_input(flat), self.constants(flat)
+        if x_adapter is flat and constants.weight.uses_gemv(x):
+            y = one_token(flat[0], A, B, m, constants)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        if lend is not None:
-            magnitude = magnitude.detach()
-        y = AdaptedProduct.apply(
-            flat, adapter_input, A, B, magnitude, norm, bias, weight, self.scaling, lend, fused, base_norm, kept
-        )
-        if base_norm is not None:
-            kept.state = state
+        y, factors = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants)
+        self.keep_row_norms(constants, factors)
+        y = y if bias is None else y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):
@@ -306,14 +295,16 @@ class AdaptedLinear(nn.Module):
             parameter = getattr(self, name)
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
-        self.forget_norm()
+        self.forget_row_norms()
         return self
 
-    def __getstate__(self):
-        return {**super().__getstate__(), "_norms": _Norms()}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "row_norms": RowNormCache()}
 
     def extra_repr(self) -> str:
-        return f"method={'lora' if self.magnitude is None else 'dora'}, rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
+        method = "lora" if self.magnitude is None else "dora"
+        sizes = f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
+        return f"method={method}, {sizes}"
 
 
 def _dtype(base: nn.Module) -> torch.dtype:

@@ -1,97 +1,63 @@
-"""TODO head of layers.attach."""
+"""Adapters on a model: attach, detach, switch, disable.
+
+    attach(model, spec)            freeze the model, put adapters on its layers
+    attach(model, spec, "second")  another adapter on the same base; the first is set aside
+    activate(model, "default")     the first again
+    detach(model, "second")        take one away for good; without adapters the model is its base again
+    with disabled(model): ...      the base alone, for a moment
+
+One adapter is active at a time: its layers stand in the model, in the places of the layers they hold; the others wait
+beside the model, not in it, so that `state_dict`, `parameters` and a layer's forward know one adapter. The alternative,
+a dictionary of adapters in every layer (PEFT), is searched in every forward pass.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora.errors import UserError, problem
-from qlora.layers.adapters import LINEAR, METHODS, AdaptedLinear
+from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.linear import NF4Linear
+from qlora.layers.norms import Version, count_optimizer_steps
+from qlora.layers.targets import match_targets
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The layers that `all-linear` means: every linear layer but the output head, in model order."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+@dataclass
+class Adapter:
+    """An adapter of a model: its spec, with the names of its modules, and its layers by these names."""
+
+    spec: AdapterSpec
+    layers: dict[str, AdaptedLinear]
+    hook: Any = None  # computes n before a forward pass on a GPU
 
 
-def match_targets(model: nn.Module, targets: str | list[str] | tuple[str, ...]) -> list[str]:
-    """The linear layers that `targets` names, in model order.
+class Adapters(dict[str, Adapter]):
+    """All adapters of a model by name; `active` is the one in it, or None."""
 
-    "all-linear"; names ("q_proj,v_proj" or a list), each a whole module name or its end after a dot; or one regular
-    expression that must match a whole module name.
-
-    Raises:
-        UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a
-        head
-            tied to the embedding, whose merge would change the embedding as well.
-    """
-    if targets == "all-linear":
-        return linear_names(model)
-    modules = {name: module for name, module in model.named_modules() if name}
-    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
-    found: dict[str, None] = {}
-    problems = []
-    remedy = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
-    if (len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0])) or (
-        isinstance(targets, str) and not all(re.fullmatch(r"[\w.]+", n) for n in names)
-    ):
-        try:
-            pattern = re.compile(targets if isinstance(targets, str) else names[0])
-        except re.error as error:
-            raise UserError(problem("targets", targets, f"is no valid regular expression ({error})", remedy)) from None
-        found = {name: None for name in modules if pattern.fullmatch(name) and isinstance(modules[name], LINEAR)}
-        if not found:
-            problems.append(
-                problem("targets", targets, "matches no linear layer", remedy + f". Layers: {_examples(model)}")
-            )
-    else:
-        for target in names:
-            matches = [name for name in modules if name == target or name.endswith("." + target)]
-            if not matches:
-                endings = sorted({n.split(".")[-1] for n in linear_names(model)} | set(linear_names(model)))
-                near = difflib.get_close_matches(target, endings, n=3, cutoff=0.4) or _examples(model).split(", ")
-                problems.append(
-                    problem("targets", target, f"matches no layer; the nearest names are {', '.join(near)}", remedy)
-                )
-            for name in matches:
-                if not isinstance(modules[name], LINEAR):
-                    problems.append(
-                        problem(
-                            "targets", target, f"{name} is a {type(modules[name]).__name__}, not a linear layer", remedy
-                        )
-                    )
-                    break
-            found.update(dict.fromkeys(matches))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    for name in found:
-        if modules[name] is head and embedding is not None and head.weight is embedding.weight:
-            problems.append(
-                problem(
-                    "targets",
-                    name,
-                    "the head shares its weight with the embedding, which a merge would change too",
-                    "Leave the head out",
-                )
-            )
-    if problems:
-        raise UserError(problems)
-    return [name for name in modules if name in found]
+    active: str | None = None
 
 
-def _examples(model: nn.Module) -> str:
-    return ", ".join(sorted({n.split(".")[-1] for n in linear_names(model)})[:12])
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of a model; empty where none was attached."""
+    found = model.__dict__.get("qlora_adapters")
+    if found is None:
+        found = model.__dict__["qlora_adapters"] = Adapters()
+    return found
+
+
+def active_adapter(model: nn.Module) -> AdapterSpec | None:
+    """The spec of the active adapter, or None."""
+    adapters = adapters_of(model)
+    return None if adapters.active is None else adapters[adapters.active].spec
 
 
 def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
@@ -99,102 +65,158 @@ def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
     return attach(model, AdapterSpec(**options))
 
 
-def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+def attach(model: nn.Module, spec: AdapterSpec, name: str = "default") -> nn.Module:
     """Freeze `model` and put trainable adapters on the layers that `spec.targets` names, in place; returns the model.
 
     A is drawn from torch's global random state: seed before. The fresh model computes exactly what the base computes.
+    An adapter that was active is set aside.
 
     Raises:
-        UserError: everything wrong with the spec at once; adapters are already attached.
+        UserError: everything wrong with the spec at once; there is an adapter of this name.
     """
-    problems = []
-    if spec.method not in METHODS:
-        problems.append(problem("method", spec.method, f"must be one of {', '.join(METHODS)}", "dora is the default"))
-    if not (isinstance(spec.rank, int) and spec.rank >= 1):
-        problems.append(problem("rank", spec.rank, "must be a whole number of at least 1", "16 is a usual choice"))
-    if not (spec.alpha > 0 and math.isfinite(spec.alpha)):
-        problems.append(problem("alpha", spec.alpha, "must be a positive number", "Twice the rank is a usual choice"))
-    if not 0 <= spec.dropout < 1:
-        problems.append(problem("dropout", spec.dropout, "must be at least 0 and below 1", "0 is a usual choice"))
-    if any(True for _ in named_adapters(model)):
-        problems.append(
-            problem(
-                "model", type(model).__name__, "has adapters already", "Load a fresh base, or merge the first adapter"
-            )
-        )
+    problems, before = spec.problems(), adapters_of(model).active
+    if name in adapters_of(model):
+        remedy = "Detach it, or give another name"
+        problems.append(problem("model", type(model).__name__, f"has adapters already, named {name}", remedy))
+    if before is not None:
+        _take_out(model)
     try:
         modules = match_targets(model, spec.targets)
     except UserError as error:
         problems += error.problems
     if problems:
+        if before is not None:
+            activate(model, before)
         raise UserError(problems)
     spec = dataclasses.replace(spec, alpha=float(spec.alpha), dropout=float(spec.dropout), modules=tuple(modules))
+    count_optimizer_steps()
     model.requires_grad_(False)
-    for name in modules:
-        layer = model.get_submodule(name)
-        model.set_submodule(name, AdaptedLinear(layer, spec).train(layer.training))
-    model.qlora_adapter = spec
-    if spec.method == "dora":
+    layers = {}
+    for module in modules:
+        layer = model.get_submodule(module)
+        layers[module] = AdaptedLinear(layer, spec).train(layer.training)
+    adapters_of(model)[name] = Adapter(spec, layers)
+    return activate(model, name)
+
+
+def activate(model: nn.Module, name: str) -> nn.Module:
+    """Put the adapter of this name in the place of the one that is active; returns the model. No base byte is touched.
+
+    Raises:
+        UserError: there is no adapter of this name.
+    """
+    adapters = adapters_of(model)
+    if name not in adapters:
+        there = ", ".join(adapters) or "none"
+        raise UserError(
+            problem("adapter", name, f"the model has no adapter of this name, but {there}", "Attach it first")
+        )
+    if adapters.active is not None:
+        _take_out(model)
+    adapter = adapters[name]
+    for module, layer in adapter.layers.items():
+        layer.base = model.get_submodule(module)
+        device = next(layer.base.buffers(), next(layer.base.parameters(), layer.lora_A)).device
+        if layer.lora_A.device != device:  # the model was moved while the adapter was set aside
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            layer.forget_row_norms()
+        model.set_submodule(module, layer)
+    if adapter.spec.method == "dora":
         inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
-        inner.register_forward_pre_hook(_before_forward)
+        adapter.hook = inner.register_forward_pre_hook(_before_forward)
+    adapters.active = name
     return model
 
 
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter away, the active one without a name; returns the model.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    adapters = adapters_of(model)
+    name = adapters.active if name is None else name
+    if name is None or name not in adapters:
+        there = ", ".join(adapters) or "none"
+        raise UserError(problem("adapter", name, f"the model has no such adapter, but {there}", "Name one of these"))
+    if name == adapters.active:
+        _take_out(model)
+    del adapters[name]
+    return model
+
+
+def _take_out(model: nn.Module) -> None:
+    adapters = adapters_of(model)
+    adapter = adapters[adapters.active]
+    for module, layer in adapter.layers.items():
+        model.set_submodule(module, layer.base)
+    if adapter.hook is not None:
+        adapter.hook.remove()
+        adapter.hook = None
+    adapters.active = None
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base without its active adapter while entered: the reference model of DPO, or a comparison."""
+    layers = [layer for _, layer in named_adapters(model)]
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """(module name, adapter) in model order. Adapters are known by their type, never by a name."""
+    """(module name, layer) of the active adapter in model order. Adapters are known by their type, never by a name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every trainable parameter of the adapters: what an optimizer needs."""
+    """Every trainable parameter of the active adapter: what an optimizer needs."""
     return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
 
 
+# ---------------------------------------------------------------- row norms of a whole model
+
+
 def _before_forward(model: nn.Module, inputs: tuple) -> None:
-    if (
-        torch.is_grad_enabled() and next(model.parameters()).is_cuda
-    ):  # in training; to look at every layer for each token generated would be dear
-        compute_norms(model)
+    # In training; to look at every layer for each token generated would be dear.
+    if torch.is_grad_enabled() and next(model.parameters()).is_cuda:
+        refresh_row_norms(model)
 
 
 @torch.no_grad()
-def compute_norms(model: nn.Module) -> None:
-    """Compute every n of NF4 layers that may have changed, all in one operator. `attach_adapters` makes it run on a GPU
-    before the forward passes of
-    training: what a layer cannot know, that its neighbours want theirs as well, saves launches. A layer run by itself
-    computes its own.
+def refresh_row_norms(model: nn.Module) -> None:
+    """Compute every n of quantized layers that may have changed, all in one operator. `attach` makes it run on a GPU
+    before the forward passes of training: what a layer cannot know, that its neighbours want theirs as well, saves
+    launches. A layer run by itself computes its own.
     """
-    stale: dict[tuple, list[tuple[AdaptedLinear, tuple]]] = {}
+    stale: dict[tuple, list[tuple[AdaptedLinear, Version]]] = {}
     for _, adapter in named_adapters(model):
-        if (
-            adapter.magnitude is not None
-            and isinstance(adapter.base, NF4Linear)
-            and (state := adapter.norm_state()) != adapter._norms.state
-        ):
-            w = adapter.base.nf4
-            stale.setdefault((w.packed.device, w.nested_absmax is not None, w.nested_blocksize), []).append(
-                (adapter, state)
-            )
-    for (_, nested, nested_blocksize), changed in stale.items():
-        weights = [adapter.base.nf4 for adapter, _ in changed]
-        norms = ops.row_norms_nf4_all(
-            [w.packed for w in weights],
-            [w.absmax for w in weights],
-            [w.nested_absmax for w in weights if nested],
-            [w.nested_offset for w in weights if nested],
+        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear):
+            version = adapter.version()
+            if adapter.row_norms.get(version) is None:
+                w = adapter.base.quantized
+                stale.setdefault((w.device, w.nested), []).append((adapter, version))
+    for changed in stale.values():
+        weights = [adapter.base.quantized for adapter, _ in changed]
+        norms = ops.row_norms_4bit_all(
+            [part for w in weights for part in w.parts],
+            [size for w in weights for size in w.layout],
             [a.lora_A for a, _ in changed],
             [a.lora_B for a, _ in changed],
             [a.scaling for a, _ in changed],
-            [w.shape[0] for w in weights],
-            [w.shape[1] for w in weights],
-            [w.blocksize for w in weights],
-            nested_blocksize,
         )
-        for (adapter, state), norm in zip(changed, norms, strict=True):
-            adapter._norms.state, adapter._norms.n = state, norm.unsqueeze(0)
+        for (adapter, version), n in zip(changed, norms, strict=True):
+            adapter.row_norms.put(version, n)
 
 
-def refresh_norms(model: nn.Module) -> None:
+def forget_row_norms(model: nn.Module) -> None:
     """Forget every kept n: needed only after writes to A, B or a base weight that torch cannot see."""
     for _, adapter in named_adapters(model):
-        adapter.forget_norm()
+        adapter.forget_row_norms()

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kernels import ops
+from qlora_kernels import backends, ops
 
 NAME = "qlora"  # for `model.set_attn_implementation`
 
@@ -67,7 +67,7 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
     edges = attention_mask.view(-1).tolist()
     window, dropout, scale = options.get("sliding_window"), options.get("dropout", 0.0), options.get("scaling")
     lengths = [stop - begin for begin, stop in zip(edges, edges[1:])]
-    if ops.attends(query, key, value) and not dropout and (window is None or max(lengths) <= window):
+    if backends.supports_attention(query, key, value) and not dropout and (window is None or max(lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), edges, scale).unsqueeze(0), None
     start, parts = 0, []

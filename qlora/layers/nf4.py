@@ -1,14 +1,12 @@
-"""NF4 weights: what they hold, how to make and read them, and the names bitsandbytes gives their parts.
+"""Quantize a matrix to 4 bits and read it back, in row ranges, and under the names that bitsandbytes gives the parts.
 
     W [out, in]  ->  packed uint8 [(n+1)//2, 1], absmax (uint8 codes, or float32 without double quantization),
                      nested_absmax float32, nested_offset float32 scalar         n = out * in
     bytes a parameter: 0.5 + 1/64 + 4/(64*256) = 0.515869 at block size 64 with double quantization
 
-The arithmetic is in `qlora_kernels.reference`; this module adds validation, row ranges and the file layout. A weight is
-a plain
-dataclass of tensors rather than a tensor subclass: modules keep the parts as buffers, and nothing intercepts torch
-functions.
-Sources: QLoRA (arXiv:2305.14314) section 3; the layout is the one `bitsandbytes.functional.QuantState` writes.
+The arithmetic is in `qlora_kernels.reference.nf4`; this module adds validation, row ranges and the file layout. Sources:
+QLoRA (arXiv:2305.14314) section 3; the layout is the one that `bitsandbytes.functional.QuantState` writes. The
+alternative, bitsandbytes itself, would make it a dependency of every run and has no scales of least error.
 """
 
 from __future__ import annotations
@@ -20,40 +18,34 @@ import torch
 from torch import Tensor
 
 from qlora.errors import UserError, problem
-from qlora.layers.weight import NESTED_BLOCKSIZE, NF4Weight
+from qlora.specs import Quantization
 from qlora_kernels import ops, reference
+from qlora_kernels.weight import FORMATS, NESTED_BLOCKSIZE, QuantizedWeight, levels_of
 
-SCALES = ("absmax", "mse")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FORMAT = "nf4"
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 PART_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
 
 
-def option_problems(blocksize: int, scales: str) -> list[str]:
-    """What is wrong with the options of `quantize`."""
-    problems = []
-    if blocksize not in BLOCKSIZES:
-        problems.append(problem("blocksize", blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
-    if scales not in SCALES:
-        problems.append(problem("scales", scales, f"must be {' or '.join(SCALES)}", "absmax is the usual choice"))
-    return problems
-
-
 def quantize(
     weight: Tensor, blocksize: int = 64, double_quant: bool = True, name: str = "weight", scales: str = "absmax"
-) -> NF4Weight:
-    """Quantize `weight` [out, in] (float32, bfloat16 or float16) to NF4.
+) -> QuantizedWeight:
+    """Quantize `weight` [out, in] (float32, bfloat16 or float16).
 
-    `scales`: "absmax" is the largest magnitude of a block, the bytes that bitsandbytes writes. "mse" is the scale that
-    leaves the least squared error of the block; the codes are then the nearest levels under the scales as double
-    quantization decodes them.
+    Args:
+        weight: the matrix.
+        blocksize: weights that share a scale.
+        double_quant: keep the scales in 8 bits.
+        name: what messages call the weight.
+        scales: "absmax" is the largest magnitude of a block, the bytes that bitsandbytes writes. "mse" is the scale that
+            leaves the least squared error of the block; the codes are then the nearest levels under the scales as double
+            quantization decodes them.
 
     Raises:
-        UserError: the block size is not one of 32..4096, or the scales are of neither kind; the weight is not a
-        floating-point matrix, or it holds NaN or inf
-            (the message names `name`).
+        UserError: the block size or the kind of scales is not one there is; the weight is not a floating-point matrix,
+            or it holds NaN or inf (the message names `name`).
     """
-    problems = option_problems(blocksize, scales)
+    problems = Quantization(4, blocksize, double_quant, scales).problems()
     if weight.dim() != 2 or weight.numel() == 0:
         problems.append(
             problem(
@@ -64,106 +56,76 @@ def quantize(
         problems.append(problem(name, weight.dtype, "must be float32, bfloat16 or float16", "Convert it first"))
     if problems:
         raise UserError(problems)
-    weight = weight.detach()
-    if scales == "mse":
-        packed, absmax = None, ops.fit_scales_nf4(weight, blocksize)
+    weight, levels = weight.detach(), levels_of(FORMAT, weight.device)
+    fitted = scales == "mse"
+    packed, absmax = None, None
+    if fitted:
+        absmax = ops.fit_scales_4bit(weight, levels, blocksize)
     else:
-        packed, absmax = ops.quantize_nf4(weight, blocksize)
+        packed, absmax = ops.quantize_4bit(weight, levels, blocksize)
     # A NaN or inf always reaches the largest magnitude of its block, so the block maxima tell for the whole weight.
     if not bool(torch.isfinite(absmax).all()):
-        raise UserError(
-            problem(
-                name,
-                "NaN or inf",
-                "a weight to quantize must be finite",
-                "The checkpoint is damaged or diverged; load another",
-            )
-        )
-    nested = offset = None
-    if double_quant:
-        absmax, nested, offset = ops.quantize_absmax(absmax, NESTED_BLOCKSIZE)
+        rule, remedy = "a weight to quantize must be finite", "The checkpoint is damaged or diverged; load another"
+        raise UserError(problem(name, "NaN or inf", rule, remedy))
+    constants = ops.quantize_absmax(absmax, NESTED_BLOCKSIZE) if double_quant else (absmax,)
+    shape = (weight.shape[0], weight.shape[1])
     if packed is None:
-        packed = ops.encode_nf4(weight, reference.decode_absmax(absmax, nested, offset, NESTED_BLOCKSIZE), blocksize)
-    return NF4Weight(packed, absmax, nested, offset, (weight.shape[0], weight.shape[1]), blocksize)
+        decoded = QuantizedWeight.of(
+            absmax, constants, shape, blocksize, levels=levels
+        )  # of scales alone, no codes yet
+        packed = ops.encode_4bit(weight, levels, reference.decode_absmax(decoded), blocksize)
+    return QuantizedWeight.of(packed, constants, shape, blocksize, levels=levels)
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype = torch.float32, row_gain: Tensor | None = None) -> Tensor:
-    """Dense [out, in] in `dtype`; with `row_gain` [out], row j times row_gain[j] (DoRA's fold)."""
-    return ops.dequantize_nf4(
-        weight.packed,
-        weight.absmax,
-        weight.nested_absmax,
-        weight.nested_offset,
-        row_gain,
-        weight.shape[0],
-        weight.shape[1],
-        weight.blocksize,
-        weight.nested_blocksize,
-        dtype,
-    )
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, row_scale: Tensor | None = None) -> Tensor:
+    """Dense values [out, in] in `dtype`; `row_scale` [out] multiplies the rows, exactly where blocks lie within rows."""
+    return ops.dequantize_4bit(weight.parts, weight.layout, row_scale, dtype)
 
 
-def dequantize_into(out: Tensor, weight: NF4Weight, row_gain: Tensor | None = None) -> Tensor:
-    """As `dequantize`, into `out` [out, in] in its dtype; returns it. Fresh memory costs more than the decoding itself."""
-    ops.dequantize_nf4_into(
-        out,
-        weight.packed,
-        weight.absmax,
-        weight.nested_absmax,
-        weight.nested_offset,
-        row_gain,
-        weight.blocksize,
-        weight.nested_blocksize,
-    )
+def dequantize_into(out: Tensor, weight: QuantizedWeight, row_scale: Tensor | None = None) -> Tensor:
+    """As `dequantize`, into `out` [out, in] in its dtype; returns it. Fresh memory costs more than the decoding."""
+    ops.dequantize_4bit_into(out, weight.parts, weight.layout, row_scale)
     return out
 
 
-def row_chunk(weight: NF4Weight, elements: int = 1 << 22) -> int:
+def row_chunk(weight: QuantizedWeight, elements: int = 1 << 22) -> int:
     """How many rows make a chunk of about `elements` that starts on a block and on a nested block: what `rows` can cut
     out.
 
     All of them where odd sizes leave no such boundary inside the matrix.
     """
     out, columns = weight.shape
-    unit = weight.blocksize * (weight.nested_blocksize if weight.nested_absmax is not None else 1)
+    unit = weight.blocksize * (weight.nested_blocksize if weight.nested else 1)
     step = unit // math.gcd(columns, unit)
     return min(out, step * max(1, elements // (step * columns)))
 
 
-def rows(weight: NF4Weight, start: int, stop: int) -> NF4Weight:
-    """Rows start..stop as an NF4Weight that shares the bytes; `start` must be a multiple of `row_chunk`'s step."""
+def rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Rows start..stop as a weight that shares the bytes; `start` must be a multiple of `row_chunk`'s step."""
     columns = weight.shape[1]
     first, last = start * columns, stop * columns
     blocks = slice(first // weight.blocksize, -(-last // weight.blocksize))
-    nested = None
-    if weight.nested_absmax is not None:
-        nested = weight.nested_absmax[
-            blocks.start // weight.nested_blocksize : -(-blocks.stop // weight.nested_blocksize)
-        ]
-    return NF4Weight(
-        weight.packed[first // 2 : (last + 1) // 2],
-        weight.absmax[blocks],
-        nested,
-        weight.nested_offset,
-        (stop - start, columns),
-        weight.blocksize,
-        weight.nested_blocksize,
-    )
+    constants: tuple[Tensor, ...] = (weight.absmax[blocks],)
+    if weight.nested_absmax is not None and weight.nested_offset is not None:
+        nested = slice(blocks.start // weight.nested_blocksize, -(-blocks.stop // weight.nested_blocksize))
+        constants += (weight.nested_absmax[nested], weight.nested_offset)
+    packed, layout = weight.packed[first // 2 : (last + 1) // 2], [stop - start, *weight.layout[1:]]
+    return QuantizedWeight([packed, constants[0], weight.levels, *constants[1:]], layout)
 
 
-def to_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_bitsandbytes(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a bitsandbytes 4-bit checkpoint, keyed by what follows `P.weight` ("" for the codes themselves).
 
     `dtype` is recorded as the one to decode to. Every key is a tensor; the state is a JSON object as UTF-8 bytes.
     """
-    device = weight.packed.device
+    device = weight.device
     state: dict[str, object] = {
-        "quant_type": "nf4",
+        "quant_type": FORMATS[FORMAT].quant_type,
         "blocksize": weight.blocksize,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    parts = {"": weight.packed, ".absmax": weight.absmax, ".quant_map": reference.nf4_levels(device).clone()}
+    parts = {"": weight.packed, ".absmax": weight.absmax, ".quant_map": weight.levels.clone()}
     if weight.nested_absmax is not None and weight.nested_offset is not None:
         parts[".nested_absmax"] = weight.nested_absmax
         parts[".nested_quant_map"] = reference.dynamic_map(device).clone()
@@ -176,56 +138,36 @@ def to_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
     return parts
 
 
-def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight") -> NF4Weight:
+def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight") -> QuantizedWeight:
     """The reverse of `to_bitsandbytes`; also takes what bitsandbytes itself wrote.
 
     Raises:
         UserError: not NF4 (FP4, say), a part is missing, or a map differs from the one this format defines.
     """
+    original = "Use the 16-bit original"
     missing = [key for key in ("", ".absmax", ".quant_map", "." + STATE_KEY) if key not in parts]
     if missing:
-        raise UserError(
-            problem(
-                name,
-                "incomplete",
-                f"a 4-bit weight needs the tensors {', '.join(name + k for k in missing)}",
-                "Only NF4 checkpoints of bitsandbytes load; use the 16-bit original for anything else",
-            )
-        )
+        rule = f"a 4-bit weight needs the tensors {', '.join(name + k for k in missing)}"
+        remedy = "Only NF4 checkpoints of bitsandbytes load; use the 16-bit original for anything else"
+        raise UserError(problem(name, "incomplete", rule, remedy))
     state = json.loads(bytes(parts["." + STATE_KEY].tolist()))
     nested = parts.get(".nested_absmax")
+    cpu = torch.device("cpu")
     problems = []
-    if state["quant_type"] != "nf4" or not torch.equal(
-        parts[".quant_map"].cpu(), reference.nf4_levels(torch.device("cpu"))
-    ):
-        problems.append(
-            problem(name, state["quant_type"], "only the NF4 levels are supported", "Use the 16-bit original")
-        )
-    if nested is not None and not torch.equal(
-        parts[".nested_quant_map"].cpu(), reference.dynamic_map(torch.device("cpu"))
-    ):
-        problems.append(problem(name, "nested_quant_map", "is not the signed dynamic map", "Use the 16-bit original"))
+    if state["quant_type"] != "nf4" or not torch.equal(parts[".quant_map"].cpu(), levels_of(FORMAT, cpu)):
+        problems.append(problem(name, state["quant_type"], "only the NF4 levels are supported", original))
+    if nested is not None and not torch.equal(parts[".nested_quant_map"].cpu(), reference.dynamic_map(cpu)):
+        problems.append(problem(name, "nested_quant_map", "is not the signed dynamic map", original))
     if parts[""].dtype != torch.uint8:
-        problems.append(problem(name, parts[""].dtype, "codes must be stored as uint8", "Use the 16-bit original"))
-    if state.get("nested_blocksize", NESTED_BLOCKSIZE) != NESTED_BLOCKSIZE:
-        problems.append(
-            problem(
-                name,
-                state["nested_blocksize"],
-                f"scales are double-quantized in blocks of {NESTED_BLOCKSIZE}",
-                "Use the 16-bit original",
-            )
-        )
+        problems.append(problem(name, parts[""].dtype, "codes must be stored as uint8", original))
+    nested_blocksize = state.get("nested_blocksize", NESTED_BLOCKSIZE)
+    if nested_blocksize != NESTED_BLOCKSIZE:
+        rule = f"scales are double-quantized in blocks of {NESTED_BLOCKSIZE}"
+        problems.append(problem(name, nested_blocksize, rule, original))
     if problems:
         raise UserError(problems)
-    offset = None if nested is None else torch.tensor(state["nested_offset"], dtype=torch.float32, device=nested.device)
+    constants: tuple[Tensor, ...] = (parts[".absmax"],)
+    if nested is not None:
+        constants += (nested, torch.tensor(state["nested_offset"], dtype=torch.float32, device=nested.device))
     out, columns = state["shape"]
-    return NF4Weight(
-        parts[""],
-        parts[".absmax"],
-        nested,
-        offset,
-        (out, columns),
-        state["blocksize"],
-        state.get("nested_blocksize", NESTED_BLOCKSIZE),
-    )
+    return QuantizedWeight.of(parts[""], constants, (out, columns), state["blocksize"], nested_blocksize)

@@ -28,7 +28,7 @@ from qlora.models.quantize import BaseRecipe, LinearLayers
 from qlora.models.source import Source, load_config, resolve
 from qlora.models.transformers_seam import StreamConfig, forget_quantizer
 from qlora.specs import Quantization
-from qlora_kernels import ops
+from qlora_kernels import backends
 
 
 def lazy_tensors(source: Source, config, dtype: torch.dtype | str) -> dict[str, object] | None:
@@ -182,6 +182,6 @@ def load_source(
         layers.fingerprint(),
         made.scales,
     )
-    if ops.fuses(place):
+    if backends.has_fused_elementwise(place):
         fuse(loaded)
     return loaded.eval()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qlora.layers import nf4
-from qlora.layers.weight import NF4Weight
+from qlora_kernels.weight import QuantizedWeight
 from qlora.models.source import Source
 
 STORED = {  # the types of safetensors files
@@ -74,7 +74,7 @@ class PackedTensor:
     def to(self, device=None, dtype=None) -> PackedTensor:
         return PackedTensor(self.name, self.parts, device)
 
-    def load(self) -> NF4Weight:
+    def load(self) -> QuantizedWeight:
         return nf4.from_bitsandbytes(
             {key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}, self.name
         )

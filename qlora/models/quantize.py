@@ -12,10 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, problem
 from qlora.layers import nf4
-from qlora.layers.adapters import LINEAR
-from qlora.layers.attach import linear_names
-from qlora.layers.linear import NF4Linear
-from qlora.layers.weight import NF4Weight
+from qlora.layers.linear import LINEAR, NF4Linear, linear_names
+from qlora_kernels.weight import QuantizedWeight
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
 from qlora.specs import Quantization
@@ -84,7 +82,7 @@ class LinearLayers:
         defaults = held[0] if held else {"blocksize": 64, "double_quant": True, "scales": "absmax"}
         made = {name: defaults[name] if value is None else value for name, value in given.items()}
         if not held:
-            problems += nf4.option_problems(made["blocksize"], made["scales"])
+            problems += Quantization(bits if bits in (4, 16) else 4, **made).problems()
         if problems:
             raise UserError(problems)
         self.quantization = Quantization(bits, **made)  # resolved
@@ -132,7 +130,7 @@ class LinearLayers:
         layer, _, part = name.rpartition(".")
         return layer in self.shapes and part != "bias"
 
-    def quantized(self, name: str, value) -> NF4Weight:
+    def quantized(self, name: str, value) -> QuantizedWeight:
         """The NF4 form of the weight parameter `name`; records its sample."""
         layer = name.removesuffix(".weight")
         if isinstance(value, PackedTensor):

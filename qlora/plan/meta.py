@@ -19,9 +19,11 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch, Example, collate
 from qlora.errors import UserError, problem
 from qlora.evaluate import token_sums
-from qlora.layers.attach import attach_adapters, linear_names, match_targets
+from qlora.layers.attach import attach_adapters
+from qlora.layers.targets import match_targets
 from qlora.layers.fused import fuse
-from qlora.layers.linear import NF4Linear, forget_scratch
+from qlora.layers.linear import NF4Linear, linear_names
+from qlora.layers.weight import forget_scratch
 from qlora.layers.loss import expected_layout, loss_sum
 from qlora.layers.nf4 import PART_KEYS
 from qlora.models.device import DTYPES, resolve_dtype
@@ -29,7 +31,7 @@ from qlora.models.packed import stored_types
 from qlora.models.quantize import LinearLayers
 from qlora.models.source import load_config, resolve
 from qlora.train.step import checkpoint_activations
-from qlora_kernels import ops
+from qlora_kernels import backends
 
 # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
@@ -229,8 +231,8 @@ class Skeleton:
         short = copy.deepcopy(self.config)
         short.get_text_config().num_hidden_layers = count
         model = self._build(short)
-        if self.device == "cpu" and ops.NATIVE is not None:
-            _fuse(model)
+        if self.device == "cpu" and backends.NATIVE is not None:
+            fuse(model)
         options, there = self.options, dict(model.named_modules())
         with torch.device("meta"):
             attach_adapters(
@@ -266,13 +268,3 @@ def out_in(layer: nn.Module) -> tuple[int, int]:
 def numel(layer: nn.Module) -> int:
     out, columns = out_in(layer)
     return out * columns
-
-
-def _fuse(model: nn.Module) -> None:
-    """`fuse` compares results, so the vectors (norms) have values for a moment."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.dim() == 1:
-                module._parameters[name] = nn.Parameter(torch.ones(p.shape, dtype=p.dtype), requires_grad=False)
-    fuse(model)
-    model.to("meta")

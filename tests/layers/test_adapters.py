@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 import qlora
 from qlora import UserError, adapter_parameters, attach_adapters, named_adapters
 from qlora.layers import nf4
-from qlora.layers.adapters import AdaptedProduct, merged_weight, one_token, row_norms
-from qlora.layers.attach import compute_norms, refresh_norms
-from qlora.layers.linear import FrozenWeight, NF4Linear
+from qlora.layers.adapters import AdaptedProduct, Constants, merged_weight, one_token, row_norms
+from qlora.layers.attach import forget_row_norms, refresh_row_norms
+from qlora.layers.linear import NF4Linear, frozen_weight
+from qlora.layers.weight import FrozenWeight
 from qlora.specs import AdapterSpec
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
@@ -40,8 +41,8 @@ def one_layer(
     W = torch.randn(out, columns)
     if kind == "nf4":
         layer = NF4Linear(columns, out, bias)
-        layer.nf4 = nf4.quantize(W)
-        W = nf4.dequantize(layer.nf4, torch.float64)
+        layer.quantized = nf4.quantize(W)
+        W = nf4.dequantize(layer.quantized, torch.float64)
     elif kind == "conv1d":
         layer = Conv1D(out, columns)
         layer.weight.data = W.t().contiguous()
@@ -102,12 +103,13 @@ def test_one_token_equals_the_dense_definition(method):
         model, W = one_layer("nf4", columns, out, bias=False)
         adapter = in_float64(adapted(model, method)).layer
         x = torch.randn(columns, dtype=torch.float64)
-        norm = None if adapter.magnitude is None else adapter.norm()
+        norm = None if adapter.magnitude is None else adapter.current_row_norms()
         with torch.no_grad():
-            weight = FrozenWeight(adapter.base)
-            y = one_token(weight, x, adapter.lora_A, adapter.lora_B, adapter.magnitude, norm, adapter.scaling)
+            weight = frozen_weight(adapter.base)
+            constants = Constants(weight, adapter.scaling, norm)
+            y = one_token(x, *adapter.factors(), constants)
             assert relative(y, dense_definition(model, W, x)[0].detach()) < TOLERANCE[torch.float64]
-            assert not weight.takes_one_token(x)
+            assert not weight.uses_gemv(x)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -135,7 +137,7 @@ def test_gradcheck(kind, size, dora, shared):
     """n is an argument, since it is a constant in DoRA's graph."""
     columns, out = size
     model, _ = one_layer(kind, columns, out)
-    weight = FrozenWeight(model.layer)
+    weight = frozen_weight(model.layer)
     x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
     other = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
     A = torch.randn(2, columns, dtype=torch.float64, requires_grad=True)
@@ -144,9 +146,9 @@ def test_gradcheck(kind, size, dora, shared):
     n = row_norms(weight, A.detach(), B.detach(), 0.7) if dora else None
 
     def product(x, other, A, B, *m):
-        return AdaptedProduct.apply(
-            x, x if shared else other, A, B, m[0] if m else None, n, model.layer.bias, weight, 0.7
-        )
+        constants = Constants(weight, 0.7, n)
+        y, _ = AdaptedProduct.apply(x, x if shared else other, A, B, m[0] if m else None, constants)
+        return y + model.layer.bias
 
     inputs = (x, other, A, B) + ((m,) if dora else ())
     assert torch.autograd.gradcheck(product, inputs, check_undefined_grad=False)
@@ -189,7 +191,7 @@ def test_small_updates_arrive_in_bf16(method):
     with torch.no_grad():
         adapter.lora_B.normal_(0, 2e-3)
     moved = passes()
-    norm = row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), 1.0).double()
+    norm = row_norms(frozen_weight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), 1.0).double()
     V = W + adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
     if method == "dora":
         V = (adapter.magnitude.detach().double() / norm).unsqueeze(1) * V
@@ -236,7 +238,7 @@ def test_bias_is_outside_the_scaling():
     in_float64(attach_adapters(model, method="dora", rank=2))
     y = model(x := torch.randn(3, 64, dtype=torch.float64))
     model.layer.magnitude.data *= 2
-    refresh_norms(model)
+    forget_row_norms(model)
     bias = model.layer.base.bias
     assert torch.allclose(model(x) - bias, 2 * (y - bias))
 
@@ -301,7 +303,7 @@ def test_nothing_dense_is_saved_or_built(method):
     activations = tokens * (columns + rank) + (tokens * out if method == "dora" else 0)
     assert sum(saved.values()) == parameters + activations
     allowed = (
-        "dequantize_nf4",
+        "dequantize_4bit",
         "aten.empty",
         "aten.t.",
         "aten.detach",
@@ -317,7 +319,7 @@ def test_nothing_dense_is_saved_or_built(method):
 
 
 def expected_norm(adapter) -> torch.Tensor:
-    return row_norms(FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
+    return row_norms(frozen_weight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}], ids=str)
@@ -330,14 +332,14 @@ def test_norm_follows_every_optimizer(options):
         model(torch.randn(5, 64)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert torch.equal(model.layer.norm(), expected_norm(model.layer))
+        assert torch.equal(model.layer.current_row_norms(), expected_norm(model.layer))
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "base", "refresh"])
 def test_norm_follows_other_changes(change):
     model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
     adapted(model, "dora")
-    adapter, before = model.layer, model.layer.norm()
+    adapter, before = model.layer, model.layer.current_row_norms()
     if change == "in place":
         with torch.no_grad():
             adapter.lora_B.mul_(2)
@@ -346,12 +348,12 @@ def test_norm_follows_other_changes(change):
     elif change == "load_state_dict":
         model.load_state_dict({k: v * 2 if k.endswith("lora_B") else v for k, v in model.state_dict().items()})
     elif change == "base":
-        adapter.base.nf4 = nf4.quantize(torch.randn(48, 64))
+        adapter.base.quantized = nf4.quantize(torch.randn(48, 64))
     else:
         adapter.lora_B.detach().numpy()[:] *= 2
-        refresh_norms(model)
-    assert not torch.equal(adapter.norm(), before)
-    assert torch.equal(adapter.norm(), expected_norm(adapter))
+        forget_row_norms(model)
+    assert not torch.equal(adapter.current_row_norms(), before)
+    assert torch.equal(adapter.current_row_norms(), expected_norm(adapter))
 
 
 class NormWatch(TorchDispatchMode):
@@ -381,22 +383,22 @@ def test_norms_of_a_model_come_from_one_operator():
     """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only those that have changed."""
     model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
     adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
-    refresh_norms(model)
+    forget_row_norms(model)
     with NormWatch() as watch:
-        compute_norms(model)
+        refresh_row_norms(model)
     assert watch.calls == 1
     for adapter in adapters.values():
-        assert torch.equal(adapter.norm(), expected_norm(adapter))
+        assert torch.equal(adapter.current_row_norms(), expected_norm(adapter))
     first, *others = adapters.values()
-    before, untouched = first.norm(), [adapter._norms.n for adapter in others]
+    before, untouched = first.current_row_norms(), [adapter.row_norms.n for adapter in others]
     with torch.no_grad():
         first.lora_B += 0.1
     with NormWatch() as watch:
-        compute_norms(model)
+        refresh_row_norms(model)
     assert (
-        watch.calls == 1 and not torch.equal(first.norm(), before) and torch.equal(first.norm(), expected_norm(first))
+        watch.calls == 1 and not torch.equal(first.current_row_norms(), before) and torch.equal(first.current_row_norms(), expected_norm(first))
     )
-    assert all(adapter._norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
+    assert all(adapter.row_norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
 
 
 def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
@@ -421,16 +423,16 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
                 optimizer.zero_grad()
                 torch.manual_seed(step)
                 y = checkpoint(model, x, use_reentrant=False) if step else model(x)
-                norms = layer._norms.n
+                norms = layer.row_norms.n
                 y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
-                assert layer._norms.n is norms
+                assert layer.row_norms.n is norms
                 optimizer.step()
             found.append(
                 [
                     y.detach(),
                     *(p.grad for p in adapter_parameters(model)),
                     *([x.grad] if needs_x else []),
-                    *([layer.norm()] if method == "dora" else []),
+                    *([layer.current_row_norms()] if method == "dora" else []),
                 ]
             )
         for ours, plain in zip(*found, strict=True):
@@ -499,7 +501,7 @@ def test_merged_weight(method):
     adapted(model, method)
     adapter = model.layer
     merged = merged_weight(
-        FrozenWeight(adapter.base),
+        frozen_weight(adapter.base),
         adapter.lora_A.detach(),
         adapter.lora_B.detach(),
         None if adapter.magnitude is None else adapter.magnitude.detach(),

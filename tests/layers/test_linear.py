@@ -7,12 +7,13 @@ import torch
 from helpers import TOLERANCE, relative
 
 from qlora.layers import nf4
-from qlora.layers.linear import FrozenWeight, NF4Linear, product
+from qlora.layers.linear import NF4Linear, frozen_weight
+from qlora.layers.weight import matmul
 
 
 def layer(columns: int, out: int, bias: bool = True, **options) -> NF4Linear:
     made = NF4Linear(columns, out, bias, **options)
-    made.nf4 = nf4.quantize(torch.randn(out, columns), made.blocksize, made.nested_absmax is not None)
+    made.quantized = nf4.quantize(torch.randn(out, columns), made.blocksize, made.nested_absmax is not None)
     if bias:
         made.bias.data = torch.randn(out)
     return made
@@ -22,7 +23,7 @@ def layer(columns: int, out: int, bias: bool = True, **options) -> NF4Linear:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_product_and_gradient(columns, out, dtype):
     linear = layer(columns, out)
-    W = nf4.dequantize(linear.nf4, torch.float64)
+    W = nf4.dequantize(linear.quantized, torch.float64)
     x = torch.randn(2, 5, columns).to(dtype).requires_grad_()
     y = linear(x)
     expected = x.detach().double() @ W.t() + linear.bias.double()
@@ -36,8 +37,8 @@ def test_product_and_gradient(columns, out, dtype):
 def test_a_product_in_halves_is_the_product(rows):
     x, w, y = torch.randn(rows, 80).bfloat16(), torch.randn(80, 448).bfloat16(), torch.randn(rows, 448).bfloat16()
     exact, sum_ = x.double() @ w.double(), y.double()
-    assert relative(product(x, w), exact) < TOLERANCE[torch.bfloat16]
-    assert product(x, w, onto=y) is y and relative(y, sum_ + exact) < TOLERANCE[torch.bfloat16]
+    assert relative(matmul(x, w), exact) < TOLERANCE[torch.bfloat16]
+    assert matmul(x, w, onto=y) is y and relative(y, sum_ + exact) < TOLERANCE[torch.bfloat16]
 
 
 def test_saves_no_dense_weight():
@@ -51,16 +52,16 @@ def test_saves_no_dense_weight():
 def test_casting_a_model_keeps_the_constants(cast):
     """`model.to(bfloat16)` casts floating buffers; the float32 scales must survive it to the bit."""
     linear = layer(64, 48)
-    before = nf4.dequantize(linear.nf4)
+    before = nf4.dequantize(linear.quantized)
     cast(linear)
     assert linear.nested_absmax.dtype == torch.float32 and linear.nested_offset.shape == ()
-    assert torch.equal(nf4.dequantize(linear.nf4), before)
+    assert torch.equal(nf4.dequantize(linear.quantized), before)
 
 
 def test_state_dict_round_trip():
     first, second = layer(64, 48), layer(64, 48)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(nf4.dequantize(first.nf4), nf4.dequantize(second.nf4))
+    assert torch.equal(nf4.dequantize(first.quantized), nf4.dequantize(second.quantized))
 
 
 def test_autocast():
@@ -72,9 +73,9 @@ def test_autocast():
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_chunks_cover_the_weight(double_quant):
     linear = layer(96, 1000, double_quant=double_quant)
-    parts = list(FrozenWeight(linear).chunks(elements=10_000))
+    parts = list(frozen_weight(linear).chunks(elements=10_000))
     assert len(parts) > 1
-    assert torch.equal(torch.cat([W for _, W in parts]), nf4.dequantize(linear.nf4))
+    assert torch.equal(torch.cat([W for _, W in parts]), nf4.dequantize(linear.quantized))
 
 
 def test_layers_share_one_buffer_and_threads_do_not():
@@ -83,7 +84,7 @@ def test_layers_share_one_buffer_and_threads_do_not():
 
     layers = [layer(96, 1000), layer(64, 48)]
     xs = [torch.randn(7, 96), torch.randn(7, 64)]
-    expected = [x @ nf4.dequantize(linear.nf4).t() + linear.bias for linear, x in zip(layers, xs, strict=True)]
+    expected = [x @ nf4.dequantize(linear.quantized).t() + linear.bias for linear, x in zip(layers, xs, strict=True)]
 
     def work(i: int) -> bool:
         return all(torch.allclose(layers[i](xs[i]), expected[i], atol=1e-4) for _ in range(100))

@@ -8,8 +8,10 @@ import torch
 
 from qlora import UserError
 from qlora.layers import nf4
-from qlora.layers.attach import linear_names
+from qlora.layers.linear import linear_names
+from qlora.specs import SCALES
 from qlora_kernels import reference
+from qlora_kernels.weight import levels_of
 
 CPU = torch.device("cpu")
 
@@ -41,11 +43,11 @@ def test_levels_are_derived():
     positive = norm.ppf(torch.linspace(offset, 0.5, 9)[:-1].numpy()).tolist()
     negative = (-norm.ppf(torch.linspace(offset, 0.5, 8)[:-1].numpy())).tolist()
     levels = torch.tensor(sorted([*positive, 0.0, *negative]))
-    assert torch.equal(levels / levels.max(), reference.nf4_levels(CPU))
+    assert torch.equal(levels / levels.max(), levels_of("nf4", CPU))
 
 
 def test_maps_equal_bitsandbytes():
-    assert torch.equal(reference.nf4_levels(CPU), bnb.get_4bit_type("nf4", "cpu"))
+    assert torch.equal(levels_of("nf4", CPU), bnb.get_4bit_type("nf4", "cpu"))
     assert torch.equal(reference.dynamic_map(CPU), bnb.create_dynamic_map())
 
 
@@ -85,8 +87,8 @@ def test_decoding_is_the_definition(shape, blocksize, double_quant):
     weight = torch.randn(shape)
     weight.view(-1)[: min(70, weight.numel() - 1)] = 0  # a block of zeros where it fits
     quantized = nf4.quantize(weight, blocksize, double_quant)
-    scales = reference.decode_absmax(quantized.absmax, quantized.nested_absmax, quantized.nested_offset, 256)
-    levels = reference.nf4_levels(CPU)
+    scales = reference.decode_absmax(quantized)
+    levels = levels_of("nf4", CPU)
     flat = weight.view(-1)
     expected = torch.empty_like(flat)
     for i, value in enumerate(flat):
@@ -109,7 +111,7 @@ def test_storage():
 def test_row_gain(columns):
     weight = nf4.quantize(torch.randn(48, columns))
     gain = torch.randn(48)
-    assert torch.allclose(nf4.dequantize(weight, row_gain=gain), gain[:, None] * nf4.dequantize(weight), rtol=1e-6)
+    assert torch.allclose(nf4.dequantize(weight, row_scale=gain), gain[:, None] * nf4.dequantize(weight), rtol=1e-6)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -127,21 +129,21 @@ def test_mse_scales_leave_less_error(smollm2_dense, double_quant):
     """At least 10 % less than absmax in the stored weight, over every layer of SmolLM2; the codes are the nearest under
     what is stored.
     """
-    errors = dict.fromkeys(nf4.SCALES, 0.0)
+    errors = dict.fromkeys(SCALES, 0.0)
     for name in linear_names(smollm2_dense):
         weight = smollm2_dense.get_submodule(name).weight.detach()
-        for scales in nf4.SCALES:
+        for scales in SCALES:
             stored = nf4.quantize(weight, double_quant=double_quant, scales=scales)
             errors[scales] += (nf4.dequantize(stored).double() - weight).square().sum().item()
     print(f"squared error, double_quant {double_quant}: {errors}, {errors['mse'] / errors['absmax'] - 1:.1%}")
     assert errors["mse"] < 0.9 * errors["absmax"]
-    decoded = reference.decode_absmax(stored.absmax, stored.nested_absmax, stored.nested_offset, 256)
-    grid = decoded.repeat_interleave(64)[:, None] * reference.nf4_levels(CPU)
+    decoded = reference.decode_absmax(stored)
+    grid = decoded.repeat_interleave(64)[:, None] * levels_of("nf4", CPU)
     nearest = (grid - weight.reshape(-1, 1)).abs().amin(1)
     assert torch.allclose((nf4.dequantize(stored) - weight).abs().view(-1), nearest, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scales", nf4.SCALES)
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_bitsandbytes_layout_both_ways(double_quant, scales):
     """bitsandbytes reads our tensors to the same values; what we read back is what we wrote."""
@@ -153,7 +155,7 @@ def test_bitsandbytes_layout_both_ways(double_quant, scales):
     assert torch.equal(nf4.dequantize(again), nf4.dequantize(weight)) and again.shape == weight.shape
 
 
-@pytest.mark.parametrize("scales", nf4.SCALES)
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named(bad, scales):
     weight = torch.randn(64, 64)

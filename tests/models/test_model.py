@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora import UserError, load_base
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers import nf4
-from qlora.layers.attach import linear_names
+from qlora.layers.linear import linear_names
 from qlora.layers.linear import NF4Linear
 from qlora.models.device import bound_kernel_caches
 from qlora.models.source import resolve
@@ -117,7 +117,7 @@ def test_bitsandbytes_checkpoints_both_ways(saved_models, tmp_path, name, double
         again = load_base(str(saved_models(name)), dtype="fp32", double_quant=double_quant, scales=scales)
         assert torch.equal(here, again(input_ids=IDS).logits)
     for layer in linear_names(through):  # every stored value, as bitsandbytes decodes it
-        weight, back = through.get_submodule(layer).weight, again.get_submodule(layer).nf4
+        weight, back = through.get_submodule(layer).weight, again.get_submodule(layer).quantized
         assert torch.equal(
             bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state), nf4.dequantize(back)
         )
@@ -134,11 +134,11 @@ def test_a_checkpoint_brings_its_own_block_size(saved_models, tmp_path):
 
 def test_options_of_the_quantization_arrive(saved_models):
     layer = load_base(str(saved_models("llama")), blocksize=128, double_quant=False).model.layers[0].mlp.up_proj
-    assert layer.nf4.blocksize == 128 and layer.nested_absmax is None
+    assert layer.quantized.blocksize == 128 and layer.nested_absmax is None
     weight = random_model("llama").model.layers[0].mlp.up_proj.weight
     for given, scales in ((None, "absmax"), ("absmax", "absmax"), ("mse", "mse")):
         layer = load_base(str(saved_models("llama")), dtype="fp32", scales=given).model.layers[0].mlp.up_proj
-        assert torch.equal(nf4.dequantize(layer.nf4), nf4.dequantize(nf4.quantize(weight, scales=scales)))
+        assert torch.equal(nf4.dequantize(layer.quantized), nf4.dequantize(nf4.quantize(weight, scales=scales)))
 
 
 def test_options_that_contradict_the_checkpoint(saved_models, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.batch import Example
-from qlora.layers.attach import attach_adapters, named_adapters, refresh_norms
+from qlora.layers.attach import attach_adapters, forget_row_norms, named_adapters
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -61,7 +61,7 @@ def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: f
             adapter.lora_B.normal_(0, spread, generator=generator)
             if adapter.magnitude is not None:
                 adapter.magnitude *= 1 + magnitudes * (2 * torch.rand(adapter.magnitude.shape, generator=generator) - 1)
-    refresh_norms(model)
+    forget_row_norms(model)
     return model
 
 

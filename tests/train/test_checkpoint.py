@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from qlora.errors import UserError
 from qlora.export.peft import load_adapter, read_adapter_recipe, save_adapter
 from qlora.files import remove_partial
-from qlora.layers.attach import adapter_parameters
+from qlora.layers.attach import active_adapter, adapter_parameters
 from qlora.models.load import load_base
 from qlora.run.adapted import load_adapted
 from qlora.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -67,7 +67,7 @@ def test_peft_loads_ours(tmp_path, build, kind):
         for name, module in theirs.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
-    assert attached == set(model.qlora_adapter.modules)
+    assert attached == set(active_adapter(model).modules)
 
 
 @pytest.mark.parametrize(("build", "kind"), CASES)
@@ -98,7 +98,7 @@ def test_ours_loads_peft(tmp_path, build, kind):
     base, spec = read_adapter_recipe(tmp_path / "adapter")
     assert (base.bits, base.fingerprint) == (None, None)
     assert dataclasses.replace(spec, modules=set(spec.modules)) == dataclasses.replace(
-        model.qlora_adapter, modules=set(model.qlora_adapter.modules)
+        active_adapter(model), modules=set(active_adapter(model).modules)
     )
 
 
@@ -107,7 +107,7 @@ def test_there_and_back_is_exact(tmp_path):
         model = tiny.adapted(tiny.llama(), **kind)
         fresh = load_adapter(tiny.llama(), save_adapter(model, tmp_path / "adapter"))
         assert all(torch.equal(tensor, tiny.tensors(fresh)[name]) for name, tensor in tiny.tensors(model).items())
-        assert torch.equal(logits(fresh), logits(model)) and fresh.qlora_adapter == model.qlora_adapter
+        assert torch.equal(logits(fresh), logits(model)) and active_adapter(fresh) == active_adapter(model)
         assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in model.parameters()]
 
 

@@ -9,7 +9,7 @@ from helpers import relative
 
 from qlora import PagedAdamW, adapter_parameters, attach_adapters, load_adapter, load_base, named_adapters, save_adapter
 from qlora.layers.adapters import row_norms
-from qlora.layers.linear import FrozenWeight
+from qlora.layers.linear import frozen_weight
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -51,9 +51,9 @@ def test_trainer(saved_models, tmp_path, method):
     if method == "dora":
         for _, adapter in named_adapters(model):
             expected = row_norms(
-                FrozenWeight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling
+                frozen_weight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling
             )
-            assert torch.equal(adapter.norm(), expected)
+            assert torch.equal(adapter.current_row_norms(), expected)
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(load_base(str(saved_models("llama")), dtype="fp32"), tmp_path / "adapter")
     ids = torch.arange(2, 20).view(2, 9)

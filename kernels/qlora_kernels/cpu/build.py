@@ -3,7 +3,7 @@
 One shared library holds the kernels for every instruction set; each file is compiled with the flags of its own, and the
 choice is made at run time, so a wheel built on one machine is right on all of its architecture. A hash of the sources
 and flags goes
-into the library: `native.py` compares it with the sources that lie beside it, so that a stale build is never used. No
+into the library: `native.load` compares it with the sources that lie beside it, so that a stale build is never used. No
 torch and no Python headers are involved, and `setup.py` uses this file too. The alternative,
 `torch.utils.cpp_extension`, binds the library to one version of torch and costs a minute for each build.
 """
@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+SOURCE = FOLDER / "csrc"
 LIBRARY = "_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 COMMAND = "python -m qlora_kernels.cpu.build"
 MARKER = b"qlora-source-hash:"
@@ -37,26 +38,46 @@ FLAGS = (
     "-fvisibility=default",
     "-Wall",
 )
-SOURCES: dict[str, tuple[str, ...]] = {
-    "nf4.cpp": (),
-    "portable.cpp": (),
-    "attention.cpp": (),
-    "narrow.cpp": (),
-    "product.cpp": (),
-}
+SOURCES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        "api_nf4.cpp",
+        "api_adapter.cpp",
+        "api_step.cpp",
+        "api_attention.cpp",
+        "api_optim.cpp",
+        "dispatch.cpp",
+        "tables.cpp",
+        "portable.cpp",
+        "attention_bf16.cpp",
+        "nf4_gemm_amx.cpp",
+        "skinny_gemm_amx.cpp",
+    ),
+    (),
+)
 if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES |= {
         "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
         "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
     }
-HEADERS = ("attention.h", "kernels.h", "narrow.h", "nf4.h", "product.h", "step.h", "tiles.h", "types.h")
+HEADERS = (
+    "amx.h",
+    "attention_bf16.h",
+    "dispatch.h",
+    "elementwise.h",
+    "kernels.h",
+    "nf4_gemm_amx.h",
+    "nf4_kernels.h",
+    "skinny_gemm_amx.h",
+    "tables.h",
+    "types.h",
+)
 
 
 class BuildError(RuntimeError):
     """The compiler is missing or failed; the message has what it said."""
 
 
-def source_hash(folder: Path = FOLDER) -> str | None:
+def source_hash(folder: Path = SOURCE) -> str | None:
     """Hash of sources and flags, or None where an installation left the sources out."""
     digest = hashlib.sha256(repr((FLAGS, SOURCES)).encode())
     for name in (*SOURCES, *HEADERS):
@@ -99,7 +120,7 @@ def compile_library(target: Path) -> Path:
                 *flags,
                 define,
                 "-c",
-                str(FOLDER / name),
+                str(SOURCE / name),
                 "-o",
                 str(Path(work, name + ".o")),
             ]

@@ -1,0 +1,221 @@
+"""Which code runs an operator where, and a count of what ran.
+
+    CPU                 the native library; where it is not built, the reference
+    NVIDIA cards        the Triton kernels (compute capability 8.0 and later)
+    other accelerators  bitsandbytes' operators for what they have, the reference for the rest
+
+QLORA_BACKEND=native|triton|bitsandbytes|reference forces one; it is an error where it cannot run. A backend is a set of
+functions named as the operators. One that cannot take its arguments (a dtype, a shape) returns NotImplemented, and the
+reference runs: that happens here alone, and is counted (`ROUTES`, printed with QLORA_TRACE=1 and by `qlora doctor
+--trace`), so that nobody trains on the slow path unawares. The alternative, a fallback inside each kernel's function,
+leaves silently at fifty places.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlora_kernels import BackendError, ops, reference
+from qlora_kernels.cpu import native
+
+BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
+ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
+
+ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
+
+
+def use(name: str, device: str, function: Callable, backend: str) -> None:
+    """Run `function`, of `backend`, for the operator on tensors of `device` (a dispatch key, such as "CPU")."""
+    ops.LIBRARY.impl(name, routed(name, function, backend), device)
+
+
+def routed(name: str, function: Callable, backend: str) -> Callable:
+    """`function`, or the reference for what it does not take; counted either way."""
+    fallback, taken, refused = getattr(reference, name), (name, backend), (name, "reference")
+
+    def call(*arguments):
+        result = function(*arguments)
+        if result is NotImplemented:
+            ROUTES[refused] += 1
+            return fallback(*arguments)
+        ROUTES[taken] += 1
+        return result
+
+    return call
+
+
+def routes() -> str:
+    """What ran so far, an operator a line, as text."""
+    found: dict[str, list[str]] = {}
+    for (name, backend), count in sorted(ROUTES.items()):
+        found.setdefault(name, []).append(f"{backend} {count}")
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{name:<{width}}  {', '.join(counts)}" for name, counts in found.items())
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _forced() -> str:
+    return os.environ.get("QLORA_BACKEND", "")
+
+
+@functools.cache
+def _cuda() -> tuple[str, str]:
+    """(backend, why) on CUDA devices: our Triton kernels where they run. Found out at the first use, which may start
+    the driver.
+    """
+    if _forced() in ("reference", "bitsandbytes"):
+        return _other()
+    if torch.version.hip is not None:
+        missing = "they are made for NVIDIA cards"
+    elif not _installed("triton"):
+        missing = "triton is not installed"
+    elif not torch.cuda.is_available():
+        missing = "torch sees no CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        missing = "they need compute capability 8.0"
+    else:
+        return "triton", ""
+    if _forced() == "triton":
+        raise BackendError(
+            f"QLORA_BACKEND=triton: the Triton kernels cannot run, {missing}. Unset it for the fastest there is"
+        )
+    backend, why = _other()
+    return backend, f"the Triton kernels cannot run, {missing}" + (f"; {why}" if why else "")
+
+
+@functools.cache
+def _other() -> tuple[str, str]:
+    """(backend, why) where we have no kernels of our own."""
+    if _forced() == "reference":
+        return "reference", "QLORA_BACKEND=reference"
+    if _installed("bitsandbytes"):
+        return "bitsandbytes", "QLORA_BACKEND=bitsandbytes" if _forced() == "bitsandbytes" else ""
+    if _forced() == "bitsandbytes":
+        raise BackendError(
+            "QLORA_BACKEND=bitsandbytes: bitsandbytes is not installed. Install it, or unset QLORA_BACKEND"
+        )
+    return "reference", "bitsandbytes is not installed"
+
+
+@functools.cache
+def _functions(backend: str) -> dict[str, Callable]:
+    """The operators that a backend has; imported here, because importing Triton or bitsandbytes is slow and may fail."""
+    if backend == "triton":
+        from qlora_kernels.triton import adapter, nf4, optim, step
+
+        modules = (nf4, adapter, step, optim)
+    elif backend == "bitsandbytes":
+        from qlora_kernels.bitsandbytes import nf4 as theirs
+
+        modules = (theirs,)
+    else:
+        modules = ()
+    return {name: getattr(module, name) for module in modules for name in ops.OPERATORS if hasattr(module, name)}
+
+
+def _late(name: str, choose: Callable[[], tuple[str, str]]) -> Callable:
+    """The operator `name` by the backend that `choose` finds at the first call; what that lacks is the reference's."""
+    found: list[Callable] = []
+
+    def call(*arguments):
+        if not found:
+            backend = choose()[0]
+            function = _functions(backend).get(name)
+            found.append(routed(name, function or getattr(reference, name), backend if function else "reference"))
+        return found[0](*arguments)
+
+    return call
+
+
+def _choose_cpu() -> tuple[native.Native | None, str]:
+    forced = _forced()
+    if forced not in ("", *BACKENDS):
+        raise BackendError(
+            f"QLORA_BACKEND={forced}: must be one of {', '.join(BACKENDS)}, or unset for the fastest there is"
+        )
+    if forced in ("reference", "bitsandbytes"):
+        return None, _words(*_other())
+    library, words = native.load()
+    if forced == "native" and library is None:
+        raise BackendError(
+            "QLORA_BACKEND=native: the native CPU kernels are not built. "
+            f"Run {native.build.COMMAND}, or unset QLORA_BACKEND"
+        )
+    if forced == "triton":
+        _cuda()
+    return library, words
+
+
+def _words(backend: str, why: str) -> str:
+    names = {
+        "reference": "reference (plain PyTorch)",
+        "triton": "Triton kernels",
+        "bitsandbytes": "bitsandbytes' kernels",
+    }
+    return f"{names[backend]}, because {why}" if why else names[backend]
+
+
+NATIVE, CPU_BACKEND = _choose_cpu()  # the library or None, and in words what the CPU runs
+
+
+def _register() -> None:
+    for name in ops.OPERATORS:
+        if NATIVE is not None and hasattr(NATIVE, name):
+            use(name, "CPU", getattr(NATIVE, name), "native")
+        elif _forced() == "bitsandbytes":
+            ops.LIBRARY.impl(name, _late(name, _other), "CPU")
+        else:
+            use(name, "CPU", getattr(reference, name), "reference")
+        for device in ACCELERATORS:
+            ops.LIBRARY.impl(name, _late(name, _cuda if device == "CUDA" else _other), device)
+
+
+_register()
+
+
+# ---------------------------------------------------------------- what has a kernel
+
+
+def has_gemv(device: torch.device) -> bool:
+    """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and the usual product are faster."""
+    return device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def has_fused_elementwise(device: torch.device) -> bool:
+    """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's
+    chains.
+    """
+    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
+
+
+def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
+    """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
+    product is faster. Tensors without a device count as the CPU's, for `plan`.
+    """
+    return x.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
+
+
+def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for
+    `plan`.
+    """
+    return q.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_attention(q, k, v)
+
+
+def describe() -> dict[str, str]:
+    """Which code runs the operators, by device type, in words (for `qlora doctor`)."""
+    cpu = CPU_BACKEND if NATIVE is None else NATIVE.describe()
+    return {"cpu": cpu, "cuda": _words(*_cuda())}

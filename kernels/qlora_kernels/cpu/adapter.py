@@ -1,0 +1,429 @@
+"""LoRA and DoRA on a CPU: the native operators of subject `adapter`.
+
+With a matrix unit (AMX) a layer is one operator each way: the weight is decoded as it is multiplied, the adapter's product
+is in the same sums, and DoRA's n is made on the way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_kernels import reference
+from qlora_kernels.cpu.binding import (
+    DTYPES,
+    FLOAT,
+    INTEGER,
+    POINTER,
+    SIZE,
+    WEIGHT,
+    Subject,
+    as_argument,
+    pointer,
+    readable,
+)
+
+
+def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A [rank, in] and B [out, rank] with zeros up to a rank that is a multiple of 16, and that rank."""
+    pad = -A.shape[0] % 16
+    if pad:
+        A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
+    return A.contiguous(), B.contiguous(), A.shape[0]
+
+
+class AdapterKernels(Subject):
+    SIGNATURES = {  # noqa: RUF012
+        "qlora_partials": [SIZE],
+        "qlora_column_dots": [INTEGER, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, INTEGER],
+        "qlora_row_norms_4bit": [WEIGHT, *[POINTER] * 4, SIZE, FLOAT, POINTER, INTEGER],
+        "qlora_fold_factors": [INTEGER, POINTER, SIZE, POINTER, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
+        "qlora_narrow_room": [SIZE, SIZE, SIZE],
+        "qlora_narrow": [*[POINTER] * 4, SIZE, SIZE, SIZE, FLOAT, *[POINTER] * 7, INTEGER],
+        "qlora_product_bytes": [SIZE, SIZE, SIZE, INTEGER],
+        "qlora_product": [
+            WEIGHT,
+            POINTER,
+            INTEGER,
+            POINTER,
+            SIZE,
+            *[POINTER] * 3,
+            SIZE,
+            *[POINTER] * 2,
+            FLOAT,
+            *[POINTER] * 7,
+            INTEGER,
+        ],
+        "qlora_adapted_backward_bytes": [*[SIZE] * 4, INTEGER],
+        "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
+    }
+    RESULTS = {  # noqa: RUF012
+        "qlora_partials": SIZE,
+        "qlora_narrow_room": SIZE,
+        "qlora_product_bytes": SIZE,
+        "qlora_product": INTEGER,
+        "qlora_adapted_backward_bytes": SIZE,
+    }
+
+    # ---------------------------------------------------------------- parts
+
+    def row_norms_4bit(self, weight: list[Tensor], layout: list[int], A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if not A.dtype == B.dtype == torch.float32 or not readable(weight, layout, A.device):
+            return NotImplemented
+        rows, columns = layout[:2]
+        if A.shape[1:] != (columns,) or B.shape != (rows, A.shape[0]):
+            raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight of {rows} x {columns}")
+        A, B, rank = _in_sixteens(A, B)
+        n, threads = torch.empty(rows, dtype=torch.float32), torch.get_num_threads()
+        tiles, gram = (torch.empty(size, dtype=torch.float32) for size in (A.numel(), rank**2))
+        self.library.qlora_row_norms_4bit(
+            as_argument(weight, layout),
+            A.data_ptr(),
+            tiles.data_ptr(),
+            B.data_ptr(),
+            gram.data_ptr(),
+            rank,
+            scaling,
+            n.data_ptr(),
+            threads,
+        )
+        return n
+
+    def row_norms_4bit_all(
+        self, weights: list[Tensor], layouts: list[int], A: list[Tensor], B: list[Tensor], scaling: list[float]
+    ) -> list[Tensor]:
+        return reference.row_norms_4bit_all(weights, layouts, A, B, scaling, self._row_norms)
+
+    def _row_norms(self, *arguments) -> Tensor:
+        found = self.row_norms_4bit(*arguments)
+        return reference.row_norms_4bit(*arguments) if found is NotImplemented else found
+
+    def columnwise_dot(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype not in DTYPES or b.dtype != a.dtype or a.shape != b.shape or a.dim() != 2:
+            return NotImplemented
+        rows, columns = a.shape
+        if columns and a.stride(1) != 1:
+            a = a.contiguous()
+        if columns and b.stride(1) != 1:
+            b = b.contiguous()
+        out = torch.empty(columns, dtype=torch.float32)
+        partial = self.partial_sums(rows, columns)
+        self.library.qlora_column_dots(
+            DTYPES[a.dtype],
+            a.data_ptr(),
+            a.stride(0),
+            b.data_ptr(),
+            b.stride(0),
+            rows,
+            columns,
+            pointer(partial),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def prepare_lora_factors(
+        self, A: Tensor, B: Tensor, m: Tensor | None, n: Tensor | None, scaling: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        floats = all(part is None or part.dtype == torch.float32 for part in (A, B, m, n))
+        if not floats or dtype not in DTYPES or not A.numel() or not B.numel():
+            return NotImplemented
+        rows, rank = B.shape
+        if m is not None and (n is None or not m.shape == n.shape == (rows,)):
+            raise ValueError(f"m {tuple(m.shape)} and n {n if n is None else tuple(n.shape)} for {rows} rows")
+        A, B = A.contiguous(), B.contiguous()
+        m, n = (None if part is None or m is None else part.contiguous() for part in (m, n))
+        A_cast, B_scaled = torch.empty(A.shape, dtype=dtype), torch.empty(B.shape, dtype=dtype)
+        row_scale, m_clamped = (torch.empty(0 if m is None else rows, dtype=torch.float32) for _ in range(2))
+        self.library.qlora_fold_factors(
+            DTYPES[dtype],
+            A.data_ptr(),
+            A.numel(),
+            B.data_ptr(),
+            rows,
+            rank,
+            scaling,
+            pointer(m),
+            pointer(n),
+            A_cast.data_ptr(),
+            B_scaled.data_ptr(),
+            row_scale.data_ptr(),
+            m_clamped.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return A_cast, B_scaled, row_scale, m_clamped
+
+    def _sums_on_the_unit(self, x: Tensor, narrow: Tensor) -> bool:
+        """Whether skinny_gemm_amx.cpp has these sums: bf16, and not so many ranks that the products no longer wait for
+        memory.
+        """
+        fits = (
+            x.dim() == narrow.dim() == 2 and x.shape[0] == narrow.shape[0] and x.numel() and 0 < narrow.shape[1] <= 64
+        )
+        return self.bf16_unit == "AMX" and bool(fits) and x.dtype == narrow.dtype == torch.bfloat16
+
+    def adapter_gradients(
+        self,
+        dy: Tensor,
+        B_scaled: Tensor,
+        xA: Tensor,
+        y: Tensor | None,
+        row_scale: Tensor | None,
+        m_clamped: Tensor | None,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        alike = B_scaled.dtype == dy.dtype and (y is None or y.dtype == dy.dtype)
+        if not self._sums_on_the_unit(dy, xA) or not alike:
+            return reference.adapter_gradients(dy, B_scaled, xA, y, row_scale, m_clamped, scaling, self._dot)
+        (tokens, columns), rank = dy.shape, xA.shape[1]
+        factors = [part for part in (row_scale, m_clamped) if part is not None]
+        if (
+            B_scaled.shape != (columns, rank)
+            or (y is not None and (y.shape != dy.shape or m_clamped is None))
+            or any(f.shape != (columns,) or f.dtype != torch.float32 for f in factors)
+        ):
+            shapes = f"xA {tuple(xA.shape)}, B {tuple(B_scaled.shape)} and {len(factors)} factors"
+            raise ValueError(f"gradient {tuple(dy.shape)} with {shapes}")
+        given = (dy, B_scaled, xA, y, row_scale, m_clamped)
+        dy, B_scaled, xA, y, row_scale, m_clamped = (None if part is None else part.contiguous() for part in given)
+        v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
+        dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
+        work = self.workspace(4 * self.library.qlora_narrow_room(tokens, columns, rank))
+        self.library.qlora_narrow(
+            dy.data_ptr(),
+            pointer(y),
+            xA.data_ptr(),
+            B_scaled.data_ptr(),
+            tokens,
+            columns,
+            rank,
+            scaling,
+            pointer(row_scale),
+            pointer(m_clamped),
+            work.data_ptr(),
+            v.data_ptr(),
+            dB.data_ptr(),
+            dm.data_ptr(),
+            None,
+            torch.get_num_threads(),
+        )
+        return v, dB, dm
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        found = self.columnwise_dot(a, b)
+        return reference.columnwise_dot(a, b) if found is NotImplemented else found
+
+    def matmul_tn(self, left: Tensor, x: Tensor) -> Tensor:
+        if not self._sums_on_the_unit(x, left):
+            return NotImplemented
+        (tokens, columns), rank = x.shape, left.shape[1]
+        left, x, out = left.contiguous(), x.contiguous(), torch.empty(rank, columns, dtype=torch.float32)
+        work = self.workspace(4 * self.library.qlora_narrow_room(tokens, columns, rank))
+        self.library.qlora_narrow(
+            x.data_ptr(),
+            None,
+            left.data_ptr(),
+            None,
+            tokens,
+            columns,
+            rank,
+            1.0,
+            None,
+            None,
+            work.data_ptr(),
+            None,
+            None,
+            None,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    # ---------------------------------------------------------------- a whole layer
+
+    def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
+        """Whether nf4_gemm_amx.cpp multiplies these: bf16, whole tiles."""
+        return (
+            self.bf16_unit == "AMX"
+            and x.dtype == torch.bfloat16
+            and x.dim() == 2
+            and x.shape[0] >= 32
+            and layout[0] % 32 == 0 == layout[1] % 64
+            and layout[2] >= 64
+            and readable(weight, layout, x.device)
+        )
+
+    def matmul_4bit(
+        self, x: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, transposed: bool
+    ) -> Tensor:
+        if not self.supports_fused_gemm(x, weight, layout):
+            return NotImplemented
+        rows, columns = layout[:2]
+        if (row_scale is not None and row_scale.numel() != rows) or x.shape[1] != (columns if transposed else rows):
+            scales = None if row_scale is None else row_scale.numel()
+            raise ValueError(f"x {tuple(x.shape)} and {scales} row scales for a weight of {rows} x {columns}")
+        row_scale = None if row_scale is None else row_scale.float().contiguous()
+        return self._matmul(x, weight, layout, row_scale, transposed)
+
+    def _matmul(
+        self,
+        x: Tensor,
+        weight: list[Tensor],
+        layout: list[int],
+        row_scale: Tensor | None,
+        transposed: bool,
+        v: Tensor | None = None,
+        A_cast: Tensor | None = None,
+    ) -> Tensor:
+        """x W't, or x W' + v A, of contiguous factors."""
+        x, rank, threads = x.contiguous(), 0 if v is None else v.shape[1], torch.get_num_threads()
+        inner, outer = (layout[1], layout[0]) if transposed else (layout[0], layout[1])
+        y = x.new_empty(x.shape[0], outer)
+        work = self.workspace(self.library.qlora_product_bytes(x.shape[0], inner, rank, threads))
+        nothing = [None] * 5
+        self.library.qlora_product(
+            as_argument(weight, layout),
+            pointer(row_scale),
+            transposed,
+            x.data_ptr(),
+            x.shape[0],
+            None,
+            pointer(v),
+            pointer(A_cast),
+            rank,
+            None,
+            None,
+            1.0,
+            *nothing,
+            work.data_ptr(),
+            y.data_ptr(),
+            threads,
+        )
+        return y
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        x_adapter: Tensor,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor | None,
+        n: Tensor | None,
+        base_row_norms: Tensor | None,
+        scaling: float,
+        weight: list[Tensor],
+        layout: list[int],
+    ) -> tuple[Tensor, ...]:
+        (rows, columns), (tokens, rank) = layout[:2], (x.shape[0], A.shape[0])
+        floats = all([part is None or part.dtype == torch.float32 for part in (A, B, m, n, base_row_norms)])
+        if not floats or x_adapter.dtype != x.dtype or not self.supports_fused_gemm(x, weight, layout):
+            return NotImplemented
+        if (
+            x.shape[1] != columns
+            or x_adapter.shape != x.shape
+            or A.shape != (rank, columns)
+            or B.shape != (rows, rank)
+            or (m is not None and m.shape != (rows,))
+        ):
+            shapes = f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)}"
+            raise ValueError(f"{shapes} for a weight of {rows} x {columns}")
+        x, x_adapter, A, B = x.contiguous(), x_adapter.contiguous(), A.contiguous(), B.contiguous()
+        threads = torch.get_num_threads()
+        # What is kept longest comes first, here and in the backward pass: behind what is soon freed it would cut the
+        # heap into holes.
+        A_cast, B_scaled, xA = x.new_empty(rank, columns), x.new_empty(rows, rank), x.new_empty(tokens, rank)
+        factors, m_at, base_at, row_scale = A.new_empty(0 if m is None else 3, rows), None, None, None
+        y = x.new_empty(tokens, rows)
+        if m is not None:
+            m = m.contiguous()
+            m_at, row_scale = m.data_ptr(), factors.data_ptr()
+            if n is not None or base_row_norms is None or base_row_norms.shape != m.shape:
+                factors[2] = self.row_norms_4bit(weight, layout, A, B, scaling) if n is None else n
+            else:
+                base_row_norms = base_row_norms.contiguous()
+                base_at = base_row_norms.data_ptr()
+        work = self.workspace(self.library.qlora_product_bytes(tokens, columns, rank, threads))
+        begin = (as_argument(weight, layout), row_scale, True, x.data_ptr(), tokens, x_adapter.data_ptr())
+        adapter = (xA.data_ptr(), A_cast.data_ptr(), rank, A.data_ptr(), B.data_ptr(), scaling, m_at)
+        made = (
+            *((None, None) if row_scale is None else (row_scale + 4 * rows, row_scale + 8 * rows)),
+            B_scaled.data_ptr(),
+            work.data_ptr(),
+            y.data_ptr(),
+            threads,
+        )
+        if not self.library.qlora_product(*begin, *adapter, base_at, *made):  # an n is not exact
+            factors[2] = self.row_norms_4bit(weight, layout, A, B, scaling)
+            self.library.qlora_product(*begin, *adapter, None, *made)
+        return y, xA, A_cast, B_scaled, factors
+
+    def adapted_linear_backward(
+        self,
+        dy: Tensor,
+        saved: list[Tensor],
+        y: Tensor | None,
+        scaling: float,
+        weight: list[Tensor],
+        layout: list[int],
+        needs_x: bool,
+    ) -> tuple[Tensor, ...]:
+        x, xA, A_cast, B_scaled, factors = saved
+        if (
+            not self.supports_fused_gemm(dy, weight, layout)
+            or not dy.dtype == x.dtype == A_cast.dtype == B_scaled.dtype
+        ):
+            return NotImplemented
+        (rows, columns), (tokens, rank), scaled = layout[:2], xA.shape, factors.numel() > 0
+        fit = (
+            dy.shape == (tokens, rows)
+            and x.shape == (tokens, columns)
+            and A_cast.shape == (rank, columns)
+            and B_scaled.shape == (rows, rank)
+        )
+        if (
+            not fit
+            or factors.dtype != torch.float32
+            or (scaled and factors.shape != (3, rows))
+            or (y is not None and not (scaled and y.shape == dy.shape))
+        ):
+            shapes = (
+                f"gradient {tuple(dy.shape)}, x {tuple(x.shape)}, A {tuple(A_cast.shape)}, B {tuple(B_scaled.shape)}"
+            )
+            raise ValueError(f"{shapes} for a weight of {rows} x {columns}")
+        dy, x, A_cast, B_scaled = dy.contiguous(), x.contiguous(), A_cast.contiguous(), B_scaled.contiguous()
+        xA, factors = xA.contiguous(), factors.contiguous()
+        if not self._sums_on_the_unit(dy, xA) or (y is not None and y.dtype != dy.dtype):
+            row_scale, m_clamped = (factors[0], factors[1]) if scaled else (None, None)
+            v, dB, dm = self.adapter_gradients(dy, B_scaled, xA, y, row_scale, m_clamped, scaling)
+            dx = dy.new_empty(0)
+            if needs_x:
+                dx = self._matmul(dy, weight, layout, row_scale, False, v.contiguous(), A_cast)
+            dA = self.matmul_tn(v, x)
+            return dx, reference.matmul_tn(v, x) if dA is NotImplemented else dA, dB, dm
+        y = None if y is None else y.contiguous()
+        row_scale_at, threads = factors.data_ptr() if scaled else None, torch.get_num_threads()
+        dA, dB = factors.new_empty(A_cast.shape), factors.new_empty(B_scaled.shape)
+        dm = factors.new_empty(0 if y is None else rows)
+        dx = dy.new_empty((tokens, columns) if needs_x else 0)
+        work = self.workspace(self.library.qlora_adapted_backward_bytes(tokens, rows, columns, rank, threads))
+        self.library.qlora_adapted_backward(
+            as_argument(weight, layout),
+            row_scale_at,
+            dy.data_ptr(),
+            x.data_ptr(),
+            A_cast.data_ptr(),
+            B_scaled.data_ptr(),
+            xA.data_ptr(),
+            pointer(y),
+            tokens,
+            rank,
+            scaling,
+            row_scale_at + 4 * rows if row_scale_at is not None else None,
+            work.data_ptr(),
+            dx.data_ptr() if needs_x else None,
+            dA.data_ptr(),
+            dB.data_ptr(),
+            dm.data_ptr(),
+            threads,
+        )
+        return dx, dA, dB, dm

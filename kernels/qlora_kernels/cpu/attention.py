@@ -1,0 +1,82 @@
+"""Attention over the examples of a packed row, on a CPU that multiplies bf16: the native operators of subject
+`attention`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.cpu.binding import FLOAT, INTEGER, POINTER, SIZE, Subject, integers
+
+
+class AttentionKernels(Subject):
+    SIGNATURES = {  # noqa: RUF012
+        "qlora_attention_bytes": [INTEGER, SIZE, SIZE],
+        "qlora_attention": [INTEGER, *[POINTER] * 3, *[SIZE] * 4, FLOAT, POINTER, SIZE, INTEGER],
+    }
+    RESULTS = {"qlora_attention_bytes": SIZE}  # noqa: RUF012
+
+    def supports_attention(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether `attention` has a kernel for these: one type of head, in bf16."""
+        return bool(self.bf16_unit) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
+        if not self.supports_attention(q, k, v):
+            return NotImplemented
+        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        self._attention([q, k, v, out], lse, cu_seqlens, scale)
+        return out, lse
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: list[int],
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        if not self.supports_attention(q, k, v):
+            return NotImplemented
+        alike = dout.shape == out.shape == q.shape and dout.dtype == out.dtype == q.dtype
+        if not alike or (lse.shape, lse.dtype) != ((q.shape[1], q.shape[0]), torch.float32):
+            shapes = f"gradient {tuple(dout.shape)}, result {tuple(out.shape)} and lse {tuple(lse.shape)}"
+            raise ValueError(f"{shapes} for queries {tuple(q.shape)}")
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        self._attention([dout, q, k, v, out, *gradients], lse.contiguous(), cu_seqlens, scale)
+        return gradients
+
+    def _attention(self, views: list[Tensor], lse: Tensor, cu_seqlens: list[int], scale: float) -> None:
+        backward = len(views) > 4
+        q, k, v = views[backward : backward + 3]
+        (tokens, heads, D), groups = q.shape, k.shape[1]
+        lengths, threads = [stop - start for start, stop in pairwise(cu_seqlens)], torch.get_num_threads()
+        if k.shape != v.shape or k.shape != (tokens, groups, D) or heads % groups:
+            raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}")
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or min(lengths, default=0) < 0:
+            raise ValueError(f"examples at {list(cu_seqlens)} of {tokens} tokens")
+        if not tokens:
+            return
+        views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
+        parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
+        size = self.library.qlora_attention_bytes(backward, max(lengths), D)
+        work = torch.empty(min(threads, groups * len(lengths)) * size, dtype=torch.uint8)  # torch aligns to 64 bytes
+        self.library.qlora_attention(
+            backward,
+            integers(parts),
+            lse.data_ptr(),
+            integers(cu_seqlens),
+            len(lengths),
+            heads,
+            groups,
+            D,
+            scale,
+            work.data_ptr(),
+            size,
+            threads,
+        )

@@ -1,0 +1,94 @@
+// What lies between the products of a layer: loss, RMSNorm, SwiGLU, rotation.
+
+#include "dispatch.h"
+
+using namespace qlora;
+
+extern "C" {
+
+// logits [rows, columns] become the gradients of losses [rows]; targets lie in [0, columns).
+void qlora_cross_entropy(int dtype, void* logits, const int64_t* targets, int64_t rows, int64_t columns, float* losses,
+                         int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(rows, threads, [&](int64_t i) {
+    kernels->cross_entropy(Dtype(dtype), static_cast<char*>(logits) + i * columns * width, columns, targets[i],
+                           losses + i);
+  });
+}
+
+void qlora_rms_norm(int dtype, const void* x, const void* weight, int64_t rows, int64_t columns, float eps, void* y,
+                    float* inverse, int threads) {
+  const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
+  parallel(ceil_div(rows, step), threads, [&](int64_t i) {
+    for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
+      kernels->rms_norm(Dtype(dtype), static_cast<const char*>(x) + row * width, weight, columns, eps,
+                        static_cast<char*>(y) + row * width, inverse + row);
+  });
+}
+
+void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const void* weight, const float* inverse,
+                             int64_t rows, int64_t columns, void* dx, int threads) {
+  const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
+  parallel(ceil_div(rows, step), threads, [&](int64_t i) {
+    for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
+      kernels->rms_norm_backward(Dtype(dtype), static_cast<const char*>(dy) + row * width,
+                                 static_cast<const char*>(x) + row * width, weight, columns, inverse[row],
+                                 static_cast<char*>(dx) + row * width);
+  });
+}
+
+void qlora_swiglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
+    const int64_t at = i * kPiece * width;
+    kernels->swiglu(Dtype(dtype), static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
+                    minimum(kPiece, n - i * kPiece), static_cast<char*>(y) + at);
+  });
+}
+
+void qlora_swiglu_backward(int dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate,
+                           void* dup, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
+    const int64_t at = i * kPiece * width;
+    kernels->swiglu_backward(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at,
+                             static_cast<const char*>(up) + at, minimum(kPiece, n - i * kPiece),
+                             static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at);
+  });
+}
+
+// As qlora_swiglu_backward for [rows, columns], and dots [2, columns]: the sums over rows of dgate * gate and of dup *
+// up.
+void qlora_swiglu_backward_dots(int dtype, const void* dy, const void* gate, const void* up, int64_t rows,
+                                int64_t columns, void* dgate, void* dup, float* partial, float* dots, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  sum_rows(rows, columns, kDotColumns / 2, 2, partial, dots, threads,
+           [&](int64_t row, int64_t count, int64_t column, int64_t size, float* to) {
+             const int64_t at = (row * columns + column) * width;
+             kernels->swiglu_backward_dots(Dtype(dtype), static_cast<const char*>(dy) + at,
+                                           static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
+                                           columns, count, size, static_cast<char*>(dgate) + at,
+                                           static_cast<char*>(dup) + at, to, to + columns);
+           });
+}
+
+// The heads of q [tokens, heads, D] and k [tokens, groups, D], tokens a stride apart, turned by row t % positions of
+// cos and sin [positions, D], or turned back; dense results.
+void qlora_rotate(int dtype, int back, const void* q, int64_t q_stride, int64_t heads, const void* k, int64_t k_stride,
+                  int64_t groups, int64_t D, int64_t tokens, const void* cos, const void* sin, int64_t positions,
+                  void* q_out, void* k_out, int threads) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2, step = ceil_div(kPiece, (heads + groups) * D);
+  const auto row = [&](const void* x, int64_t stride, int64_t count, int64_t t, void* y) {
+    const int64_t at = t % positions * D * width;
+    kernels->rotate(Dtype(dtype), static_cast<const char*>(x) + t * stride * width, static_cast<const char*>(cos) + at,
+                    static_cast<const char*>(sin) + at, count, D, back, static_cast<char*>(y) + t * count * D * width);
+  };
+  parallel(ceil_div(tokens, step), threads, [&](int64_t i) {
+    for (int64_t t = i * step; t < minimum(tokens, (i + 1) * step); ++t) {
+      row(q, q_stride, heads, t, q_out);
+      row(k, k_stride, groups, t, k_out);
+    }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,117 @@
+// The choice of the instruction set, and of the process whose threads may be used.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "dispatch.h"
+
+namespace qlora {
+
+const Kernels* kernels = &portable_kernels;
+const Attention* attention = nullptr;
+
+namespace {
+
+// PF_FORKNOEXEC in /proc/self/stat: this process is a fork, so threads may have been lost before the library was
+// loaded.
+bool is_fork() {
+#if defined(__linux__)
+  FILE* file = fopen("/proc/self/stat", "r");
+  if (file == nullptr) return false;
+  char line[1024];
+  const size_t length = fread(line, 1, sizeof line - 1, file);
+  fclose(file);
+  line[length] = 0;
+  const char* after = line;
+  for (const char* p = line; *p; ++p)
+    if (*p == ')') after = p + 1;  // the command may contain anything, but ends at the last parenthesis
+  unsigned flags = 0;
+  return sscanf(after, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & 0x40);
+#else
+  return false;
+#endif
+}
+
+// The process whose threads we may use; 0 where the library was loaded after a fork.
+const pid_t home = is_fork() ? 0 : getpid();
+
+const Attention* best_attention(bool matrix_allowed) {
+#if defined(__x86_64__) && defined(__linux__)
+  __builtin_cpu_init();
+  if (dot_attention.pass[0] == nullptr || !__builtin_cpu_supports("avx512bf16") ||
+      !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return nullptr;
+  unsigned a, b, c, d;
+  __cpuid_count(7, 0, a, b, c, d);
+  const bool matrix = matrix_allowed && (d & (1u << 22)) && (d & (1u << 24));  // AMX-BF16, AMX-TILE
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // Linux gives a process the tiles when it asks
+  return matrix && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? &matrix_attention : &dot_attention;
+#else
+  return nullptr;
+#endif
+}
+
+const Kernels* named(int isa) {
+  if (isa == 0) return &portable_kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return &avx2_kernels;
+  if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return &avx512_kernels;
+#endif
+  return nullptr;
+}
+
+}  // namespace
+
+int threads_for(int64_t pieces, int wanted) {
+  if (wanted > pieces) wanted = int(pieces);
+  return wanted > 1 && getpid() == home ? wanted : 1;
+}
+
+}  // namespace qlora
+
+using namespace qlora;
+
+extern "C" {
+
+// Which source this was built from; found in the file's bytes by build.py.
+__attribute__((used)) const char qlora_source[] = "qlora-source-hash:" QLORA_SOURCE_HASH;
+
+// 0 portable, 1 AVX2, 2 AVX-512. The name of the set now in use, or null where this processor lacks it.
+const char* qlora_select(int isa) {
+  const Kernels* found = named(isa);
+  if (found == nullptr) return nullptr;
+  kernels = found;
+  return found->name;
+}
+
+// 0: none, 1: by AVX512-BF16, 2: by AMX if there. What is now in use.
+int qlora_select_attention(int wanted) {
+  attention = wanted > 0 ? best_attention(wanted > 1) : nullptr;
+  return attention == nullptr ? 0 : attention == &dot_attention ? 1 : 2;
+}
+
+// Whether threads are used at all in this process.
+int qlora_threaded() { return getpid() == home; }
+
+// Ask for huge pages where they fit into fresh memory: clearing it in pages of 4 KB takes longer than decoding into it.
+void qlora_huge_pages(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t stop = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) & ~(kHuge - 1);
+  if (stop > start)
+    madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+}  // extern "C"

@@ -1,0 +1,76 @@
+// What the files of the C interface share: the kernels in use, and work dealt to threads.
+//
+// Threads are OpenMP's, at most as many as the caller says (torch's own number: both use one libgomp, so its setting
+// rules), and none for small work. Work is cut into pieces whose size does not depend on the number of threads, so
+// neither does any result. After a fork the threads of libgomp are gone and a parallel region would wait for them for
+// ever: there everything runs on one thread. The alternative, torch's own at::parallel_for, would tie the library to
+// one build of torch.
+#pragma once
+#include <omp.h>
+
+#include "attention_bf16.h"
+#include "kernels.h"
+
+namespace qlora {
+
+extern const Kernels* kernels;      // of the instruction set in use
+extern const Attention* attention;  // or null
+
+// How many of `wanted` threads to use for these pieces: one in a process that is a fork.
+int threads_for(int64_t pieces, int wanted);
+
+namespace {
+
+template <class F>
+void parallel(int64_t pieces, int wanted, F piece) {
+  const int threads = threads_for(pieces, wanted);
+  if (threads == 1) {
+    for (int64_t i = 0; i < pieces; ++i) piece(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) piece(i);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kPiece = 1 << 15;  // elements decoded or encoded in one go; a multiple of every block size
+
+// From so many bytes on a result is written past the caches: an ordinary store reads the line first, and too little of
+// the result would stay there for the product that reads it. Below, the product loses more than decoding gains
+// (measured on two cores that share a large cache; a smaller one would allow less). Not into fresh memory: the kernel
+// has just cleared it, so its lines are in the cache.
+constexpr int64_t kPastCaches = int64_t(80) << 20;
+// From so many bytes on its lines are fetched; fewer may lie in the second cache, where that costs a tenth.
+constexpr int64_t kFetch = int64_t(4) << 20;
+constexpr int64_t kDotRows = 128;      // rows of one partial sum
+constexpr int64_t kGramRows = 24;      // a multiple of every kPanelRows
+constexpr int64_t kDotColumns = 4096;  // columns of one piece: their sums fill half of the first cache
+
+// `sums` sums over rows, [sums, columns]: piece(row, rows, column, columns, to) writes the first of its part to `to`.
+// kDotRows rows a part, the parts added up in order: the result does not depend on the number of threads.
+template <class F>
+void sum_rows(int64_t rows, int64_t columns, int64_t tile, int64_t sums, float* partial, float* out, int threads,
+              F piece) {
+  const int64_t parts = rows <= kDotRows ? 1 : ceil_div(rows, kDotRows), tiles = ceil_div(columns, tile),
+                width = sums * columns;
+  if (rows * columns < kPiece) threads = 1;
+  parallel(parts * tiles, threads, [&](int64_t i) {
+    const int64_t row = i / tiles * kDotRows, column = i % tiles * tile;
+    piece(row, minimum(kDotRows, rows - row), column, minimum(tile, columns - column),
+          (parts > 1 ? partial + i / tiles * width : out) + column);
+  });
+  if (parts == 1) return;
+  parallel(ceil_div(width, kDotColumns), threads, [&](int64_t i) {
+    for (int64_t c = i * kDotColumns; c < minimum(width, (i + 1) * kDotColumns); ++c) {
+      float sum = partial[c];
+      for (int64_t p = 1; p < parts; ++p) sum += partial[p * width + c];
+      out[c] = sum;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace qlora

@@ -1,0 +1,220 @@
+"""Quantized weights in Triton: codes to numbers, and the product with one vector. (To codes: `nf4_encode`.)
+
+    dequantize   one launch: codes, double-quantized scales, row scale and cast
+    gemv         y = W x, decoded in registers: a token of generation costs one read of the codes
+
+A thread decodes whole words: 4 bytes, 8 weights, which share a scale because every block size is a multiple of 8. So a
+scale is decoded once for 8 weights, and the 8 results in bf16 are one 16-byte store beside its neighbour's. Levels come
+from a table of 64 bytes that stays in the first-level cache: one load a weight. The alternatives: a tree of selections,
+15 instructions a weight, costs more than the memory traffic; a table of byte pairs in shared memory would halve the
+loads at the price of bank conflicts.
+
+`map[q] * nested + offset` has to be rounded twice, as bitsandbytes does, so decoding is compiled without contraction
+(EXACT). float64, foreign block sizes and blocks that cross rows in a product are left to the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_kernels import reference
+from qlora_kernels.triton.common import BLOCKSIZES, DTYPES, EXACT, FUSED, cdiv, on
+from qlora_kernels.triton.nf4_encode import encode_4bit, fit_scales_4bit, quantize_4bit, quantize_absmax
+
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_4bit_into",
+    "encode_4bit",
+    "fit_scales_4bit",
+    "gemv_4bit",
+    "quantize_4bit",
+    "quantize_absmax",
+]  # the operators of this subject
+
+WORDS = 512  # words that a program decodes: 4 for each of its 128 threads
+
+
+# ---------------------------------------------------------------- decoding
+
+# `weight` in kernels is (packed, absmax, levels, nested_absmax, nested_offset, dynamic_map), see `kernel_weight`.
+
+
+@triton.jit
+def block_scales(weight, block, mask, NESTED_BLOCKSIZE: tl.constexpr):
+    """The float32 scale of each block; NESTED_BLOCKSIZE 0 means that absmax holds them as they are."""
+    _, absmax, _, nested, offset, dynamic_map = weight
+    if NESTED_BLOCKSIZE == 0:
+        return tl.load(absmax + block, mask=mask, other=0.0)
+    else:
+        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        return tl.load(dynamic_map + code) * scale + tl.load(offset)
+
+
+@triton.jit
+def word_codes(packed, word, bytes, COUNT: tl.constexpr):
+    """The codes [COUNT, 8] of words [COUNT]; a byte past the end gives code 0, which nobody stores."""
+    at = word.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    byte = tl.load(packed + at, mask=at < bytes, other=0).to(tl.int32)
+    return tl.reshape(tl.join(byte >> 4, byte & 15), [COUNT, 8])
+
+
+@triton.jit
+def word_levels(weight, word, bytes, COUNT: tl.constexpr):
+    """The levels [COUNT, 8] of words [COUNT]."""
+    return tl.load(weight[2] + word_codes(weight[0], word, bytes, COUNT))
+
+
+@triton.jit
+def dequantize_kernel(
+    out,
+    weight,
+    row_scale,
+    n,
+    bytes,
+    columns,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """ROW_SCALE: 0 none, 1 on the scales of blocks (each lies in one row), 2 on the values."""
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    local = tl.arange(0, WORDS)
+    word = first + local
+    block = (
+        (first * 8 // BLOCKSIZE).to(tl.int32)
+        + (first * 8 % BLOCKSIZE).to(tl.int32) // BLOCKSIZE
+        + local // (BLOCKSIZE // 8)
+    )
+    if BLOCKSIZE > WORDS * 8:
+        block = (word * 8 // BLOCKSIZE).to(tl.int32)
+    inside = word * 8 < n
+    scale = block_scales(weight, block, inside, NESTED_BLOCKSIZE)
+    if ROW_SCALE == 1:
+        scale = scale * tl.load(row_scale + block // (columns // BLOCKSIZE), mask=inside, other=0.0)
+    value = word_levels(weight, word, bytes, WORDS) * scale[:, None]
+    element = local[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = element < n - first * 8
+    if ROW_SCALE == 2:
+        value = value * tl.load(row_scale + (element + first * 8) // columns, mask=inside, other=0.0)
+    tl.store(out + first * 8 + element, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gemv_kernel(
+    y,
+    x,
+    weight,
+    rows,
+    columns,
+    bytes,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """y [rows] float32 = W x. A program takes ROWS rows, WORDS words of each at a time; a thread sums whole words."""
+    local = tl.arange(0, ROWS * WORDS)
+    row = tl.program_id(0) * ROWS + local // WORDS
+    per_row = columns // 8
+    total = tl.zeros([ROWS * WORDS], tl.float32)
+    for start in range(0, per_row, WORDS):
+        at = start + local % WORDS
+        inside = (row < rows) & (at < per_row)
+        word = tl.where(inside, row.to(tl.int64) * per_row + at, 0)
+        scale = block_scales(weight, (word * 8 // BLOCKSIZE).to(tl.int32), inside, NESTED_BLOCKSIZE)
+        value = tl.load(x + at[:, None] * 8 + tl.arange(0, 8)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        level = word_levels(weight, word, bytes, ROWS * WORDS)
+        total += tl.sum(level * value, axis=1) * tl.where(inside, scale, 0.0)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(y + row, tl.sum(tl.reshape(total, [ROWS, WORDS]), axis=1), mask=row < rows)
+
+
+# ---------------------------------------------------------------- as operators: `ops` says what they mean
+
+
+def kernel_weight(weight: list[Tensor], layout: list[int]) -> tuple[tuple[Tensor, ...], dict[str, int]] | None:
+    """A quantized weight as the kernels take it: its tensors and its block sizes; None where they do not take it (its
+    sizes are checked, because a kernel would read past the end).
+    """
+    packed, absmax, levels, *nested = weight
+    rows, columns, blocksize, nested_blocksize = layout
+    n = rows * columns
+    blocks = cdiv(n, blocksize)
+    takes = (
+        blocksize in BLOCKSIZES
+        and all(part.is_contiguous() for part in weight)
+        and packed.dtype == torch.uint8
+        and packed.numel() >= (n + 1) // 2
+        and absmax.dtype == (torch.uint8 if nested else torch.float32)
+        and absmax.numel() >= blocks
+        and all(part.dtype == torch.float32 for part in weight[2:])
+        and levels.numel() == 16
+        and (not nested or nested[0].numel() >= cdiv(blocks, nested_blocksize))
+    )
+    if not takes:
+        return None
+    nested_absmax, nested_offset = nested or (absmax, absmax)
+    return (
+        (packed, absmax, levels, nested_absmax, nested_offset, reference.dynamic_map(packed.device)),
+        {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize if nested else 0},
+    )
+
+
+def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(layout[0], layout[1], dtype=dtype, device=weight[0].device)
+    return out if _decode(out, weight, layout, row_scale) else NotImplemented
+
+
+def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None) -> None:
+    if not _decode(out, weight, layout, row_scale):
+        return NotImplemented
+    reference.mark_mutated(out)
+    return None
+
+
+def _decode(out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None) -> bool:
+    """Whether the kernel took it, and then it has."""
+    rows, columns, blocksize, _ = layout
+    n = rows * columns
+    taken = kernel_weight(weight, layout)
+    if taken is None or out.dtype not in DTYPES or out.shape != (rows, columns) or not out.is_contiguous() or n == 0:
+        return False
+    tensors, sizes = taken
+    if row_scale is not None:
+        if row_scale.numel() != rows:
+            raise ValueError(f"row_scale holds {row_scale.numel()} values for {rows} rows")
+        row_scale = row_scale.float().contiguous()
+    with on(out):
+        dequantize_kernel[(cdiv(n, WORDS * 8),)](
+            out,
+            tensors,
+            tensors[1] if row_scale is None else row_scale,
+            n,
+            (n + 1) // 2,
+            columns,
+            ROW_SCALE=0 if row_scale is None else 1 if columns % blocksize == 0 else 2,
+            WORDS=WORDS,
+            **sizes,
+            **EXACT,
+        )
+    return True
+
+
+def gemv_4bit(x: Tensor, weight: list[Tensor], layout: list[int]) -> Tensor:
+    rows, columns, blocksize, _ = layout
+    taken = kernel_weight(weight, layout)
+    if taken is None or columns % blocksize or x.dtype not in DTYPES:
+        return NotImplemented
+    tensors, sizes = taken
+    x = x.contiguous()
+    y = torch.empty(rows, dtype=torch.float32, device=x.device)
+    with on(y):
+        gemv_kernel[(cdiv(rows, 4),)](
+            y, x, tensors, rows, columns, rows * columns // 2, ROWS=4, WORDS=128, **sizes, **FUSED
+        )
+    return y

@@ -1,0 +1,91 @@
+"""Which layers an adapter goes on: "all-linear", names, or a regular expression, checked against the model's layers.
+
+The alternative, PEFT's substring and suffix rules together, matches layers nobody named; here a name is a whole module
+name or its end after a dot.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from qlora.errors import UserError, problem
+from qlora.layers.linear import LINEAR, linear_names
+
+REMEDY = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
+_NAME = re.compile(r"[\w.]+")
+
+
+def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The linear layers that `targets` names, in model order.
+
+    "all-linear"; names ("q_proj,v_proj" or a list), each a whole module name or its end after a dot; or one regular
+    expression that must match a whole module name.
+
+    Raises:
+        UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a
+            head tied to the embedding, whose merge would change the embedding as well.
+    """
+    if targets == "all-linear":
+        return linear_names(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    one_pattern = len(names) == 1 and not _NAME.fullmatch(names[0])
+    if one_pattern or (isinstance(targets, str) and not all(map(_NAME.fullmatch, names))):
+        found, problems = _by_pattern(model, modules, targets if isinstance(targets, str) else names[0])
+    else:
+        found, problems = _by_names(model, modules, names)
+    problems += _tied_head(model, modules, found)
+    if problems:
+        raise UserError(problems)
+    return [name for name in modules if name in found]
+
+
+def _by_pattern(model: nn.Module, modules: dict[str, nn.Module], text: str) -> tuple[set[str], list[str]]:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(problem("targets", text, f"is no valid regular expression ({error})", REMEDY)) from None
+    found = {name for name, module in modules.items() if pattern.fullmatch(name) and isinstance(module, LINEAR)}
+    if found:
+        return found, []
+    return found, [problem("targets", text, "matches no linear layer", f"{REMEDY}. Layers: {_examples(model)}")]
+
+
+def _by_names(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> tuple[set[str], list[str]]:
+    found: set[str] = set()
+    problems = []
+    for target in names:
+        matches = [name for name in modules if name == target or name.endswith("." + target)]
+        if not matches:
+            endings = sorted({n.split(".")[-1] for n in linear_names(model)} | set(linear_names(model)))
+            near = difflib.get_close_matches(target, endings, n=3, cutoff=0.4) or _examples(model).split(", ")
+            rule = f"matches no layer; the nearest names are {', '.join(near)}"
+            problems.append(problem("targets", target, rule, REMEDY))
+        for name in matches:
+            if not isinstance(modules[name], LINEAR):
+                rule = f"{name} is a {type(modules[name]).__name__}, not a linear layer"
+                problems.append(problem("targets", target, rule, REMEDY))
+                break
+        found |= set(matches)
+    return found, problems
+
+
+def _tied_head(model: nn.Module, modules: dict[str, nn.Module], found: set[str]) -> list[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return []
+    rule = "the head shares its weight with the embedding, which a merge would change too"
+    return [
+        problem("targets", name, rule, "Leave the head out")
+        for name in modules
+        if name in found and modules[name] is head
+    ]
+
+
+def _examples(model: nn.Module) -> str:
+    return ", ".join(sorted({n.split(".")[-1] for n in linear_names(model)})[:12])

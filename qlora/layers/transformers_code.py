@@ -1,0 +1,89 @@
+"""Which modules of transformers compute what we have kernels for: told by the code of their forward.
+
+transformers copies the same code into every architecture's file (its norms, gated MLPs, rotations, attentions). So a
+module is known by a digest of the syntax tree of its `forward` without annotations, decorators and docstring: what has the
+digest is that code, whatever it is called, and what a new version of transformers changed is no longer replaced. The
+alternative, comparing results on a few values, is no proof; a list of class names is not one either.
+
+Tried with transformers 5.17 and 5.23; a digest that is new there shows in tests/layers/test_fused.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """What the rotary attentions differ in: norms over the heads of q and k, and where the sliding window stands."""
+
+    norms: bool
+    window: str  # "" (none), "config" or "module"
+
+
+RMS_NORM = {"9635bcd843f3"}  # LlamaRMSNorm
+GATED_MLP = {"7d2027d4464e"}  # LlamaMLP
+ROTARY = {"4a8f8b85ee37"}  # apply_rotary_pos_emb
+ROTATE_HALF = {"7b6c9b425ca0"}
+ATTENTION = {
+    "865d17a1b6ed": AttentionForm(norms=False, window=""),  # LlamaAttention
+    "38eb7a675fc0": AttentionForm(norms=False, window="config"),  # MistralAttention
+    "467d2e0bba2f": AttentionForm(norms=False, window="module"),  # Qwen2Attention
+    "e0b15d778eec": AttentionForm(norms=True, window="module"),  # Qwen3Attention
+}
+
+
+def digest_of(function: Callable) -> str:
+    """A digest of the text of a function without what does not run; empty where its source cannot be had."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    if not isinstance(tree, ast.FunctionDef):
+        return ""
+    tree.decorator_list, tree.returns = [], None
+    arguments = tree.args
+    for argument in (*arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    first = tree.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        tree.body = tree.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _forward_digest(kind: type) -> str:
+    return digest_of(kind.forward)
+
+
+@functools.cache
+def _rotates(home: str) -> bool:
+    """Whether the rotation in this file of transformers is the one that is known."""
+    there = sys.modules[home]
+    found = (getattr(there, "apply_rotary_pos_emb", None), getattr(there, "rotate_half", None))
+    return digest_of(found[0]) in ROTARY and digest_of(found[1]) in ROTATE_HALF
+
+
+def kind_of(module: nn.Module) -> str | AttentionForm | None:
+    """ "rms_norm", "gated_mlp", the form of a rotary attention, or None."""
+    kind = type(module)
+    if not kind.__module__.startswith(("transformers.", "transformers_modules.")):
+        return None
+    digest = _forward_digest(kind)
+    if digest in RMS_NORM and set(module._parameters) == {"weight"}:
+        return "rms_norm"
+    if digest in GATED_MLP and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU"):
+        return "gated_mlp"
+    if digest in ATTENTION and _rotates(kind.__module__):
+        return ATTENTION[digest]
+    return None
