@@ -273,10 +273,12 @@ class AdaptedLinear(nn.Module):
             self.row_norms.put(self.version(), factors[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self._modules["base"]
         if not self.enabled:
-            return base(x)
-        x = autocast(x)
+            return self._modules["base"](x)
+        return _not_compiled(self, x) if torch.compiler.is_compiling() else self._adapted(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        x, base = autocast(x), self._modules["base"]
         flat, bias, (A, B, m) = x.reshape(-1, x.shape[-1]), base.bias, self.factors()
         x_adapter, constants = self.adapter_input(flat), self.constants(flat)
         if x_adapter is flat and constants.weight.uses_gemv(x):
@@ -305,6 +307,11 @@ class AdaptedLinear(nn.Module):
         method = "lora" if self.magnitude is None else "dora"
         sizes = f"rank={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout_p:g}"
         return f"method={method}, {sizes}"
+
+
+# A graph ends before an adapted layer and goes on behind it: what version its n is of changes with every step, and a compiler
+# would compile anew for each.
+_not_compiled = torch.compiler.disable(AdaptedLinear._adapted)
 
 
 def _dtype(base: nn.Module) -> torch.dtype:

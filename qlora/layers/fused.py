@@ -114,21 +114,26 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
         if torch.is_grad_enabled() and _magnitude_learns(gate) and _magnitude_learns(up):
-            return self.down_proj(self._gated_dora(x, gate, up))
+            gated = _not_compiled if torch.compiler.is_compiling() else gated_dora
+            return self.down_proj(gated(x, gate, up))
         return self.down_proj(_SwiGLU.apply(gate(x), up(x)))
 
-    @staticmethod
-    def _gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear) -> Tensor:
-        x = autocast(x)
-        flat = x.reshape(-1, x.shape[-1])
-        constants, tensors = [], []
-        for layer in (gate, up):
-            constants.append(layer.constants(flat))
-            tensors += [layer.adapter_input(flat), *layer.factors()]
-        hidden, *factors = GatedDoRA.apply(flat, *constants, *tensors)
-        for layer, part, made in zip((gate, up), constants, factors, strict=True):
-            layer.keep_row_norms(part, made)
-        return hidden.view(*x.shape[:-1], -1)
+
+def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear) -> Tensor:
+    """silu(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn."""
+    x = autocast(x)
+    flat = x.reshape(-1, x.shape[-1])
+    constants, tensors = [], []
+    for layer in (gate, up):
+        constants.append(layer.constants(flat))
+        tensors += [layer.adapter_input(flat), *layer.factors()]
+    hidden, *factors = GatedDoRA.apply(flat, *constants, *tensors)
+    for layer, part, made in zip((gate, up), constants, factors, strict=True):
+        layer.keep_row_norms(part, made)
+    return hidden.view(*x.shape[:-1], -1)
+
+
+_not_compiled = torch.compiler.disable(gated_dora)  # see `adapters`
 
 
 def _magnitude_learns(layer: nn.Module) -> bool:

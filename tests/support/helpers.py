@@ -1,37 +1,89 @@
-"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, waiting. Tiny models and
-their data are in tiny.py.
+"""Shared by the tests: the tolerance table, instruction sets, quantized weights, covers of cases, comparing, waiting. Tiny
+models and their data are in tiny.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
+from collections.abc import Collection
+from types import ModuleType, SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qlora_kernels import reference
+from qlora_kernels import backends, ops, reference
 from qlora_kernels.cpu import native
+from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight, levels_of
 
 # Largest difference allowed, relative to the largest value, between two ways to compute the same thing in a dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
 
-NESTED = 256  # block size of double quantization
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # those with kernels
+NF4 = levels_of("nf4", torch.device("cpu"))
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integers), b.view(integers))
 
 
-def constants(absmax: torch.Tensor, double_quant: bool) -> tuple:
-    """(absmax, nested_absmax, nested_offset) as the operators take them."""
-    return reference.quantize_absmax(absmax, NESTED) if double_quant else (absmax, None, None)
+def scales_of(absmax: Tensor, double_quant: bool) -> tuple[Tensor, ...]:
+    """The scales of a `QuantizedWeight`: (absmax,), or (absmax, nested_absmax, nested_offset)."""
+    return reference.quantize_absmax(absmax, NESTED_BLOCKSIZE) if double_quant else (absmax,)
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+def quantized(weight: Tensor, blocksize: int = 64, double_quant: bool = True, levels: Tensor = NF4) -> QuantizedWeight:
+    """`weight` [rows, columns] quantized by the reference."""
+    packed, absmax = reference.quantize_4bit(weight, levels, blocksize)
+    return QuantizedWeight.of(packed, scales_of(absmax, double_quant), tuple(weight.shape), blocksize, levels=levels)
+
+
+def decoded(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, row_scale: Tensor | None = None) -> Tensor:
+    """Dense by the reference."""
+    return reference.dequantize_4bit(weight.parts, weight.layout, row_scale, dtype)
+
+
+def routed(kernels: native.Native | ModuleType, backend: str = "native") -> SimpleNamespace:
+    """The operators by these kernels, the reference for what they do not take: as `ops` runs them where this backend is
+    chosen, whatever was.
+    """
+    functions = {name: getattr(kernels, name, getattr(reference, name)) for name in ops.OPERATORS}
+    return SimpleNamespace(**{name: backends.routed(name, function, backend) for name, function in functions.items()})
+
+
+def pairwise(*axes: Collection) -> list[tuple]:
+    """Rows with a value of each axis, such that any two values of two axes meet in a row: far fewer rows than the
+    product has.
+    """
+    values = [list(axis) for axis in axes]
+    missing = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(range(len(values)), 2)
+        for a in range(len(values[i]))
+        for b in range(len(values[j]))
+    }
+    rows: list[tuple] = []
+
+    def pairs(row: dict[int, int]) -> set[tuple[int, int, int, int]]:
+        return {(i, row[i], j, row[j]) for i, j in itertools.combinations(sorted(row), 2)}
+
+    while missing:
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for k in sorted(set(range(len(values))) - set(row)):
+            count = len(values[k])
+            order = [(len(rows) + c) % count for c in range(count)]  # so that ties are not all broken alike
+            row[k] = max(order, key=lambda c, k=k: len(pairs({**row, k: c}) & missing))
+        missing -= pairs(row)
+        rows.append(tuple(values[k][row[k]] for k in range(len(values))))
+    return rows
+
+
+def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest magnitude of `b`."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
