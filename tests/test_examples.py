@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "scripts/examples"
 
 
 def test_the_loop_learns_and_saves(tmp_path):
-    command = [sys.executable, EXAMPLES / "finetune_loop.py", "--steps", 2, "--batch-size", 2, "--held-out", 2]
+    command = [sys.executable, EXAMPLES / "finetune_loop.py", "--steps", 2, "--batch-size", 1, "--held-out", 2]
     done = subprocess.run([*map(str, command), "--output", str(tmp_path / "adapter")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = (float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", done.stdout))
