@@ -12,7 +12,7 @@ bitsandbytes.
     optimizer   a step with the paged optimizer resident and spilled, and the optimizer's step alone
     curves      the losses of CPU and card on the same batches in float32, and the adapters that come out
     plan        what `qlora.plan` predicts beside what was measured
-    cap         the README's six lines with a 7B in 24 GB, `--memory 8GB`, and the smallest limit under which a step
+    cap         the README's lines with a 7B in 24 GB, `--memory 8GB`, and the smallest limit under which a step
                 still runs
     train8B     as train, of an 8B
     generate    tokens/s, one at a time

@@ -1,4 +1,4 @@
-"""Peak anonymous memory of loading and of merging, beside what the README promises; and how fast loading is.
+"""Peak anonymous memory of loading and of merging, beside what docs/memory.md promises; and how fast loading is.
 
     python scripts/benchmarks/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
 
