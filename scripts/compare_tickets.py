@@ -1,8 +1,7 @@
 """What the quickstart learned: answers of the base and of the adapter side by side, and exact match on tickets not
 trained on.
 
-python scripts/compare_tickets.py --model smollm2-135m --adapter runs/quickstart/adapter --data
-scripts/data/tickets_test.jsonl
+    python scripts/compare_tickets.py --adapter runs/quickstart/adapter --data scripts/data/tickets_test.jsonl
 """
 
 from __future__ import annotations
@@ -56,14 +55,16 @@ def main() -> None:
 
     figures = {"exact_match_before": matches(before), "exact_match_after": matches(after), "tickets": len(prompts)}
     console.print(
-        f"exact match on {len(prompts)} held-out tickets: {figures['exact_match_before']:.0%} before, {figures['exact_match_after']:.0%} after"
+        f"exact match on {len(prompts)} held-out tickets: {figures['exact_match_before']:.0%} before, "
+        f"{figures['exact_match_after']:.0%} after"
     )
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
     if figures["exact_match_after"] < arguments.at_least:
         sys.exit(
-            f"exact match {figures['exact_match_after']:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60."
+            f"exact match {figures['exact_match_after']:.0%}: less than {arguments.at_least:.0%} was expected. "
+            "Train longer: --steps 60."
         )
 
 

@@ -54,7 +54,7 @@ def tickets(seed: int, count: int) -> list[dict[str, str]]:
 
     rows = []
     names = shuffled([f"{first} {last}" for first in FIRST for last in LAST])
-    for name, order in zip(names[:count], shuffled(range(10000, 100000))):
+    for name, order in zip(names[:count], shuffled(range(10000, 100000)), strict=False):  # more orders than names
         product, issue, priority = pick(PRODUCTS), pick(list(ISSUES)), pick(list(PRIORITIES))
         prompt = f"{name}, order {order}: my {product} {pick(ISSUES[issue])}. {pick(PRIORITIES[priority])}"
         fields = {"name": name, "order": str(order), "product": product, "issue": issue, "priority": priority}

@@ -1,4 +1,4 @@
-"""scripts/gpu_suite.py where there is no card: the code that the first minute on one will run."""
+"""scripts/benchmarks/gpu_suite.py where there is no card: the code that the first minute on one will run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-SUITE = Path(__file__).resolve().parents[1] / "scripts" / "gpu_suite.py"
+HOUSE = Path(__file__).resolve().parents[1]
+SUITE = HOUSE / "scripts/benchmarks/gpu_suite.py"
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
-    paths = os.pathsep.join([*[before] * bool(before), *(str(SUITE.parents[1] / name) for name in (".", "kernels"))])
+    paths = os.pathsep.join([*[before] * bool(before), *(str(HOUSE / name) for name in (".", "kernels"))])
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, str(SUITE), *arguments], env=environment, capture_output=True, text=True, check=False

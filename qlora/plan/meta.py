@@ -33,7 +33,7 @@ from qlora.models.source import load_config, resolve
 from qlora.train.step import checkpoint_activations
 from qlora_kernels import backends
 
-# CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
+# CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/benchmarks/measure_plan.py)
 LIBRARIES = 100_000_000
 SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`model.bound_kernel_caches`)
 

@@ -174,7 +174,10 @@ for work in (lambda: merge(adapter, out + "/merged"), lambda: quantize_checkpoin
 
 
 def test_nothing_is_kept(tmp_path, saved_models):
-    """Peak RssAnon of writing a model is far below the model, which fits one shard. 1B: scripts/measure_memory.py."""
+    """Peak RssAnon of writing a model is far below the model, which fits one shard.
+
+    scripts/benchmarks/measure_memory.py shows a 1B model.
+    """
     config = transformers.LlamaConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -207,7 +207,7 @@ print(peak - baseline, size)
 
 def test_loading_holds_one_tensor_at_a_time(tmp_path, saved_models):
     """Peak RssAnon over the baseline: the quantized model and about two of its largest tensors. 1B:
-    scripts/measure_memory.py.
+    scripts/benchmarks/measure_memory.py.
     """
     config = transformers.LlamaConfig(
         hidden_size=1024,

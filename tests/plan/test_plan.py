@@ -127,7 +127,7 @@ def test_peak_is_what_is_measured():
     the byte.
     """
     done = subprocess.run(
-        [sys.executable, str(HOUSE / "scripts/measure_plan.py"), "--quick"], capture_output=True, text=True
+        [sys.executable, str(HOUSE / "scripts/benchmarks/measure_plan.py"), "--quick"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

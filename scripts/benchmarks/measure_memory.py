@@ -1,10 +1,11 @@
-"""Peak anonymous memory of loading and of merging, beside what the README promises; and how fast loading is.
+"""Peak anonymous memory of loading and of merging, beside what docs/memory.md promises; and how fast loading is.
 
-    python scripts/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
+    python scripts/benchmarks/measure_memory.py [--parameters 1B] [--model FOLDER] [--json FILE]
 
     loading   the quantized model + about two of its largest tensors
     merging   about two tensors
-    speed     loading and quantizing beside reading the same tensors and converting them to float32 with plain torch, files cached
+    speed     loading and quantizing beside reading the same tensors and converting them to float32 with plain torch,
+              files cached
 
 Without --model it writes a Llama of random bf16 weights to a temporary folder (about 2.5 GB for 1B, tied embeddings as
 in Llama 3.2 1B). Each measurement runs in a process of its own: RssAnon is sampled every few milliseconds by a thread,
@@ -16,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from record import about, child, write
 
 
 def write_random_llama(folder: Path, shape: str) -> None:
@@ -54,7 +55,6 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     import torch
     from safetensors import safe_open
 
-    import qlora
     from qlora.train.memory import PeakMemory, anonymous_memory
 
     torch.zeros(1)  # the first tensor starts the thread pool
@@ -116,24 +116,19 @@ def main() -> None:
             write_random_llama(Path(folder), arguments.parameters)
         rows = []
         for task in ("read", "load", "read", "load", "adapter", "merge"):
-            command = [sys.executable, __file__, "--task", task, folder, f"{scratch}/adapter", f"{scratch}/merged"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(child(__file__, "--task", task, folder, f"{scratch}/adapter", f"{scratch}/merged"))
         _, _, read, load, _, merge = rows  # the first two brought the files into the page cache
         for row in (load, merge):
-            print(
-                f"{row['task']:6} peak {row['peak_over_baseline'] / 1e6:8.0f} MB over a baseline of {row['baseline'] / 1e6:.0f} MB, {row['seconds']} s"
-            )
+            peak, baseline = row["peak_over_baseline"] / 1e6, row["baseline"] / 1e6
+            print(f"{row['task']:6} peak {peak:8.0f} MB over a baseline of {baseline:.0f} MB, {row['seconds']} s")
         print(
-            f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, so {read['seconds'] / load['seconds']:.2f} of its speed"
+            f"loading and quantizing: {load['seconds']} s; reading and converting to float32: {read['seconds']} s, "
+            f"so {read['seconds'] / load['seconds']:.2f} of its speed"
         )
-        bound = load["model"] + 2 * load["largest_tensor"]
-        print(
-            f"loading: {load['model'] / 1e6:.0f} MB of model + 2 x {load['largest_tensor'] / 1e6:.0f} MB = {bound / 1e6:.0f} MB allowed"
-        )
-        print(f"merging: 2 x {load['largest_tensor'] / 1e6:.0f} MB = {2 * load['largest_tensor'] / 1e6:.0f} MB allowed")
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+        model, largest = load["model"] / 1e6, load["largest_tensor"] / 1e6
+        print(f"loading: {model:.0f} MB of model + 2 x {largest:.0f} MB = {model + 2 * largest:.0f} MB allowed")
+        print(f"merging: 2 x {largest:.0f} MB = {2 * largest:.0f} MB allowed")
+        write(arguments.json, about("torch", "transformers") | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Each operator beside its peer: time, bandwidth, and share of what a copy reaches on this machine.
 
-    python scripts/bench_kernels.py [--shape 4096x4096 ...] [--rounds 15] [--output scripts/results/kernels.json]
+    python scripts/benchmarks/bench_kernels.py [--shape 4096x4096 ...] [--rounds 15] [--output FILE]
 
 Every candidate runs once a round, round after round (A B A B ...), so that whatever else the machine does falls on all
 of them alike. Times are medians over the rounds, ratios are medians of the ratios within a round; in brackets the same
@@ -11,32 +11,28 @@ with PyTorch.
 
 Where a result's memory comes from decides more than the operator: pages new from the kernel must be cleared, which
 takes bitsandbytes' decoder four times as long as decoding. glibc gives a result of 32 MiB or more new pages on every
-call, unless freed tensors have left a
-hole as large: with PEFT one step of 4096 x 4096 layers has such holes, another has none, and larger layers rarely find
-one. So this script
-settles it: in rows named "fresh result" every result has new pages, for both sides; in all others glibc is told to keep
-what is freed, so that no result has, and our decoder writes into the same memory as training does (bitsandbytes' has no
-`out=` on a CPU). The page faults in the table show that it is so.
+call, unless freed tensors have left a hole as large: with PEFT one step of 4096 x 4096 layers has such holes, another
+has none, and larger layers rarely find one. So this script settles it: in rows named "fresh result" every result has
+new pages, for both sides; in all others glibc is told to keep what is freed, so that no result has, and our decoder
+writes into the same memory as training does (bitsandbytes' has no `out=` on a CPU). The page faults in the table show
+that it is so.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
+from record import RESULTS, about, write
 
 from qlora_kernels import ops
 
@@ -308,27 +304,6 @@ def median_ratio(a: list[float], b: list[float]) -> float:
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
-def environment() -> dict[str, str | int]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    model = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "commit": commit.stdout.strip(),
-        "processor": model[0] if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "backend": ops.backends()["cpu"],
-        "torch": torch.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def table(results: list[Result]) -> str:
     lines = [
         "| shape | operator | ms | GB/s | of a copy | peer, ms | times the peer | page faults, peer's |",
@@ -337,7 +312,8 @@ def table(results: list[Result]) -> str:
     for r in results:
         peer = f"| | {r.page_faults} |"
         if r.peer_ms is not None:
-            peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {r.times_peer:.1f} ({r.least_times_peer:.1f}) | {r.page_faults}, {r.peer_page_faults} |"
+            times = f"{r.times_peer:.1f} ({r.least_times_peer:.1f})"
+            peer = f"{r.peer_ms:.2f} ({r.least_peer_ms:.2f}) | {times} | {r.page_faults}, {r.peer_page_faults} |"
         share = f"{r.copy_share:.0%} ({r.least_copy_share:.0%})"
         lines.append(
             f"| {r.shape} | {r.operator} | {r.ms:.3f} ({r.least_ms:.3f}) | {r.gb_per_s:.1f} | {share} | {peer}"
@@ -353,7 +329,7 @@ def main() -> None:
         help="ROWSxCOLUMNS, may be repeated (default: 4096x4096, SmolLM2's 576x1536, and 11008x4096 of a 7B model)",
     )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     shapes = [
@@ -366,12 +342,9 @@ def main() -> None:
         for out, columns in shapes:
             if not fresh or 2 * out * columns >= FRESH:
                 results += measure(out, columns, arguments.rounds, fresh)
-    about = environment()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"environment": about, "results": [asdict(r) for r in results]}, indent=2) + "\n"
-    )
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), table(results), sep="\n\n")
+    environment = about("torch", "bitsandbytes")
+    write(arguments.output, {"environment": environment, "results": [asdict(r) for r in results]})
+    print("\n".join(f"{key}: {value}" for key, value in environment.items()), table(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -157,12 +157,12 @@ def detached(model: nn.Module) -> nn.Module:
     return model
 
 
-def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0):
+def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0, lowest: int = 2):
     """`count` examples of random tokens, all but the first of each targets."""
     from qlora.data.batch import Example, collate
 
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
+    ids = torch.randint(lowest, vocabulary, (count, length), generator=generator).tolist()
     return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
 
 

@@ -1,32 +1,27 @@
 """Does it learn as PEFT + bitsandbytes does? Held-out loss before and after, the same batches and the same start.
 
-    python scripts/compare_peft.py --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl [--full] [--json FILE]
+    python scripts/benchmarks/compare_peft.py --data gsm8k_train.jsonl --eval-data gsm8k_test.jsonl [--full]
+                                              [--json FILE]
 
 Ours and PEFT's, LoRA and DoRA, on NF4 and on the 16-bit weights: batch 4, rank 16, all-linear, AdamW, 30 steps, 2 seeds
 (60 steps, 3 seeds with --full). Both start from the same A, see the same batches in the same order and are measured by
 the same loss; each quantizes the 16-bit checkpoint itself. PEFT runs as its users run it, without
-`prepare_model_for_kbit_training` unless
---prepare is given (that keeps embeddings, norms and head in float32). bitsandbytes' repacked CPU product is switched
-off:
-after the first evaluation it computes something else.
+`prepare_model_for_kbit_training` unless --prepare is given (that keeps embeddings, norms and head in float32).
+bitsandbytes' repacked CPU product is switched off: after the first evaluation it computes something else.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import subprocess
 import tempfile
 import time
-from pathlib import Path
 from statistics import mean
 
-import bitsandbytes
 import peft
 import torch
 import transformers
+from record import about, write
 
 import qlora
 from qlora.data.batch import collate
@@ -129,9 +124,10 @@ def main() -> None:
                     )
                     gc.collect()  # a PEFT model is a cycle
                     rows.append({"bits": bits, "method": method, "seed": seed, "ours": mine, "peft": other})
+                    apart = mine["after"] / other["after"] - 1
                     print(
                         f"{bits:2} bits  {method}  seed {seed}  before {mine['before']:.4f} / {other['before']:.4f}  "
-                        f"after ours {mine['after']:.4f}  PEFT {other['after']:.4f}  ({mine['after'] / other['after'] - 1:+.2%})",
+                        f"after ours {mine['after']:.4f}  PEFT {other['after']:.4f}  ({apart:+.2%})",
                         flush=True,
                     )
 
@@ -150,34 +146,23 @@ def main() -> None:
             ]
             summary[f"{method}-{bits}"]["times_as_fast"] = seconds[1] / seconds[0]
             print(
-                f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}   trained {seconds[1] / seconds[0]:.2f} times as fast"
+                f"{method} {bits:2} bits{mine:9.4f}{other:9.4f}{mine / other:11.4f}   "
+                f"trained {seconds[1] / seconds[0]:.2f} times as fast"
             )
     if not arguments.bits:
         for method in methods:
             gap = average("ours", 4, method) / average("ours", 16, method) - 1
             summary[f"{method}-nf4-gap"] = gap
             print(f"{method}: NF4 ends {gap:+.2%} from 16 bits")
-    if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
-        about = {
-            "steps": steps,
-            "seeds": seeds,
-            "prepare": arguments.prepare,
-            "dtype": arguments.dtype,
-            "held_out": len(held_out),
-        }
-        record = {
-            "commit": commit,
-            "machine": platform.processor() or platform.machine(),
-            "versions": versions,
-            **about,
-            "summary": summary,
-            "runs": rows,
-        }
-        Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
+    settings = {
+        "steps": steps,
+        "seeds": seeds,
+        "prepare": arguments.prepare,
+        "dtype": arguments.dtype,
+        "held_out": len(held_out),
+    }
+    facts = about("torch", "transformers", "peft", "bitsandbytes") | settings
+    write(arguments.json, facts | {"summary": summary, "runs": rows})
 
 
 if __name__ == "__main__":

@@ -193,6 +193,13 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
             worst("encode_blocks_into, decode_blocks_into", *found)
 
 
+def copy_speed(bench: Bench, elements: int) -> float:
+    """Bytes a second of a copy of bf16, read and written."""
+    source = torch.empty(elements, dtype=torch.bfloat16, device=bench.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / bench.seconds(lambda: target.copy_(source))
+
+
 def part_bandwidth(bench: Bench) -> None:
     from qlora.layers import nf4
     from qlora_kernels import ops
@@ -201,10 +208,8 @@ def part_bandwidth(bench: Bench) -> None:
     out, columns = (256, 512) if bench.small else (11008, 4096)
     n = out * columns
     source = torch.randn(out, columns, device=device).to(torch.bfloat16)
-    target, wide = torch.empty_like(source), torch.empty(4 * n, dtype=torch.bfloat16, device=device)
-    copied = torch.empty_like(wide)
-    copy = 2 * wide.nbytes / bench.seconds(lambda: copied.copy_(wide))
-    del wide, copied
+    target = torch.empty_like(source)
+    copy = copy_speed(bench, 4 * n)
     bench.row("copy", copy / 1e9, "GB/s")
     weight = nf4.quantize(source)
     state = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset)

@@ -1,17 +1,19 @@
 """Everything that only a card can show, in one command: is it right, how fast, in how much memory, beside PEFT +
 bitsandbytes.
 
-    PYTHONPATH=.:kernels python3 scripts/gpu_suite.py [--only kernels,train] [--json scripts/results/gpu.json]
-    PYTHONPATH=.:kernels python3 scripts/gpu_suite.py --device cpu --small      the same code at small shapes, where there is no card
+    export PYTHONPATH=.:kernels
+    python3 scripts/benchmarks/gpu_suite.py [--only kernels,train] [--json scripts/results/gpu.json]
+    python3 scripts/benchmarks/gpu_suite.py --device cpu --small      tiny shapes, where there is no card
 
-    kernels     each operator against the reference at real and odd shapes, in float32 and bf16, outputs poisoned with NaN
+    kernels     each operator against the reference, real and odd shapes, float32 and bf16, outputs poisoned with NaN
     bandwidth   GB/s of the operators beside a copy and bitsandbytes
     train       step time, tokens/s and peak memory of LoRA and DoRA at the shape of a 7B, ours and PEFT + bitsandbytes
     profile     where the time of a 7B step goes: kernels by time, launches, and how long the card waits for them
     optimizer   a step with the paged optimizer resident and spilled, and the optimizer's step alone
     curves      the losses of CPU and card on the same batches in float32, and the adapters that come out
     plan        what `qlora.plan` predicts beside what was measured
-    cap         the README's six lines with a 7B in 24 GB, `--memory 8GB`, and the smallest limit under which a step still runs
+    cap         the README's lines with a 7B in 24 GB, `--memory 8GB`, and the smallest limit under which a step
+                still runs
     train8B     as train, of an 8B
     generate    tokens/s, one at a time
 
@@ -37,7 +39,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoning `tor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import record
 import torch
 from gpu_bench import Bench, Row
 from gpu_kernels import part_bandwidth, part_kernels
@@ -63,27 +65,13 @@ PARTS = {  # in the order in which they run: cheap and important first
     "train8B": part_train8B,
     "generate": part_generate,
 }
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 SECONDS = 150  # that a part may take
 
 
 def about(device: torch.device, small: bool) -> dict[str, Any]:
-    from qlora_kernels import ops
-
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    facts: dict[str, Any] = {
-        "commit": commit,
-        "device": f"cpu ({platform.processor() or platform.machine()})",
-        "python": platform.python_version(),
-    }
+    facts = record.about(*PACKAGES, device=device.type)
+    facts |= facts.pop("versions") | {"device": f"cpu ({facts.pop('machine')})", "python": platform.python_version()}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         facts |= {
@@ -92,12 +80,7 @@ def about(device: torch.device, small: bool) -> dict[str, Any]:
             "memory_bytes": card.total_memory,
             "cuda": torch.version.cuda,
         }
-    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy"):
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = None
-    return facts | {"backend": ops.backends()[device.type], "small": small}
+    return facts | {"small": small}
 
 
 def work(parts: list[str], device: torch.device, small: bool) -> None:
@@ -180,7 +163,8 @@ def main() -> int:
         parser.error(f"--only {','.join(unknown)}: no such part. Choose from {', '.join(PARTS)}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print(
-            f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. Run with --device cpu --small, or see: qlora doctor",
+            f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. "
+            "Run with --device cpu --small, or see: qlora doctor",
             file=sys.stderr,
         )
         return 2
@@ -194,8 +178,8 @@ def main() -> int:
         seconds[name] = round(time.monotonic() - began, 1)
         print(f"{name:9} {seconds[name]} s{f', FAILED: {failed[name]}' if name in failed else ''}\n", flush=True)
         if arguments.json:
-            result = {"about": facts, "seconds": seconds, "failed": failed, "rows": [asdict(row) for row in found]}
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            rows = [asdict(row) for row in found]
+            record.write(arguments.json, {"about": facts, "seconds": seconds, "failed": failed, "rows": rows})
 
     while parts:
         part, lost = None, None
@@ -221,8 +205,10 @@ def main() -> int:
             parts = parts[1:] if part else []
     wrong = [row.name for row in found if row.must and not row.met]
     short = [row.name for row in found if row.met is False and not row.must]
+    said = {"failed": failed, "wrong": wrong, "short": short}
     print(
-        f"{sum(seconds.values()):.0f} s; failed: {', '.join(failed) or 'nothing'}; wrong: {', '.join(wrong) or 'nothing'}; short: {', '.join(short) or 'nothing'}"
+        f"{sum(seconds.values()):.0f} s; "
+        + "; ".join(f"{what}: {', '.join(names) or 'nothing'}" for what, names in said.items())
     )
     return 1 if failed or wrong else 0
 

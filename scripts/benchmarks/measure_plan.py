@@ -1,6 +1,6 @@
 """Predicted against measured peak memory on a CPU, over a grid of settings; each run is a process of its own.
 
-    python scripts/measure_plan.py [--quick] [--json FILE]
+    python scripts/benchmarks/measure_plan.py [--quick] [--json FILE]
 
 The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
 stays mapped from there and is no anonymous memory), and a Llama of the 1B shape with random NF4 weights. Three
@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
+
+from record import about, child, write
 
 FILE = "smollm2-135m, safetensors"
 KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -51,10 +50,11 @@ def measure(row: dict) -> dict:
     """One run in this process."""
     import torch
     import transformers
+    from random_models import build as random_nf4_llama
+    from random_models import llama_config, random_batch
 
     import qlora.run.recipe
     from qlora.config.commands import FinetuneConfig
-    from qlora.data.batch import Example, collate
     from qlora.plan.fit import asked, largest, predict
     from qlora.plan.meta import Skeleton
     from qlora.train.memory import PeakMemory, anonymous_memory
@@ -66,9 +66,6 @@ def measure(row: dict) -> dict:
     baseline = anonymous_memory()
     with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
-            from random_models import build as random_nf4_llama
-            from random_models import llama_config
-
             model = random_nf4_llama("1B")
             llama_config("1B").save_pretrained(folder)
         else:
@@ -86,8 +83,7 @@ def measure(row: dict) -> dict:
         qlora.attach_adapters(model, method=config.method, rank=config.rank)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
-        ids = torch.randint(5, 49000, (config.batch_size, config.max_tokens)).tolist()
-        batch = collate([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in ids])
+        batch = random_batch(config.max_tokens, 49000, config.batch_size, lowest=5)
         optimizer = qlora.run.recipe.adamw(model, config)
         model.train()
         for step in range(3):
@@ -128,15 +124,8 @@ def write_file(folder: str) -> None:
 
 
 def run(row: tuple, folder: str) -> dict:
-    one = dict(zip(FIELDS, row)) | {"file": folder if row[0] == FILE else None}
-    done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(one)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | KEEP_NOTHING,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    one = dict(zip(FIELDS, row, strict=True)) | {"file": folder if row[0] == FILE else None}
+    return child(__file__, "--one", json.dumps(one), environment=KEEP_NOTHING)
 
 
 def main() -> int:
@@ -155,13 +144,10 @@ def main() -> int:
         found = run(row, scratch.name)
         rows.append({name: value for name, value in found.items() if name != "file"})
         off = found["predicted"] / found["measured"] - 1
-        about = " ".join(str(found[name]) for name in FIELDS)
-        print(
-            f"{about:52} predicted {found['predicted'] / 1e6:7.0f} MB  measured {found['measured'] / 1e6:7.0f} MB  {off:+6.1%}",
-            flush=True,
-        )
-        if arguments.json:  # after each row
-            Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
+        settings = " ".join(str(found[name]) for name in FIELDS)
+        predicted, measured = found["predicted"] / 1e6, found["measured"] / 1e6
+        print(f"{settings:52} predicted {predicted:7.0f} MB  measured {measured:7.0f} MB  {off:+6.1%}", flush=True)
+        write(arguments.json, about("torch", "transformers") | {"rows": rows})  # after each row
     return int(any(abs(row["predicted"] / row["measured"] - 1) > 0.1 for row in rows))
 
 

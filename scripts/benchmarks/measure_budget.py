@@ -1,6 +1,6 @@
 """`qlora finetune --memory X` for X from generous to just possible: is the budget kept, and is it the same run?
 
-    python scripts/measure_budget.py [--data FILE] [--budgets 5] [--json FILE]
+    python scripts/benchmarks/measure_budget.py [--data FILE] [--budgets 5] [--json FILE]
 
 SmolLM2-135M, DoRA of rank 16, steps of 16 real records on a CPU. First a run without a budget; then one that is
 refused, which names the smallest budget that works; then that budget, and others up to more than the free run takes;
@@ -21,9 +21,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-HERE = Path(__file__).parent
-TICKETS = HERE / "data/tickets_train.jsonl"
-OPTIONS = "--model smollm2-135m --method dora --rank 16 --batch-size 16 --max-tokens 256 --warmup 1 --learning-rate 5e-4 --device cpu --dtype bf16"
+from record import SCRIPTS, about, write
+
+TICKETS = SCRIPTS / "data/tickets_train.jsonl"
+OPTIONS = (
+    "--model smollm2-135m --method dora --rank 16 --batch-size 16 --max-tokens 256 --warmup 1 "
+    "--learning-rate 5e-4 --device cpu --dtype bf16"
+)
 EVERY = 0.002
 
 
@@ -103,9 +107,8 @@ def main() -> int:
     data, steps = arguments.data, arguments.steps
     free = finetune(data, steps, None)
     assert free["code"] == 0, free["complaint"]
-    print(
-        f"no budget: peak {free['peak'] / 1e6:.0f} MB, {free['tokens_per_second']:.0f} tokens/s, losses {' '.join(f'{x:.4f}' for x in free['losses'])}"
-    )
+    losses = " ".join(f"{x:.4f}" for x in free["losses"])
+    print(f"no budget: peak {free['peak'] / 1e6:.0f} MB, {free['tokens_per_second']:.0f} tokens/s, losses {losses}")
     line, least = refused(data, steps, 10**6)
     print(line)
     ratio = 1.35 * free["peak"] / least
@@ -120,24 +123,21 @@ def main() -> int:
         rows.append(found := row(memory, run, free))
         wrong += [memory] * (found["peak"] > memory or found["losses_off"] > 0.02)
         print(
-            f"{memory / 1e6:6.0f} MB  peak {found['peak'] / 1e6:6.0f} MB  predicted {found['predicted'] / 1e6:6.0f} MB  losses off {found['losses_off']:.1e}"
-            f"  speed {found['speed']:.2f}  {found['settings']}",
+            f"{memory / 1e6:6.0f} MB  peak {found['peak'] / 1e6:6.0f} MB  "
+            f"predicted {found['predicted'] / 1e6:6.0f} MB  losses off {found['losses_off']:.1e}  "
+            f"speed {found['speed']:.2f}  {found['settings']}",
             flush=True,
         )
     below, again = refused(data, steps, int(0.97 * least))
     print(below)
-    record = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip(),
+    record = about("torch", "transformers") | {
         "data": Path(data).name,
         "free": {name: free[name] for name in ("peak", "losses", "tokens_per_second")},
         "rows": rows,
         "refusals": [line, below],
         "smallest": [least, again],
     }
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.json, record)
     return int(bool(wrong))
 
 

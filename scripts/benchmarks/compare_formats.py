@@ -1,8 +1,8 @@
 """Which 4-bit format loses how much? Weight error and held-out loss of bf16, NF4 (absmax and mse scales), FP4 and Int4
 in blocks of 64.
 
-    python scripts/compare_formats.py --data gsm8k_test.jsonl [--records 64] [--train gsm8k_train.jsonl --steps 30]
-    [--json FILE]
+    python scripts/benchmarks/compare_formats.py --data gsm8k_test.jsonl [--records 64]
+                                                 [--train gsm8k_train.jsonl --steps 30] [--json FILE]
 
     FP4    the levels of bitsandbytes, E2M1 but for 1/192 in the place of 1/12; E2M1 proper beside it
     Int4   k/7, k = -7..7
@@ -23,17 +23,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import bitsandbytes
 import torch
 import torch.nn.functional as F
 import transformers
 from bitsandbytes.functional import get_4bit_type
+from record import about, write
 from torch import Tensor
 
 import qlora
@@ -200,10 +197,8 @@ class Measurements:
                 after(model)
             self.known[key] = self.held_out.losses(model, self.exact)
             loss, divergence = self.known[key].mean(1).tolist()
-            print(
-                f"{fmt:12} {only:10} shift {shift:2} {'trained' if after else '':8} loss {loss:.4f}  KL {divergence:.4f}",
-                flush=True,
-            )
+            what = f"{fmt:12} {only:10} shift {shift:2} {'trained' if after else '':8}"
+            print(f"{what} loss {loss:.4f}  KL {divergence:.4f}", flush=True)
             if self.cache is not None:
                 torch.save(self.known, self.cache)
         return self.known[key]
@@ -334,25 +329,15 @@ def main() -> None:
                 for k, row in results[name].items()
             }
             print(table(f"{figure.capitalize()}, {name}", list(FORMATS), rows))
-    if arguments.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
-        about = {
-            "commit": commit,
-            "machine": platform.processor() or platform.machine(),
-            "versions": versions,
-            "model": arguments.model,
-        }
-        about |= {
-            "data": Path(arguments.data).name,
-            "records": len(held_out.examples),
-            "tokens": len(held_out.record),
-            "shifts": shifts,
-            "steps": arguments.steps,
-        }
-        arguments.json.write_text(json.dumps(about | results, indent=2) + "\n")
+    settings = {
+        "model": arguments.model,
+        "data": Path(arguments.data).name,
+        "records": len(held_out.examples),
+        "tokens": len(held_out.record),
+        "shifts": shifts,
+        "steps": arguments.steps,
+    }
+    write(arguments.json, about("torch", "transformers", "bitsandbytes") | settings | results)
 
 
 if __name__ == "__main__":

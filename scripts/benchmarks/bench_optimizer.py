@@ -1,9 +1,9 @@
 """An optimizer step alone: PagedAdamW resident, half spilled and fully spilled, beside torch's and bitsandbytes'
 optimizers.
 
-    python scripts/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output scripts/results/optimizer.json]
+    python scripts/benchmarks/bench_optimizer.py [--shape 135M ...] [--rounds 9] [--folder FOLDER] [--output FILE]
     # whole training steps instead
-    python scripts/bench_optimizer.py --shape --training [--learning DATA.jsonl] [--output ...]
+    python scripts/benchmarks/bench_optimizer.py --shape --training [--learning DATA.jsonl] [--output ...]
 
 Parameters and random gradients of the DoRA adapters (rank 16, all linear layers) of Llama shapes of 135M, 1B and 7B
 parameters, and of a full embedding and head (32000 x 1024 each). Every candidate steps once a round on the same
@@ -22,18 +22,17 @@ loss is the mean over the last ten steps.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import about, child, write
 
 import qlora
 from qlora.optim.layout import state_bytes
@@ -82,7 +81,7 @@ def candidates(params: list[torch.nn.Parameter], folder: str) -> dict[str, Calla
     import bitsandbytes
 
     for name in ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit"):
-        result[f"bitsandbytes {name}"] = lambda kind=getattr(bitsandbytes.optim, name): kind(params)
+        result[f"bitsandbytes {name}"] = functools.partial(getattr(bitsandbytes.optim, name), params)
     return result
 
 
@@ -231,21 +230,16 @@ def main() -> None:
     if arguments.memory:
         print(json.dumps(memory(arguments.memory[0], float(arguments.memory[1]), arguments.folder)))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "shapes": {},
-    }
+    facts = about("torch", "bitsandbytes")
+    commit = facts.pop("commit")  # of each part: what is not measured now stays in the file
+    result = facts | {"shapes": {}}
     for shape in arguments.shape:
         found = {"commit": commit, **measure(shape, arguments.rounds, arguments.folder)}
         gc.collect()
         found["memory"] = {}
         for share in (1.0, 0.1, 0.0):
-            command = [sys.executable, __file__, "--folder", arguments.folder, "--memory", shape, str(share)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found["memory"][f"{share:.0%}"] = json.loads(done.stdout.splitlines()[-1])
+            row = child(__file__, "--folder", arguments.folder, "--memory", shape, share)
+            found["memory"][f"{share:.0%}"] = row
         result["shapes"][shape] = found
         print(f"{shape}: {found['parameters']:,} parameters in {found['tensors']} tensors")
         for name, row in found["steps"].items():
@@ -253,13 +247,16 @@ def main() -> None:
         for name, why in found["does not run on this device"].items():
             print(f"  {name:28} {why}")
         for share, row in found["memory"].items():
+            resident, spilled, anonymous = (row[name] / 1e6 for name in ("resident", "spilled", "rss_anon"))
             print(
-                f"  budget {share:>4}: {row['resident'] / 1e6:7.1f} MB resident, {row['spilled'] / 1e6:7.1f} MB spilled, RssAnon {row['rss_anon'] / 1e6:7.1f} MB"
+                f"  budget {share:>4}: {resident:7.1f} MB resident, {spilled:7.1f} MB spilled, "
+                f"RssAnon {anonymous:7.1f} MB"
             )
     if arguments.training:
         result["training"] = found = {"commit": commit, **training(arguments.rounds, arguments.folder)}
         print(
-            f"training step: {found['seconds']['resident']:.3f} s resident, spilled {found['ratio']:.3f} of it (of {found['pairs']} pairs the median)"
+            f"training step: {found['seconds']['resident']:.3f} s resident, spilled {found['ratio']:.3f} of it "
+            f"(of {found['pairs']} pairs the median)"
         )
     if arguments.learning:
         result["learning"] = found = {
@@ -267,15 +264,14 @@ def main() -> None:
             **learning(arguments.learning, arguments.steps, arguments.folder),
         }
         for name in ("training_loss", "held_out_loss"):
-            print(
-                f"{name}: float32 {found['float32'][name]:.4f}, 8bit {found['8bit'][name]:.4f}, {found[f'{name}_ratio'] - 1:+.2%}"
-            )
+            full, small, ratio = found["float32"][name], found["8bit"][name], found[f"{name}_ratio"]
+            print(f"{name}: float32 {full:.4f}, 8bit {small:.4f}, {ratio - 1:+.2%}")
     if arguments.output:
         path = Path(arguments.output)
         if path.exists():  # what was not measured now stays
             before = json.loads(path.read_text())
             result = {**before, **result, "shapes": {**before["shapes"], **result["shapes"]}}
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(path, result)
 
 
 if __name__ == "__main__":

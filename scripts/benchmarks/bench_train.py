@@ -1,7 +1,8 @@
 """Tokens per second and peak memory of a training step, ours beside PEFT + bitsandbytes; and steps of models that fill
 a laptop.
 
-    python scripts/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large] [--json FILE]
+    python scripts/benchmarks/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large]
+                                             [--json FILE]
 
 SmolLM2-135M, rank 16, all-linear, bf16, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no
 activation checkpointing, the same batches and the same loop. PEFT runs in both recipes, with
@@ -22,13 +23,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+
+from record import about, child, write
 
 SIDES = ("ours", "peft", "peft+prepare")
 WARM_UP = 2  # steps of a process that are not counted: they touch memory for the first time
@@ -38,13 +39,10 @@ LARGE = (("1B", "4x256", False), ("7B", "1x128", True))  # model, batch, checkpo
 
 def random_batch(shape: str):
     """One batch of random tokens, all but the first of each example targets."""
-    import torch
-
-    from qlora.data.batch import Example, collate
+    import random_models
 
     count, length = map(int, shape.split("x"))
-    ids = torch.randint(5, 30000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
-    return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+    return random_models.random_batch(length, 30000, count, lowest=5)
 
 
 def real_batches(path: str, count: int) -> list:
@@ -140,19 +138,8 @@ def measure_large(shape: str, work: str, checkpointing: bool) -> dict:
         return take_steps(model, [random_batch(work)] * (WARM_UP + 2), qlora.PagedAdamW) | {"peak": memory.peak()}
 
 
-def child(*arguments) -> dict:
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def speed(results: list[dict]) -> float:
-    return median(tokens / seconds for r in results for tokens, seconds in zip(r["tokens"], r["seconds"]))
+    return median(tokens / seconds for r in results for tokens, seconds in zip(r["tokens"], r["seconds"], strict=True))
 
 
 def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
@@ -162,15 +149,15 @@ def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
         for method in ("lora", "dora"):
             for side in SIDES:
                 try:
-                    result = child("--one", side, method, work, "--folder", folder, "--steps", steps)
+                    result = child(
+                        __file__, "--one", side, method, work, "--folder", folder, "--steps", steps, quiet=True
+                    )
                 except subprocess.CalledProcessError as error:  # -9: this machine has not enough memory for it
                     print(f"  {method} {side:13} did not finish, exit code {error.returncode}", flush=True)
                     continue
                 found.setdefault(f"{method} {side}", []).append(result)
-                print(
-                    f"  {method} {side:13} {speed([result]):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}",
-                    flush=True,
-                )
+                figures = f"{speed([result]):6.0f} tokens/s  {result['peak'] / 1e9:.2f} GB  loss {result['loss']:.4f}"
+                print(f"  {method} {side:13} {figures}", flush=True)
     rows: dict[str, dict] = {}
     print(f"\n{Path(work).name:20}{'tokens/s':>10}{'peak GB':>9}{'ours is':>22}")
     for name, results in found.items():
@@ -193,10 +180,11 @@ def compare(work: str, folder: str, rounds: int, steps: int) -> dict:
         )
         print(f"{name:20}{rows[name]['tokens_per_second']:10.0f}{rows[name]['peak_bytes'] / 1e9:9.2f}   {ratio}")
     apart = rows["dora ours"]["tokens_per_second"] / rows["lora ours"]["tokens_per_second"]
-    pair = child("--pair", work, "--folder", folder)
+    pair = child(__file__, "--pair", work, "--folder", folder, quiet=True)
     in_turns = median(lora / dora for lora, dora in zip(pair["lora"], pair["dora"], strict=True))
     print(
-        f"our DoRA runs at {in_turns:.3f} of our LoRA: {len(pair['lora'])} steps of each in turns in one process ({apart:.2f} by the processes above)"
+        f"our DoRA runs at {in_turns:.3f} of our LoRA: {len(pair['lora'])} steps of each in turns in one process "
+        f"({apart:.2f} by the processes above)"
     )
     losses = [row["first_loss"] for row in rows.values()]
     agree = max(losses) / min(losses) - 1
@@ -240,45 +228,29 @@ def main() -> None:
 
     import tempfile
 
-    import bitsandbytes
-    import peft
-    import torch
     import transformers
 
     import qlora
-    from qlora_kernels import ops
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"rank 16, all-linear, bf16, {torch.get_num_threads()} threads, {ops.backends()['cpu']}\n")
-    record: dict = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "backend": ops.backends()["cpu"],
-    }
-    record["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    record["versions"] = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
+    record = about("torch", "transformers", "peft", "bitsandbytes")
+    print(f"rank 16, all-linear, bf16, {record['threads']} threads, {record['backend']}\n")
     with tempfile.TemporaryDirectory() as folder:
         dense = qlora.load_base("smollm2-135m", bits=16, dtype="bf16")
         dense.save_pretrained(folder)
         del dense
         for work in [*arguments.shape, *([arguments.data] if arguments.data else [])]:
             record[Path(work).name] = compare(work, folder, arguments.rounds, arguments.steps)
-            if arguments.json:
-                Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
+            write(arguments.json, record)
     if arguments.large:
         record["large"] = {}
         for shape, work, checkpointing in LARGE:
-            result = child("--one-large", shape, work, checkpointing)
+            result = child(__file__, "--one-large", shape, work, checkpointing, quiet=True)
             record["large"][shape] = {"batch": work, "checkpointing": checkpointing, **result}
             how = ", activations recomputed" if checkpointing else ""
-            print(
-                f"{shape} DoRA {work}{how}: {median(result['seconds']):.1f} s a step, peak {result['peak'] / 1e9:.2f} GB",
-                flush=True,
-            )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
+            seconds, peak = median(result["seconds"]), result["peak"] / 1e9
+            print(f"{shape} DoRA {work}{how}: {seconds:.1f} s a step, peak {peak:.2f} GB", flush=True)
+    write(arguments.json, record)
 
 
 if __name__ == "__main__":
