@@ -35,6 +35,7 @@ import torch
 from record import RESULTS, about, write
 
 from qlora_kernels import ops
+from qlora_kernels.weight import QuantizedWeight, levels_of
 
 BLOCKSIZE, NESTED, RANK, TOKENS = 64, 256, 16, 1024
 
@@ -87,26 +88,24 @@ def set_malloc(fresh: bool) -> None:
 def cases(out: int, columns: int, fresh: bool) -> list[Case]:
     n = out * columns
     weight = torch.randn(out, columns).bfloat16()
-    packed, absmax = ops.quantize_nf4(weight, BLOCKSIZE)
-    parts = ops.quantize_absmax(absmax, NESTED)
+    levels = levels_of("nf4", weight.device)
+    packed, absmax = ops.quantize_4bit(weight, levels, BLOCKSIZE)
+    quantized = QuantizedWeight.of(packed, ops.quantize_absmax(absmax, NESTED), (out, columns), BLOCKSIZE)
+    parts, layout = quantized.parts, quantized.layout
     theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
     codes = n * (0.5 + 1 / BLOCKSIZE + 4 / (BLOCKSIZE * NESTED))
     gain = torch.rand(out) + 0.5
     # One memory for all rows, as the peer's results share a place too, and the kernel's own, as in training: that asks
     # for huge pages.
-    scratch = (
-        ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, torch.float32)
-        .view(torch.uint8)
-        .view(-1)
-    )
+    scratch = ops.dequantize_4bit(parts, layout, None, torch.float32).view(torch.uint8).view(-1)
     A, B = torch.randn(RANK, columns), torch.randn(out, RANK) * 0.01
     dy, y = torch.randn(TOKENS, out).bfloat16(), torch.randn(TOKENS, out).bfloat16()
 
     def quantize_double():
-        return ops.quantize_absmax(ops.quantize_nf4(weight, BLOCKSIZE)[1], NESTED)
+        return ops.quantize_absmax(ops.quantize_4bit(weight, levels, BLOCKSIZE)[1], NESTED)
 
     def quantize_fitted():
-        return ops.encode_nf4(weight, ops.fit_scales_nf4(weight, BLOCKSIZE), BLOCKSIZE)
+        return ops.encode_4bit(weight, levels, ops.fit_scales_4bit(weight, levels, BLOCKSIZE), BLOCKSIZE)
 
     def bnb_quantize(double: bool):
         return bnb.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=double)
@@ -116,11 +115,11 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
         return torch.linalg.vector_norm(dense + 2.0 * (B @ A), dim=1)
 
     def decoder(dtype):
-        return lambda: ops.dequantize_nf4(packed, *parts, None, out, columns, BLOCKSIZE, NESTED, dtype)
+        return lambda: ops.dequantize_4bit(parts, layout, None, dtype)
 
     def into(dtype, row_gain=None):
         buffer = scratch[: n * dtype.itemsize].view(dtype).view(out, columns)
-        return lambda: ops.dequantize_nf4_into(buffer, packed, *parts, row_gain, BLOCKSIZE, NESTED)
+        return lambda: ops.dequantize_4bit_into(buffer, parts, layout, row_gain)
 
     def bnb_decoder(dtype):
         _, typed = bnb.quantize_4bit(weight.to(dtype), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True)
@@ -137,7 +136,7 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
         Case(
             "quantize, absmax",
             n * (2 + 0.5 + 4 / BLOCKSIZE),
-            lambda: ops.quantize_nf4(weight, BLOCKSIZE),
+            lambda: ops.quantize_4bit(weight, levels, BLOCKSIZE),
             lambda: bnb_quantize(False),
         ),
         Case("quantize, double", 2 * n + codes, quantize_double, lambda: bnb_quantize(True)),
@@ -146,16 +145,11 @@ def cases(out: int, columns: int, fresh: bool) -> list[Case]:
         Case("dequantize to bf16, reused, row gain", 2 * n + codes, into(bf16, gain), peer[bf16]),
         Case("dequantize to fp16, reused", 2 * n + codes, into(fp16), peer[fp16]),
         Case("dequantize to fp32, reused", 4 * n + codes, into(fp32), peer[fp32]),
-        Case(
-            f"DoRA row norms, rank {RANK}",
-            codes,
-            lambda: ops.row_norms_nf4(packed, *parts, A, B, 2.0, out, columns, BLOCKSIZE, NESTED),
-            peft_norms,
-        ),
+        Case(f"DoRA row norms, rank {RANK}", codes, lambda: ops.row_norms_4bit(parts, layout, A, B, 2.0), peft_norms),
         Case(
             f"DoRA magnitude gradient, {TOKENS} tokens",
             4 * TOKENS * out,
-            lambda: ops.column_dots(dy, y),
+            lambda: ops.columnwise_dot(dy, y),
             lambda: (dy * y).sum(0, dtype=torch.float32),
         ),
         *step_cases(out, columns),

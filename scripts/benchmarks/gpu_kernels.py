@@ -63,41 +63,45 @@ def normal(bench: Bench, *shape: int, dtype: torch.dtype = torch.float32, seed: 
 
 def check_nf4(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
     from qlora_kernels import ops, reference
+    from qlora_kernels.weight import QuantizedWeight, levels_of
 
     weight = normal(bench, rows, columns, dtype=dtype, seed=rows)
-    packed, absmax = reference.quantize_nf4(weight, blocksize)
-    worst("quantize_nf4", ops.quantize_nf4(weight, blocksize), (packed, absmax))
+    levels = levels_of("nf4", weight.device)
+    packed, absmax = reference.quantize_4bit(weight, levels, blocksize)
+    worst("quantize_4bit", ops.quantize_4bit(weight, levels, blocksize), (packed, absmax))
     if rows * columns <= 1 << 24:
-        scales = reference.fit_scales_nf4(weight, blocksize)
-        worst("fit_scales_nf4", ops.fit_scales_nf4(weight, blocksize), scales)
-        worst("encode_nf4", ops.encode_nf4(weight, scales, blocksize), reference.encode_nf4(weight, scales, blocksize))
+        scales = reference.fit_scales_4bit(weight, levels, blocksize)
+        worst("fit_scales_4bit", ops.fit_scales_4bit(weight, levels, blocksize), scales)
+        encode = (weight, levels, scales, blocksize)
+        worst("encode_4bit", ops.encode_4bit(*encode), reference.encode_4bit(*encode))
     nested = reference.quantize_absmax(absmax, 256)
     worst("quantize_absmax", ops.quantize_absmax(absmax, 256), nested)
     gain = normal(bench, rows, seed=1)
-    for parts in (nested, (absmax, None, None)):
-        for row_gain in (None, gain):
-            expected = reference.dequantize_nf4(packed, *parts, row_gain, rows, columns, blocksize, 256, dtype)
+    for constants in (nested, (absmax,)):
+        w = QuantizedWeight.of(packed, constants, (rows, columns), blocksize)
+        for row_scale in (None, gain):
+            expected = reference.dequantize_4bit(w.parts, w.layout, row_scale, dtype)
             out = torch.full((rows, columns), math.nan, dtype=dtype, device=bench.device)
-            ops.dequantize_nf4_into(out, packed, *parts, row_gain, blocksize, 256)
-            worst("dequantize_nf4", out, expected)
-        arguments = (normal(bench, columns, dtype=dtype, seed=2), packed, *parts, rows, columns, blocksize, 256)
-        worst("nf4_gemv", ops.nf4_gemv(*arguments), reference.nf4_gemv(*arguments), 1e-5)
+            ops.dequantize_4bit_into(out, w.parts, w.layout, row_scale)
+            worst("dequantize_4bit", out, expected)
+        arguments = (normal(bench, columns, dtype=dtype, seed=2), w.parts, w.layout)
+        worst("gemv_4bit", ops.gemv_4bit(*arguments), reference.gemv_4bit(*arguments), 1e-5)
 
 
 def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
     from qlora_kernels import ops, reference
+    from qlora_kernels.weight import QuantizedWeight, levels_of
 
     weight = normal(bench, rows, columns, dtype=dtype, seed=rows)
-    packed, absmax = reference.quantize_nf4(weight, blocksize)
+    packed, absmax = reference.quantize_4bit(weight, levels_of("nf4", weight.device), blocksize)
     if dtype == torch.bfloat16:
-        parts = reference.quantize_absmax(absmax, 256)
+        w = QuantizedWeight.of(packed, reference.quantize_absmax(absmax, 256), (rows, columns), blocksize)
         for rank in (16, 32, 64, 3, 128) if columns == 4096 or rows == 130 else (16,):
             A, B = 0.02 * normal(bench, rank, columns, seed=3), 0.02 * normal(bench, rows, rank, seed=4)
-            arguments = (packed, *parts, A, B, 2.0, rows, columns, blocksize, 256)
-            n = ops.row_norms_nf4(*arguments)
-            worst("row_norms_nf4", n, reference.row_norms_nf4(*arguments), 2e-5)
-            many = ops.row_norms_nf4_all(*([argument] * 3 for argument in arguments[:-1]), 256)
-            worst("row_norms_nf4_all, beside one at a time", tuple(many), (n, n, n))
+            n = ops.row_norms_4bit(w.parts, w.layout, A, B, 2.0)
+            worst("row_norms_4bit", n, reference.row_norms_4bit(w.parts, w.layout, A, B, 2.0), 2e-5)
+            many = ops.row_norms_4bit_all(w.parts * 3, w.layout * 3, [A] * 3, [B] * 3, [2.0] * 3)
+            worst("row_norms_4bit_all, beside one at a time", tuple(many), (n, n, n))
     A, B, m, n = (
         normal(bench, 16, columns, seed=3),
         normal(bench, rows, 16, seed=4),
@@ -107,14 +111,16 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     m[0], n[-1] = -1e-9, 0.0
     for parts in ((m, n), (None, None)):
         worst(
-            "fold_factors", ops.fold_factors(A, B, *parts, 0.7, dtype), reference.fold_factors(A, B, *parts, 0.7, dtype)
+            "prepare_lora_factors",
+            ops.prepare_lora_factors(A, B, *parts, 0.7, dtype),
+            reference.prepare_lora_factors(A, B, *parts, 0.7, dtype),
         )
     dots = (weight, weight.flip(0).contiguous())
     exact, scale = (
-        reference.column_dots(*(t.double() for t in dots)).float(),
-        reference.column_dots(*(t.abs() for t in dots)).max(),
+        reference.columnwise_dot(*(t.double() for t in dots)).float(),
+        reference.columnwise_dot(*(t.abs() for t in dots)).max(),
     )
-    worst("column_dots", ops.column_dots(*dots) / scale, exact / scale, 1e-4)
+    worst("columnwise_dot", ops.columnwise_dot(*dots) / scale, exact / scale, 1e-4)
     u, up, safe = (
         normal(bench, rows, 16, dtype=dtype, seed=7),
         normal(bench, columns, 16, dtype=dtype, seed=8),
@@ -212,7 +218,8 @@ def part_bandwidth(bench: Bench) -> None:
     copy = copy_speed(bench, 4 * n)
     bench.row("copy", copy / 1e9, "GB/s")
     weight = nf4.quantize(source)
-    state = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset)
+    state = (weight.parts, weight.layout)
+    levels = weight.levels
     gain, x = torch.rand(out, device=device), torch.randn(columns, device=device).to(torch.bfloat16)
     A, B = torch.randn(RANK, columns, device=device), torch.randn(out, RANK, device=device)
     y = torch.randn(64 if bench.small else 2048, out, device=device).to(torch.bfloat16)
@@ -224,28 +231,31 @@ def part_bandwidth(bench: Bench) -> None:
         torch.rand(1 << 12, device=device),
         torch.empty(1 << 20, dtype=torch.int32, device=device),
     )
-    sizes = (out, columns, 64, 256)
     taken: dict[str, float] = {}
     cases: dict[
         str, tuple[Callable, float, float | None]
     ] = {  # call, bytes that it has to move, share of a copy's speed that is wanted
         "dequantize": (lambda: nf4.dequantize_into(target, weight), weight.nbytes + 2 * n, 0.8),
         "dequantize with row gain": (lambda: nf4.dequantize_into(target, weight, gain), weight.nbytes + 2 * n, 0.8),
-        "gemv": (lambda: ops.nf4_gemv(x, *state, *sizes), weight.nbytes, None),
-        "row norms, rank 16": (lambda: ops.row_norms_nf4(*state, A, B, 2.0, *sizes), weight.nbytes, None),
+        "gemv": (lambda: ops.gemv_4bit(x, *state), weight.nbytes, None),
+        "row norms, rank 16": (lambda: ops.row_norms_4bit(*state, A, B, 2.0), weight.nbytes, None),
         "row norms of 8 layers": (
-            lambda: ops.row_norms_nf4_all(*([part] * 8 for part in (*state, A, B, 2.0, out, columns, 64)), 256),
+            lambda: ops.row_norms_4bit_all(*(part * 8 for part in (*state, [A], [B], [2.0]))),
             8 * weight.nbytes,
             None,
         ),
-        "column dots": (lambda: ops.column_dots(y, y), 2 * y.nbytes, None),
+        "column dots": (lambda: ops.columnwise_dot(y, y), 2 * y.nbytes, None),
         "SwiGLU": (lambda: ops.swiglu(y, y), 3 * y.nbytes, None),
         "SwiGLU, backward": (lambda: ops.swiglu_backward(y, y, y), 5 * y.nbytes, None),
         "SwiGLU, backward with DoRA's sums": (lambda: ops.swiglu_backward_dots(y, y, y), 5 * y.nbytes, None),
-        "factors": (lambda: ops.fold_factors(A, B, gain, gain, 2.0, torch.bfloat16), 6 * (A.numel() + B.numel()), None),
+        "factors": (
+            lambda: ops.prepare_lora_factors(A, B, gain, gain, 2.0, torch.bfloat16),
+            6 * (A.numel() + B.numel()),
+            None,
+        ),
         "cross entropy": (lambda: ops.cross_entropy_(logits, targets), 3 * logits.nbytes, None),
         "AdamW, a page": (
-            lambda: ops.adamw_(page[:1], page[1:2], [0], *page[2:], room, 0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5, 1.0),
+            lambda: ops.adamw_(page[:1], page[1:2], [0], *page[2:], room, [0.9, 0.999, 1e-8, 0.99, 1e-4, 0.5, 1.0]),
             28 * 2**20,
             None,
         ),
@@ -259,8 +269,8 @@ def part_bandwidth(bench: Bench) -> None:
             5 * 2**20,
             None,
         ),
-        "quantize": (lambda: ops.quantize_nf4(source, 64), weight.nbytes + 2 * n, None),
-        "fit scales": (lambda: ops.fit_scales_nf4(source, 64), 2 * n, None),
+        "quantize": (lambda: ops.quantize_4bit(source, levels, 64), weight.nbytes + 2 * n, None),
+        "fit scales": (lambda: ops.fit_scales_4bit(source, levels, 64), 2 * n, None),
     }
     for name, (call, nbytes, share) in cases.items():
         with bench.attempt(name):

@@ -296,7 +296,7 @@ def part_curves(bench: Bench) -> None:
 
 
 def part_generate(bench: Bench) -> None:
-    from qlora_kernels import ops
+    from qlora_kernels import backends
 
     shape, count = ("small", 8) if bench.small else ("7B", 32)
     prompt = random_batch(16, SHAPES[shape][5]).input_ids.to(bench.device)
@@ -327,10 +327,10 @@ def part_generate(bench: Bench) -> None:
         with bench.attempt(f"{shape} {method}"):
             taken[method] = speed(model)
             bench.row(f"{shape} {method}", taken[method], "tokens/s")
-            if ops.multiplies_a_vector(bench.device):
-                kernel, ops.multiplies_a_vector = ops.multiplies_a_vector, lambda device: False
+            if backends.has_gemv(bench.device):
+                kernel, backends.has_gemv = backends.has_gemv, lambda device: False
                 bench.row(f"{shape} {method}, decoding every weight first", speed(model), "tokens/s")
-                ops.multiplies_a_vector = kernel
+                backends.has_gemv = kernel
         base = detached(model)
     base = model = None
     bench.clean()

@@ -55,18 +55,19 @@ def skeleton(shape: str) -> nn.Module:
 
 
 def random_nf4(out: int, columns: int, generator: torch.Generator):
-    from qlora.layers.weight import NESTED_BLOCKSIZE, NF4Weight
+    from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
 
     device, blocks = generator.device, out * columns // 64
     packed = torch.empty(out * columns // 2, 1, dtype=torch.uint8, device=device).random_(0, 256, generator=generator)
     absmax = torch.empty(blocks, dtype=torch.uint8, device=device).random_(64, 192, generator=generator)
     nested = torch.full((-(-blocks // NESTED_BLOCKSIZE),), 0.02, device=device)
-    return NF4Weight(packed, absmax, nested, torch.tensor(0.05, device=device), (out, columns), 64)
+    scales = absmax, nested, torch.tensor(0.05, device=device)
+    return QuantizedWeight.of(packed, scales, (out, columns), 64)
 
 
 def weights(model: nn.Module, device: torch.device) -> Iterator[tuple[str, object]]:
-    """(name, NF4Weight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same ones
-    every time.
+    """(name, QuantizedWeight of a linear layer or bf16 tensor) of random weights on `device`, one at a time, the same
+    ones every time.
     """
     from qlora.layers.linear import linear_names
 
@@ -85,7 +86,7 @@ def ours(weight, device: torch.device) -> nn.Module:
 
     with torch.device("meta"):
         layer = NF4Linear(weight.shape[1], weight.shape[0])
-    layer.nf4 = weight
+    layer.quantized = weight
     return layer
 
 
@@ -113,7 +114,7 @@ def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from qlora.layers.fused import fuse
-    from qlora_kernels import ops
+    from qlora_kernels import backends
 
     device = torch.device(device)
     model = skeleton(shape)
@@ -125,7 +126,7 @@ def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours
             model.set_submodule(path, layer(value, device))
     model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)  # its frequencies are computed, not loaded
-    if layer is ours and ops.fuses(device):
+    if layer is ours and backends.has_fused_elementwise(device):
         fuse(model)
     model.config.use_cache = False
     return model.requires_grad_(False).eval()

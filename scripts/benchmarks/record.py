@@ -55,13 +55,13 @@ def about(*packages: str, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on: commit, processor, threads, the kernels of `device`, versions."""
     import torch
 
-    from qlora_kernels import ops
+    from qlora_kernels import backends
 
     return {
         "commit": commit(),
         "machine": processor(),
         "threads": torch.get_num_threads(),
-        "backend": ops.backends()[device],
+        "backend": backends.describe()[device],
         "versions": versions(*packages),
     }
 
