@@ -1,8 +1,8 @@
 """What a run is made of, as whole objects: how weights are quantized, what the adapter is, how the optimizer steps.
 
-`config.commands` cuts them from its options once (`config.quantization()`, `.adapter()`, `.optimizer()`); whoever builds a
-part takes the object, not a list of its fields. They hold no torch, so that options and `--help` need none. The
-alternative, to hand the config itself down, ties every layer to every option of the command line.
+`config.commands` cuts them from its options once (`config.quantization()`, `.adapter()`, `.optimizer()`); whoever
+builds a part takes the object, not a list of its fields. They hold no torch, so that options and `--help` need none.
+The alternative, to hand the config itself down, ties every layer to every option of the command line.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ METHODS = ("lora", "dora")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen weights are kept: `bits` 4 (NF4) or 16. None stands for the default of weights to quantize, and for
-    what a checkpoint that is NF4 already holds; what is given must agree with it."""
+    """How the frozen weights are kept: `bits` 4 (NF4) or 16. None stands for the default of weights to quantize, and
+    for what a checkpoint that is NF4 already holds; what is given must agree with it.
+    """
 
     bits: int = 4
     blocksize: int | None = None  # weights that share a scale; 64
@@ -49,7 +50,9 @@ class Quantization:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A kind of adapter. `targets` is what was asked for; `modules` are the names that it meant in a model, once attached."""
+    """A kind of adapter. `targets` is what was asked for; `modules` are the names that it meant in a model, once
+    attached.
+    """
 
     method: str = "dora"
     rank: int = 16

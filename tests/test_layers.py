@@ -1,7 +1,7 @@
 """The house's order, read from the import statements: a file imports only from floors below its own.
 
-Imports inside functions count too. `qlora/__init__.py` stands before the door: it only names where things live. The files
-of one floor may not import each other, so a floor is what can be read in any order.
+Imports inside functions count too. `qlora/__init__.py` stands before the door: it only names where things live. The
+files of one floor may not import each other, so a floor is what can be read in any order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ FLOORS = (
     ("sizes", "files"),
     ("config.options",),
     ("config.commands", "layers.attention"),
-    ("layers.nf4", "layers.transformers_code", "layers.norms", "layers.loss", "optim.memory_errors", "train.rng", "train.memory"),
+    (
+        "layers.nf4",
+        "layers.transformers_code",
+        "layers.norms",
+        "layers.loss",
+        "optim.memory_errors",
+        "train.rng",
+        "train.memory",
+    ),
     ("layers.weight", "optim.disk_tier"),
     ("layers.linear",),
     ("layers.adapters", "layers.targets", "optim.pinned_tier"),
@@ -68,7 +76,9 @@ def imported(path: Path, package: str) -> Iterator[str]:
 
 
 def module_of(name: str) -> str | None:
-    """The module of `qlora` that a dotted name leads into, without the package: "qlora.layers.nf4.rows" -> "layers.nf4"."""
+    """The module of `qlora` that a dotted name leads into, without the package: "qlora.layers.nf4.rows" ->
+    "layers.nf4".
+    """
     parts = name.split(".")
     if parts[0] != "qlora":
         return None

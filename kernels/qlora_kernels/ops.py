@@ -1,5 +1,5 @@
-"""Every operator once: its schema and its shape function. What each of them means is in `reference`; which code runs it,
-in `backends`.
+"""Every operator once: its schema and its shape function. What each of them means is in `reference`; which code runs
+it, in `backends`.
 
     nf4        quantize_4bit, fit_scales_4bit, encode_4bit, quantize_absmax: a weight to codes and scales
                dequantize_4bit, dequantize_4bit_into, gemv_4bit, matmul_4bit: a quantized weight dense, or in a product
@@ -10,12 +10,12 @@ in `backends`.
     attention  attention, attention_backward: causal, within the examples of a packed row
     optim      adamw_, total_norm, encode_blocks_into, decode_blocks_into
 
-A quantized weight is two arguments everywhere: `weight` (its parts) and `layout` (its sizes), see `weight.QuantizedWeight`.
-`torch.ops.qlora.NAME` runs the reference until a backend takes its place (`backends.use`), and no caller changes. The
-alternative, a Python `if device` at each call site, would let the paths drift apart and hides the operators from
-`torch.compile` and `opcheck`. Not `torch.library.custom_op`: its autograd wrapper costs several times what this costs a
-call, and a step makes a thousand. None of the operators is differentiable; `qlora` calls them inside its own autograd
-Functions.
+A quantized weight is two arguments everywhere: `weight` (its parts) and `layout` (its sizes), see
+`weight.QuantizedWeight`. `torch.ops.qlora.NAME` runs the reference until a backend takes its place (`backends.use`),
+and no caller changes. The alternative, a Python `if device` at each call site, would let the paths drift apart and
+hides the operators from `torch.compile` and `opcheck`. Not `torch.library.custom_op`: its autograd wrapper costs
+several times what this costs a call, and a step makes a thousand. None of the operators is differentiable; `qlora`
+calls them inside its own autograd Functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ OPERATORS: list[str] = []  # every operator, in the order of this file
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Make a function the operator of its name, with the schema its type hints say, run by the reference on every device."""
+    """Make a function the operator of its name, with the schema its type hints say, run by the reference on every
+    device.
+    """
 
     def define(function: Callable) -> torch._ops.OpOverload:
         name = function.__name__
@@ -54,8 +56,9 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-# Each function below is the schema of an operator, by its hints, and its body the shape function: what `torch.compile` and
-# meta tensors see. (Hints are `Optional`: the versions of torch that are supported do not all read `Tensor | None`.)
+# Each function below is the schema of an operator, by its hints, and its body the shape function: what `torch.compile`
+# and meta tensors see. (Hints are `Optional`: the versions of torch that are supported do not all read `Tensor |
+# None`.)
 
 # ---------------------------------------------------------------- nf4
 

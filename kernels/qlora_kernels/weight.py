@@ -6,8 +6,8 @@
     layout   rows, columns, blocksize, nested_blocksize
 
 Operators take a weight as two arguments, `parts` (Tensor[]) and `layout` (int[]), because a schema of torch knows no
-classes; implementations put them together again. The levels travel with the weight, so a further 4-bit format is a row of
-FORMATS. The alternative, a tensor subclass, would intercept every torch function.
+classes; implementations put them together again. The levels travel with the weight, so a further 4-bit format is a row
+of FORMATS. The alternative, a tensor subclass, would intercept every torch function.
 Sources: QLoRA (arXiv:2305.14314) section 3 and appendix E; the byte layout is the one that bitsandbytes writes.
 """
 
@@ -31,7 +31,8 @@ class Format:
     quant_type: str
 
 
-# NF4: quantiles of N(0, 1) between 1 - 0.9677083 and 0.9677083, scaled to [-1, 1], with an exact zero. Tests derive them.
+# NF4: quantiles of N(0, 1) between 1 - 0.9677083 and 0.9677083, scaled to [-1, 1], with an exact zero. Tests derive
+# them.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

@@ -30,7 +30,7 @@ from qlora import __version__
 from qlora.errors import UserError, problem
 from qlora.export.card import model_card
 from qlora.files import read_json, whole_folder, write_json
-from qlora.layers.attach import active_adapter, attach_adapters, named_adapters, forget_row_norms
+from qlora.layers.attach import active_adapter, attach_adapters, forget_row_norms, named_adapters
 from qlora.layers.linear import LINEAR, frozen_weight
 from qlora.models.quantize import BaseRecipe
 from qlora.specs import AdapterSpec

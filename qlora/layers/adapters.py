@@ -3,17 +3,17 @@
     W [out, in] frozen, A [r, in], B [out, r], m [out], s = alpha / r (alpha / sqrt(r) with rsLoRA), x [tokens, in]
     LoRA (arXiv:2106.09685)   y = x Wt + s (x At) Bt + bias
     DoRA (arXiv:2402.09353)   y = g * (x Wt + s (x At) Bt) + bias,   g = m / n,   n_j = ||W_j + s B_j A||
-                              n is constant in the graph (section 4.3); m starts at ||W_j|| of the weight really used, so a
-                              fresh adapter is the base
+                              n is constant in the graph (section 4.3); m starts at ||W_j|| of the weight really used,
+                              so a fresh adapter is the base
     norm without a dense B A  n_j^2 = ||W_j||^2 + 2 s sum_k (W At)_jk B_jk + s^2 sum_k (B (A At))_jk B_jk
     row fold                  diag(g) W has the codes of W with scaled constants, so for a quantized base
                               y = s (x At) (gB)t + x (gW)t costs the matrix products of LoRA. Backward, v = s dy (gB):
                               dx = v A + dy (gW),  dA = vt x,  dB = s g (dyt (x At)),  dm_j = sum_t dy_tj y_tj / m_j
 
 A dense base is not copied to be scaled: y and dy are multiplied by g instead, one more pass over [tokens, out] each. In
-bf16 that rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps it.
-When n is computed, and by whom, is in `norms`. Dropout acts on the low-rank path alone. The alternative, PEFT's sum of a
-base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
+bf16 that rounds a |g - 1| below 0.2 % away (as in PEFT); an NF4 weight has no grid to fall back onto, so the fold keeps
+it. When n is computed, and by whom, is in `norms`. Dropout acts on the low-rank path alone. The alternative, PEFT's sum
+of a base result and corrections, keeps three [tokens, out] tensors and decodes the weight four times.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ def one_token(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Cons
 def forward_product(
     x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants
 ) -> tuple[Tensor, list[Tensor]]:
-    """y [tokens, out] before the bias, and what the backward pass needs: xA = x_adapter At [tokens, r], A and s g B in the
-    dtype of x, and factors [2 or 3, out] float32 (g, the m that is safe to divide by, and n where the product made it;
-    empty without m).
+    """y [tokens, out] before the bias, and what the backward pass needs: xA = x_adapter At [tokens, r], A and s g B in
+    the dtype of x, and factors [2 or 3, out] float32 (g, the m that is safe to divide by, and n where the product made
+    it; empty without m).
 
-    Both products are rounded together: in one sum where one kernel makes them, elsewhere the low-rank product comes first
-    and the large one is accumulated onto it. In bf16 this matters: the large product rounded first already lies on bf16's
-    grid, and an update smaller than half a step of that grid, as every update is early in training, then vanishes
-    (docs/log.md).
+    Both products are rounded together: in one sum where one kernel makes them, elsewhere the low-rank product comes
+    first and the large one is accumulated onto it. In bf16 this matters: the large product rounded first already lies
+    on bf16's grid, and an update smaller than half a step of that grid, as every update is early in training, then
+    vanishes (docs/log.md).
     """
     weight, scaling, n = constants.weight, constants.scaling, constants.n
     if weight.supports_fused_gemm(x):
@@ -309,8 +309,8 @@ class AdaptedLinear(nn.Module):
         return f"method={method}, {sizes}"
 
 
-# A graph ends before an adapted layer and goes on behind it: what version its n is of changes with every step, and a compiler
-# would compile anew for each.
+# A graph ends before an adapted layer and goes on behind it: what version its n is of changes with every step, and a
+# compiler would compile anew for each.
 _not_compiled = torch.compiler.disable(AdaptedLinear._adapted)
 
 

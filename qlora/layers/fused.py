@@ -5,12 +5,12 @@ chains of elementwise operations.
     GatedMLP         y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
 
-Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the magnitude
-gradients in the pass over gate and up that the gradient of the product makes anyway.
+Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the
+magnitude gradients in the pass over gate and up that the gradient of the product makes anyway.
 
 `fuse` replaces a module where the code of its forward is known (`transformers_code`), so what is replaced computes the
-same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast but
-takes long at the first step of every process and needs a compiler.
+same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast
+but takes long at the first step of every process and needs a compiler.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _magnitude_learns(layer: nn.Module) -> bool:
 
 
 class _Rotation(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the gradient
-    is turned back.
+    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the
+    gradient is turned back.
 
     cos, sin [b or 1, t, D]. In memory the results are [b, t, heads, D], as attention reads them best.
     """

@@ -4,8 +4,8 @@
 
 `NF4Linear` keeps the parts of a quantized weight as buffers; its autograd Function remembers the codes, never a dense
 weight, and decodes again in the backward pass. Plain buffers need one special case: `_apply` must not cast the float32
-constants when a model is cast to bfloat16. `NF4Linear.from_linear` and `quantize_` quantize what is in memory; loading a
-checkpoint quantizes tensor by tensor (`models.quantize`). The alternative, a tensor subclass, see `weight`.
+constants when a model is cast to bfloat16. `NF4Linear.from_linear` and `quantize_` quantize what is in memory; loading
+a checkpoint quantizes tensor by tensor (`models.quantize`). The alternative, a tensor subclass, see `weight`.
 """
 
 from __future__ import annotations

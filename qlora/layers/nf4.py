@@ -4,7 +4,8 @@
                      nested_absmax float32, nested_offset float32 scalar         n = out * in
     bytes a parameter: 0.5 + 1/64 + 4/(64*256) = 0.515869 at block size 64 with double quantization
 
-The arithmetic is in `qlora_kernels.reference.nf4`; this module adds validation, row ranges and the file layout. Sources:
+The arithmetic is in `qlora_kernels.reference.nf4`; this module adds validation, row ranges and the file layout.
+Sources:
 QLoRA (arXiv:2305.14314) section 3; the layout is the one that `bitsandbytes.functional.QuantState` writes. The
 alternative, bitsandbytes itself, would make it a dependency of every run and has no scales of least error.
 """
@@ -37,9 +38,10 @@ def quantize(
         blocksize: weights that share a scale.
         double_quant: keep the scales in 8 bits.
         name: what messages call the weight.
-        scales: "absmax" is the largest magnitude of a block, the bytes that bitsandbytes writes. "mse" is the scale that
-            leaves the least squared error of the block; the codes are then the nearest levels under the scales as double
-            quantization decodes them.
+        scales: "absmax" is the largest magnitude of a block, the bytes that bitsandbytes writes. "mse" is the scale
+        that
+            leaves the least squared error of the block; the codes are then the nearest levels under the scales as
+            double quantization decodes them.
 
     Raises:
         UserError: the block size or the kind of scales is not one there is; the weight is not a floating-point matrix,

@@ -2,14 +2,15 @@
 
     n [out], n_j = ||W_j + s B_j A||     a function of A, B and the base weight W alone (arXiv:2402.09353, section 4.3)
 
-The rule: n is valid for a `version` of A, B and W. Whoever needs it and finds none for the current version computes it and
-puts it here. That is, in training: on a GPU one operator for all layers of the model, before its forward pass
+The rule: n is valid for a `version` of A, B and W. Whoever needs it and finds none for the current version computes it
+and puts it here. That is, in training: on a GPU one operator for all layers of the model, before its forward pass
 (`attach.refresh_row_norms`); on a CPU with AMX the product that decodes W anyway, from ||W_j||, which is kept here too;
 elsewhere the layer. So n is computed once per optimizer step, not per micro-batch nor in the recomputation of a
 checkpointed layer. The alternative, to compute n in every forward pass, costs DoRA another product.
 
-A version counts any optimizer's step (the fused AdamW does not bump `Tensor._version`), in-place writes that torch sees,
-and replaced tensors. Writes that torch cannot see (numpy, ctypes, through `.data`) need `attach.forget_row_norms`.
+A version counts any optimizer's step (the fused AdamW does not bump `Tensor._version`), in-place writes that torch
+sees, and replaced tensors. Writes that torch cannot see (numpy, ctypes, through `.data`) need
+`attach.forget_row_norms`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which modules of transformers compute what we have kernels for: told by the code of their forward.
 
 transformers copies the same code into every architecture's file (its norms, gated MLPs, rotations, attentions). So a
-module is known by a digest of the syntax tree of its `forward` without annotations, decorators and docstring: what has the
-digest is that code, whatever it is called, and what a new version of transformers changed is no longer replaced. The
-alternative, comparing results on a few values, is no proof; a list of class names is not one either.
+module is known by a digest of the syntax tree of its `forward` without annotations, decorators and docstring: what has
+the digest is that code, whatever it is called, and what a new version of transformers changed is no longer replaced.
+The alternative, comparing results on a few values, is no proof; a list of class names is not one either.
 
 Tried with transformers 5.17 and 5.23; a digest that is new there shows in tests/layers/test_fused.py.
 """

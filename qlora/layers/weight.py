@@ -20,8 +20,8 @@ from qlora.layers import nf4
 from qlora_kernels import backends, ops
 from qlora_kernels.weight import QuantizedWeight
 
-# On a CPU one decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards do
-# not meet.
+# On a CPU one decoded weight at a time, grown to the largest layer. A thread has its own, so that concurrent forwards
+# do not meet.
 _scratch = threading.local()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from qlora.layers import nf4
-from qlora_kernels.weight import QuantizedWeight
 from qlora.models.source import Source
+from qlora_kernels.weight import QuantizedWeight
 
 STORED = {  # the types of safetensors files
     "BF16": torch.bfloat16,

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import UserError, problem
 from qlora.layers import nf4
 from qlora.layers.linear import LINEAR, NF4Linear, linear_names
-from qlora_kernels.weight import QuantizedWeight
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
 from qlora.specs import Quantization
+from qlora_kernels.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LinearLayers:
     """The linear weights of a model as they stream by: which there are, their NF4 form, and a fingerprint of them all.
 
     An option that is None is 64, True or "absmax" for weights to quantize, and what the file holds for a checkpoint
-    that is NF4 already (`scales` stays None there: the file does not tell). The resolved values are those of the attribute
-    `quantization`.
+    that is NF4 already (`scales` stays None there: the file does not tell). The resolved values are those of the
+    attribute `quantization`.
 
     Raises:
         UserError: an option was given that is impossible, has no effect on 16 bits, or contradicts the checkpoint.

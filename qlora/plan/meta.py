@@ -20,12 +20,12 @@ from qlora.data.batch import Batch, Example, collate
 from qlora.errors import UserError, problem
 from qlora.evaluate import token_sums
 from qlora.layers.attach import attach_adapters
-from qlora.layers.targets import match_targets
 from qlora.layers.fused import fuse
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.layers.weight import forget_scratch
 from qlora.layers.loss import expected_layout, loss_sum
 from qlora.layers.nf4 import PART_KEYS
+from qlora.layers.targets import match_targets
+from qlora.layers.weight import forget_scratch
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.packed import stored_types
 from qlora.models.quantize import LinearLayers

@@ -294,7 +294,9 @@ def test_sizes_that_do_not_fit_are_refused(kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [64, 256, 1024])
 def test_the_same_bytes_as_bitsandbytes(isa, dtype, blocksize):
-    """Codes and scales of the same weight, values of the same bytes (bitsandbytes flushes bf16 subnormals: none here)."""
+    """Codes and scales of the same weight, values of the same bytes. There are no bf16 subnormals here, which
+    bitsandbytes flushes.
+    """
     weight = torch.randn(48, 1024).to(dtype)
     theirs, state = bnb.quantize_4bit(weight, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
     packed, absmax = isa.quantize_4bit(weight, NF4, blocksize)

@@ -1,7 +1,8 @@
 """The Triton kernels without a GPU: equal to the reference in Triton's interpreter, and compiled for the cards that
 people have.
 
-What only a card can show is in scripts/benchmarks/gpu_suite.py. Interpreter and compiler exclude each other, so each has a
+What only a card can show is in scripts/benchmarks/gpu_suite.py. Interpreter and compiler exclude each other, so each
+has a
 process: triton_interpret.py and triton_compile.py.
 """
 

@@ -7,59 +7,19 @@ import itertools
 import pytest
 import torch
 from helpers import TOLERANCE, relative
-from tiny import adapted, random_model
-from torch import nn
+from layers_for_tests import OneLayer, in_float64, one_layer
+from tiny import adapted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
-import qlora
-from qlora import UserError, adapter_parameters, attach_adapters, named_adapters
-from qlora.layers import nf4
+from qlora import adapter_parameters, attach_adapters
 from qlora.layers.adapters import AdaptedProduct, Constants, merged_weight, one_token, row_norms
-from qlora.layers.attach import forget_row_norms, refresh_row_norms
-from qlora.layers.linear import NF4Linear, frozen_weight
+from qlora.layers.attach import forget_row_norms
+from qlora.layers.linear import frozen_weight
 from qlora.layers.weight import FrozenWeight
 from qlora.specs import AdapterSpec
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
-
-
-class OneLayer(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def one_layer(
-    kind: str, columns: int, out: int, bias: bool = True, dtype=torch.float64
-) -> tuple[OneLayer, torch.Tensor]:
-    """A model of one linear layer, and its dense weight in float64."""
-    W = torch.randn(out, columns)
-    if kind == "nf4":
-        layer = NF4Linear(columns, out, bias)
-        layer.quantized = nf4.quantize(W)
-        W = nf4.dequantize(layer.quantized, torch.float64)
-    elif kind == "conv1d":
-        layer = Conv1D(out, columns)
-        layer.weight.data = W.t().contiguous()
-        layer = layer.to(dtype)
-    else:
-        layer = nn.Linear(columns, out, bias)
-        layer.weight.data = W
-        layer = layer.to(dtype)
-    if layer.bias is not None:
-        layer.bias.data = torch.randn(out, dtype=dtype)
-    return OneLayer(layer), W.double()
-
-
-def in_float64(model: OneLayer) -> OneLayer:
-    for parameter in adapter_parameters(model):
-        parameter.data = parameter.data.double()
-    return model
 
 
 def dense_definition(model: OneLayer, W: torch.Tensor, x: torch.Tensor):
@@ -315,92 +275,6 @@ def test_nothing_dense_is_saved_or_built(method):
     assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
 
 
-# ---------------------------------------------------------------- stale norms
-
-
-def expected_norm(adapter) -> torch.Tensor:
-    return row_norms(frozen_weight(adapter.base), adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.scaling)
-
-
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}], ids=str)
-def test_norm_follows_every_optimizer(options):
-    """The fused AdamW, transformers.Trainer's default, does not bump Tensor._version."""
-    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
-    adapted(model, "dora")
-    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.05, **options)
-    for _ in range(4):
-        model(torch.randn(5, 64)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert torch.equal(model.layer.current_row_norms(), expected_norm(model.layer))
-
-
-@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "base", "refresh"])
-def test_norm_follows_other_changes(change):
-    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
-    adapted(model, "dora")
-    adapter, before = model.layer, model.layer.current_row_norms()
-    if change == "in place":
-        with torch.no_grad():
-            adapter.lora_B.mul_(2)
-    elif change == "data":
-        adapter.lora_B.data = adapter.lora_B.data * 2
-    elif change == "load_state_dict":
-        model.load_state_dict({k: v * 2 if k.endswith("lora_B") else v for k, v in model.state_dict().items()})
-    elif change == "base":
-        adapter.base.quantized = nf4.quantize(torch.randn(48, 64))
-    else:
-        adapter.lora_B.detach().numpy()[:] *= 2
-        forget_row_norms(model)
-    assert not torch.equal(adapter.current_row_norms(), before)
-    assert torch.equal(adapter.current_row_norms(), expected_norm(adapter))
-
-
-class NormWatch(TorchDispatchMode):
-    """Counts the operators that compute norms."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += "row_norms" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
-def test_norm_is_computed_once_per_optimizer_step():
-    """Not per micro-batch, and not in the recomputation of a checkpointed layer."""
-    model, _ = one_layer("nf4", 64, 48, dtype=torch.float32)
-    adapted(model, "dora")
-    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
-    with NormWatch() as watch:
-        for _ in range(3):
-            for _ in range(4):
-                checkpoint(model, torch.randn(5, 64, requires_grad=True), use_reentrant=False).sum().backward()
-            optimizer.step()
-    assert watch.calls == 3
-
-
-def test_norms_of_a_model_come_from_one_operator():
-    """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only those that have changed."""
-    model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
-    adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
-    forget_row_norms(model)
-    with NormWatch() as watch:
-        refresh_row_norms(model)
-    assert watch.calls == 1
-    for adapter in adapters.values():
-        assert torch.equal(adapter.current_row_norms(), expected_norm(adapter))
-    first, *others = adapters.values()
-    before, untouched = first.current_row_norms(), [adapter.row_norms.n for adapter in others]
-    with torch.no_grad():
-        first.lora_B += 0.1
-    with NormWatch() as watch:
-        refresh_row_norms(model)
-    assert (
-        watch.calls == 1 and not torch.equal(first.current_row_norms(), before) and torch.equal(first.current_row_norms(), expected_norm(first))
-    )
-    assert all(adapter.row_norms.n is kept for adapter, kept in zip(others, untouched, strict=True))
-
-
 def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
     """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does
     not: results, gradients, and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen
@@ -437,62 +311,6 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
             )
         for ours, plain in zip(*found, strict=True):
             assert relative(ours, plain) < TOLERANCE[torch.bfloat16], (method, bias, dropout)
-
-
-# ---------------------------------------------------------------- targets and attaching
-
-
-def test_targets():
-    def names(targets):
-        model = random_model("llama")
-        attach_adapters(model, targets=targets)
-        return [name for name, _ in named_adapters(model)]
-
-    assert len(names("all-linear")) == 14 and "lm_head" not in names("all-linear")
-    assert names("q_proj,v_proj") == names(["q_proj", "v_proj"]) == names(r".*\.(q|v)_proj")
-    assert names("layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
-    assert names(r"model\.layers\.1\..*") == [n for n in names("all-linear") if ".1." in n]
-
-
-@pytest.mark.parametrize(
-    "targets,text",
-    [
-        ("q_prj", "q_proj"),
-        ("mlp", "LlamaMLP, not a linear layer"),
-        (r".*nothing.*", "matches no linear layer"),
-        (r"(", "no valid regular expression"),
-        ("lm_head", "shares its weight with the embedding"),
-        (["q_proj", "upp_proj"], "up_proj"),
-    ],
-)
-def test_a_target_that_cannot_be_is_an_error(targets, text):
-    model = random_model("llama")
-    with pytest.raises(UserError, match="targets="):
-        try:
-            attach_adapters(model, targets=targets)
-        except UserError as error:
-            assert text in str(error)
-            raise
-    assert list(named_adapters(model)) == []
-
-
-def test_all_problems_at_once():
-    with pytest.raises(UserError) as error:
-        attach_adapters(random_model("llama"), method="lokr", rank=0, alpha=-1, dropout=1.0, targets="nothing_here")
-    assert len(error.value.problems) == 5
-
-
-def test_attaching_twice_is_refused():
-    model = attach_adapters(random_model("llama"))
-    with pytest.raises(UserError, match="has adapters already"):
-        attach_adapters(model)
-
-
-def test_only_the_adapters_train_and_stay_float32():
-    model = attach_adapters(random_model("llama").to(torch.bfloat16))
-    model.to(torch.bfloat16)
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
-    assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TOLERANCE, relative
+from layers_for_tests import one_layer
+from tiny import random_model, tokenizer
 
 from qlora.layers import nf4
-from qlora.layers.linear import NF4Linear, frozen_weight
+from qlora.layers.linear import NF4Linear, frozen_weight, linear_names, quantize_
 from qlora.layers.weight import matmul
+from qlora.specs import Quantization
 
 
 def layer(columns: int, out: int, bias: bool = True, **options) -> NF4Linear:
@@ -92,3 +95,50 @@ def test_layers_share_one_buffer_and_threads_do_not():
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, [0, 1]))
     assert work(0) and work(1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_from_linear_is_the_quantized_layer(kind):
+    """Codes, values and bias of `nf4.quantize`; the bias is the layer's own."""
+    made, W = one_layer(kind, 96, 40, dtype=torch.float32)
+    dense = made.layer
+    quantization = Quantization(4, blocksize=32, double_quant=False, scales="mse")
+    ours = NF4Linear.from_linear(dense, quantization)
+    expected = nf4.quantize(W.float(), 32, False, scales="mse")
+    assert torch.equal(nf4.dequantize(ours.quantized), nf4.dequantize(expected)) and ours.bias is dense.bias
+    x = torch.randn(3, 96)
+    assert torch.allclose(ours(x), x @ nf4.dequantize(expected).t() + dense.bias, atol=1e-5)
+
+
+def test_quantize_in_memory_is_what_loading_makes(tmp_path):
+    """Every linear layer but the head, the same bytes; a second time changes nothing."""
+    import qlora
+
+    random_model("llama").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    loaded = qlora.load_base(str(tmp_path), dtype="fp32")
+    model = quantize_(random_model("llama"))
+    names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    assert names == linear_names(loaded) and len(names) == 14 and isinstance(model.lm_head, torch.nn.Linear)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(torch.equal(v, before[k]) for k, v in quantize_(model).state_dict().items())
+
+
+def test_the_view_of_a_weight_is_made_once():
+    """Not in every forward pass; anew where a buffer is replaced, and not kept by a pickle or a copy."""
+    import copy
+    import pickle
+
+    linear = layer(64, 48)
+    view = linear.frozen
+    linear(torch.randn(2, 64))
+    assert linear.frozen is view
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert twin.frozen is not view and twin.frozen.quantized.packed is twin.weight
+    linear.to(torch.bfloat16)
+    assert linear.frozen is not view and linear.frozen.quantized.absmax is linear.absmax
+    other = nf4.quantize(torch.randn(48, 64))
+    linear.quantized = other
+    assert torch.equal(nf4.dequantize(linear.quantized), nf4.dequantize(other))

@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora import UserError, load_base
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers import nf4
-from qlora.layers.linear import linear_names
-from qlora.layers.linear import NF4Linear
+from qlora.layers.linear import NF4Linear, linear_names
 from qlora.models.device import bound_kernel_caches
 from qlora.models.source import resolve
 

@@ -1,5 +1,5 @@
-"""Shared by the tests: the tolerance table, instruction sets, quantized weights, covers of cases, comparing, waiting. Tiny
-models and their data are in tiny.py.
+"""Shared by the tests: the tolerance table, instruction sets, quantized weights, covers of cases, comparing, waiting.
+Tiny models and their data are in tiny.py.
 """
 
 from __future__ import annotations
@@ -51,8 +51,12 @@ def routed(kernels: native.Native | ModuleType, backend: str = "native") -> Simp
     """The operators by these kernels, the reference for what they do not take: as `ops` runs them where this backend is
     chosen, whatever was.
     """
-    functions = {name: getattr(kernels, name, getattr(reference, name)) for name in ops.OPERATORS}
-    return SimpleNamespace(**{name: backends.routed(name, function, backend) for name, function in functions.items()})
+    found = SimpleNamespace()
+    for name in ops.OPERATORS:
+        has = hasattr(kernels, name)
+        function, owner = getattr(kernels if has else reference, name), backend if has else "reference"
+        setattr(found, name, backends.routed(name, function, owner))
+    return found
 
 
 def pairwise(*axes: Collection) -> list[tuple]:

@@ -1,7 +1,7 @@
 """LoRA and DoRA on a CPU: the native operators of subject `adapter`.
 
-With a matrix unit (AMX) a layer is one operator each way: the weight is decoded as it is multiplied, the adapter's product
-is in the same sums, and DoRA's n is made on the way.
+With a matrix unit (AMX) a layer is one operator each way: the weight is decoded as it is multiplied, the adapter's
+product is in the same sums, and DoRA's n is made on the way.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     int64_t / int          SIZE / INTEGER
     const Weight*          WEIGHT         `Weight`, made from a QuantizedWeight for the time of a call
 
-A subject is a class with a table SIGNATURES {function: argument types} (RESULTS where it returns something) and one method
-an operator, named as the operator; `native.Native` joins them. An operator that has no kernel for its arguments returns
-NotImplemented, see `backends`.
+A subject is a class with a table SIGNATURES {function: argument types} (RESULTS where it returns something) and one
+method an operator, named as the operator; `native.Native` joins them. An operator that has no kernel for its arguments
+returns NotImplemented, see `backends`.
 """
 
 from __future__ import annotations

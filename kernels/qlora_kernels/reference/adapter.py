@@ -122,7 +122,8 @@ def adapter_gradients(
     scaling: float,
     dot: Callable[[Tensor, Tensor], Tensor] = columnwise_dot,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over dy [tokens, out] that a layer's backward pass wants, with B_scaled [out, r] = diag(row_scale) s B and
+    """The sums over dy [tokens, out] that a layer's backward pass wants, with B_scaled [out, r] = diag(row_scale) s B
+    and
     xA [tokens, r] = x At:
 
         v [tokens, r] = dy B_scaled    dB [out, r] = diag(s row_scale) dyt xA    dm [out] = sum_t dy y / m_clamped
@@ -153,7 +154,8 @@ def adapted_linear(
            `prepare_lora_factors` makes them, W' = diag(row_scale) W, and (row_scale, m_clamped, n) as one [3, out];
            [0, out] without m
 
-    n is the `row_norms` where m is given without it. A kernel may make it from `base_row_norms` [out], those of W alone.
+    n is the `row_norms` where m is given without it. A kernel may make it from `base_row_norms` [out], those of W
+    alone.
     """
     if m is not None and n is None:
         n = row_norms_4bit(weight, layout, A, B, scaling)

@@ -25,8 +25,8 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention within each example: q [tokens, heads, D], k, v [tokens, groups, D], example i in rows cu_seqlens[i]
-    to cu_seqlens[i + 1].
+    """Causal attention within each example: q [tokens, heads, D], k, v [tokens, groups, D], example i in rows
+    cu_seqlens[i] to cu_seqlens[i + 1].
 
     -> out [tokens, heads, D] = softmax(scale q k^T) v, and lse [heads, tokens] = log(sum e^(scale q k^T)) in float32.
     Heads h of equal h // (heads / groups) share a key and a value.

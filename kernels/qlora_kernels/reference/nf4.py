@@ -131,7 +131,8 @@ def fit_scales_4bit(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
 
 
 def encode_4bit(weight: Tensor, levels: Tensor, scales: Tensor, blocksize: int) -> Tensor:
-    """weight, scales float32 [ceil(n / blocksize)] -> packed uint8 [(n+1)//2, 1]: the nearest levels of w * (1 / scale).
+    """weight, scales float32 [ceil(n / blocksize)] -> packed uint8 [(n+1)//2, 1]: the nearest levels of w * (1 /
+    scale).
 
     For scales that are not absmax, or absmax as double quantization decodes it. A scale below 1e-38 counts as 0 and
     takes the code of 0.
@@ -176,8 +177,8 @@ def _decode(flat: Tensor, table: Tensor, scales: Tensor, start: int, stop: int, 
 
 
 def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """-> dense [rows, columns] in `dtype`. `row_scale` [rows] multiplies the block scales of its row before the level is
-    applied; where a block crosses rows, or in float64, it multiplies the decoded float32 value instead.
+    """-> dense [rows, columns] in `dtype`. `row_scale` [rows] multiplies the block scales of its row before the level
+    is applied; where a block crosses rows, or in float64, it multiplies the decoded float32 value instead.
     """
     w = QuantizedWeight(weight, layout)
     (rows, columns), blocksize, flat, table = w.shape, w.blocksize, w.packed.view(-1), _byte_table(w.levels)

@@ -57,7 +57,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 
 def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`swiglu_backward` of matrices [tokens, n], and [2, n]: the `columnwise_dot` of d gate with gate and of d up with up."""
+    """`swiglu_backward` of matrices [tokens, n], and [2, n]: the `columnwise_dot` of d gate with gate and of d up with
+    up.
+    """
     dgate, dup = swiglu_backward(dy, gate, up)
     return dgate, dup, torch.stack((columnwise_dot(dgate, gate), columnwise_dot(dup, up)))
 

@@ -210,7 +210,7 @@ def row_norms_4bit_all(
         (weight, layout), a, b, s = layer
         taken = kernel_weight(weight, layout)
         if taken is not None and _shares_a_launch(weight[0], layout, a, b):
-            key = (a.device, *layout[:2], a.shape[0], *taken[1].items())
+            key = (a.device, layout[0], layout[1], a.shape[0], *taken[1].values())
             alike.setdefault(key, []).append((i, (*taken[0][:5], a, b), s))
         else:
             n = row_norms_4bit(weight, layout, a, b, s)
@@ -228,8 +228,10 @@ def _shares_a_launch(packed: Tensor, layout: list[int], A: Tensor, B: Tensor) ->
     return (
         columns % blocksize == 0
         and rank <= MAX_RANK
-        and all(t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (A, B))
-        and packed.data_ptr() % 16 == 0
+        and A.dtype == B.dtype == torch.float32
+        and A.is_contiguous()
+        and B.is_contiguous()
+        and packed.data_ptr() % 16 == A.data_ptr() % 16 == B.data_ptr() % 16 == 0
         and A.shape == (rank, columns)
         and B.shape == (rows, rank)
     )
@@ -237,16 +239,24 @@ def _shares_a_launch(packed: Tensor, layout: list[int], A: Tensor, B: Tensor) ->
 
 def _row_norms_together(key: tuple, tensors: tuple[tuple[Tensor, ...], ...], scalings: tuple[float, ...]) -> Tensor:
     """n [layers, rows] in one launch; `tensors` of a layer are what the table of `row_norms_all_kernel` points to."""
-    device, rows, columns, rank, *blocksizes = key
+    device, rows, columns, rank, blocksize, nested_blocksize = key
     grid, sizes, options = _norms_grid(rows, columns, rank)
-    table = torch.tensor([[part.data_ptr() for part in parts] for parts in tensors]).to(device, non_blocking=True)
+    addresses = torch.tensor([part.data_ptr() for parts in tensors for part in parts], dtype=torch.int64)
+    table = addresses.to(device, non_blocking=True)
     scaling = torch.tensor(scalings, dtype=torch.float32).to(device, non_blocking=True)
     n = torch.empty(len(tensors), rows, dtype=torch.float32, device=device)
     sums = torch.empty(len(tensors), grid[1], rows, dtype=torch.float32, device=device)
     into = (n, sums, counters(device, len(tensors) * grid[0]))
     with on(n):
         row_norms_all_kernel[(*grid, len(tensors))](
-            into, table, scaling, reference.dynamic_map(device), sizes, **dict(blocksizes), **options
+            into,
+            table,
+            scaling,
+            reference.dynamic_map(device),
+            sizes,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=nested_blocksize,
+            **options,
         )
     return n
 

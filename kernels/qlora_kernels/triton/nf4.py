@@ -141,28 +141,35 @@ def kernel_weight(weight: list[Tensor], layout: list[int]) -> tuple[tuple[Tensor
     """A quantized weight as the kernels take it: its tensors and its block sizes; None where they do not take it (its
     sizes are checked, because a kernel would read past the end).
     """
-    packed, absmax, levels, *nested = weight
+    packed, absmax, levels, nested_absmax, nested_offset = weight if len(weight) == 5 else (*weight, None, None)
     rows, columns, blocksize, nested_blocksize = layout
     n = rows * columns
     blocks = cdiv(n, blocksize)
     takes = (
         blocksize in BLOCKSIZES
-        and all(part.is_contiguous() for part in weight)
         and packed.dtype == torch.uint8
+        and packed.is_contiguous()
         and packed.numel() >= (n + 1) // 2
-        and absmax.dtype == (torch.uint8 if nested else torch.float32)
+        and absmax.dtype == (torch.float32 if nested_absmax is None else torch.uint8)
+        and absmax.is_contiguous()
         and absmax.numel() >= blocks
-        and all(part.dtype == torch.float32 for part in weight[2:])
+        and levels.dtype == torch.float32
+        and levels.is_contiguous()
         and levels.numel() == 16
-        and (not nested or nested[0].numel() >= cdiv(blocks, nested_blocksize))
     )
+    if nested_absmax is None or nested_offset is None:
+        nested_absmax = nested_offset = absmax  # never read
+        nested_blocksize = 0
+    elif takes:
+        takes = (
+            nested_absmax.dtype == nested_offset.dtype == torch.float32
+            and nested_absmax.is_contiguous()
+            and nested_absmax.numel() >= cdiv(blocks, nested_blocksize)
+        )
     if not takes:
         return None
-    nested_absmax, nested_offset = nested or (absmax, absmax)
-    return (
-        (packed, absmax, levels, nested_absmax, nested_offset, reference.dynamic_map(packed.device)),
-        {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize if nested else 0},
-    )
+    tensors = (packed, absmax, levels, nested_absmax, nested_offset, reference.dynamic_map(packed.device))
+    return tensors, {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
 
 
 def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,169 @@
+"""Adapters on a model: which layers, attached, switched, taken away, disabled; the base is never touched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import TOLERANCE, relative
+from tiny import adapted, disturb, random_model
+
+from qlora import (
+    AdapterSpec,
+    UserError,
+    activate,
+    adapter_parameters,
+    attach,
+    attach_adapters,
+    detach,
+    disabled,
+    named_adapters,
+    quantize_,
+)
+from qlora.layers.attach import active_adapter, adapters_of
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def test_targets():
+    def names(targets):
+        model = random_model("llama")
+        attach_adapters(model, targets=targets)
+        return [name for name, _ in named_adapters(model)]
+
+    assert len(names("all-linear")) == 14 and "lm_head" not in names("all-linear")
+    assert names("q_proj,v_proj") == names(["q_proj", "v_proj"]) == names(r".*\.(q|v)_proj")
+    assert names("layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert names(r"model\.layers\.1\..*") == [n for n in names("all-linear") if ".1." in n]
+
+
+@pytest.mark.parametrize(
+    "targets,text",
+    [
+        ("q_prj", "q_proj"),
+        ("mlp", "LlamaMLP, not a linear layer"),
+        (r".*nothing.*", "matches no linear layer"),
+        (r"(", "no valid regular expression"),
+        ("lm_head", "shares its weight with the embedding"),
+        (["q_proj", "upp_proj"], "up_proj"),
+    ],
+)
+def test_a_target_that_cannot_be_is_an_error(targets, text):
+    model = random_model("llama")
+    with pytest.raises(UserError, match="targets="):
+        try:
+            attach_adapters(model, targets=targets)
+        except UserError as error:
+            assert text in str(error)
+            raise
+    assert list(named_adapters(model)) == []
+
+
+def test_all_problems_at_once():
+    with pytest.raises(UserError) as error:
+        attach_adapters(random_model("llama"), method="lokr", rank=0, alpha=-1, dropout=1.0, targets="nothing_here")
+    assert len(error.value.problems) == 5
+
+
+def test_attaching_twice_is_refused():
+    model = attach_adapters(random_model("llama"))
+    with pytest.raises(UserError, match="has adapters already"):
+        attach_adapters(model)
+
+
+def test_only_the_adapters_train_and_stay_float32():
+    model = attach_adapters(random_model("llama").to(torch.bfloat16))
+    model.to(torch.bfloat16)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
+    assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def bytes_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    adapter = {id(p) for p in adapter_parameters(model)}
+    return {name: t.clone() for name, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in adapter}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_detached_is_the_base_again(method):
+    """Names, values and logits, to the bit; nothing of the adapter is left in the model."""
+    base = quantize_(random_model("llama"))
+    before, state = logits(base), {k: v.clone() for k, v in base.state_dict().items()}
+    model = adapted(base, method)
+    assert not torch.equal(logits(model), before)
+    assert detach(model) is model and torch.equal(logits(model), before)
+    assert list(model.state_dict()) == list(state) and all(
+        torch.equal(v, state[k]) for k, v in model.state_dict().items()
+    )
+    assert active_adapter(model) is None and not list(named_adapters(model)) and not model.model._forward_pre_hooks
+    attach_adapters(model, method=method)  # the name is free again
+    with pytest.raises(UserError, match="the model has no such adapter"):
+        detach(model, "other")
+
+
+def test_several_adapters_on_one_base():
+    """One is active at a time; a hundred switches leave every byte of the base, and each adapter computes what it did."""
+    model = quantize_(random_model("llama"))
+    bare, frozen = logits(model), bytes_of(model)
+    specs = {"one": AdapterSpec("dora", 3, 7.0), "two": AdapterSpec("lora", 5, 2.0, targets="q_proj,down_proj")}
+    found = {}
+    for name, spec in specs.items():
+        disturb(attach(model, spec, name), seed=len(found))
+        found[name] = logits(model)
+    assert list(adapters_of(model)) == ["one", "two"] and active_adapter(model).rank == 5
+    for name in ("one", "two") * 50:
+        activate(model, name)
+    for name in ("one", "two", "one"):
+        activate(model, name)
+        assert torch.equal(logits(model), found[name]) and active_adapter(model).method == specs[name].method
+        now = {k.replace(".base.", "."): v for k, v in bytes_of(model).items()}
+        assert now.keys() == frozen.keys() and all(torch.equal(now[k], frozen[k]) for k in frozen)
+    detach(model, "two")
+    assert torch.equal(logits(model), found["one"])
+    detach(model)
+    assert torch.equal(logits(model), bare)
+    with pytest.raises(UserError, match="no adapter of this name, but none"):
+        activate(model, "one")
+
+
+def test_an_adapter_that_cannot_be_leaves_the_active_one():
+    model = adapted(random_model("llama"))
+    before = logits(model)
+    with pytest.raises(UserError, match="matches no layer"):
+        attach(model, AdapterSpec(targets="nothing"), "second")
+    assert torch.equal(logits(model), before) and list(adapters_of(model)) == ["default"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_disabled_is_the_base_for_a_moment(fused):
+    from qlora.layers.fused import fuse
+
+    model = quantize_(random_model("llama"))
+    model = fuse(model) if fused else model
+    before = logits(model)
+    adapted(model)
+    moved = logits(model)
+    with disabled(model):
+        assert torch.equal(logits(model), before)
+        with torch.enable_grad():  # as the reference model of a preference loss
+            assert relative(model(input_ids=IDS).logits.detach(), before) < TOLERANCE[torch.float32]
+    assert torch.equal(logits(model), moved)
+    with pytest.raises(RuntimeError), disabled(model):
+        raise RuntimeError
+    assert torch.equal(logits(model), moved)
+
+
+def test_a_copy_has_adapters_of_its_own():
+    model = adapted(quantize_(random_model("llama")))
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in adapter_parameters(twin):
+            parameter.mul_(2)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    assert not torch.equal(logits(detach(twin)), logits(model)) and torch.equal(logits(twin), logits(detach(model)))
