@@ -95,6 +95,15 @@ def test_adamw_in_float64_goes_to_the_reference(kernels):
     assert same_bits(*ends)
 
 
+def refused_by_adamw(
+    kernels, p: int, g: int, at: list[int], moments: tuple[int, int] = (20, 20), work: int = 20
+) -> None:
+    tensors = [torch.zeros(p)] * 2, [torch.zeros(g)] * 2
+    numbers = [0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 1.0]
+    with pytest.raises(ValueError):
+        kernels.adamw_(*tensors, at, *map(torch.zeros, moments), torch.zeros(3, work), numbers)
+
+
 @pytest.mark.parametrize("at", [[0, 11], [0, 9], [-1, 10], [0, 10, 20], [0]], ids=str)
 def test_adamw_refuses_places_that_do_not_fit(kernels, at):
     """C code would write past the end."""
@@ -106,15 +115,6 @@ def test_adamw_refuses_places_that_do_not_fit(kernels, at):
 )
 def test_adamw_refuses_sizes_that_do_not_fit(kernels, g, moments, work):
     refused_by_adamw(kernels, 10, g, [0, 10], moments, work)
-
-
-def refused_by_adamw(
-    kernels, p: int, g: int, at: list[int], moments: tuple[int, int] = (20, 20), work: int = 20
-) -> None:
-    tensors = [torch.zeros(p)] * 2, [torch.zeros(g)] * 2
-    numbers = [0.9, 0.99, 1e-8, 0.9, 1e-3, 0.5, 1.0]
-    with pytest.raises(ValueError):
-        kernels.adamw_(*tensors, at, *map(torch.zeros, moments), torch.zeros(3, work), numbers)
 
 
 # ---------------------------------------------------------------- the norm of all gradients
@@ -168,13 +168,13 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("values", BLOCKS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("blocksize", [256, None], ids=["blocks of 256", "one block"])
-def test_8bit_blocks_equal_the_reference(isa, signed, values, blocksize):
+def test_8bit_blocks_equal_the_reference(isa, signed, kind, blocksize):
     """Exact midpoints and their neighbours, values of all sizes, zeros and subnormals; what is above 0 is not encoded
     as 0.
     """
-    for row, values in enumerate(BLOCKS[values](signed)):
+    for row, values in enumerate(BLOCKS[kind](signed)):
         n, size = values.numel(), blocksize or values.numel()
         results = []
         for code in (isa, reference):

@@ -143,7 +143,7 @@ def test_an_adapter_that_cannot_be_leaves_the_active_one():
 def test_disabled_is_the_base_for_a_moment(fused):
     from qlora.layers.fused import fuse
 
-    model = quantize_(random_model("llama"))
+    model = quantize_(random_model("llama")).requires_grad_(False)
     model = fuse(model) if fused else model
     before = logits(model)
     adapted(model)

@@ -27,7 +27,8 @@ def losses(method: str, dtype: torch.dtype, compiled: bool) -> list[float]:
     return found
 
 
-# torch's own: dynamo makes an instance of every Function that it traces
+# Torch's own: dynamo makes an instance of every Function that it traces, and looks at the gradients of all tensors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("method", "dtype"), [("lora", torch.float32), ("dora", torch.bfloat16)], ids=str)
 def test_compiled_is_eager(method, dtype):

@@ -8,7 +8,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -85,6 +85,19 @@ def pairwise(*axes: Collection) -> list[tuple]:
         missing -= pairs(row)
         rows.append(tuple(values[k][row[k]] for k in range(len(values))))
     return rows
+
+
+def same_everywhere(
+    kernels: native.Native, threads: Callable[[int], None], results: Callable[[], list[Tensor]]
+) -> None:
+    """`results()` have the same bits on every instruction set and for two threads."""
+    found = []
+    for isa, count in [*((isa, 1) for isa in ISAS), (ISAS[-1], 2)]:
+        kernels.select(isa)
+        threads(count)
+        found.append(results())
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(others, found[0], strict=True))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
