@@ -40,22 +40,22 @@ def random_batch(shape: str):
     """One batch of random tokens, all but the first of each example targets."""
     import torch
 
-    from qlora.data.batch import Example, collate
+    from qlora.data.batch import Example, pack
 
     count, length = map(int, shape.split("x"))
     ids = torch.randint(5, 30000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
-    return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+    return pack([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
 
 
 def real_batches(path: str, count: int) -> list:
     import qlora
-    from qlora.data.batch import collate
+    from qlora.data.batch import pack
     from qlora.data.records import read_records
     from qlora.data.tokenize import tokenize
 
     records = read_records(path)[: 4 * count]
     examples = tokenize(records, qlora.load_tokenizer("smollm2-135m"), max_tokens=512).examples
-    return [collate(examples[4 * i : 4 * i + 4]) for i in range(count)]
+    return [pack(examples[4 * i : 4 * i + 4]) for i in range(count)]
 
 
 def stepper(model, adamw) -> Callable:

@@ -54,7 +54,7 @@ def measure(row: dict) -> dict:
 
     import qlora.run.recipe
     from qlora.config.commands import FinetuneConfig
-    from qlora.data.batch import Example, collate
+    from qlora.data.batch import Example, pack
     from qlora.plan.fit import asked, largest, predict
     from qlora.plan.meta import Skeleton
     from qlora.train.memory import PeakMemory, anonymous_memory
@@ -87,7 +87,7 @@ def measure(row: dict) -> dict:
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         ids = torch.randint(5, 49000, (config.batch_size, config.max_tokens)).tolist()
-        batch = collate([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in ids])
+        batch = pack([Example(tuple(row), (False,) + (True,) * (len(row) - 1)) for row in ids])
         optimizer = qlora.run.recipe.adamw(model, config)
         model.train()
         for step in range(3):

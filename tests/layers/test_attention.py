@@ -13,9 +13,10 @@ from helpers import relative, wait
 from tiny import adapted, random_model
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora.data.batch import Example, collate
+from qlora.data.batch import Example, pack
 from qlora.layers.attach import adapter_parameters
-from qlora.layers.loss import layout_of, loss_sum
+from qlora.layers.forward_mode import forward_mode
+from qlora.layers.loss import loss_sum
 from qlora_kernels import ops, reference
 from qlora_kernels.cpu import native
 
@@ -183,9 +184,9 @@ def test_a_forked_child_does_not_hang(kernels):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral"])
 def test_a_model_in_bf16(name):
     """Gradients with our kernels are as near to those of the same model in float64 as the gradients with torch's are."""
-    batch = collate([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
+    batch = pack([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
     model = adapted(random_model(name).bfloat16(), "lora")
-    assert layout_of(model).packed
+    assert forward_mode(model).packed
 
     def gradients(model) -> torch.Tensor:
         loss_sum(model, batch).backward()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.batch import Example
+from qlora.data.batch import IGNORE_INDEX, Batch, Example
 from qlora.layers.attach import attach_adapters, named_adapters, refresh_norms
 
 TEMPLATE = (
@@ -119,6 +119,16 @@ def examples(*sizes: tuple[int, int], seed: int = 0) -> list[Example]:
     """Random tokens: (tokens, targets at their end) of each."""
     dice = random.Random(seed)
     return [Example(tuple(dice.randrange(256) for _ in range(n)), (False,) * (n - k) + (True,) * k) for n, k in sizes]
+
+
+def by_transformers(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The summed loss of the padded batch by the model's own forward; it shifts the labels itself, so they are moved
+    back.
+    """
+    rows = batch.padded()
+    labels = nn.functional.pad(rows.labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+    out = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=labels, use_cache=False)
+    return out.loss * batch.target_tokens
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

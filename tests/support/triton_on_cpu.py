@@ -242,7 +242,7 @@ def check_model() -> None:
     from tiny import adapted, random_model
 
     import qlora
-    from qlora.data.batch import Example, collate
+    from qlora.data.batch import Example, pack
     from qlora.layers import nf4
     from qlora.layers.attach import compute_norms, linear_names
     from qlora.layers.fused import fuse
@@ -265,7 +265,7 @@ def check_model() -> None:
 
         return call
 
-    batches = [collate([Example(tuple(range(step, step + 70)), (False,) + (True,) * 69)]) for step in range(4)]
+    batches = [pack([Example(tuple(range(step, step + 70)), (False,) + (True,) * 69)]) for step in range(4)]
     for mine in (False, True):
         library = torch.library.Library("qlora", "IMPL")
         for name in ops.OPERATORS:
