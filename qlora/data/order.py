@@ -1,10 +1,10 @@
 """Which examples an optimizer step sees: a pure function of (count, examples a step, seed, step).
 
     epoch e of n examples    a permutation of range(n) by a generator of its own, seeded with (seed, e)
-    the stream               epoch 0, epoch 1, ... in turn; step k sees its places k * per_step to (k + 1) * per_step
+    the stream               epoch 0, 1, ... in turn; step k sees its places k * per_step to (k + 1) * per_step
 
-So a resumed run needs only the number of its step. The alternative, an iterator with a state of its own, has to be saved
-and to be drawn forward again.
+So a resumed run needs only the number of its step. The alternative, an iterator with a state of its own, has to be
+saved, or drawn forward again.
 """
 
 from __future__ import annotations

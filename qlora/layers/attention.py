@@ -1,6 +1,6 @@
 """Attention over packed examples, so that padding is never computed.
 
-    q [1, heads, T, d], k and v [1, groups, T, d]  ->  [1, T, heads, d]     causal within each example, T = t0 + t1 + ...
+    q [1, heads, T, d], k and v [1, groups, T, d] -> [1, T, heads, d]    causal within each example, T = t0 + t1 + ...
 
 The borders 0, t0, t0 + t1, ... come as keyword arguments, under the names that transformers gives them
 (`cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`) and hands from the decoder's forward down to the
@@ -8,8 +8,8 @@ attention function. `attend` runs our own kernel on all examples where there is 
 it), elsewhere torch's causal kernel on each, so nothing of size [T, T] exists and no product between examples is
 computed. Without borders it is transformers' own "sdpa".
 
-The alternative, the block-diagonal mask that transformers builds when positions restart, takes T^2 bytes and the time of
-all pairs.
+The alternative, the block-diagonal mask that transformers builds when positions restart, takes T^2 bytes and the time
+of all pairs.
 """
 
 from __future__ import annotations

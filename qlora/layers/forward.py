@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora.data.batch import IGNORE_INDEX, Batch
 from qlora.layers import attention
@@ -40,7 +41,7 @@ class ForwardMode:
         return f"{'packed without padding' if self.packed else 'padded to one length'}{why}"
 
 
-def target_states(model: nn.Module, batch: Batch, mode: ForwardMode) -> tuple[Tensor, Tensor]:
+def target_states(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> tuple[Tensor, Tensor]:
     """Run the decoder.
 
     Returns:
@@ -53,7 +54,7 @@ def target_states(model: nn.Module, batch: Batch, mode: ForwardMode) -> tuple[Te
     return states.index_select(0, _sent(wanted, device)), _sent(labels[wanted], device)
 
 
-def _packed_states(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _packed_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """States [T, width] and labels [T] of the packed row."""
     if device.type != "cuda" and batch.tokens >= 8 * ROUND:
         batch = batch.filled(ROUND)
@@ -67,7 +68,7 @@ def _packed_states(model: nn.Module, batch: Batch, device: torch.device) -> tupl
     return states[0], batch.labels[0]
 
 
-def _padded_states(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """States [b * t, width] and labels [b * t] of the rectangle."""
     rows = batch.padded()
     states = model.get_decoder()(
@@ -101,14 +102,14 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[counted], labels[counted]
 
 
-def final_scaling(model: nn.Module) -> tuple[float, float | None]:
+def final_scaling(model: PreTrainedModel) -> tuple[float, float | None]:
     """(scale, cap): the logits are cap * tanh(scale * head(h) / cap), or scale * head(h) where there is no cap."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return float(scale), getattr(config, "final_logit_softcapping", None)
 
 
-def head_logits(model: nn.Module, states: Tensor) -> Tensor:
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """The logits [n, vocabulary] of states [n, width]."""
     scale, cap = final_scaling(model)
     logits = model.get_output_embeddings()(states)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from qlora.data.batch import Batch
 from qlora.layers.forward import final_scaling, head_logits, target_logits, target_states
@@ -38,7 +39,7 @@ def _chunks(states: Tensor) -> Iterator[slice]:
 def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
     """(logits [k, vocabulary], labels [k]) of a batch, CHUNK labels at a time."""
     mode = forward_mode(model)
-    if not mode.split:
+    if not (mode.split and isinstance(model, PreTrainedModel)):
         yield target_logits(model, batch)
         return
     states, labels = target_states(model, batch, mode)
@@ -89,7 +90,7 @@ class HeadLoss(torch.autograd.Function):
 def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """The summed token loss of a batch, a float32 scalar with a graph (0 without one if no label counts)."""
     mode = forward_mode(model)
-    if not mode.split:
+    if not (mode.split and isinstance(model, PreTrainedModel)):
         logits, labels = target_logits(model, batch)
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     states, labels = target_states(model, batch, mode)

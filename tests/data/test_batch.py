@@ -35,7 +35,10 @@ def test_it_is_the_batch_of_transformers_own_collator():
     """But for the labels, which it leaves to the model to shift."""
     data = examples((12, 6), (5, 3), (9, 8), (1, 0))
     features = [
-        {"input_ids": list(e.input_ids), "labels": [i if m else IGNORE_INDEX for i, m in zip(e.input_ids, e.loss_mask)]}
+        {
+            "input_ids": list(e.input_ids),
+            "labels": [i if m else IGNORE_INDEX for i, m in zip(e.input_ids, e.loss_mask, strict=True)],
+        }
         for e in data
     ]
     theirs, ours = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features, return_tensors="pt"), pack(data)
@@ -59,7 +62,7 @@ def test_padded_and_back():
     assert set(rows.input_ids[~present].tolist()) == {0} and set(rows.labels[~present].tolist()) == {IGNORE_INDEX}
     again = [
         Example(tuple(ids[:length]), (False, *(label != IGNORE_INDEX for label in labels[: length - 1])))
-        for ids, labels, length in zip(rows.input_ids.tolist(), rows.labels.tolist(), batch.lengths)
+        for ids, labels, length in zip(rows.input_ids.tolist(), rows.labels.tolist(), batch.lengths, strict=True)
     ]
     assert again == data
 
@@ -70,11 +73,11 @@ def test_padding_is_known_by_length_so_pad_may_be_eos(tokenizer):
     data = tokenize([{"prompt": prompt, "completion": answer} for prompt, answer in talks], tokenizer).examples
     batch = pack(data)
     rows = batch.padded()
-    for example, ids, mask, labels in zip(data, rows.input_ids, rows.attention_mask, rows.labels):
+    for example, ids, mask, labels in zip(data, rows.input_ids, rows.attention_mask, rows.labels, strict=True):
         length = len(example.input_ids)
         assert ids.tolist() == [*example.input_ids, *[0] * (len(ids) - length)]
         assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
-        following = zip(example.input_ids[1:], example.loss_mask[1:])
+        following = zip(example.input_ids[1:], example.loss_mask[1:], strict=True)
         assert labels.tolist()[: length - 1] == [token if counts else -100 for token, counts in following]
         assert set(labels.tolist()[length - 1 :]) <= {-100}
         assert tokenizer.eos_token_id in labels.tolist()  # the end of the turn is still learned

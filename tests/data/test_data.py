@@ -52,7 +52,7 @@ def base_tokenizer(tokenizer):
 def targets(example, tokenizer):
     """The target tokens as text, a "|" between stretches."""
     text, previous = "", False
-    for token, target in zip(example.input_ids, example.loss_mask):
+    for token, target in zip(example.input_ids, example.loss_mask, strict=True):
         text += ("" if previous or not text or not target else "|") + (tokenizer.decode([token]) if target else "")
         previous = target
     return text
@@ -120,7 +120,7 @@ def test_masks_with_a_sentencepiece_tokenizer():
         own,
     ).examples
     shown = own.convert_ids_to_tokens(example.input_ids)
-    tokens = [token if target else "-" for token, target in zip(shown, example.loss_mask)]
+    tokens = [token if target else "-" for token, target in zip(shown, example.loss_mask, strict=True)]
     assert " ".join(tokens).replace("- ", "") == "\u2581b \n b \u2581 </s> \u2581 a \u2581 </s>"
 
 
@@ -128,7 +128,7 @@ def test_masks_are_the_answers_and_their_end_of_turn(tokenizer):
     dataset = tokenize([{"messages": talk} for talk in TALKS], tokenizer)
     assert targets(dataset.examples[0], tokenizer) == "Paris.<|im_end|>"
     second = dataset.examples[1]
-    chosen = [token for token, target in zip(second.input_ids, second.loss_mask) if target]
+    chosen = [token for token, target in zip(second.input_ids, second.loss_mask, strict=True) if target]
     assert tokenizer.decode(chosen) == " Hello, 世界! 😀😀\n\n<|im_end|><|im_start|>code:\n  x = 1\t\n<|im_end|>"
     assert targets(dataset.examples[2], tokenizer) == "<|im_end|>"  # an empty answer is an answer
     assert targets(dataset.examples[3], tokenizer) == "b<|im_end|>"
@@ -315,7 +315,7 @@ def test_columns_that_fit_no_format_or_two(tokenizer):
     assert "question-answer needs question and answer; text needs text" in found
     both = [{"question": "a", "answer": "b", "messages": TALKS[0]}]
     (found,) = problems(both, tokenizer)
-    assert "fit chat and question-answer. Say which, for example --format chat" in found
+    assert "fit chat and question-answer. Say which, for example `format=chat`" in found
     assert tokenize(both, tokenizer, format="question-answer").format == "question-answer"
     (found,) = problems(both, tokenizer, format="alpaca")
     assert found.startswith("format=alpaca: needs the columns instruction and output, and the columns are answer, mess")

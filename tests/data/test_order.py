@@ -50,7 +50,7 @@ def test_a_run_by_epochs_sees_each_example_so_often_and_then_ends(count, per_ste
 def test_the_length_of_a_run_is_given_in_steps_or_in_epochs():
     assert run_length(10, 4, steps=7, epochs=1.0, warmup=99) == {"steps": 7, "examples": 28}
     assert run_length(10, 4, steps=None, epochs=1.5, warmup=4) == {"steps": 4, "examples": 15}
-    with pytest.raises(UserError, match="warmup=5: epochs=1.5 are only 4 steps"):
+    with pytest.raises(UserError, match=r"warmup=5: epochs=1\.5 are only 4 steps"):
         run_length(10, 4, steps=None, epochs=1.5, warmup=5)
 
 
@@ -62,5 +62,5 @@ def test_split_is_seeded_whole_and_in_order():
     assert split(records, 0.2, seed=0) == (train, held) != split(records, 0.2, seed=1)
     assert split(records, 0.0, seed=0) == (records, [])
     assert len(split(records, 0.001, seed=0)[1]) == 1
-    with pytest.raises(UserError, match="eval_fraction=0.99: holds out 20 of 20 records"):
+    with pytest.raises(UserError, match=r"eval_fraction=0\.99: holds out 20 of 20 records"):
         split(records, 0.99, seed=0)

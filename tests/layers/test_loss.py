@@ -1,6 +1,4 @@
-"""The loss of every architecture against transformers' own, in whichever layout it runs; chunks, packing, fused
-modules.
-"""
+"""The loss of every architecture against transformers' own, however it runs; chunks, packing, fused modules."""
 
 from __future__ import annotations
 
@@ -10,40 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import relative
-from tiny import CONFIGS, SMALL, adapted, by_transformers, examples, random_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import Largest, relative
+from tiny import CONFIGS, MORE, PADDED, SMALL, adapted, build, by_transformers, examples, random_model
 from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batch import Example, pack
 from qlora.layers import attention, forward, loss
 from qlora.layers.attach import adapter_parameters
-from qlora.layers.fused import GatedMLP, RMSNorm, fuse
 from qlora.layers.forward import ForwardMode
 from qlora.layers.forward_mode import forward_mode
+from qlora.layers.fused import GatedMLP, RMSNorm, fuse
 from qlora.layers.loss import HeadLoss, loss_sum
 
-_GROUPED = dict(**SMALL, intermediate_size=160, num_key_value_heads=2)
-MORE = {
-    "granite": lambda: transformers.GraniteConfig(
-        **_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2
-    ),
-    "cohere": lambda: transformers.CohereConfig(
-        **_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    ),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
-    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
-    "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
-    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
-    "lfm2": lambda: transformers.Lfm2Config(
-        **_GROUPED, layer_types=["conv", "full_attention"]
-    ),  # a convolution over tokens
-    "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
-    ),
-    "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
-}
-PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}  # their attention or convolutions do not know our bounds
 # (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other
 # functions
 FUSED = {
@@ -56,13 +32,6 @@ FUSED = {
     "cohere": (0, 2, 0),
     "gpt2": (0, 0, 0),
 }
-
-
-def build(name: str) -> torch.nn.Module:
-    if name in CONFIGS:
-        return random_model(name)
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(MORE[name]()).eval()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -196,19 +165,6 @@ def test_head_loss_in_bf16_rounds_once():
     assert relative(got, want) < 0.01
 
 
-class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for out in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(out, torch.Tensor) and not out._is_view():
-                self.elements = max(self.elements, out.numel())
-        return result
-
-
 @pytest.mark.parametrize("adapted_head", [False, True])
 def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     torch.manual_seed(0)
@@ -221,7 +177,7 @@ def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     want = torch.autograd.grad(expected, adapter_parameters(model))
     forward_mode(model)
     monkeypatch.setattr(loss, "CHUNK", 20)
-    with _Largest() as largest:
+    with Largest() as largest:
         found = loss_sum(model, batch)
         got = torch.autograd.grad(found, adapter_parameters(model))
     assert 20 * 4000 <= largest.elements <= 4000 * 64  # the head's own weight; the logits would be 218 * 4000

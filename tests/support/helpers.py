@@ -1,5 +1,5 @@
-"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, waiting. Tiny models and
-their data are in tiny.py.
+"""Shared by the tests: the tolerance table, instruction sets, comparing, double quantization, sizes, waiting. Tiny
+models and their data are in tiny.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels import reference
 from qlora_kernels.cpu import native
@@ -44,6 +45,19 @@ def without_quantized_gemm(model: nn.Module) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                self.elements = max(self.elements, out.numel())
+        return result
 
 
 def wait(child: int, seconds: float) -> int:
