@@ -27,6 +27,10 @@ PACKING = ("auto", "on", "off")
 # position, moves them by tenths; rounding by less than this.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 LENGTHS = (12, 7)  # of the examples compared
+# Why a model is not packed.
+_NO_PARTS = "its decoder and its head cannot be told apart"
+_OTHER_LOGITS = "its decoder and its head, run apart, give other logits"
+_REFUSED = "its layers do not keep packed examples apart"
 # What another architecture's own code raises when it meets what it does not know; it will run as it is.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
 
@@ -78,11 +82,6 @@ def expected_forward_mode(model: PreTrainedModel) -> ForwardMode:
             return _keep(model, packed)
         model.set_attn_implementation("sdpa")
     return _keep(model, ForwardMode(True, False, reason or _REFUSED))
-
-
-_NO_PARTS = "its decoder and its head cannot be told apart"
-_OTHER_LOGITS = "its decoder and its head, run apart, give other logits"
-_REFUSED = "its layers do not keep packed examples apart"
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from qlora.errors import UserError
 from qlora.layers import attention
 from qlora.layers.attach import adapter_parameters
 from qlora.layers.forward import ForwardMode
-from qlora.layers.forward_mode import choose_forward_mode, forward_mode
+from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode, forward_mode
 from qlora.layers.loss import loss_sum
 from qlora.train.step import checkpoint_activations
 
@@ -88,6 +88,14 @@ def test_packed_is_padded_is_transformers(name):
     for theirs, one, other in zip(whole, padded, packed, strict=True):
         torch.testing.assert_close(one, theirs, rtol=1e-4, atol=1e-5 * scale)
         torch.testing.assert_close(other, theirs, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", sorted({*PACKED} - {"mixtral"}))  # whose router asks which experts were chosen
+def test_nothing_asks_the_device_for_a_value(name):
+    """On a GPU each such question would wait for all that was sent there. Tensors on the meta device have no values."""
+    model = build(name).to("meta")
+    assert expected_forward_mode(model) == forward_mode(model) == ForwardMode(split=True, packed=True)
+    assert loss_sum(model, pack(examples((12, 6), (5, 3)))).is_meta
 
 
 def test_packing_can_be_forced():
