@@ -1,9 +1,9 @@
 """Loss, perplexity and token accuracy on held-out examples.
 
     loss = sum of token losses / target tokens      perplexity = exp(loss)
-    token accuracy = targets that the largest logit names / target tokens
+    token accuracy = labels that the largest logit names / target tokens
 
-Examples of like length share a batch, which pads less; the sums do not care. The model comes back in the mode it was
+Examples of like length share a batch; the sums do not depend on the batches. The model comes back in the mode it was
 in, and the random states are the caller's: a run that evaluates more often is the same run.
 The alternative, a mean over batches, depends on the batch size.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.data.batch import Example, by_length, collate
+from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.errors import UserError, problem
 from qlora.layers.loss import logit_chunks
 from qlora.train.rng import random_states, set_random_states
@@ -34,13 +34,13 @@ class EvalResult:
     target_tokens: int
 
 
-def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4, pad_id: int = 0) -> EvalResult:
+def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4) -> EvalResult:
     """Evaluate `model` on `examples`.
 
     Raises:
         UserError: there is nothing to evaluate on.
     """
-    if not any(any(example.targets) for example in examples):
+    if not any(any(example.loss_mask) for example in examples):
         raise UserError(
             problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers")
         )
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
         # Not inference_mode: norms that adapters keep from here are used in training.
         with torch.no_grad():
             for batch in by_length(examples, batch_size):
-                for lost, hit, count in token_sums(model, collate(batch, pad_id)):
+                for lost, hit, count in token_sums(model, pack(batch)):
                     loss += lost
                     right += hit
                     targets += count
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4,
     return EvalResult(mean, math.exp(mean) if mean < 700 else math.inf, right.item() / targets, targets)
 
 
-def token_sums(model: nn.Module, batch) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(summed loss, right guesses, target tokens) of a batch, a chunk of target tokens at a time."""
-    for logits, tokens in logit_chunks(model, batch):
-        yield F.cross_entropy(logits.float(), tokens, reduction="sum"), (logits.argmax(-1) == tokens).sum(), len(tokens)
+def token_sums(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(summed loss, right guesses, labels that count) of a batch, a chunk of them at a time."""
+    for logits, labels in logit_chunks(model, batch):
+        yield F.cross_entropy(logits.float(), labels, reduction="sum"), (logits.argmax(-1) == labels).sum(), len(labels)

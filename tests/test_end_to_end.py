@@ -15,14 +15,15 @@ from bitsandbytes.functional import dequantize_4bit
 from helpers import without_quantized_gemm
 
 from qlora import load_base
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.export.bnb import quantize_checkpoint
 from qlora.generate import generate_batch
 from qlora.layers import nf4
+from qlora.layers.forward import target_logits
 from qlora.layers.linear import linear_names
-from qlora.layers.loss import loss_sum, target_logits
+from qlora.layers.loss import loss_sum
 
 DATA = Path(__file__).parents[1] / "scripts" / "data"
 STEPS = 24
@@ -99,7 +100,7 @@ def test_merged_in_bf16(run, held_out, tokenizer, tmp_path):
     agree = total = kl = 0.0
     with torch.no_grad():
         for i in range(0, len(held_out), 8):
-            batch = collate(held_out[i : i + 8])
+            batch = pack(held_out[i : i + 8])
             expected = target_logits(exact, batch)[0].log_softmax(-1)
             found = target_logits(merged.float().eval(), batch)[0].log_softmax(-1)
             agree += (found.argmax(-1) == expected.argmax(-1)).sum().item()
@@ -139,6 +140,6 @@ def test_the_adapter_in_peft(run, held_out, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), run / "adapter").eval()
     ours = load_adapter(load_base("smollm2-135m", dtype="fp32"), run / "adapter").eval()
-    batch = collate(held_out[:4])
+    batch = pack(held_out[:4])
     with torch.no_grad():
         assert loss_sum(theirs, batch).item() == pytest.approx(loss_sum(ours, batch).item(), rel=1e-4)

@@ -14,7 +14,7 @@ from qlora.config.commands import GenerateConfig
 from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError
 from qlora.export.peft import save_adapter
-from qlora.generate import generate_batch
+from qlora.generate import Sampling, generate_batch
 from qlora.run.commands import generate_text
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
@@ -97,12 +97,21 @@ def test_greedy_is_greedy_whatever_the_models_generation_config_says():
     assert generate_batch(model, tokenizer, PROMPTS, max_new_tokens=12) == before
 
 
+def test_the_models_own_generation_config_is_never_touched():
+    """Another thread may be generating with the same model."""
+    tokenizer, model, seen = tiny.tokenizer(), talkative(), []
+    own, before = model.generation_config, model.generation_config.to_dict()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(model.generation_config is own))
+    generate_batch(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert len(seen) >= 4 and all(seen) and own.to_dict() == before
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
     tokenizer, model = tiny.tokenizer(), talkative()
     state = torch.get_rng_state()
 
     def sample(**options):
-        return generate_batch(model, tokenizer, PROMPTS, max_new_tokens=12, **options)
+        return generate_batch(model, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(**options))
 
     greedy = sample()
     assert sample(temperature=1.0, seed=1) == sample(temperature=1.0, seed=1) != sample(temperature=1.0, seed=2)

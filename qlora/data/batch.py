@@ -1,49 +1,120 @@
-"""TODO head of data.batch."""
+"""Examples -> a packed batch: one row of tokens without padding, and the borders between the examples in it.
+
+    input_ids     [1, T]     the tokens of all examples, T = t0 + t1 + ...
+    position_ids  [1, T]     0, 1, ... and again from 0 where an example begins
+    cu_seqlens    [n + 1]    the borders 0, t0, t0 + t1, ..., T
+    labels        [1, T]     what is to be predicted AT each position: the next token of the example, or IGNORE_INDEX
+
+The shift by one is made here, where the examples are still apart: no label looks over a border, and whoever reads a
+batch compares the logits at a position with the label at the same position. (transformers' own `labels` are the tokens
+themselves, shifted inside the model; as `shift_labels` it takes ours.)
+
+The alternative, a rectangle padded to the longest example, computes the padding too. It is made from the packed row
+(`Batch.padded`) for models that cannot run packed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-IGNORE = -100  # the label that transformers and cross_entropy leave out of the loss
+IGNORE_INDEX = -100  # the label that does not count, as in torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True)
 class Example:
-    ids: tuple[int, ...]
-    targets: tuple[bool, ...]  # targets[i]: token i is predicted from those before it; targets[0] is never set
+    """The tokens of one example. `loss_mask[i]`: token i is predicted from those before it, and counts in the loss;
+    the first token has nothing before it and never counts.
+    """
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
+class PaddedBatch:
+    """The rectangle [b, t] of a batch, padded on the right. What is padding follows from length, never from a token."""
+
+    input_ids: Tensor  # int64, 0 in the padding
+    attention_mask: Tensor  # int64, 1 within the length
+    labels: Tensor  # int64, as in Batch
+
+
+@dataclass(frozen=True)
 class Batch:
-    input_ids: torch.Tensor  # [b, t] int64
-    attention_mask: torch.Tensor  # [b, t] int64, 1 within the length
-    labels: torch.Tensor  # [b, t] int64, the id itself (not shifted) where it is a target, -100 elsewhere
-    target_tokens: int
-    tokens: int  # without padding
+    """Packed examples on the CPU; shapes in the head of this module."""
 
-    def to(self, device: torch.device | str) -> Batch:
-        moved = (tensor.to(device) for tensor in (self.input_ids, self.attention_mask, self.labels))
-        return Batch(*moved, self.target_tokens, self.tokens)
+    input_ids: Tensor  # int64
+    position_ids: Tensor  # int64
+    cu_seqlens: Tensor  # int32
+    labels: Tensor  # int64
+    target_tokens: int  # labels that count
+    tokens: int  # of the examples
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each example."""
+        return self.cu_seqlens.diff().tolist()
+
+    def padded(self) -> PaddedBatch:
+        """The same examples as rows of one length."""
+        lengths = self.cu_seqlens.diff().long()
+        present = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        input_ids = torch.zeros(present.shape, dtype=torch.int64)
+        labels = torch.full(present.shape, IGNORE_INDEX)
+        input_ids[present] = self.input_ids[0]
+        labels[present] = self.labels[0]
+        return PaddedBatch(input_ids, present.long(), labels)
+
+    def filled(self, multiple: int) -> Batch:
+        """The row filled up to a multiple of so many tokens, by one more example of zeros without labels. `tokens` and
+        `target_tokens` stay those of the others.
+        """
+        missing = -self.input_ids.shape[1] % multiple
+        if not missing:
+            return self
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, missing)),
+            position_ids=torch.cat([self.position_ids, torch.arange(missing).unsqueeze(0)], dim=1),
+            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + missing]),
+            labels=F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
+        )
 
 
-def collate(examples: Sequence[Example], pad_id: int = 0) -> Batch:
-    """Pad on the right to the longest example; `pad_id` may be any token, as length alone says what is padding."""
-    shape = (len(examples), max(len(example.ids) for example in examples))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length, ids = len(example.ids), torch.tensor(example.ids, dtype=torch.int64)
-        input_ids[row, :length] = ids
-        attention_mask[row, :length] = 1
-        labels[row, :length] = ids.masked_fill(~torch.tensor(example.targets, dtype=torch.bool), IGNORE)
-    return Batch(input_ids, attention_mask, labels, int((labels != IGNORE).sum()), int(attention_mask.sum()))
+def pack(examples: Sequence[Example]) -> Batch:
+    """The batch of these examples, in their order."""
+    lengths = [len(example.input_ids) for example in examples]
+    input_ids = _row(chain.from_iterable(example.input_ids for example in examples), torch.int64)
+    counts = _row(chain.from_iterable(_next_counts(example) for example in examples), torch.bool)
+    labels = input_ids.roll(-1, dims=1).masked_fill(~counts, IGNORE_INDEX)
+    return Batch(
+        input_ids,
+        _row(chain.from_iterable(map(range, lengths)), torch.int64),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        labels,
+        target_tokens=int(counts.sum()),
+        tokens=sum(lengths),
+    )
+
+
+def _row(values: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(list(values), dtype=dtype).unsqueeze(0)
+
+
+def _next_counts(example: Example) -> tuple[bool, ...]:
+    """For each position whether the token after it counts; there is none after the last."""
+    return (*example.loss_mask[1:], False) if example.input_ids else ()
 
 
 def by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    """Cut into batches in which examples of like length are together, which pads less."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
+    """Cut into batches in which examples of like length are together: packed attention then runs several of them at
+    once, and a model that cannot run packed is padded less.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -1,4 +1,4 @@
-"""Conversations -> text, and which of its characters the model is to learn. Training and generation both render here.
+"""Conversations -> text, and the spans of it that the model is to learn. Training and generation both render here.
 
     chat model    the model's own template, written once
     base model    PLAIN_PROMPT, the answer, EOS; the same text for every data format, so that `qlora generate`
@@ -8,16 +8,21 @@ Assistant turn k is what the template writes after its own generation prompt, up
     before = render(messages[:k], add_generation_prompt);  turn = render(messages[:k+1]) - before, cut behind the token
 and it counts only if the whole conversation begins with before + turn. Where it does not (Qwen3 drops earlier
 thoughts), the turn is skipped and counted: a mask is right or it is not there.
-Not taken: `{% generation %}` (few templates have it), and searching for the answer (wrong when the prompt quotes it).
+The alternatives: `{% generation %}`, which few templates have, and searching for the answer, which is wrong when the
+prompt quotes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from qlora.errors import UserError, problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLAIN_PROMPT = "### Instruction:\n{prompt}\n\n### Response:\n"
 PLAIN_SYSTEM = "{system}\n\n"  # in front of it, where there is a system message
@@ -27,18 +32,24 @@ REFUSALS = (TemplateError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class Rendered:
+    """A conversation as text, and where the answers in it are."""
+
     text: str
-    spans: tuple[tuple[int, int], ...] = ()  # the characters [start, end) that are targets
-    eos: bool = False  # the answer has no end token in `text`: the tokenizer's EOS must follow, as a target
+    spans: tuple[tuple[int, int], ...] = ()  # of each answer, the characters [start, end)
+    eos: bool = False  # the answer has no end token in `text`: the tokenizer's EOS must follow, and counts
     skipped: int = 0  # assistant turns that have no span, see above
 
 
 def render_chat(
-    messages: list[dict], tokenizer, tools: list | None = None, endings: tuple[str, ...] | None = None
+    messages: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: list | None = None,
+    endings: tuple[str, ...] | None = None,
 ) -> Rendered:
     """A whole conversation through the chat template. `endings`: `special_tokens(tokenizer)`, given to save time.
 
-    Raises REFUSALS if the template refuses the conversation.
+    Raises:
+        TemplateError, TypeError, ValueError: (REFUSALS) the template refuses the conversation.
     """
     endings = tuple(special_tokens(tokenizer)) if endings is None else endings
     text = _apply(messages, tokenizer, tools)
@@ -69,8 +80,11 @@ def render_plain(messages: list[dict]) -> Rendered:
     return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), eos=True)
 
 
-def _apply(messages: list[dict], tokenizer, tools: list | None = None, prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+def _apply(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: list | None = None, prompt: bool = False
+) -> str:
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    return str(text)  # one conversation without `tokenize` is text
 
 
 def to_end_of_turn(text: str, endings: tuple[str, ...]) -> tuple[str, bool]:
@@ -86,11 +100,11 @@ def to_end_of_turn(text: str, endings: tuple[str, ...]) -> tuple[str, bool]:
     return (text, False) if end is None else (text[:end], True)
 
 
-def special_tokens(tokenizer) -> dict[str, int]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text -> id of the tokenizer's special tokens."""
     added = tokenizer.added_tokens_decoder.items()
     tokens = {token.content: number for number, token in added if token.special and token.content}
-    return tokens | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    return tokens | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def no_template(name: str, value: object) -> str:
@@ -103,12 +117,19 @@ def no_template(name: str, value: object) -> str:
     )
 
 
-# What generation needs.
-def render_prompt(prompt: str | list[dict], tokenizer, *, system: str | None = None, raw: bool = False) -> str:
-    """The text before the answer, as training wrote it; `raw` leaves a text as it stands.
+def render_prompt(
+    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, raw: bool = False
+) -> str:
+    """The text before the answer, as training wrote it.
 
-    prompt: the user's text, or the messages so far.
-    Raises UserError if the template refuses them, or messages meet a base model.
+    Args:
+        prompt: the user's text, or the messages so far.
+        tokenizer: of the model.
+        system: a system message in front of it.
+        raw: leave a text as it stands.
+
+    Raises:
+        UserError: the template refuses the prompt, or messages meet a base model.
     """
     if raw and isinstance(prompt, str):
         return prompt
@@ -126,30 +147,33 @@ def render_prompt(prompt: str | list[dict], tokenizer, *, system: str | None = N
                 "prompt",
                 repr(prompt)[:60],
                 f"the chat template refuses it ({error})",
-                "Leave out what it names, or write the whole prompt and use --raw",
+                "Leave out what it names, or write the whole prompt and use `raw`",
             )
         ) from error
 
 
-def prompt_ids(prompt: str | list[dict], tokenizer, *, system: str | None = None, raw: bool = False) -> list[int]:
+def prompt_ids(
+    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, raw: bool = False
+) -> list[int]:
     """The tokens of `render_prompt`, encoded as in training: the template's BOS or the tokenizer's, never both."""
     templated = bool(tokenizer.chat_template) and not raw
     text = render_prompt(prompt, tokenizer, system=system, raw=raw)
     text = text if templated else without_bos(text, tokenizer)
-    ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False).input_ids)
-    return ids[:-1] if not templated and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    input_ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False).input_ids)
+    ended = not templated and len(input_ids) > 1 and input_ids[-1] == tokenizer.eos_token_id
+    return input_ids[:-1] if ended else input_ids
 
 
-def without_bos(text: str, tokenizer) -> str:
+def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """`text` without a BOS written at its start, if the tokenizer is going to put one there."""
     return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
 
 
-def _adds_bos(tokenizer) -> bool:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token is not None and tokenizer.bos_token_id in tokenizer("").input_ids[:1]
 
 
-def stop_ids(tokenizer) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: EOS, and the end-of-turn token that the chat template writes."""
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if tokenizer.chat_template:

@@ -1,4 +1,11 @@
-"""TODO head of data.formats."""
+"""Columns -> messages: which format a file has, and its records as conversations.
+
+    {"question": "a", "answer": "b"}  ->  [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+A format is known by its columns (COLUMNS), so nobody has to name it. What is wrong with a record is gathered under its
+own place ("line 17"), not raised at the first. The alternative, a prompt template in the options, makes every user
+write what six formats already say.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +40,11 @@ SHAREGPT_ROLES = {
 def pick_format(records: Sequence[dict], format: str | None = None) -> str:
     """The name in COLUMNS that the columns fit; `format` decides if it is given and its columns are there.
 
-    Told by the columns all records share, or if none fits, by those that any has (the records without them are named
+    Decided by the columns all records share, or if none fits, by those that any has (the records without them are named
     later). Two formats that fit (`question`, `answer` and also `text`) are an error that names both, never a guess.
 
-    Raises UserError: no format fits, or several do.
+    Raises:
+        UserError: no format fits, or several do.
     """
     everywhere, anywhere = set(records[0]).intersection(*records), set().union(*records)
     shown = f"the columns are {', '.join(sorted(map(str, anywhere))) or 'none'}"
@@ -50,14 +58,9 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
     for columns in (everywhere, anywhere):
         fitting = [name for name, needed in COLUMNS.items() if columns.issuperset(needed)]
         if len(fitting) > 1:
-            raise UserError(
-                problem(
-                    "data",
-                    source_of(records),
-                    f"{shown}, which fit {' and '.join(fitting)}",
-                    f"Say which, for example --format {fitting[0]}",
-                )
-            )
+            rule = f"{shown}, which fit {' and '.join(fitting)}"
+            remedy = f"Say which, for example `format={fitting[0]}`"
+            raise UserError(problem("data", source_of(records), rule, remedy))
         if fitting:
             return fitting[0]
     needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items())
@@ -65,6 +68,7 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
 
 
 def source_of(records: Sequence[dict]) -> str:
+    """The file that the records came from, for errors."""
     return getattr(records[0], "source", "records")
 
 
@@ -72,13 +76,16 @@ class RecordReader:
     """One record read as a format; what is wrong with it gathers in `problems`, under the record's own name."""
 
     def __init__(self, record: dict, number: int):
-        self.record, self.problems = record, []
+        self.record = record
+        self.problems: list[str] = []
         self.source, self.place = getattr(record, "source", "records"), getattr(record, "place", f"record {number}")
 
     def wrong(self, rule: str, remedy: str) -> None:
+        """Add a problem of this record."""
         self.problems.append(problem("data", self.source, f"{self.place}: {rule}", remedy))
 
     def text(self, column: str, values: dict | None = None, of: str = "", required: bool = True) -> str:
+        """The text of a column, of the record or of the `values` of a turn (`of`: its name); "" with a problem."""
         values = self.record if values is None else values
         value = values.get(column)
         text = text_of(value)
@@ -90,6 +97,7 @@ class RecordReader:
         return text or ""
 
     def messages(self, format: str) -> list[dict]:
+        """The record as a conversation, as far as it has no problems."""
         system = self.text("system", required=False)
         head = [{"role": "system", "content": system}] if system else []
         if format in ("chat", "sharegpt"):
@@ -104,6 +112,7 @@ class RecordReader:
         return [*head, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
     def turns(self, format: str) -> list[dict]:
+        """The turns of a chat or ShareGPT record, under the names of a chat."""
         column = COLUMNS[format][0]
         chat = format == "chat"
         role_key, text_key, roles = ("role", "content", ROLES) if chat else ("from", "value", SHAREGPT_ROLES)

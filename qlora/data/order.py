@@ -1,4 +1,11 @@
-"""TODO head of data.order."""
+"""Which examples an optimizer step sees: a pure function of (count, examples a step, seed, step).
+
+    epoch e of n examples    a permutation of range(n) by a generator of its own, seeded with (seed, e)
+    the stream               epoch 0, 1, ... in turn; step k sees its places k * per_step to (k + 1) * per_step
+
+So a resumed run needs only the number of its step. The alternative, an iterator with a state of its own, has to be
+saved, or drawn forward again.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +13,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
-from qlora.config.commands import FinetuneConfig
 from qlora.errors import UserError, problem
+
+T = TypeVar("T")
 
 
 def _permutation(count: int, *key: object) -> list[int]:
@@ -39,25 +48,35 @@ def step_count(count: int, per_step: int, epochs: float) -> int:
     return math.ceil(stream_length(count, epochs) / per_step)
 
 
-def run_length(config: FinetuneConfig, count: int) -> dict[str, int]:
-    """How many steps a run on `count` examples takes, and how many examples it sees: epochs end with a short step."""
-    per_step = config.batch_size * config.accumulate
-    if config.steps is not None:
-        return {"steps": config.steps, "examples": config.steps * per_step}
-    steps = step_count(count, per_step, config.epochs)
-    if config.warmup > steps:
-        rule = f"epochs={config.epochs:g} are only {steps} steps"
-        raise UserError(problem("warmup", config.warmup, rule, "Give a shorter warmup or more epochs"))
-    return {"steps": steps, "examples": stream_length(count, config.epochs)}
+def run_length(count: int, per_step: int, *, steps: int | None, epochs: float, warmup: int) -> dict[str, int]:
+    """How many `steps` a run on `count` examples takes, and how many `examples` it sees. Without `steps` it is as long
+    as `epochs`, which end with a short step.
+
+    Raises:
+        UserError: `warmup` is longer than the epochs.
+    """
+    if steps is not None:
+        return {"steps": steps, "examples": steps * per_step}
+    steps = step_count(count, per_step, epochs)
+    if warmup > steps:
+        rule = f"epochs={epochs:g} are only {steps} steps"
+        raise UserError(problem("warmup", warmup, rule, "Give a shorter warmup or more epochs"))
+    return {"steps": steps, "examples": stream_length(count, epochs)}
 
 
 def step_indices(count: int, per_step: int, seed: int, step: int, limit: int | None = None) -> list[int]:
-    """Which examples optimizer step `step` (from 0) sees. A pure function: a resumed run needs only the step.
+    """Which examples optimizer step `step` (from 0) sees: a step may cross epochs, and no example is left out.
 
-    The steps cut up one endless stream of epochs, each in its `epoch_order`: a step may cross epochs, none is left out.
-    `limit` ends the stream: with `stream_length(count, epochs)` the last step of a run by epochs sees what is left.
+    Args:
+        count: examples there are.
+        per_step: examples a step.
+        seed: of the order.
+        step: the step's number.
+        limit: examples after which the stream ends: with `stream_length(count, epochs)` the last step of a run by
+            epochs sees what is left.
 
-    Raises ValueError for a step that begins at or past `limit`.
+    Raises:
+        ValueError: the step begins at or past `limit`.
     """
     start = step * per_step
     end = start + per_step if limit is None else min(start + per_step, limit)
@@ -66,25 +85,18 @@ def step_indices(count: int, per_step: int, seed: int, step: int, limit: int | N
     return [_order(count, seed, position // count)[position % count] for position in range(start, end)]
 
 
-def split(records: Sequence, fraction: float, seed: int) -> tuple[list, list]:
+def split(records: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """(train, held out): a seeded choice of round(fraction * n) but at least 1; both parts keep their order.
 
-    Raises UserError if nothing is left to train on.
+    Raises:
+        UserError: nothing is left to train on.
     """
     if fraction == 0:
         return list(records), []
     held = max(1, round(fraction * len(records)))
     if held >= len(records):
-        raise UserError(
-            problem(
-                "eval_fraction",
-                fraction,
-                f"holds out {held} of {len(records)} records, leaving none",
-                "Lower it, or give more data",
-            )
-        )
+        rule = f"holds out {held} of {len(records)} records, leaving none"
+        raise UserError(problem("eval_fraction", fraction, rule, "Lower it, or give more data"))
     chosen = set(_permutation(len(records), "split", seed)[:held])
-    parts = ([], [])
-    for number, record in enumerate(records):
-        parts[number in chosen].append(record)
-    return parts
+    train = [record for number, record in enumerate(records) if number not in chosen]
+    return train, [record for number, record in enumerate(records) if number in chosen]

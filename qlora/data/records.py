@@ -1,7 +1,7 @@
 """Files -> records: JSONL, JSON, CSV, Parquet, a folder of them, or a hub dataset. Text stays the text in the file.
 
 A record is a dict of columns that knows where it stands ("line 17"), so that every later error can say so. All
-problems of a source are found before one is raised. Not taken: reading files with `datasets`, which turns ISO dates
+problems of a source are found before one is raised. The alternative, to read files with `datasets`, turns ISO dates
 into datetimes, "007" into 7.0 and "NA" into None, and answers from an old cache; it is asked for hub datasets only.
 """
 
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from qlora.errors import UserError, problem
 
@@ -35,6 +36,7 @@ class _Decimal(float):
     """A JSON number that still knows its own text: 1.50 stays "1.50". Inside tool calls it is an ordinary float."""
 
     __slots__ = ("literal",)
+    literal: str
 
     def __new__(cls, literal: str):
         number = super().__new__(cls, literal)
@@ -72,7 +74,11 @@ def kind_of(value: object) -> str:
 
 
 def raise_all(problems: list[str]) -> None:
-    """Raise one UserError if there are problems: the first ten, and how many more."""
+    """Nothing, if there are no problems.
+
+    Raises:
+        UserError: the first ten, and how many more.
+    """
     if len(problems) > _SHOWN:
         problems = [*problems[:_SHOWN], f"data: and {len(problems) - _SHOWN} more problems like these."]
     if problems:
@@ -85,7 +91,8 @@ def read_records(source: str) -> list[dict]:
     A path that exists wins over a hub dataset of that name. In JSON a number or boolean that is a column is its literal
     text (1.50 -> "1.50", true -> "true"); CSV is text throughout; values of Parquet and the hub stay what they are.
 
-    Raises UserError with all problems found: wrong path, empty file, broken line 17, ragged rows, columns that differ.
+    Raises:
+        UserError: all problems found: wrong path, empty file, broken line 17, ragged rows, columns that differ.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -254,7 +261,7 @@ def _read_csv(path: Path, problems: list[str]) -> list[dict]:
         for row in reader:
             place = f"line {reader.line_num}"  # for a row over several lines it is the last of them
             if len(row) == len(header):
-                records.append(Record(dict(zip(header, row)), str(path), place))
+                records.append(Record(dict(zip(header, row, strict=True)), str(path), place))
             elif row:
                 rule = f"{place} has {len(row)} values where the header has {len(header)}"
                 problems.append(problem("data", path, rule, "Quote values that hold a comma or a line end"))
@@ -288,10 +295,9 @@ def _read_hub(source: str, nearby: str) -> list[dict]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
-
+    http_error: type[Any] = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
     name, *rest = source.split(":")
-    config, split = rest if len(rest) == 2 else (None, *(rest or ["train"]))
+    config, split = rest if len(rest) == 2 else (None, rest[0] if rest else "train")
     try:
         if not constants.HF_HUB_OFFLINE:  # offline, a dataset that was read before is still in the hub's own cache
             HfApi().dataset_info(name, timeout=10)  # fails at once, where `datasets` goes on trying for half a minute
@@ -314,7 +320,7 @@ def load_with_datasets(name: str, config: str | None, split: str, cache: str) ->
     """Rows of a hub dataset (a local folder is read in the same way). CSV stays text; `cache` takes the Arrow copy."""
     import datasets
 
-    options = {"split": split, "cache_dir": cache}
+    options: dict[str, Any] = {"split": split, "cache_dir": cache}
     if hasattr(datasets.load_dataset_builder(name, config, cache_dir=cache).config, "keep_default_na"):
         head = datasets.load_dataset(name, config, nrows=1, **options)  # the column names, before the types are guessed
         as_text = datasets.Features({column: datasets.Value("string") for column in head.column_names})

@@ -1,22 +1,24 @@
-"""Attention over examples that lie end to end in one row, so that padding is never computed.
+"""Attention over packed examples, so that padding is never computed.
 
-    tokens   [1, t0 + t1 + ...]     positions restart at 0 with every example     attention: causal within each example
+    q [1, heads, T, d], k and v [1, groups, T, d] -> [1, T, heads, d]    causal within each example, T = t0 + t1 + ...
 
-transformers hands a four-dimensional `attention_mask` through to the attention function as it is. Ours is not a mask
-but the bounds of the examples (0, t0, t0 + t1, ...) as int64; `attend` runs our own kernel on all of them where there
-is one (bf16 on a processor that multiplies it), elsewhere torch's causal kernel on each example, so nothing of size
-[tokens, tokens] exists and no product between examples is computed. With any other mask it is transformers' own "sdpa".
-The alternative, transformers' block-diagonal mask for restarting positions, takes tokens^2 bytes and the time of all
-pairs.
+The borders 0, t0, t0 + t1, ... come as keyword arguments, under the names that transformers gives them
+(`cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`) and hands from the decoder's forward down to the
+attention function. `attend` runs our own kernel on all examples where there is one (bf16 on a processor that multiplies
+it), elsewhere torch's causal kernel on each, so nothing of size [T, T] exists and no product between examples is
+computed. Without borders it is transformers' own "sdpa".
+
+The alternative, the block-diagonal mask that transformers builds when positions restart, takes T^2 bytes and the time
+of all pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import groupby, pairwise
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,23 +28,37 @@ from transformers.masking_utils import sdpa_mask
 from qlora_kernels import backends, ops
 
 NAME = "qlora"  # for `model.set_attn_implementation`
+# The `attention_mask` to pass with borders. transformers hands a mask of four dimensions through as it is; given None,
+# it would build one from the positions, and would ask a GPU whether they restart. An architecture that loses the
+# borders on the way meets this mask in its attention, which fits no scores: an error, not a wrong number.
+NO_MASK = torch.empty(1, 1, 0, 0, dtype=torch.bool)
 
 
-def bounds(lengths: Sequence[int]) -> Tensor:
-    """What to pass as `attention_mask` for examples of these lengths: [1, 1, 1, n + 1] int64, on the CPU for every
-    device.
+class Borders(TypedDict):
+    """The keyword arguments of transformers' flash attention that say where packed examples begin and end."""
+
+    cu_seq_lens_q: Tensor
+    cu_seq_lens_k: Tensor
+    max_length_q: int
+    max_length_k: int
+
+
+def borders(cu_seqlens: Tensor) -> Borders:
+    """What to pass to a decoder, with NO_MASK, for examples with these borders: [n + 1] int32, on the CPU for every
+    device, since each length decides what is launched.
     """
-    return torch.tensor([0, *accumulate(lengths)]).view(1, 1, 1, -1)
+    longest = int(cu_seqlens.diff().max())
+    return Borders(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest)
 
 
 class _Attention(torch.autograd.Function):
     """`ops.attention`; saves what it is given, its result, and one number a token and head."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
-        out, lse = ops.attention(q, k, v, bounds, scale)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> Tensor:
+        out, lse = ops.attention(q, k, v, cu_seqlens, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = bounds, scale
+        ctx.rest = cu_seqlens, scale
         return out
 
     @staticmethod
@@ -51,52 +67,73 @@ class _Attention(torch.autograd.Function):
         return *ops.attention_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None
 
 
-def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
-    """The attention function of transformers' interface: query [b, heads, t, d], key and value [b, groups, t, d] -> [b,
-    t, heads, d].
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of transformers' interface.
+
+    Args:
+        query: [b, heads, t, d]; key and value: [b, groups, t, d].
+        options: `scaling`, `dropout`, `sliding_window`, and with packed examples (b = 1) the `Borders`.
+
+    Returns:
+        ([b, t, heads, d], None).
 
     Raises:
-        NotImplementedError: bounds are given and the layer needs what torch's kernel cannot do (a cap on scores,
-        biases).
+        NotImplementedError: borders are given and the layer needs what torch's kernel cannot do (a cap on scores,
+            biases), or they did not arrive.
     """
-    if attention_mask is None or attention_mask.dtype != torch.int64:
+    cu_seqlens = options.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise NotImplementedError("cu_seq_lens_q did not arrive")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     for name in ("softcap", "position_bias", "s_aux"):
         if options.get(name) is not None:
             raise NotImplementedError(name)
-    edges = attention_mask.view(-1).tolist()
+    edges = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(edges)]
     window, dropout, scale = options.get("sliding_window"), options.get("dropout", 0.0), options.get("scaling")
-    lengths = [stop - begin for begin, stop in zip(edges, edges[1:])]
     if backends.supports_attention(query, key, value) and not dropout and (window is None or max(lengths) <= window):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), edges, scale).unsqueeze(0), None
     start, parts = 0, []
     for length, same in groupby(lengths):
         count = len(list(same))  # neighbours of one length go through the kernel together
-        part = (
-            x[:, :, start : start + count * length].transpose(1, 2).unflatten(1, (count, length))[0].transpose(1, 2)
-            for x in (query, key, value)
-        )
-        mask = None
-        if window is not None and length > window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        if query.is_meta and mask is None and not dropout:  # here torch would choose what keeps [tokens, tokens]
-            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            out = flash(*part, is_causal=True, scale=scale)[0]
-            parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
-            start += count * length
-            continue
-        out = scaled_dot_product_attention(
-            *part,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
+        out = _equal_lengths(
+            *(
+                x[:, :, start : start + count * length].transpose(1, 2).unflatten(1, (count, length))[0].transpose(1, 2)
+                for x in (query, key, value)
+            ),
+            window=window,
+            dropout=dropout,
             scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
         )
         parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
         start += count * length
     return torch.cat(parts).unsqueeze(0), None
+
+
+def _equal_lengths(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, dropout: float, scale: float | None
+) -> Tensor:
+    """Causal attention by torch's kernel, q [n, heads, t, d] -> [n, heads, t, d]; a query sees `window` keys."""
+    length, mask = q.shape[2], None
+    if window is not None and length > window:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    if q.is_meta and mask is None and not dropout:  # here torch would choose what keeps [t, t]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, is_causal=True, scale=scale)[0]
+    return scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 AttentionInterface.register(NAME, attend)

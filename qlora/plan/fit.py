@@ -159,7 +159,7 @@ def largest(
     """
 
     def most(batches: Iterable[Sequence[Example]]) -> list[Lengths]:
-        found = {tuple(len(example.ids) for example in batch) for batch in batches}
+        found = {tuple(len(example.input_ids) for example in batch) for batch in batches}
         return list({max(found, key=sum), max(found, key=lambda lengths: len(lengths) * max(lengths))}) if found else []
 
     @functools.cache
@@ -167,7 +167,8 @@ def largest(
         if train is None:
             full = [(config.max_tokens,) * size]
             return full, full if config.eval_data is not None or config.eval_fraction > 0 else []
-        length, per_step = run_length(config, len(train)), config.batch_size * config.accumulate
+        per_step = config.batch_size * config.accumulate
+        length = run_length(len(train), per_step, steps=config.steps, epochs=config.epochs, warmup=config.warmup)
         steps = (
             step_indices(len(train), per_step, config.seed, step, length["examples"]) for step in range(length["steps"])
         )

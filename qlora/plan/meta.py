@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Batch, Example, collate
+from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, problem
 from qlora.evaluate import token_sums
 from qlora.layers.attach import attach_adapters
+from qlora.layers.forward_mode import expected_forward_mode
 from qlora.layers.fused import fuse
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.layers.loss import expected_layout, loss_sum
+from qlora.layers.loss import loss_sum
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
 from qlora.layers.weight import forget_scratch
@@ -211,7 +212,7 @@ class Skeleton:
 
     def step(self, lengths: tuple[int, ...], checkpointing: bool) -> Step:
         """What a micro-batch of examples of these lengths needs, all of it targets."""
-        batch = collate([Example((1,) * length, (False,) + (True,) * (length - 1)) for length in lengths])
+        batch = pack([Example((1,) * length, (False,) + (True,) * (length - 1)) for length in lengths])
         try:
             if not self.alike:
                 return run_on_meta(self._runnable(self.count, checkpointing), batch)
@@ -246,7 +247,7 @@ class Skeleton:
             )
         if checkpointing:
             checkpoint_activations(model)
-        model.qlora_layout = expected_layout(model)
+        expected_forward_mode(model)
         return model
 
 

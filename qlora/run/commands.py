@@ -10,7 +10,7 @@ from qlora.data.order import split
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
-from qlora.generate import generate_batch
+from qlora.generate import Sampling, generate_batch
 from qlora.models.source import load_tokenizer, resolve
 from qlora.plan.say import plan_command
 from qlora.run.adapted import load_adapted
@@ -78,9 +78,7 @@ def generate_text(config: GenerateConfig) -> str:
         tokenizer,
         [config.prompt],
         max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        temperature=config.temperature,
-        top_p=config.top_p,
+        sampling=Sampling(config.temperature, config.top_p, config.seed),
         system=config.system,
         raw=config.raw,
     )[0]

@@ -45,8 +45,8 @@ def run_identity(config: FinetuneConfig, data: Data, length: dict[str, int]) -> 
     options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # auto depends on the machine
     digest = hashlib.sha256()
     for example in data.train:
-        digest.update(struct.pack("q", len(example.ids)) + array("q", example.ids).tobytes())
-        digest.update(bytes(map(bool, example.targets)))
+        digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
+        digest.update(bytes(map(bool, example.loss_mask)))
     return {"options": options, "length": length, "data": {"examples": len(data.train), "sha256": digest.hexdigest()}}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Batch, Example, by_length, collate
+from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
@@ -85,6 +85,6 @@ def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -
 
     def batches(step: int) -> list[Batch]:
         chosen = [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]
-        return [collate(batch) for batch in by_length(chosen, config.batch_size)]
+        return [pack(batch) for batch in by_length(chosen, config.batch_size)]
 
     return batches

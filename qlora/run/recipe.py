@@ -51,7 +51,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     with claimed(output), room_on_disk(output), ExitStack() as owned:
         tokenizer, data = read_data(config, output)
         checkpoint = latest_checkpoint(output) if config.resume else None
-        length = run_length(config, len(data.train))
+        per_step = config.batch_size * config.accumulate
+        length = run_length(len(data.train), per_step, steps=config.steps, epochs=config.epochs, warmup=config.warmup)
         steps = length["steps"]
         identity = run_identity(config, data, length)
         if checkpoint is not None:

@@ -12,7 +12,7 @@ import torch
 
 from qlora.config.commands import FinetuneConfig
 from qlora.layers.attach import adapter_parameters, named_adapters
-from qlora.layers.loss import layout_of
+from qlora.layers.forward_mode import forward_mode
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.inputs import Data
 from qlora.train.checkpoint import latest_checkpoint
@@ -58,7 +58,7 @@ def before(
     lost += f", {source.dropped} dropped" if source.dropped else ""
     lost += f", {source.skipped_turns} assistant turns not trained on" if source.skipped_turns else ""
     going = f", going on from step {first}" if first else ""
-    laid = "end to end without padding" if layout_of(model).packed else "padded to one length"
+    laid = "end to end without padding" if forward_mode(model).packed else "padded to one length"
     lines = [
         ("model", f"{config.model}: {kind}, {base_bytes / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
         ("adapter", f"{config.method} of rank {config.rank} on {adapters} layers, {trained:,} trainable parameters"),

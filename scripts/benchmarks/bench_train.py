@@ -47,13 +47,13 @@ def random_batch(shape: str):
 
 def real_batches(path: str, count: int) -> list:
     import qlora
-    from qlora.data.batch import collate
+    from qlora.data.batch import pack
     from qlora.data.records import read_records
     from qlora.data.tokenize import tokenize
 
     records = read_records(path)[: 4 * count]
     examples = tokenize(records, qlora.load_tokenizer("smollm2-135m"), max_tokens=512).examples
-    return [collate(examples[4 * i : 4 * i + 4]) for i in range(count)]
+    return [pack(examples[4 * i : 4 * i + 4]) for i in range(count)]
 
 
 def stepper(model, adamw) -> Callable:

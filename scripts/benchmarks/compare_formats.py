@@ -34,13 +34,13 @@ from record import about, write
 from torch import Tensor
 
 import qlora
-from qlora.data.batch import Example, collate
+from qlora.data.batch import Example, pack
 from qlora.data.order import step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.layers import nf4
+from qlora.layers.forward import target_logits
 from qlora.layers.linear import linear_names
-from qlora.layers.loss import target_logits
 from qlora.train.step import learning_rate, optimizer_step
 
 BLOCKSIZE, BATCH = 64, 8
@@ -119,8 +119,8 @@ class HeldOut:
     """Held-out examples; per target token its record and its kind."""
 
     def __init__(self, examples: list[Example], tokenizer):
-        self.examples = sorted(examples, key=lambda example: len(example.ids))
-        tokens = [[i for i, counted in zip(e.ids, e.targets, strict=True) if counted] for e in self.examples]
+        self.examples = sorted(examples, key=lambda example: len(example.input_ids))
+        tokens = [[i for i, counted in zip(e.input_ids, e.loss_mask, strict=True) if counted] for e in self.examples]
         self.record = torch.arange(len(tokens)).repeat_interleave(torch.tensor([len(row) for row in tokens]))
         texts = [text for row in tokens for text in tokenizer.batch_decode([[i] for i in row])]
         self.kinds = {
@@ -134,7 +134,7 @@ class HeldOut:
         model.eval()
         with torch.no_grad():
             for start in range(0, len(self.examples), BATCH):
-                yield target_logits(model, collate(self.examples[start : start + BATCH]))
+                yield target_logits(model, pack(self.examples[start : start + BATCH]))
 
     def losses(self, model: torch.nn.Module, exact: list[Tensor]) -> Tensor:
         """Of every target token the loss and the divergence from `exact`, float16 log-probabilities by batch: float64
@@ -240,7 +240,7 @@ def trainer(path: str, tokenizer, steps: int) -> Callable[[torch.nn.Module], Non
         qlora.attach_adapters(model, method="lora", rank=16, alpha=32.0).train()
         optimizer = torch.optim.AdamW(qlora.adapter_parameters(model), lr=5e-4, weight_decay=0.0)
         for step in range(steps):
-            batch = collate([examples[i] for i in step_indices(len(examples), 4, 0, step)])
+            batch = pack([examples[i] for i in step_indices(len(examples), 4, 0, step)])
             optimizer_step(model, optimizer, [batch], learning_rate(step, steps, 5e-4, 4, "cosine"), 1.0, step)
 
     return train

@@ -24,7 +24,7 @@ import transformers
 from record import about, write
 
 import qlora
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.data.order import step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
@@ -72,7 +72,7 @@ def run(model, examples, held_out, steps: int, seed: int) -> dict[str, float]:
     model.train()
     started = time.perf_counter()
     for step in range(steps):
-        batch = collate([examples[i] for i in step_indices(len(examples), BATCH, seed, step)])
+        batch = pack([examples[i] for i in step_indices(len(examples), BATCH, seed, step)])
         optimizer_step(model, optimizer, [batch], learning_rate(step, steps, RATE, WARMUP, "cosine"), 1.0, step)
     seconds = time.perf_counter() - started
     return {"before": before, "after": evaluate(model, held_out, 8).loss, "seconds": seconds}

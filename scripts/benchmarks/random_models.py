@@ -160,11 +160,11 @@ def detached(model: nn.Module) -> nn.Module:
 
 def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0, lowest: int = 2):
     """`count` examples of random tokens, all but the first of each targets."""
-    from qlora.data.batch import Example, collate
+    from qlora.data.batch import Example, pack
 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(lowest, vocabulary, (count, length), generator=generator).tolist()
-    return collate([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+    return pack([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
 
 
 def checkpointing(model: nn.Module, on: bool) -> None:

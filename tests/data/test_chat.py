@@ -133,7 +133,7 @@ def test_prompts_are_what_training_wrote(tokenizer, templated):
 def test_prompts_that_cannot_be_rendered(templated):
     with pytest.raises(UserError, match="need a chat template"):
         render_prompt(TURNS[:1], templated(None))
-    with pytest.raises(UserError, match="the chat template refuses it .roles must alternate"):
+    with pytest.raises(UserError, match=r"the chat template refuses it .roles must alternate"):
         render_prompt("a", templated(ALTERNATING), system="b")
 
 

@@ -1,4 +1,4 @@
-"""Tokens and masks with SmolLM2's real tokenizer, held against transformers; batches; the order of the stream."""
+"""Tokens and loss masks with SmolLM2's real tokenizer, held against transformers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qlora.config.commands import FORMATS
-from qlora.data.batch import Example, collate
 from qlora.data.chat import prompt_ids
 from qlora.data.formats import COLUMNS, pick_format
-from qlora.data.order import epoch_order, split, step_count, step_indices, stream_length
 from qlora.data.records import read_records
 from qlora.data.tokenize import mask_by_offsets, tokenize
 from qlora.errors import UserError
@@ -56,7 +52,7 @@ def base_tokenizer(tokenizer):
 def targets(example, tokenizer):
     """The target tokens as text, a "|" between stretches."""
     text, previous = "", False
-    for token, target in zip(example.ids, example.targets):
+    for token, target in zip(example.input_ids, example.loss_mask, strict=True):
         text += ("" if previous or not text or not target else "|") + (tokenizer.decode([token]) if target else "")
         previous = target
     return text
@@ -72,7 +68,7 @@ def problems(records, tokenizer, **options):
 @pytest.mark.parametrize("talk", TALKS)
 def test_ids_equal_apply_chat_template_token_for_token(tokenizer, talk):
     (example,) = tokenize([{"messages": talk}], tokenizer).examples
-    assert list(example.ids) == tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
+    assert list(example.input_ids) == tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
 
 
 @pytest.mark.parametrize("talk", TALKS)
@@ -81,8 +77,8 @@ def test_masks_equal_the_generation_masks_of_transformers(tokenizer, talk):
     oracle.chat_template = GENERATION
     expected = oracle.apply_chat_template(talk, return_assistant_tokens_mask=True)
     (example,) = tokenize([{"messages": talk}], oracle).examples
-    assert list(example.ids) == expected["input_ids"]
-    assert [int(target) for target in example.targets] == expected["assistant_masks"]
+    assert list(example.input_ids) == expected["input_ids"]
+    assert [int(target) for target in example.loss_mask] == expected["assistant_masks"]
 
 
 def test_masks_do_not_depend_on_the_offsets_of_white_space(tokenizer):
@@ -123,8 +119,8 @@ def test_masks_with_a_sentencepiece_tokenizer():
         ],
         own,
     ).examples
-    shown = own.convert_ids_to_tokens(example.ids)
-    tokens = [token if target else "-" for token, target in zip(shown, example.targets)]
+    shown = own.convert_ids_to_tokens(example.input_ids)
+    tokens = [token if target else "-" for token, target in zip(shown, example.loss_mask, strict=True)]
     assert " ".join(tokens).replace("- ", "") == "\u2581b \n b \u2581 </s> \u2581 a \u2581 </s>"
 
 
@@ -132,12 +128,12 @@ def test_masks_are_the_answers_and_their_end_of_turn(tokenizer):
     dataset = tokenize([{"messages": talk} for talk in TALKS], tokenizer)
     assert targets(dataset.examples[0], tokenizer) == "Paris.<|im_end|>"
     second = dataset.examples[1]
-    chosen = [token for token, target in zip(second.ids, second.targets) if target]
+    chosen = [token for token, target in zip(second.input_ids, second.loss_mask, strict=True) if target]
     assert tokenizer.decode(chosen) == " Hello, 世界! 😀😀\n\n<|im_end|><|im_start|>code:\n  x = 1\t\n<|im_end|>"
     assert targets(dataset.examples[2], tokenizer) == "<|im_end|>"  # an empty answer is an answer
     assert targets(dataset.examples[3], tokenizer) == "b<|im_end|>"
-    assert dataset.tokens == sum(len(example.ids) for example in dataset.examples)
-    assert dataset.target_tokens == sum(sum(example.targets) for example in dataset.examples)
+    assert dataset.tokens == sum(len(example.input_ids) for example in dataset.examples)
+    assert dataset.target_tokens == sum(sum(example.loss_mask) for example in dataset.examples)
     assert (dataset.format, dataset.truncated, dataset.dropped, dataset.skipped_turns) == ("chat", 0, 0, 0)
 
 
@@ -157,7 +153,7 @@ def test_formats_are_told_apart_and_say_the_same(tokenizer, format):
     assert dataset.examples == tokenize([SAME["chat"]], tokenizer).examples
     assert targets(dataset.examples[0], tokenizer) == "A<|im_end|>"
     with_system = tokenize([{**SAME[format], "system": "S"}], tokenizer).examples[0]
-    assert tokenizer.decode(with_system.ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ")
+    assert tokenizer.decode(with_system.input_ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ")
 
 
 def test_the_formats_of_the_options_are_the_formats_there_are():
@@ -167,31 +163,31 @@ def test_the_formats_of_the_options_are_the_formats_there_are():
 @pytest.mark.parametrize("context", [{}, {"input": ""}, {"input": None}])
 def test_alpaca_without_input(tokenizer, context):
     (example,) = tokenize([{"instruction": "Q", "output": "A", **context}], tokenizer).examples
-    assert "<|im_start|>user\nQ<|im_end|>" in tokenizer.decode(example.ids)
+    assert "<|im_start|>user\nQ<|im_end|>" in tokenizer.decode(example.input_ids)
 
 
 def test_text_learns_every_token_and_eos(tokenizer, base_tokenizer):
     for own in (tokenizer, base_tokenizer):  # a chat template has no part in plain text
         (example,) = tokenize([{"text": "Once upon a time"}], own).examples
-        assert own.decode(example.ids) == "Once upon a time<|im_end|>"
-        assert example.targets == (False,) + (True,) * (len(example.ids) - 1)
+        assert own.decode(example.input_ids) == "Once upon a time<|im_end|>"
+        assert example.loss_mask == (False,) + (True,) * (len(example.input_ids) - 1)
     assert tokenize([{"text": "a<|im_end|>"}], tokenizer).examples == tokenize([{"text": "a"}], tokenizer).examples
     assert tokenize([{"text": ""}, {"text": "a"}], tokenizer).dropped == 1
 
 
 def test_train_on_prompt_learns_everything_but_the_first_token(tokenizer):
     (example,) = tokenize([{"messages": TALKS[1]}], tokenizer, train_on_prompt=True).examples
-    assert list(example.ids) == tokenizer.apply_chat_template(TALKS[1])["input_ids"]
-    assert example.targets == (False,) + (True,) * (len(example.ids) - 1)
+    assert list(example.input_ids) == tokenizer.apply_chat_template(TALKS[1])["input_ids"]
+    assert example.loss_mask == (False,) + (True,) * (len(example.input_ids) - 1)
 
 
 def test_a_base_model_sees_the_plain_prompt_and_learns_answer_and_eos(base_tokenizer):
     for format in ("alpaca", "prompt-completion", "question-answer"):
         (example,) = tokenize([SAME[format]], base_tokenizer).examples
-        assert base_tokenizer.decode(example.ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
+        assert base_tokenizer.decode(example.input_ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
         assert targets(example, base_tokenizer) == "A<|im_end|>"
         before = prompt_ids("Q\n\nC", base_tokenizer)
-        assert list(example.ids[: len(before)]) == before and not any(example.targets[: len(before)])
+        assert list(example.input_ids[: len(before)]) == before and not any(example.loss_mask[: len(before)])
 
 
 @pytest.mark.parametrize("format", ["chat", "sharegpt"])
@@ -214,11 +210,11 @@ def test_bos_and_eos_are_written_once_whoever_writes_them(tokenizer, base_tokeni
     assert tokenize([SAME["chat"]], chat).examples == tokenize([SAME["chat"]], tokenizer).examples
     assert prompt_ids("Q", chat) == prompt_ids("Q", tokenizer)
     (example,) = tokenize([SAME["alpaca"]], plain).examples
-    assert plain.decode(example.ids) == "<|im_start|>### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
+    assert plain.decode(example.input_ids) == "<|im_start|>### Instruction:\nQ\n\nC\n\n### Response:\nA<|im_end|>"
     assert targets(example, plain) == "A<|im_end|>"
-    assert list(example.ids[:-2]) == prompt_ids("Q\n\nC", plain)
+    assert list(example.input_ids[:-2]) == prompt_ids("Q\n\nC", plain)
     for text in ("a", "<|im_start|>a", "<|im_start|>a<|im_end|>"):
-        assert plain.decode(tokenize([{"text": text}], plain).examples[0].ids) == "<|im_start|>a<|im_end|>"
+        assert plain.decode(tokenize([{"text": text}], plain).examples[0].input_ids) == "<|im_start|>a<|im_end|>"
         assert plain.decode(prompt_ids(text.removesuffix("<|im_end|>"), plain, raw=True)) == "<|im_start|>a"
 
 
@@ -226,7 +222,7 @@ def test_a_tokenizer_in_python_is_masked_by_prefixes():
     slow = ByT5Tokenizer()
     assert not slow.is_fast
     (example,) = tokenize([SAME["alpaca"]], slow).examples
-    assert slow.decode(example.ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA</s>"
+    assert slow.decode(example.input_ids) == "### Instruction:\nQ\n\nC\n\n### Response:\nA</s>"
     assert targets(example, slow) == "A</s>"
     slow.chat_template = GENERATION
     (example,) = tokenize([{"messages": TALKS[0]}], slow).examples  # its end token is plain text here, so EOS follows
@@ -274,7 +270,7 @@ def test_tools_and_tool_calls_are_the_templates_business(tokenizer):
         return lines(json.dumps({"messages": talk, "tools": tools}).replace('"content": 3.5', '"content": 3.50'))
 
     (example,) = tokenize(read(tools), own).examples
-    whole = own.decode(example.ids)
+    whole = own.decode(example.input_ids)
     assert whole.startswith('<|im_start|>tools [{"type": "function", "function": {"name": "add"}}]<|im_end|>')
     assert "<|im_start|>tool\n3.50<|im_end|>" in whole
     assert targets(example, own) == f"{json.dumps(call)}<|im_end|>|3.5<|im_end|>"
@@ -292,12 +288,12 @@ def lines(*texts):
 # ------------------------------------------------------------------------------------------------------------- lengths
 def test_what_is_too_long_loses_its_end_or_is_dropped_and_is_counted(tokenizer):
     records = [{"prompt": "a", "completion": "b " * size} for size in (1, 20, 40)]
-    lengths = [len(example.ids) for example in tokenize(records, tokenizer).examples]
+    lengths = [len(example.input_ids) for example in tokenize(records, tokenizer).examples]
     cut = tokenize(records, tokenizer, max_tokens=lengths[1])
-    assert [len(example.ids) for example in cut.examples] == [lengths[0], lengths[1], lengths[1]]
+    assert [len(example.input_ids) for example in cut.examples] == [lengths[0], lengths[1], lengths[1]]
     assert (cut.truncated, cut.dropped) == (1, 0)
-    assert cut.examples[2].ids == tokenize(records, tokenizer).examples[2].ids[: lengths[1]]
-    assert cut.target_tokens == sum(sum(example.targets) for example in cut.examples)
+    assert cut.examples[2].input_ids == tokenize(records, tokenizer).examples[2].input_ids[: lengths[1]]
+    assert cut.target_tokens == sum(sum(example.loss_mask) for example in cut.examples)
     dropped = tokenize(records, tokenizer, max_tokens=lengths[1], truncate="drop")
     assert (len(dropped.examples), dropped.truncated, dropped.dropped) == (2, 0, 1)
     long_prompt = tokenize([*records, {"prompt": "a " * 200, "completion": "b"}], tokenizer, max_tokens=100)
@@ -306,7 +302,7 @@ def test_what_is_too_long_loses_its_end_or_is_dropped_and_is_counted(tokenizer):
 
 def test_nothing_left_is_an_error_that_says_how_long(tokenizer):
     records = [{"prompt": "a " * 200, "completion": "b"}]
-    length = len(tokenize(records, tokenizer).examples[0].ids)
+    length = len(tokenize(records, tokenizer).examples[0].input_ids)
     (found,) = problems(records, tokenizer, max_tokens=50)
     assert found.startswith("max_tokens=50: no example") and f"Raise it to {length}" in found
     assert "Raise it" in problems(records, tokenizer, max_tokens=length - 1, truncate="drop")[0]
@@ -319,7 +315,7 @@ def test_columns_that_fit_no_format_or_two(tokenizer):
     assert "question-answer needs question and answer; text needs text" in found
     both = [{"question": "a", "answer": "b", "messages": TALKS[0]}]
     (found,) = problems(both, tokenizer)
-    assert "fit chat and question-answer. Say which, for example --format chat" in found
+    assert "fit chat and question-answer. Say which, for example `format=chat`" in found
     assert tokenize(both, tokenizer, format="question-answer").format == "question-answer"
     (found,) = problems(both, tokenizer, format="alpaca")
     assert found.startswith("format=alpaca: needs the columns instruction and output, and the columns are answer, mess")
@@ -386,75 +382,6 @@ def test_no_records_and_no_eos(tokenizer, base_tokenizer):
     endless = copy.deepcopy(base_tokenizer)
     endless.eos_token = None
     assert "no EOS token" in problems([SAME["alpaca"]], endless)[0]
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-def test_padding_is_masked_by_length_so_pad_may_be_eos(tokenizer):
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    examples = tokenize([{"messages": talk} for talk in TALKS], tokenizer).examples
-    for pad in (tokenizer.pad_token_id, 0):
-        batch = collate(examples, pad)
-        assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.labels.dtype == torch.int64
-        for example, ids, mask, labels in zip(examples, batch.input_ids, batch.attention_mask, batch.labels):
-            length = len(example.ids)
-            assert ids.tolist() == [*example.ids, *[pad] * (len(ids) - length)]
-            assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
-            assert labels.tolist()[:length] == [i if t else -100 for i, t in zip(example.ids, example.targets)]
-            assert set(labels.tolist()[length:]) <= {-100}
-            assert tokenizer.eos_token_id in labels.tolist()  # the end of the turn is still learned
-        assert batch.target_tokens == sum(sum(example.targets) for example in examples)
-        assert batch.tokens == sum(len(example.ids) for example in examples)
-    moved = collate([Example((5, 6), (False, True))]).to("meta")
-    assert moved.labels.device.type == "meta" and (moved.target_tokens, moved.tokens) == (1, 2)
-
-
-# --------------------------------------------------------------------------------------------------------------- order
-def test_an_epoch_is_a_permutation_and_leaves_the_global_generator_alone():
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    orders = [epoch_order(50, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 9
-    orders[0].clear()  # the caller's own list
-    assert epoch_order(50, 0, 0) == epoch_order(50, 0, 0) != []
-
-
-@pytest.mark.parametrize("count,per_step", [(10, 4), (10, 10), (3, 8), (7, 1), (1, 5)])
-def test_the_stream_sees_every_example_once_an_epoch_and_depends_on_the_step_alone(count, per_step):
-    steps = 40
-    stream = [index for step in range(steps) for index in step_indices(count, per_step, 5, step)]
-    assert len(stream) == steps * per_step
-    for epoch in range(len(stream) // count):
-        assert stream[epoch * count : (epoch + 1) * count] == epoch_order(count, 5, epoch)
-    resumed = [index for step in range(17, steps) for index in step_indices(count, per_step, 5, step)]
-    assert resumed == stream[17 * per_step :]
-
-
-@pytest.mark.parametrize(
-    "count,per_step,epochs,steps",
-    [(10, 4, 1, 3), (10, 4, 2, 5), (10, 4, 0.5, 2), (3, 8, 1, 1), (100, 8, 0.001, 1), (12, 4, 1, 3), (10, 3, 1.5, 5)],
-)
-def test_a_run_by_epochs_sees_each_example_so_often_and_then_ends(count, per_step, epochs, steps):
-    limit = stream_length(count, epochs)
-    assert step_count(count, per_step, epochs) == steps
-    stream = [index for step in range(steps) for index in step_indices(count, per_step, 0, step, limit)]
-    assert len(stream) == limit == max(1, round(count * epochs))
-    assert set(Counter(stream).values()) <= {int(epochs), int(epochs) + 1}
-    with pytest.raises(ValueError, match="past the limit"):
-        step_indices(count, per_step, 0, steps, limit)
-
-
-def test_split_is_seeded_whole_and_in_order():
-    records = [{"text": str(number)} for number in range(20)]
-    train, held = split(records, 0.2, seed=0)
-    assert len(held) == 4 and sorted([*train, *held], key=lambda record: int(record["text"])) == records
-    assert [record for record in records if record in train] == train
-    assert split(records, 0.2, seed=0) == (train, held) != split(records, 0.2, seed=1)
-    assert split(records, 0.0, seed=0) == (records, [])
-    assert len(split(records, 0.001, seed=0)[1]) == 1
-    with pytest.raises(UserError, match="eval_fraction=0.99: holds out 20 of 20 records"):
-        split(records, 0.99, seed=0)
 
 
 # --------------------------------------------------------------------------------------------------------- tickets

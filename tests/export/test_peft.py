@@ -13,7 +13,7 @@ from helpers import relative, without_quantized_gemm
 from tiny import disturb
 
 from qlora import adapter_parameters, attach_adapters, load_base, named_adapters, save_adapter
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.data.tokenize import tokenize
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers.loss import loss_sum
@@ -38,7 +38,7 @@ def quantized(tmp_path_factory):
 def batches(tokenizer):
     records = [json.loads(line) for line in TICKETS.read_text().splitlines()[:8]]
     examples = tokenize(records, tokenizer).examples
-    return [collate(examples[i : i + 2]) for i in range(0, 8, 2)]
+    return [pack(examples[i : i + 2]) for i in range(0, 8, 2)]
 
 
 @pytest.fixture
@@ -130,14 +130,14 @@ def test_adapter_files_both_ways(quantized, batch, tmp_path, method):
 
     mine, other = ours(quantized, method, "fp32").eval(), theirs(quantized, method, torch.float32).eval()
     with torch.no_grad():
-        expected = mine(input_ids=batch.input_ids).logits
-        assert relative(other(input_ids=batch.input_ids).logits, expected) < 1e-4
+        expected = mine(input_ids=batch.padded().input_ids).logits
+        assert relative(other(input_ids=batch.padded().input_ids).logits, expected) < 1e-4
         for name, parameter in other.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(1.5)
         other.save_pretrained(tmp_path)
         again = load_adapter(load_base(str(quantized / "base"), dtype="fp32"), tmp_path)
-        changed = again(input_ids=batch.input_ids).logits
-        assert relative(other(input_ids=batch.input_ids).logits, changed) < 1e-4
+        changed = again(input_ids=batch.padded().input_ids).logits
+        assert relative(other(input_ids=batch.padded().input_ids).logits, changed) < 1e-4
         assert relative(changed, expected) > 1e-3
     assert len(list(named_adapters(again))) == 210 and all(p.dtype == torch.float32 for p in adapter_parameters(again))

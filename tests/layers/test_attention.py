@@ -1,11 +1,11 @@
-"""Attention over examples end to end: the kernels against the definition, and against torch's own in bf16."""
+"""Attention over packed examples: the kernels against the definition, and against torch's own in bf16."""
 
 from __future__ import annotations
 
 import copy
 import os
 import warnings
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from helpers import relative, wait
 from tiny import adapted, random_model
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora.data.batch import Example, collate
+from qlora.data.batch import Example, pack
 from qlora.layers.attach import adapter_parameters
-from qlora.layers.loss import layout_of, loss_sum
+from qlora.layers.forward_mode import forward_mode
+from qlora.layers.loss import loss_sum
 from qlora_kernels import ops, reference
 from qlora_kernels.cpu import native
 
@@ -64,7 +65,7 @@ def by_torch(bounds, tensors, scale):
         scaled_dot_product_attention(
             *(x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=True, scale=scale, enable_gqa=True
         )
-        for a, b in zip(bounds, bounds[1:])
+        for a, b in pairwise(bounds)
         if b > a
     ]
     out = torch.cat([part[0].transpose(0, 1) for part in parts])
@@ -170,7 +171,8 @@ def test_a_forked_child_does_not_hang(kernels):
         if not kernels.bf16_unit:
             os._exit(0)  # the reference is torch's, whose threads are not ours to care for
         same = [
-            (x.view(torch.int16).numpy() == y).all() for x, y in zip(both(kernels, bounds, tensors, 0.125), expected)
+            (x.view(torch.int16).numpy() == y).all()
+            for x, y in zip(both(kernels, bounds, tensors, 0.125), expected, strict=True)
         ]
         os._exit(0 if all(same) else 1)
     torch.set_num_threads(before)
@@ -182,10 +184,10 @@ def test_a_forked_child_does_not_hang(kernels):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral"])
 def test_a_model_in_bf16(name):
-    """Gradients with our kernels are as near to those of the same model in float64 as the gradients with torch's are."""
-    batch = collate([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
+    """Gradients with our kernels are as near to those of the model in float64 as the gradients with torch's are."""
+    batch = pack([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
     model = adapted(random_model(name).bfloat16(), "lora")
-    assert layout_of(model).packed
+    assert forward_mode(model).packed
 
     def gradients(model) -> torch.Tensor:
         loss_sum(model, batch).backward()

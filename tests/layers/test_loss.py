@@ -1,6 +1,4 @@
-"""The loss of every architecture against transformers' own, in whichever layout it runs; chunks, packing, fused
-modules.
-"""
+"""The loss of every architecture against transformers' own, however it runs; chunks, packing, fused modules."""
 
 from __future__ import annotations
 
@@ -10,38 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import relative
-from tiny import CONFIGS, SMALL, adapted, examples, random_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import Largest, relative
+from tiny import CONFIGS, MORE, PADDED, SMALL, adapted, build, by_transformers, examples, random_model
 from torch.utils.checkpoint import checkpoint
 
-from qlora.data.batch import Example, collate
-from qlora.layers import attention, loss
+from qlora.data.batch import Example, pack
+from qlora.layers import attention, forward, loss
 from qlora.layers.attach import adapter_parameters
+from qlora.layers.forward import ForwardMode
+from qlora.layers.forward_mode import forward_mode
 from qlora.layers.fused import GatedMLP, RMSNorm, fuse
-from qlora.layers.loss import HeadLoss, Layout, layout_of, loss_sum
+from qlora.layers.loss import HeadLoss, loss_sum
 
-_GROUPED = dict(**SMALL, intermediate_size=160, num_key_value_heads=2)
-MORE = {
-    "granite": lambda: transformers.GraniteConfig(
-        **_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2
-    ),
-    "cohere": lambda: transformers.CohereConfig(
-        **_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2
-    ),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
-    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
-    "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
-    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
-    "lfm2": lambda: transformers.Lfm2Config(
-        **_GROUPED, layer_types=["conv", "full_attention"]
-    ),  # a convolution over tokens
-    "qwen3_next": lambda: transformers.Qwen3NextConfig(
-        **_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
-    ),
-    "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
-}
-PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}  # their attention or convolutions do not know our bounds
 # (norms, gated products, rotations) that are replaced: Gemma's norm and activation, Cohere's rotation are other
 # functions
 FUSED = {
@@ -56,32 +34,18 @@ FUSED = {
 }
 
 
-def build(name: str) -> torch.nn.Module:
-    if name in CONFIGS:
-        return random_model(name)
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(MORE[name]()).eval()
-
-
-def plain(model: torch.nn.Module, batch) -> torch.Tensor:
-    return (
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss
-        * batch.target_tokens
-    )
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
 def test_loss_and_gradients_are_those_of_transformers(name, fused):
     model = adapted(build(name), "dora")
-    batch = collate(examples((12, 6), (5, 3), (9, 8), (9, 2)))
+    batch = pack(examples((12, 6), (5, 3), (9, 8), (9, 2)))
     parameters = adapter_parameters(model)
-    expected = plain(model, batch)
+    expected = by_transformers(model, batch)
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     if fused:
         fuse(model)
     found = loss_sum(model, batch)
-    assert layout_of(model) == Layout(True, name not in PADDED)
+    assert forward_mode(model) == ForwardMode(True, name not in PADDED)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     scale = max(g.abs().max() for g in gradients if g is not None)
     for got, want in zip(torch.autograd.grad(found, parameters, allow_unused=True), gradients, strict=True):
@@ -94,9 +58,9 @@ def test_loss_and_gradients_are_those_of_transformers(name, fused):
 def test_a_packed_batch_is_its_examples_alone(name):
     model = adapted(build(name), "lora")
     data = examples((12, 11), (5, 3), (9, 8), (9, 2), (1, 0))
-    alone = [loss_sum(model, collate([example])) for example in data]
-    together = loss_sum(model, collate(data))
-    assert layout_of(model).packed
+    alone = [loss_sum(model, pack([example])) for example in data]
+    together = loss_sum(model, pack(data))
+    assert forward_mode(model).packed
     assert together.item() == pytest.approx(sum(alone).item(), rel=1e-6)
     parameters = adapter_parameters(model)
     for got, want in zip(
@@ -114,9 +78,9 @@ def test_examples_do_not_see_each_other(name):
     handle = model.get_input_embeddings().register_forward_hook(
         lambda m, i, out: seen.append(out.requires_grad_()) or out
     )
-    layout_of(model)
+    forward_mode(model)
     seen.clear()
-    (gradient,) = torch.autograd.grad(loss_sum(model, collate(data)), seen)
+    (gradient,) = torch.autograd.grad(loss_sum(model, pack(data)), seen)
     handle.remove()
     reached = gradient[0].abs().sum(-1).nonzero().flatten().tolist()
     assert gradient.shape[1] == 29 and reached == list(range(12, 18))  # its last token predicts nothing
@@ -124,20 +88,20 @@ def test_examples_do_not_see_each_other(name):
 
 def test_no_padding_is_computed():
     model, sizes = build("llama"), []
-    layout_of(model)
+    forward_mode(model)
     model.model.layers[0].register_forward_hook(lambda m, i, out: sizes.append(i[0].shape[1]))
-    loss_sum(model, collate(examples((50, 3), (4, 3))))
+    loss_sum(model, pack(examples((50, 3), (4, 3))))
     assert sizes == [54]
 
 
 @pytest.mark.parametrize("name", sorted({*CONFIGS, *MORE} - PADDED))
 def test_a_row_is_filled_up_without_a_trace(monkeypatch, name):
-    monkeypatch.setattr(loss, "ROUND", 4)
-    model, batch, sizes = adapted(build(name), "lora"), collate(examples((20, 3), (13, 12))), []
+    monkeypatch.setattr(forward, "ROUND", 4)
+    model, batch, sizes = adapted(build(name), "lora"), pack(examples((20, 3), (13, 12))), []
     parameters = adapter_parameters(model)
-    expected = plain(model, batch)
+    expected = by_transformers(model, batch)
     gradients = torch.autograd.grad(expected, parameters)
-    layout_of(model)
+    forward_mode(model)
     model.get_decoder().register_forward_hook(lambda m, i, out: sizes.append(out.last_hidden_state.shape[1]))
     found = loss_sum(model, batch)
     assert sizes == [36]  # 33 and 3 more
@@ -152,7 +116,7 @@ def test_another_attention_mask_is_still_a_mask():
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     expected, padded = model(ids).logits, torch.tensor([[1, 1, 1, 0, 0]])
     masked = model(ids, attention_mask=padded).logits
-    assert layout_of(model).packed and model.config._attn_implementation == attention.NAME
+    assert forward_mode(model).packed and model.config._attn_implementation == attention.NAME
     torch.testing.assert_close(model(ids).logits, expected)
     torch.testing.assert_close(model(ids, attention_mask=padded).logits, masked)
     out = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
@@ -201,19 +165,6 @@ def test_head_loss_in_bf16_rounds_once():
     assert relative(got, want) < 0.01
 
 
-class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for out in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(out, torch.Tensor) and not out._is_view():
-                self.elements = max(self.elements, out.numel())
-        return result
-
-
 @pytest.mark.parametrize("adapted_head", [False, True])
 def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     torch.manual_seed(0)
@@ -221,12 +172,12 @@ def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
         transformers.LlamaConfig(**{**SMALL, "vocab_size": 4000}, intermediate_size=160)
     )
     adapted(model, "dora", targets=["q_proj", "lm_head"] if adapted_head else ["q_proj"])
-    batch = collate(examples((120, 119), (100, 99)))
-    expected = plain(model, batch)
+    batch = pack(examples((120, 119), (100, 99)))
+    expected = by_transformers(model, batch)
     want = torch.autograd.grad(expected, adapter_parameters(model))
-    layout_of(model)
+    forward_mode(model)
     monkeypatch.setattr(loss, "CHUNK", 20)
-    with _Largest() as largest:
+    with Largest() as largest:
         found = loss_sum(model, batch)
         got = torch.autograd.grad(found, adapter_parameters(model))
     assert 20 * 4000 <= largest.elements <= 4000 * 64  # the head's own weight; the logits would be 218 * 4000
@@ -237,7 +188,7 @@ def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
 
 def test_a_batch_without_targets():
     model = adapted(build("llama"), "lora")
-    assert loss_sum(model, collate([Example((1, 2, 3), (False,) * 3)])).item() == 0
+    assert loss_sum(model, pack([Example((1, 2, 3), (False,) * 3)])).item() == 0
 
 
 def test_a_model_that_is_no_transformers_model_runs_as_it_is():
@@ -250,17 +201,17 @@ def test_a_model_that_is_no_transformers_model_runs_as_it_is():
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
     model = build("llama")
-    batch = collate(examples((12, 6), (5, 3)))
+    batch = pack(examples((12, 6), (5, 3)))
     wrapped = Wrapped(model)
-    assert loss_sum(wrapped, batch).item() == pytest.approx(plain(model, batch).item(), rel=1e-5)
-    assert layout_of(wrapped) == Layout(False, False)
+    assert loss_sum(wrapped, batch).item() == pytest.approx(by_transformers(model, batch).item(), rel=1e-5)
+    assert forward_mode(wrapped) == ForwardMode(False, False)
 
 
 def test_finding_the_layout_changes_nothing():
     """Training mode and the random state stay: a resumed run finds the same."""
     model = adapted(build("llama"), "dora", dropout=0.5).train()
     before = torch.get_rng_state()
-    layout_of(model)
+    forward_mode(model)
     assert (
         model.training
         and all(module.training for module in model.modules())

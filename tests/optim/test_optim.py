@@ -20,7 +20,7 @@ from tiny import UNEVEN, examples
 from torch.optim.lr_scheduler import LambdaLR
 
 import qlora
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
 from qlora.optim.adamw import PagedAdamW
@@ -114,7 +114,7 @@ def test_optimizer_step_is_that_of_torch(tmp_path):
     ):
         model = tiny.adapted(tiny.llama()).train()
         optimizer = make(adapter_parameters(model))
-        batches = [collate(examples(*UNEVEN[:2])), collate(examples(*UNEVEN[2:]))]
+        batches = [pack(examples(*UNEVEN[:2])), pack(examples(*UNEVEN[2:]))]
         metrics = [optimizer_step(model, optimizer, batches, 1e-2, clip) for clip in (0.0, 1e-3, 1.0)]
         ends.append((metrics, [p.detach() for p in adapter_parameters(model)]))
     assert ends[0][0] == ends[1][0] and same(ends[0][1], ends[1][1])

@@ -19,7 +19,7 @@ from optimizers import gradients, parameters, same, same_state
 from tiny import UNEVEN, examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
 from qlora.optim import adamw as optim
@@ -158,7 +158,7 @@ class OneStep:
         self.model = tiny.adapted(tiny.llama(), dropout=0.3, targets="q_proj,down_proj").train()
         self.parameters = adapter_parameters(self.model)
         self.optimizer = PagedAdamW(self.parameters, folder=folder, **memory)
-        self.batches = [collate(examples(*UNEVEN[:2])), collate(examples(*UNEVEN[2:]))]
+        self.batches = [pack(examples(*UNEVEN[:2])), pack(examples(*UNEVEN[2:]))]
         torch.manual_seed(3)
         self.step()
 
@@ -238,7 +238,7 @@ sys.path.insert(0, sys.argv[2])
 import tiny
 from tiny import UNEVEN, examples
 from qlora.layers.attach import adapter_parameters
-from qlora.data.batch import collate
+from qlora.data.batch import pack
 from qlora.optim.adamw import PagedAdamW
 from qlora.train.step import optimizer_step
 
@@ -246,7 +246,7 @@ model = tiny.adapted(tiny.llama(), dropout=0.3).train()
 ballast = torch.nn.Parameter(torch.zeros(16 << 20))  # 128 MB of state
 params = [*adapter_parameters(model), ballast]
 optimizer = PagedAdamW(params, folder=sys.argv[1])
-batches = [collate(examples(*UNEVEN))]
+batches = [pack(examples(*UNEVEN))]
 
 
 def grow(module, inputs, output):  # as a longer batch does: more than is allowed beside the state

@@ -20,7 +20,7 @@ from qlora.data.batch import Example
 from qlora.errors import UserError
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers.attach import adapter_parameters
-from qlora.layers.loss import layout_of
+from qlora.layers.forward_mode import forward_mode
 from qlora.plan.fit import asked, fit, largest, predict
 from qlora.plan.meta import Skeleton
 from qlora.run.inputs import micro_batches
@@ -119,7 +119,7 @@ def test_layers_alike_are_extrapolated():
     whole.alike = False
     assert dataclasses.astuple(whole.step((64, 64), False)) == pytest.approx(dataclasses.astuple(short), rel=0.01)
     model = load_base("smollm2-135m", dtype="bf16", device="cpu")
-    assert layout_of(model) == skeleton._runnable(3, False).qlora_layout
+    assert forward_mode(model) == skeleton._runnable(3, False).qlora_mode
 
 
 def test_peak_is_what_is_measured():
@@ -178,7 +178,7 @@ def test_the_largest_batch_is_one_of_the_run(tmp_path):
         cut = dataclasses.replace(config, batch_size=size, accumulate=8 // size)
         batches = [batch for step in range(5) for batch in micro_batches(cut, examples, 40)(step)]
         assert max(map(sum, trained)) == max(batch.tokens for batch in batches)
-        assert max(len(b) * max(b) for b in trained) == max(batch.input_ids.numel() for batch in batches)
+        assert max(len(b) * max(b) for b in trained) == max(batch.padded().input_ids.numel() for batch in batches)
         assert max(map(sum, evaluated)) == {4: 48, 2: 40, 1: 40}[size]  # 3, 5, 40: of like length together
     assert largest(config)(2) == ([(1024, 1024)], [])
 

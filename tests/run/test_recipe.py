@@ -125,7 +125,7 @@ def test_the_adapter_is_the_last_checkpoint_and_evaluates_to_the_last_loss(confi
 
 def test_the_first_step_is_the_definition(config, place, tmp_path):
     """Loss and learning of one step, computed again from the parts: the recipe wires them as it says."""
-    from qlora.data.batch import collate
+    from qlora.data.batch import pack
     from qlora.data.order import step_indices
     from qlora.data.records import read_records
     from qlora.data.tokenize import tokenize
@@ -135,7 +135,7 @@ def test_the_first_step_is_the_definition(config, place, tmp_path):
 
     finetune(config(steps=1, batch_size=2, accumulate=3, seed=5))
     data = tokenize(read_records(str(place / "data.jsonl")), load_tokenizer(str(place / "model")))
-    batch = collate([data.examples[i] for i in step_indices(len(data.examples), 6, 5, 0)])
+    batch = pack([data.examples[i] for i in step_indices(len(data.examples), 6, 5, 0)])
     model = load_base(str(place / "model"), dtype="fp32", device="cpu")
     (line,) = metrics(tmp_path / "run")
     assert line["loss"] == pytest.approx((loss_sum(model, batch) / batch.target_tokens).item(), rel=1e-5)

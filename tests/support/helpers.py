@@ -1,5 +1,5 @@
-"""Shared by the tests: the tolerance table, instruction sets, quantized weights, covers of cases, comparing, waiting.
-Tiny models and their data are in tiny.py.
+"""Shared by the tests: the tolerance table, instruction sets, quantized weights, covers of cases, comparing, sizes,
+waiting. Tiny models and their data are in tiny.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels import backends, ops, reference
 from qlora_kernels.cpu import native
@@ -113,6 +114,19 @@ def without_quantized_gemm(model: nn.Module) -> nn.Module:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(out, torch.Tensor) and not out._is_view():
+                self.elements = max(self.elements, out.numel())
+        return result
 
 
 def wait(child: int, seconds: float) -> int:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.batch import Example
+from qlora.data.batch import IGNORE_INDEX, Batch, Example
 from qlora.layers.attach import attach_adapters, forget_row_norms, named_adapters
 
 TEMPLATE = (
@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 
 
-SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(
         **SMALL, intermediate_size=192, num_key_value_heads=2, tie_word_embeddings=True
@@ -41,6 +41,29 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
 }
 
+_GROUPED = {**SMALL, "intermediate_size": 160, "num_key_value_heads": 2}
+MORE = {
+    "granite": lambda: transformers.GraniteConfig(
+        **_GROUPED, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.2
+    ),
+    "cohere": lambda: transformers.CohereConfig(
+        **_GROUPED, logit_scale=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320),  # ALiBi
+    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=32, dropout=0.0),
+    "windowed": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=4),
+    "mixtral": lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_GROUPED, layer_types=["conv", "full_attention"]
+    ),  # a convolution over tokens
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **_GROUPED, layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(**_GROUPED, num_local_experts=4, head_dim=16),  # attention sinks
+}
+# Their attention or convolutions do not know our borders.
+PADDED = {"gemma2", "bloom", "lfm2", "qwen3_next", "gpt_oss"}
+
 
 def random_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A tiny float32 model of an architecture with random weights, biases and norms included, in evaluation mode."""
@@ -51,6 +74,14 @@ def random_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()
+
+
+def build(name: str) -> nn.Module:
+    """A tiny model of CONFIGS or MORE, in evaluation mode."""
+    if name in CONFIGS:
+        return random_model(name)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(MORE[name]()).eval()
 
 
 def disturb(model: nn.Module, seed: int = 1, spread: float = 0.05, magnitudes: float = 0.5) -> nn.Module:
@@ -119,6 +150,16 @@ def examples(*sizes: tuple[int, int], seed: int = 0) -> list[Example]:
     """Random tokens: (tokens, targets at their end) of each."""
     dice = random.Random(seed)
     return [Example(tuple(dice.randrange(256) for _ in range(n)), (False,) * (n - k) + (True,) * k) for n, k in sizes]
+
+
+def by_transformers(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The summed loss of the padded batch by the model's own forward; it shifts the labels itself, so they are moved
+    back.
+    """
+    rows = batch.padded()
+    labels = nn.functional.pad(rows.labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+    out = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=labels, use_cache=False)
+    return out.loss * batch.target_tokens
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

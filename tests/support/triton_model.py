@@ -48,7 +48,7 @@ def two_steps() -> tuple[torch.Tensor, torch.Tensor]:
     from tiny import adapted, random_model
 
     import qlora
-    from qlora.data.batch import Example, collate
+    from qlora.data.batch import Example, pack
     from qlora.layers.attach import refresh_row_norms
     from qlora.layers.fused import fuse
     from qlora.layers.linear import quantize_
@@ -59,7 +59,7 @@ def two_steps() -> tuple[torch.Tensor, torch.Tensor]:
     parameters = qlora.adapter_parameters(model)
     start = [p.detach().clone() for p in parameters]
     optimizer = qlora.PagedAdamW(parameters, lr=1e-2)
-    batches = [collate([Example(tuple(range(i, i + 70)), (False,) + (True,) * 69)]) for i in range(4)]
+    batches = [pack([Example(tuple(range(i, i + 70)), (False,) + (True,) * 69)]) for i in range(4)]
     metrics = []
     for i in range(2):
         refresh_row_norms(model)  # as before each forward pass on a GPU

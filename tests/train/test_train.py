@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -14,18 +15,20 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from tiny import UNEVEN, examples
+from tiny import UNEVEN, by_transformers, examples
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
-from qlora.data.batch import Example, collate
+from qlora.data.batch import Example, pack
 from qlora.errors import UserError
 from qlora.evaluate import evaluate
 from qlora.layers.attach import adapter_parameters
-from qlora.layers.loss import loss_sum, target_logits
+from qlora.layers.forward import target_logits
+from qlora.layers.forward_mode import choose_forward_mode
+from qlora.layers.loss import loss_sum
 from qlora.train.loop import train
 from qlora.train.memory import PeakMemory, anonymous_memory
 from qlora.train.metrics import MetricsLog, cut_back, duration
@@ -48,11 +51,11 @@ def sgd(model: torch.nn.Module, **options) -> torch.optim.Optimizer:
 def test_accumulated_micro_batches_are_the_whole_batch(cut):
     model = tiny.adapted(tiny.llama())
     data = examples(*UNEVEN)
-    whole = accumulate(model, [collate(data)])
+    whole = accumulate(model, [pack(data)])
     expected = gradients(model)
     model.zero_grad()
     rest = iter(data)
-    parts = [collate([next(rest) for _ in range(size)]) for size in cut]
+    parts = [pack([next(rest) for _ in range(size)]) for size in cut]
     assert accumulate(model, parts).item() == pytest.approx(whole.item(), rel=1e-6)
     for got, want in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
@@ -62,12 +65,12 @@ def test_a_mean_of_means_would_be_another_gradient():
     """The data of the test above tells the two apart."""
     model = tiny.adapted(tiny.llama())
     data = examples(*UNEVEN)
-    batch = collate(data)
+    batch = pack(data)
     accumulate(model, [batch])
     right = torch.cat([g.flatten() for g in gradients(model)]) / batch.target_tokens
     model.zero_grad()
     for example in data:
-        (loss_sum(model, collate([example])) / sum(example.targets) / len(data)).backward()
+        (loss_sum(model, pack([example])) / sum(example.loss_mask) / len(data)).backward()
     wrong = torch.cat([g.flatten() for g in gradients(model)])
     assert (right - wrong).norm() > 0.2 * right.norm()
 
@@ -75,8 +78,8 @@ def test_a_mean_of_means_would_be_another_gradient():
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_loss_is_that_of_transformers(build):
     model = tiny.adapted(build()).eval()
-    batch = collate(examples(*UNEVEN))
-    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    batch = pack(examples(*UNEVEN))
+    expected = by_transformers(model, batch) / batch.target_tokens
     assert batch.target_tokens == 30
     torch.testing.assert_close(loss_sum(model, batch) / batch.target_tokens, expected, rtol=1e-6, atol=1e-6)
 
@@ -85,15 +88,18 @@ def test_the_head_runs_only_where_there_are_targets():
     model = tiny.llama()
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    logits, tokens = target_logits(model, collate(examples((40, 3), (40, 2))))
+    logits, tokens = target_logits(model, pack(examples((40, 3), (40, 2))))
     assert seen == [3] and logits.shape == (5, 320) and tokens.shape == (5,)
 
 
-def test_padding_does_not_matter():
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_padding_does_not_matter(packing):
     model = tiny.adapted(tiny.llama())
+    choose_forward_mode(model, packing)
     data = examples(*UNEVEN)
-    one = torch.stack([loss_sum(model, collate([example])) for example in data]).sum()
-    torch.testing.assert_close(loss_sum(model, collate(data, pad_id=data[0].ids[0])), one, rtol=1e-5, atol=1e-5)
+    data.append(dataclasses.replace(data[0], input_ids=(0,) * 30))  # what fills the rectangle is a token like others
+    one = torch.stack([loss_sum(model, pack([example])) for example in data]).sum()
+    torch.testing.assert_close(loss_sum(model, pack(data)), one, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
@@ -104,14 +110,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         if checkpointing:
             checkpoint_activations(model)
         torch.manual_seed(5)
-        accumulate(model, [collate(examples(*UNEVEN))])
+        accumulate(model, [pack(examples(*UNEVEN))])
         found.append(gradients(model))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_clipping():
     model = tiny.adapted(tiny.llama())
-    batches = [collate(examples(*UNEVEN))]
+    batches = [pack(examples(*UNEVEN))]
     before = tiny.tensors(model)
     free = optimizer_step(model, sgd(model), batches, rate=1.0, clip=0.0)
     moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in tiny.tensors(model).items()))
@@ -134,7 +140,7 @@ def test_a_step_that_is_no_number_is_not_taken(spoiled):
         parameter.register_hook(lambda gradient: gradient * math.inf)
     before = tiny.tensors(model)
     with pytest.raises(UserError, match=rf"{spoiled}=(nan|inf): is no finite number at step 13\."):
-        optimizer_step(model, sgd(model), [collate(examples(*UNEVEN))], rate=0.1, clip=1.0, step=12)
+        optimizer_step(model, sgd(model), [pack(examples(*UNEVEN))], rate=0.1, clip=1.0, step=12)
     assert all(torch.equal(p, before[n]) for n, p in tiny.tensors(model).items())
 
 
@@ -170,7 +176,7 @@ def run(model, tmp_path, steps=4, **options) -> list[dict]:
         train(
             model,
             sgd(model),
-            lambda step: [collate(data[:2]), collate(data[2:])],
+            lambda step: [pack(data[:2]), pack(data[2:])],
             steps=steps,
             rate=lambda step: 0.1 / (step + 1),
             log=log,
@@ -224,7 +230,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     def batches(step):
         if step == 2:
             os.kill(os.getpid(), number)
-        return [collate(examples(*UNEVEN))]
+        return [pack(examples(*UNEVEN))]
 
     before = signal.getsignal(number)
     lines = []
@@ -241,7 +247,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     def batches(step):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        return [collate(examples(*UNEVEN))]
+        return [pack(examples(*UNEVEN))]
 
     with pytest.raises(KeyboardInterrupt) as stop:
         train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=saved.append, save=saved.append)
@@ -256,7 +262,7 @@ def test_an_ignored_signal_stays_ignored():
         signal.raise_signal(signal.SIGINT)
         if step == 4:
             signal.raise_signal(signal.SIGTERM)
-        return [collate(examples(*UNEVEN))]
+        return [pack(examples(*UNEVEN))]
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -339,11 +345,11 @@ def test_evaluate_is_the_plain_definition(size):
     total, right, count = 0.0, 0, 0
     with torch.no_grad():
         for example in data:
-            scores = F.log_softmax(model(torch.tensor([list(example.ids)])).logits[0].double(), dim=-1)
-            for i in range(1, len(example.ids)):
-                if example.targets[i]:
-                    total -= scores[i - 1, example.ids[i]].item()
-                    right += scores[i - 1].argmax().item() == example.ids[i]
+            scores = F.log_softmax(model(torch.tensor([list(example.input_ids)])).logits[0].double(), dim=-1)
+            for i in range(1, len(example.input_ids)):
+                if example.loss_mask[i]:
+                    total -= scores[i - 1, example.input_ids[i]].item()
+                    right += scores[i - 1].argmax().item() == example.input_ids[i]
                     count += 1
     result = evaluate(model, data, batch_size=size)
     assert result.target_tokens == count

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from qlora_kernels.reference.common import CHUNK_ELEMENTS, wide
+from qlora_kernels.reference.common import CHUNK_ELEMENTS, widened
 from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit
 from qlora_kernels.weight import QuantizedWeight
 
@@ -109,7 +109,7 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_tn(left: Tensor, x: Tensor) -> Tensor:
     """left [tokens, r], x [tokens, in] -> left^T x [r, in], in float32 (float64 for float64)."""
-    return wide(left.t() @ x)
+    return widened(left.t() @ x)
 
 
 def adapter_gradients(
@@ -130,7 +130,7 @@ def adapter_gradients(
 
     dm is empty without y.
     """
-    dB = wide(dy.t() @ xA)
+    dB = widened(dy.t() @ xA)
     dB *= scaling if row_scale is None else (scaling * row_scale).unsqueeze(1)
     return dy @ B_scaled, dB, dB.new_empty(0) if y is None else dot(dy, y) / m_clamped
 

@@ -12,14 +12,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qlora_kernels.reference.common import wide
+from qlora_kernels.reference.common import widened
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T of one example in float32, [heads, queries, keys], minus infinity where a key is later than the
     query.
     """
-    scores = torch.einsum("qhd,khd->hqk", wide(q), wide(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale
+    scores = torch.einsum("qhd,khd->hqk", widened(q), widened(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: flo
         scores = _scores(q[part], k[part], scale)
         lse[:, part] = scores.logsumexp(2)
         out[part] = torch.einsum(
-            "hqk,khd->qhd", scores.softmax(2), wide(v[part].repeat_interleave(q.shape[1] // k.shape[1], dim=1))
+            "hqk,khd->qhd", scores.softmax(2), widened(v[part].repeat_interleave(q.shape[1] // k.shape[1], dim=1))
         )
     return out, lse
 
@@ -56,10 +56,10 @@ def attention_backward(
     for start, stop in pairwise(cu_seqlens):
         part = slice(start, stop)
         P = (_scores(q[part], k[part], scale) - lse[:, part].unsqueeze(2)).exp()
-        do, keys, values = wide(dout[part]), *(wide(x[part].repeat_interleave(shared, dim=1)) for x in (k, v))
-        delta = (do * wide(out[part])).sum(2).t().unsqueeze(2)
+        do, keys, values = widened(dout[part]), *(widened(x[part].repeat_interleave(shared, dim=1)) for x in (k, v))
+        delta = (do * widened(out[part])).sum(2).t().unsqueeze(2)
         dS = P * (torch.einsum("qhd,khd->hqk", do, values) - delta) * scale
         gradients[0][part] = torch.einsum("hqk,khd->qhd", dS, keys)
-        for gradient, weights, x in ((gradients[1], dS, wide(q[part])), (gradients[2], P, do)):
+        for gradient, weights, x in ((gradients[1], dS, widened(q[part])), (gradients[2], P, do)):
             gradient[part] = torch.einsum("hqk,qhd->khd", weights, x).unflatten(1, (-1, shared)).sum(2)
     return gradients

@@ -11,7 +11,7 @@ CHUNK_ELEMENTS = 1 << 18  # a multiple of every block size; float32 temporaries 
 TINY = 1e-38  # smaller block maxima are treated as this one, so that 1 / absmax stays finite
 
 
-def wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is that: the dtype of sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

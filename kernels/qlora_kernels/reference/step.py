@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.reference.adapter import columnwise_dot
-from qlora_kernels.reference.common import mark_mutated, wide
+from qlora_kernels.reference.common import mark_mutated, widened
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     The logits become d losses / d logits = softmax - onehot(target), rounded to their dtype.
     """
     mark_mutated(logits)
-    wide, at = wide(logits), targets.unsqueeze(1)
+    wide, at = widened(logits), targets.unsqueeze(1)
     total = wide.logsumexp(1, keepdim=True)
     losses = total - wide.gather(1, at)
     logits.copy_(
@@ -34,15 +34,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     Rounded to the dtype of x before the weight, as transformers' modules do. arXiv:1910.07467.
     """
-    wide = wide(x)
+    wide = widened(x)
     inverse = 1 / (wide.square().mean(1) + eps).sqrt()
     return weight * (wide * inverse.unsqueeze(1)).to(x.dtype), inverse
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """dx [rows, n] = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy; the weight is frozen."""
-    g, inverse = wide(dy * weight), inverse.unsqueeze(1)
-    normal = wide(x) * inverse
+    g, inverse = widened(dy * weight), inverse.unsqueeze(1)
+    normal = widened(x) * inverse
     return ((g - normal * (g * normal).mean(1, keepdim=True)) * inverse).to(x.dtype)
 
 

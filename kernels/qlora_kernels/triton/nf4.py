@@ -141,35 +141,34 @@ def kernel_weight(weight: list[Tensor], layout: list[int]) -> tuple[tuple[Tensor
     """A quantized weight as the kernels take it: its tensors and its block sizes; None where they do not take it (its
     sizes are checked, because a kernel would read past the end).
     """
-    packed, absmax, levels, nested_absmax, nested_offset = weight if len(weight) == 5 else (*weight, None, None)
+    packed, absmax, levels = weight[:3]
     rows, columns, blocksize, nested_blocksize = layout
-    n = rows * columns
+    n, nested = rows * columns, len(weight) == 5
     blocks = cdiv(n, blocksize)
+    nested_absmax, nested_offset = weight[3:] if nested else (absmax, absmax)  # without them they are not read
     takes = (
         blocksize in BLOCKSIZES
         and packed.dtype == torch.uint8
         and packed.is_contiguous()
         and packed.numel() >= (n + 1) // 2
-        and absmax.dtype == (torch.float32 if nested_absmax is None else torch.uint8)
+        and absmax.dtype == (torch.uint8 if nested else torch.float32)
         and absmax.is_contiguous()
         and absmax.numel() >= blocks
         and levels.dtype == torch.float32
         and levels.is_contiguous()
         and levels.numel() == 16
     )
-    if nested_absmax is None or nested_offset is None:
-        nested_absmax = nested_offset = absmax  # never read
-        nested_blocksize = 0
-    elif takes:
+    if nested:
         takes = (
-            nested_absmax.dtype == nested_offset.dtype == torch.float32
+            takes
+            and nested_absmax.dtype == nested_offset.dtype == torch.float32
             and nested_absmax.is_contiguous()
             and nested_absmax.numel() >= cdiv(blocks, nested_blocksize)
         )
     if not takes:
         return None
     tensors = (packed, absmax, levels, nested_absmax, nested_offset, reference.dynamic_map(packed.device))
-    return tensors, {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize}
+    return tensors, {"BLOCKSIZE": blocksize, "NESTED_BLOCKSIZE": nested_blocksize if nested else 0}
 
 
 def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,117 @@
+"""A model run on a batch, up to what predicts the tokens that count: packed, padded, or by the model's own forward.
+
+    packed    decoder(input_ids [1, T], position_ids, cu_seq_lens_q, ...) -> states [n, width], tokens [n]
+    padded    decoder(input_ids [b, t], attention_mask)                   -> the same
+    whole     model(input_ids [b, t], attention_mask)                     -> logits [n, vocabulary], tokens [n]
+
+In the first two the decoder and the head run apart, so that the head runs only where a label counts. The alternative,
+the model's own forward on everything, computes logits that nobody asks for; it is left to models without such parts.
+`qlora.layers.forward_mode` decides between them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora.data.batch import IGNORE_INDEX, Batch
+from qlora.layers import attention
+
+# On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
+# rows, which takes longer than the products of a few more.
+ROUND = 64
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """How a model runs in training. `split`: its decoder and its head apart; `packed` (then also split): the examples
+    in one row without padding; `reason`: why it is not packed.
+    """
+
+    split: bool
+    packed: bool
+    reason: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{'packed without padding' if self.packed else 'padded to one length'}{why}"
+
+
+def target_states(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> tuple[Tensor, Tensor]:
+    """Run the decoder.
+
+    Returns:
+        The states [n, width] at the n positions whose label counts, and these labels [n].
+    """
+    device = next(model.parameters()).device
+    states, labels = (_packed_states if mode.packed else _padded_states)(model, batch, device)
+    # Asked of the labels on the CPU, so that nothing waits for a GPU.
+    wanted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    return states.index_select(0, _sent(wanted, device)), _sent(labels[wanted], device)
+
+
+def _packed_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """States [T, width] and labels [T] of the packed row."""
+    if device.type != "cuda" and batch.tokens >= 8 * ROUND:
+        batch = batch.filled(ROUND)
+    states = model.get_decoder()(
+        input_ids=_sent(batch.input_ids, device),
+        position_ids=_sent(batch.position_ids, device),
+        attention_mask=attention.NO_MASK,
+        **attention.borders(batch.cu_seqlens),
+        use_cache=False,
+    ).last_hidden_state
+    return states[0], batch.labels[0]
+
+
+def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """States [b * t, width] and labels [b * t] of the rectangle."""
+    rows = batch.padded()
+    states = model.get_decoder()(
+        input_ids=_sent(rows.input_ids, device), attention_mask=_sent(rows.attention_mask, device), use_cache=False
+    ).last_hidden_state
+    return states.flatten(0, 1), rows.labels.flatten()
+
+
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to
+    be pinned or kept.
+    """
+    return t.to(device, non_blocking=True)
+
+
+def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run the model's own forward.
+
+    Returns:
+        Logits [n, vocabulary] at the n positions whose label counts, and these labels [n].
+    """
+    rows, device = batch.padded(), next(model.parameters()).device
+    positions = (rows.labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    labels = rows.labels[:, positions].to(device)
+    inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions.to(device)).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, positions.to(device)]
+    counted = labels != IGNORE_INDEX
+    return logits[counted], labels[counted]
+
+
+def final_scaling(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(scale, cap): the logits are cap * tanh(scale * head(h) / cap), or scale * head(h) where there is no cap."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
+def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The logits [n, vocabulary] of states [n, width]."""
+    scale, cap = final_scaling(model)
+    logits = model.get_output_embeddings()(states)
+    logits = logits if scale == 1.0 else logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,163 @@
+"""Whether a model can run split and packed: found once, by comparing with its own forward on two short examples.
+
+    packed == whole, and the second example does not notice what the first one is    -> packed
+    padded == whole                                                                  -> split, padded
+    else                                                                             -> the model's own forward
+
+Packing reaches into every architecture (its attention has to ask for our borders, nothing else may look along the row),
+so a model is asked and not its name. The alternative, a list of architectures, is wrong for remote code and for the
+next release of transformers. The mode stays in `model.qlora_mode`; `choose_forward_mode` can force it.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora.data.batch import Batch, Example, pack
+from qlora.errors import UserError, problem
+from qlora.layers import attention
+from qlora.layers.forward import ForwardMode, head_logits, target_logits, target_states
+
+PACKING = ("auto", "on", "off")
+# How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong
+# position, moves them by tenths; rounding by less than this.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+LENGTHS = (12, 7)  # of the examples compared
+# Why a model is not packed.
+_NO_PARTS = "its decoder and its head cannot be told apart"
+_OTHER_LOGITS = "its decoder and its head, run apart, give other logits"
+_REFUSED = "its layers do not keep packed examples apart"
+# What another architecture's own code raises when it meets what it does not know; it will run as it is.
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError)
+
+
+def forward_mode(model: nn.Module) -> ForwardMode:
+    """How `model` runs in training; chosen at the first call, if nobody has chosen before."""
+    mode = vars(model).get("qlora_mode")
+    return choose_forward_mode(model) if mode is None else mode
+
+
+def choose_forward_mode(model: nn.Module, packing: str = "auto") -> ForwardMode:
+    """Decide how `model` runs in training, set it up for that, and keep the decision.
+
+    The training mode and the random state stay as they are.
+
+    Args:
+        model: any causal language model; one that is not transformers' runs by its own forward.
+        packing: "auto" packs if the model can, "on" insists on it, "off" pads.
+
+    Raises:
+        UserError: packing="on" and the model cannot run packed.
+    """
+    if packing not in PACKING:
+        raise UserError(problem("packing", packing, f"must be one of {', '.join(PACKING)}", "Choose one of them"))
+    if isinstance(model, PreTrainedModel):
+        if _implementation(model) == attention.NAME:  # chosen before
+            model.set_attn_implementation("sdpa")
+        mode = _find(model, packing != "off")
+    else:
+        mode = ForwardMode(False, False, "it is not a model of transformers")
+    if packing == "on" and not mode.packed:
+        rule = f"{type(model).__name__} cannot run packed: {mode.reason}"
+        raise UserError(problem("packing", packing, rule, "Use `packing=auto`"))
+    return _keep(model, mode)
+
+
+@torch.no_grad()
+def expected_forward_mode(model: PreTrainedModel) -> ForwardMode:
+    """What `choose_forward_mode` will find, of a model on the meta device, where there are no numbers to compare; kept
+    in the same way.
+    """
+    if not _has_parts(model):
+        return _keep(model, ForwardMode(False, False, _NO_PARTS))
+    reason = _obstacle(model)
+    if not reason:
+        model.set_attn_implementation(attention.NAME)
+        packed = ForwardMode(True, True)
+        if _tried(model, pack([_example([1] * length) for length in LENGTHS]), packed) is not None:
+            return _keep(model, packed)
+        model.set_attn_implementation("sdpa")
+    return _keep(model, ForwardMode(True, False, reason or _REFUSED))
+
+
+@torch.no_grad()
+def _find(model: PreTrainedModel, may_pack: bool) -> ForwardMode:
+    if not _has_parts(model):
+        return ForwardMode(False, False, _NO_PARTS)
+    training = model.training
+    model.eval()
+    try:
+        first, second = _examples(model.config.get_text_config().vocab_size)
+        batch = pack([first, second])
+        expected = torch.cat([target_logits(model, pack([example]))[0] for example in (first, second)])
+        if not _close(expected, _tried(model, batch, ForwardMode(True, False))):
+            return ForwardMode(False, False, _OTHER_LOGITS)
+        reason = _obstacle(model) if may_pack else "packing=off"
+        if reason:
+            return ForwardMode(True, False, reason)
+        model.set_attn_implementation(attention.NAME)
+        packed = ForwardMode(True, True)
+        together = _tried(model, batch, packed)
+        other = _tried(model, pack([_example([first.input_ids[0]] * LENGTHS[0]), second]), packed)
+        rest = slice(
+            LENGTHS[0] - 1, None
+        )  # the logits of the second example, whose neighbour is another one in `other`
+        if _close(expected, together) and together is not None and other is not None:
+            if _close(together[rest], other[rest], 0.25):
+                return packed
+        model.set_attn_implementation("sdpa")
+        return ForwardMode(True, False, _REFUSED)
+    finally:
+        model.train(training)
+
+
+def _keep(model: nn.Module, mode: ForwardMode) -> ForwardMode:
+    vars(model)["qlora_mode"] = mode  # past nn.Module's own attributes, which are tensors and modules
+    return mode
+
+
+def _implementation(model: PreTrainedModel) -> str | None:
+    return model.config._attn_implementation
+
+
+def _has_parts(model: PreTrainedModel) -> bool:
+    decoder = model.get_decoder()
+    return model.get_output_embeddings() is not None and decoder is not None and decoder is not model
+
+
+def _obstacle(model: PreTrainedModel) -> str:
+    """Why packing need not be tried, or ""."""
+    if _implementation(model) != "sdpa" or not model._can_set_attn_implementation():
+        return f"its attention ({_implementation(model)}) cannot be replaced"
+    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        return "it takes no positions"
+    return ""
+
+
+def _example(input_ids: list[int]) -> Example:
+    return Example(tuple(input_ids), (False,) + (True,) * (len(input_ids) - 1))
+
+
+def _examples(vocabulary: int) -> list[Example]:
+    ids = torch.arange(24).mul_(7919).add_(13).remainder_(vocabulary).view(2, 12).tolist()
+    return [_example(row[:length]) for row, length in zip(ids, LENGTHS, strict=True)]
+
+
+def _tried(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> Tensor | None:
+    """Logits in this mode, or None where the architecture refuses it."""
+    try:
+        return head_logits(model, target_states(model, batch, mode)[0])
+    except _REFUSALS:
+        return None
+
+
+def _close(expected: Tensor, found: Tensor | None, share: float = 1.0) -> bool:
+    if found is None or found.shape != expected.shape:
+        return False
+    tolerance, wide = share * TOLERANCE[expected.dtype], expected.double()
+    spread = (wide - wide.mean()).square().mean().sqrt()
+    return bool((found.double() - wide).square().mean().sqrt() <= tolerance * spread)
