@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 import qlora
-from qlora.optim.layout import state_bytes
+from qlora.optim.pages import state_bytes
 from qlora.train.memory import anonymous_memory
 
 RANK = 16

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, by_length
 from qlora.data.order import run_length, step_indices
-from qlora.optim.layout import state_bytes
+from qlora.optim.pages import state_bytes
 from qlora.plan.meta import Skeleton, device_of
 from qlora.train.memory import anonymous_memory, return_freed_memory
 

@@ -24,7 +24,7 @@ from qlora.data.batch import collate
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import BLOCK, state_bytes
+from qlora.optim.pages import BLOCK, state_bytes
 from qlora.train.step import optimizer_step
 
 

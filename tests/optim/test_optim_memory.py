@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.data.batch import collate
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
-from qlora.optim import adamw as optim
+from qlora.optim import pages
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import BLOCK, layout, state_bytes
+from qlora.optim.pages import BLOCK, cut_into_pages, state_bytes
 from qlora.train.checkpoint import load_checkpoint, save_checkpoint
 from qlora.train.rng import random_states
 from qlora.train.step import optimizer_step
@@ -32,24 +32,22 @@ from qlora.train.step import optimizer_step
 # ---------------------------------------------------------------- pages
 
 
-def test_layout():
+def test_every_element_lies_in_one_page():
     """Every element once, in order; whole blocks; nothing that fits a page is cut."""
     for block in (1, BLOCK):
-        numels = [5, 0, optim.PAGE, 3 * optim.PAGE + 7, 256, 1, optim.PAGE - 200, 300]
-        pages = layout(numels, block)
+        numels = [5, 0, pages.PAGE, 3 * pages.PAGE + 7, 256, 1, pages.PAGE - 200, 300]
+        made = cut_into_pages(numels, block)
         covered = [0] * len(numels)
-        for page in pages:
+        for page in made:
             end = 0
             for span in page:
                 assert span.at == end and span.first == covered[span.index] and span.at % block == 0
                 covered[span.index] += span.count
                 end = span.at + -(-span.count // block) * block
-            assert end <= optim.PAGE
+            assert end <= pages.PAGE
         assert covered == numels
         assert all(
-            sum(span.index == i for page in pages for span in page) == 1
-            for i, n in enumerate(numels)
-            if n <= optim.PAGE
+            sum(span.index == i for page in made for span in page) == 1 for i, n in enumerate(numels) if n <= pages.PAGE
         )
 
 
@@ -70,7 +68,7 @@ def test_the_bytes_are_known_beforehand(small_pages, tmp_path, state, memory):
 PROCESS = """
 import gc, json, sys, torch
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import state_bytes
+from qlora.optim.pages import state_bytes
 from qlora.train.memory import anonymous_memory
 state, share, folder = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
@@ -175,9 +173,8 @@ def test_a_failure_anywhere_in_a_step_changes_nothing(monkeypatch, tmp_path):
     """At every allocation of the update, and at every 17th of forward and backward: weights, moments and random states
     come out as without it.
     """
-    monkeypatch.setattr(optim, "PAGE", 256)
-    monkeypatch.setattr("qlora.optim.layout.PAGE", 256)
-    monkeypatch.setattr(optim, "CHUNK", 128)
+    monkeypatch.setattr(pages, "PAGE", 256)
+    monkeypatch.setattr(pages, "CHUNK", 128)
     undisturbed = OneStep(tmp_path)
     with Failing() as counter:
         metrics = undisturbed.step()
