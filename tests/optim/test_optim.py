@@ -124,12 +124,14 @@ WITHOUT_FMA = """
 import torch
 from qlora.optim.adamw import PagedAdamW
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-made = [[torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (1, 100, 5000)] for _ in "ab"]
+def values(n, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+made = [[torch.nn.Parameter(values(n, n)) for n in (1, 100, 5000)] for _ in "ab"]
 optimizers = torch.optim.AdamW(made[0], foreach=False, fused=False), PagedAdamW(made[1])
 for step in range(5):
     for params, optimizer in zip(made, optimizers):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = values(p.shape, step)
         optimizer.step()
 print(all(torch.equal(p, q) for p, q in zip(*made)))
 """

@@ -83,12 +83,13 @@ for _ in range(2):
 after = anonymous_memory() - before
 entries = optimizer.state_dict()["state"]
 saving = anonymous_memory() - before
-print(json.dumps([optimizer.pager.resident, optimizer.pager.spilled, after, saving, sum(e["exp_avg"].abs().sum().item() > 0 for e in entries.values())]))
+full = sum(entry["exp_avg"].abs().sum().item() > 0 for entry in entries.values())
+print(json.dumps([optimizer.pager.resident, optimizer.pager.spilled, after, saving, full]))
 """
 
 
 def test_spilling_gives_memory_back(tmp_path):
-    """510 MB of state with a budget of 10 %: RssAnon is lower by what is spilled, also while the state is being saved."""
+    """510 MB of state, a budget of 10 %: RssAnon is lower by what is spilled, also while the state is being saved."""
     found = []
     for share in (1.0, 0.1):
         done = subprocess.run(
@@ -128,7 +129,10 @@ def test_everything_goes_back(small_pages, tmp_path, how):
 
 # ---------------------------------------------------------------- failed allocations
 
-FAILURE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+FAILURE = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+)
 
 
 class Failing(TorchDispatchMode):
@@ -222,8 +226,8 @@ def test_when_there_is_nothing_to_evict(tmp_path, memory):
     (line,) = error.value.problems
     assert (
         "an allocation failed at step 1" in line
-        and "--batch-size" in line
-        and ("--optimizer-memory auto" in line) == (memory == "all")
+        and "`batch_size`" in line
+        and ("`optimizer_memory=auto`" in line) == (memory == "all")
     )
     assert same(before, one.parameters)
 

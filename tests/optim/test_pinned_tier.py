@@ -66,7 +66,7 @@ class GPU(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int | None, room: int = 99):
         super().__init__()
         self.dice, self.room, self.registered = None if seed is None else random.Random(seed), room, set()
-        self.compute, self.streams, GPU.now = Stream(), [], self
+        self.compute, self.streams, self.ends, GPU.now = Stream(), [], [], self
         self.current = self.compute
 
         def stream(device: object) -> Stream:
@@ -79,6 +79,16 @@ class GPU(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "stream", self.use)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.drain())
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+
+    def tier(self) -> PinnedMemory:
+        made = PinnedMemory(torch.device("cpu"))
+        self.ends.append(made._finalizer)  # so that none outlives the fakes when a test fails
+        return made
+
+    def __exit__(self, *error):
+        for end in self.ends:
+            end()
+        super().__exit__(*error)
 
     def use(self, stream: Stream):
         gpu = self
@@ -141,7 +151,7 @@ def test_every_page_is_fetched_used_and_stored_in_order(monkeypatch, count, seed
     """Two walks, one right after the other: each page is what both left, whatever order the streams took."""
     gpu = GPU(monkeypatch, seed)
     with gpu:
-        tier = PinnedMemory(torch.device("cpu"))
+        tier = gpu.tier()
         sizes = [64 + 8 * k for k in range(count)]
         places = list(zip(tier.reserve(sizes), sizes, strict=True))
         for by in (3, 4):
@@ -150,15 +160,16 @@ def test_every_page_is_fetched_used_and_stored_in_order(monkeypatch, count, seed
         pages = tier.read(places)
         assert [page.tolist() for page in pages] == [[7] * size for size in sizes]
         assert tier.moved == 2 * 2 * sum(sizes)
-        gpu.drain()
-        tier.close()
+        walk(gpu, tier, places, 1)
+        tier.close()  # waits for the copies: memory in use is not given back
+        assert not any(stream.queue for stream in (gpu.compute, *gpu.streams))
     assert not gpu.registered
 
 
 def test_a_page_that_is_not_there_yet_is_a_stall(monkeypatch):
     gpu = GPU(monkeypatch, None)
     with gpu:
-        tier = PinnedMemory(torch.device("cpu"))
+        tier = gpu.tier()
         places = list(zip(tier.reserve([8] * 3), [8] * 3, strict=True))
         walk(gpu, tier, places, 1)
         assert tier.stalls == 3
@@ -172,7 +183,7 @@ def test_a_page_that_is_not_there_yet_is_a_stall(monkeypatch):
 def test_memory_that_cannot_be_pinned_is_one_error_and_goes_back(monkeypatch):
     gpu = GPU(monkeypatch, None, room=3)
     with gpu:
-        tier = PinnedMemory(torch.device("cpu"))
+        tier = gpu.tier()
         tier.reserve([8, 8])
         with pytest.raises(UserError, match="has no 0 MB that can be pinned"):
             tier.reserve([8, 8])
