@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -49,4 +50,4 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.0
     memory: int | str = "auto"
-    state: str = "float32"
+    state: Literal["float32", "8bit"] = "float32"
