@@ -369,7 +369,7 @@ def test_the_default_optimizer_of_finetune(tmp_path):
     assert qlora.PagedAdamW is PagedAdamW
     tiny.write_model(tmp_path / "model")
     tiny.write_data(tmp_path / "data.jsonl")
-    from qlora.run.recipe import adamw
+    from qlora.run.optimizer import adapter_optimizer
 
     config = qlora.FinetuneConfig(
         model=str(tmp_path / "model"),
@@ -378,7 +378,7 @@ def test_the_default_optimizer_of_finetune(tmp_path):
         optimizer_memory="none",
         optimizer_state="8bit",
     )
-    optimizer = adamw(tiny.adapted(tiny.llama()), config)
+    optimizer = adapter_optimizer(tiny.adapted(tiny.llama()), config.optimizer(), tmp_path)
     assert type(optimizer) is PagedAdamW and optimizer.pager.resident == 0 < optimizer.pager.spilled
     assert optimizer.pager.spilled == sum(
         state_bytes([p.numel() for g in optimizer.param_groups for p in g["params"]], "8bit")

@@ -100,7 +100,7 @@ def test_a_run(config, tmp_path, capsys):
         "18 examples, 6 held out",
         f"dora of rank 4 on 14 layers, {parameters:,} trainable",
         "NF4 in blocks of 64",
-        "12 of 2 examples, end to end without padding",
+        "12 of 2 examples, packed without padding",
     ):
         assert words in said.out
     assert (
@@ -324,7 +324,7 @@ def test_an_earlier_run_is_not_written_over(config, tmp_path):
     (problem,) = refused(config())
     assert (
         problem == f"output={tmp_path}/run: holds an earlier run; its last checkpoint is step-000004. "
-        "Go on with --resume, or choose another folder."
+        "Continue it with `resume`, or choose another folder."
     )
     assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == kept
 
@@ -416,8 +416,8 @@ def test_a_resume_that_would_be_another_run(config, place, tmp_path):
     assert problems[4] == "rank=8: the run began with rank=4. Resume with that, or start anew in another folder."
     (problem,) = refused(config(resume=True, steps=8))
     assert (
-        problem.startswith("steps=8: the cosine schedule was laid out for 4 steps")
-        and "only a run with --schedule constant" in problem
+        problem.startswith("steps=8: the cosine schedule was planned for 4 steps")
+        and "only a run with `schedule=constant`" in problem
     )
     (problem,) = refused(config(resume=True, data=str(place / "held.jsonl")))
     assert problem.startswith("data=(changed): the run began on 24 training examples")
