@@ -10,19 +10,27 @@ finetune.py, since `qlora.finetune` is the function.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from qlora.config.commands import FinetuneConfig
+from qlora.data.batch import Batch
 from qlora.data.order import run_length
 from qlora.evaluate import evaluate
 from qlora.export.peft import save_adapter
 from qlora.models.device import resolve_device, resolve_dtype
+from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, run_identity
-from qlora.run.inputs import micro_batches, read_inputs
+from qlora.run.inputs import Inputs, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
 from qlora.run.report import FinetuneResult, after, before, how_to_resume, summarize
@@ -44,23 +52,19 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     with Run(config) as run:
         inputs = read_inputs(config, cheap_checks(run))
         length = run_length(config, len(inputs.train))
-        steps = length["steps"]
-        dtype = resolve_dtype(config.dtype, run.device)
-        identity = run_identity(config, inputs, length, dtype)
+        identity = run_identity(config, inputs, length, resolve_dtype(config.dtype, run.device))
         checkpoint = run.checkpoint
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
         run.keep_memory(inputs)
         config = run.config  # with settings that keep the budget
 
-        spec = ModelSpec(config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.seed)
-        model = assemble(inputs.source, spec, run.device)
-        optimizer = run.own(adapter_optimizer(model, config.optimizer(), run.output))
+        parts = build(config, inputs, length, run.device, run.output)
+        model, optimizer = parts.model, run.own(parts.optimizer)
         first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)["step"]
-        notes = {"data": config.data, "examples": len(inputs.train), "steps": steps}
+        notes = {"data": config.data, "examples": len(inputs.train), "steps": length["steps"]}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
-
-        print(before(config, inputs, model, optimizer, first, steps), flush=True)
+        print(before(config, inputs, model, optimizer, first, length["steps"]), flush=True)
 
         def save(step: int) -> None:
             log.sync()
@@ -71,12 +75,12 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             return evaluate(model, inputs.held_out, config.batch_size).loss
 
         try:
-            with run.begin(first, steps) as log:
+            with run.begin(first, length["steps"]) as log:
                 train(
                     model,
                     optimizer,
-                    micro_batches(config, inputs.train, length["examples"]),
-                    schedule(config, first, steps),
+                    parts.batches,
+                    dataclasses.replace(parts.schedule, first=first),
                     log=log,
                     evaluate=held_out_loss if inputs.held_out else None,
                     save=save,
@@ -100,9 +104,35 @@ def cheap_checks(run: Run) -> list[Callable[[], Any]]:
     return [*checks, require_tensorboard] if run.requested.tensorboard else checks
 
 
-def schedule(config: FinetuneConfig, first: int, steps: int) -> Schedule:
-    """When the run does what: steps `first` to `steps` - 1."""
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains with."""
+
+    model: PreTrainedModel
+    optimizer: PagedAdamW
+    batches: Callable[[int], list[Batch]]
+    schedule: Schedule
+
+
+def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device: torch.device, folder: Path) -> Parts:
+    """Everything that the options decide about training, before its first step.
+
+    Args:
+        length: see `run_length`.
+        folder: where optimizer state may spill to.
+
+    Raises:
+        UserError: see `assemble` and `PagedAdamW`.
+    """
+    dtype = resolve_dtype(config.dtype, device)
+    spec = ModelSpec(config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.seed)
+    model = assemble(inputs.source, spec, device)
+    optimizer = adapter_optimizer(model, config.optimizer(), folder)
+    batches = micro_batches(config, inputs.train, length["examples"])
     rate = functools.partial(
-        learning_rate, steps=steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
+        learning_rate, steps=length["steps"], peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
     )
-    return Schedule(steps, rate, first, config.clip, config.eval_every, config.save_every)
+    schedule = Schedule(
+        length["steps"], rate, clip=config.clip, eval_every=config.eval_every, save_every=config.save_every
+    )
+    return Parts(model, optimizer, batches, schedule)

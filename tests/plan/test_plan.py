@@ -206,10 +206,15 @@ def test_command(capsys):
 
 
 def options(place, output, **changes) -> FinetuneConfig:
-    usual = dict(
-        model=str(place / "model"), data=str(place / "data.jsonl"), output=str(output), steps=4, batch_size=4, rank=64
-    )
-    return FinetuneConfig(**usual | dict(learning_rate=1e-2, device="cpu", dtype="fp32") | changes)
+    usual = {
+        "model": str(place / "model"),
+        "data": str(place / "data.jsonl"),
+        "output": str(output),
+        "steps": 4,
+        "batch_size": 4,
+        "rank": 64,
+    }
+    return FinetuneConfig(**usual | {"learning_rate": 1e-2, "device": "cpu", "dtype": "fp32"} | changes)
 
 
 def losses(output) -> list[float]:
