@@ -77,9 +77,9 @@ def _merge(config: MergeConfig) -> None:
 
 def _generate(config: GenerateConfig) -> None:
     _quiet()
-    from qlora.run.commands import generate_text
+    from qlora.run.commands import generate_command
 
-    print(generate_text(config))
+    print(generate_command(config))
 
 
 def _eval(config: EvalConfig) -> None:
@@ -106,9 +106,9 @@ def _quantize(config: QuantizeConfig) -> None:
 
 def _plan(config: PlanConfig) -> None:
     _quiet()
-    from qlora.run.commands import planned
+    from qlora.run.commands import plan_command
 
-    found = planned(config)
+    found = plan_command(config)
     text = found.pop("text")
     print(json.dumps(found, indent=2) if config.json else text)
 

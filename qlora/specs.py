@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from qlora.errors import problem
 
@@ -90,4 +91,4 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.0
     memory: int | str = "auto"
-    state: str = "float32"
+    state: Literal["float32", "8bit"] = "float32"

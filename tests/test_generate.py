@@ -15,7 +15,7 @@ from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError
 from qlora.export.peft import save_adapter
 from qlora.generate import Sampling, generate_batch
-from qlora.run.commands import generate_text
+from qlora.run.commands import generate_command
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
 
@@ -173,12 +173,12 @@ def test_generate_text_takes_the_base_from_the_adapter(tmp_path):
     options = {"prompt": "a", "max_new_tokens": 12, "device": "cpu", "dtype": "fp32"}
     model = tiny.adapted(qlora.load_base(folder, bits=4, dtype="fp32", device="cpu"))
     save_adapter(model, tmp_path / "adapter", tiny.tokenizer())
-    answer = generate_text(GenerateConfig(adapter=str(tmp_path / "adapter"), **options))
+    answer = generate_command(GenerateConfig(adapter=str(tmp_path / "adapter"), **options))
     assert answer == expected(model.eval(), tiny.tokenizer(), "a", 12)
-    assert answer != generate_text(GenerateConfig(model=folder, **options))
+    assert answer != generate_command(GenerateConfig(model=folder, **options))
     (tmp_path / "base").rename(tmp_path / "moved")
     moved = GenerateConfig(adapter=str(tmp_path / "adapter"), model=str(tmp_path / "moved"), **options)
-    assert generate_text(moved) == answer
+    assert generate_command(moved) == answer
 
 
 def test_smollm2_answers(tokenizer, smollm2_dense):

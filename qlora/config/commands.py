@@ -206,6 +206,11 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     optimizer_state: Literal["float32", "8bit"] = option(
         "float32", group=TRAINING, aka="optim", help="how AdamW keeps its state"
     )
+    packing: Literal["auto", "on", "off"] = option(
+        "auto",
+        group=TRAINING,
+        help="examples of a batch in one row without padding: where the model can, or on (it must), or off",
+    )
     gradient_checkpointing: bool = option(
         False, group=TRAINING, help="less memory, more time: recompute layers in the backward pass"
     )

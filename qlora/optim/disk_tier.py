@@ -1,4 +1,13 @@
-"""TODO head of optim.disk_tier."""
+"""The slow tier of a CPU: pages in an unlinked, preallocated file that is mapped where it is used.
+
+    reserve   blocks of the file are allocated: a full disk is met here, not by a write to a mapped hole (SIGBUS)
+    walk      the file is mapped; the next page is announced to the kernel (WILLNEED), which reads ahead and writes back
+    unmap     after a failed allocation: addresses may be what is short, so pages are mapped only while they are used
+
+The kernel's page cache moves the bytes. The alternative, a thread that copies into buffers of our own, was slower and
+needs the memory that spilling is to save. MADV_DONTNEED frees no memory of a mapped file, only its mapping, which costs
+page faults: the mapping stays as long as addresses are not short.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,7 @@ import re
 import resource
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,14 +28,14 @@ from torch import Tensor
 from qlora.errors import UserError, problem
 from qlora.files import disk_full
 
-_POPULATE_WRITE = (
-    23  # MADV_POPULATE_WRITE (Linux 5.14), which Python has no name for: all page faults of a range at once
-)
+# MADV_POPULATE_WRITE (Linux 5.14), which Python has no name for: all page faults of a range at once.
+_POPULATE_WRITE = 23
 
 
 def anonymous(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of zeros in a mapping of its own, which goes back to the system with the tensor. (What malloc gets
-    back it may keep.)
+    """uint8 [nbytes] of zeros in a mapping of its own, which goes back to the system with the tensor.
+
+    (What malloc gets back it may keep.)
 
     Raises:
         MemoryError: there is none.
@@ -39,8 +48,10 @@ def anonymous(nbytes: int) -> Tensor:
 
 
 class MappedFile:
-    """Pages in a file without a name: preallocated, so that a full disk is met before anything counts on it (a write to
-    a mapped hole would kill the process), and unlinked, so that nobody can cut it short and nothing is left behind.
+    """Pages in a file without a name: nobody can cut it short, and nothing is left behind.
+
+    `moved` counts the bytes read and written through `walk`; `stalls` the pages that had to be waited for (those whose
+    use took a major page fault).
     """
 
     def __init__(self, folder: str | Path | None = None):
@@ -51,7 +62,11 @@ class MappedFile:
         self._keep = True
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """Offsets of new pages of zeros. Raises: UserError if the disk has no room, or the folder lies in memory."""
+        """Offsets of new pages of zeros, of these sizes in bytes.
+
+        Raises:
+            UserError: the disk has no room, or the folder lies in memory.
+        """
         if self._handle < 0:
             self._handle = open_unlinked(self.folder)
             self._finalizer = weakref.finalize(self, os.close, self._handle)
@@ -64,12 +79,14 @@ class MappedFile:
         return offsets
 
     def write(self, place: int, page: Tensor) -> None:
-        rest = memoryview(page.numpy())
+        """Write uint8 `page` at an offset of the file."""
+        rest = memoryview(page.numpy().data)
         while rest:
             written = os.pwrite(self._handle, rest, place)
             place, rest = place + written, rest[written:]
 
     def read(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Views of the mapped file, uint8, for (offset, size) each; they keep the mapping alive."""
         window = torch.frombuffer(self._map(), dtype=torch.uint8)
         return [window[place : place + size] for place, size in places]
 
@@ -88,6 +105,7 @@ class MappedFile:
 
     @contextmanager
     def walk(self, places: Sequence[tuple[int, int]]) -> Iterator[Iterator[Tensor]]:
+        """An iterator over the pages at (offset, size), to read and write, each good until the next is asked for."""
         if not places:
             yield iter(())
             return
@@ -97,7 +115,7 @@ class MappedFile:
         finally:
             pages.close()
 
-    def _walk(self, mapping: mmap.mmap, places: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    def _walk(self, mapping: mmap.mmap, places: Sequence[tuple[int, int]]) -> Generator[Tensor, None, None]:
         window = torch.frombuffer(mapping, dtype=torch.uint8)
         for (place, size), following in zip(places, [*places[1:], None], strict=True):
             if following is not None:
@@ -114,6 +132,7 @@ class MappedFile:
                     mapping.madvise(mmap.MADV_DONTNEED, place, size)
 
     def scratch(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], mapped from an unlinked file of its own that goes with the tensor."""
         handle = open_unlinked(self.folder)
         try:
             allocate(handle, 0, nbytes, self.folder)
@@ -122,6 +141,7 @@ class MappedFile:
             os.close(handle)
 
     def close(self) -> None:
+        """Give the file back. Tensors from `read` stay good as long as somebody holds them."""
         self.unmap()
         if self._handle >= 0:
             self._finalizer()
@@ -129,7 +149,7 @@ class MappedFile:
 
 
 def _fault_in(mapping: mmap.mmap, place: int, size: int) -> None:
-    """Take the page faults of a range at once, which costs half of taking them one by one."""
+    """Take the page faults of a range at once, which is cheaper than one by one."""
     try:
         mapping.madvise(_POPULATE_WRITE, place, size)
     except OSError as error:
@@ -144,12 +164,9 @@ def open_unlinked(folder: Path) -> int:
         UserError: the folder cannot be written to, or is kept in memory, where spilling saves nothing.
     """
     if in_memory(folder):
-        remedy = (
-            "Write to a folder on a disk (the output folder, or TMPDIR), or keep the state resident with memory=all"
-        )
-        raise UserError(
-            problem("folder", folder, "lies in memory (tmpfs), so pages spilled to it would save none", remedy)
-        )
+        rule = "lies in memory (tmpfs), so pages spilled to it would save none"
+        remedy = "Write to a folder on a disk (the output folder, or TMPDIR), or use `optimizer_memory=all`"
+        raise UserError(problem("folder", folder, rule, remedy))
     try:
         if hasattr(os, "O_TMPFILE"):
             try:
@@ -161,32 +178,37 @@ def open_unlinked(folder: Path) -> int:
         os.unlink(path)
         return handle
     except OSError as error:
-        raise UserError(
-            problem("folder", folder, f"cannot be written ({error.strerror})", "Choose a folder you may write to")
-        ) from error
+        rule = f"cannot be written ({error.strerror})"
+        raise UserError(problem("folder", folder, rule, "Choose a folder you may write to")) from error
 
 
 def allocate(handle: int, offset: int, nbytes: int, folder: Path) -> None:
-    """Have the blocks of a range of a file. Raises: UserError if the disk is full."""
+    """Allocate the blocks of a range of a file.
+
+    Raises:
+        UserError: the disk is full.
+    """
     try:
         os.posix_fallocate(handle, offset, nbytes)
     except OSError as error:
         if not disk_full(error):
             raise
+        rule = f"the disk has no room for {nbytes / 1e6:.0f} MB of pages"
         remedy = "Free some space there, or let more of it stay in memory"
-        raise UserError(
-            problem("folder", folder, f"the disk has no room for {nbytes / 1e6:.0f} MB of pages", remedy)
-        ) from error
+        raise UserError(problem("folder", folder, rule, remedy)) from error
 
 
 def in_memory(folder: Path) -> bool:
-    """Whether a folder's file system is tmpfs or ramfs. Raises: UserError if there is no such folder."""
+    """Whether a folder's file system is tmpfs or ramfs.
+
+    Raises:
+        UserError: there is no such folder.
+    """
     try:
         device = os.stat(folder).st_dev
         mounts = Path("/proc/self/mountinfo").read_text()
     except OSError as error:
-        raise UserError(
-            problem("folder", folder, f"cannot be used ({error.strerror})", "Choose a folder on a disk, on Linux")
-        ) from error
+        rule = f"cannot be used ({error.strerror})"
+        raise UserError(problem("folder", folder, rule, "Choose a folder on a disk, on Linux")) from error
     name = f"{os.major(device)}:{os.minor(device)}"
     return re.search(rf"^\d+ \d+ {name} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE) is not None

@@ -1,4 +1,9 @@
-"""TODO head of optim.memory_errors."""
+"""Which exceptions mean that an allocation failed.
+
+torch's CPU allocator, torch on CUDA, Python and mmap each say it by another type, some of them only by a text. One
+predicate knows them all, so that the optimizer and the training step retry for the same reasons. The alternative, to
+catch everything, would hide defects.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,8 @@ import errno
 
 import torch
 
-ALLOCATION_ERRORS = (
-    MemoryError,
-    OSError,
-    RuntimeError,
-)  # among which `out_of_memory` tells; torch.OutOfMemoryError is a RuntimeError
+# The types to catch, among which `out_of_memory` tells. torch.OutOfMemoryError is a RuntimeError.
+ALLOCATION_ERRORS = (MemoryError, OSError, RuntimeError)
 
 
 def out_of_memory(error: BaseException) -> bool:

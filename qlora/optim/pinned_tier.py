@@ -1,9 +1,18 @@
-"""TODO head of optim.pinned_tier."""
+"""The slow tier of a GPU: pages in page-locked memory of the host, copied to and from two slots on the device.
+
+    in stream    fetch 0 | fetch 1 | ........ | fetch 2 (slot of 0) |
+    compute                | use 0   | use 1             | use 2 ...
+    out stream                       | store 0 | store 1
+
+Copying in, computation and copying out overlap; page k waits for the store of page k - 2, which had its slot. The host
+waits for nothing. The alternative, managed memory, loses its paging on resume and never frees. The order of the streams
+is tested with fakes (tests/optim/test_pinned_tier.py); no card has run this class yet.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +23,9 @@ from qlora.optim.disk_tier import anonymous
 
 
 class PinnedMemory:
-    """Pages in page-locked memory of the host; two slots on the device that copies in, computation and copies out
-    share:
+    """Pages of the host for one device. Places are page numbers here; otherwise the interface is `MappedFile`'s.
 
-    in stream    fetch 0 | fetch 1 | ........ | fetch 2 (slot of 0) |
-    compute                | use 0   | use 1             | use 2 ...
-    out stream                       | store 0 | store 1
+    `moved` counts the bytes copied in and out; `stalls` the pages whose copy had not ended when they were asked for.
     """
 
     def __init__(self, device: torch.device):
@@ -30,7 +36,11 @@ class PinnedMemory:
         self._finalizer = weakref.finalize(self, _unpin, device, self._host)
 
     def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """Numbers of new pages of zeros. Raises: UserError if the host has no memory that can be pinned."""
+        """Numbers of new pages of zeros, of these sizes in bytes.
+
+        Raises:
+            UserError: the host has no memory that can be pinned.
+        """
         pinned: list[Tensor] = []
         try:
             for size in sizes:
@@ -40,22 +50,27 @@ class PinnedMemory:
                 pinned.append(page)
         except MemoryError as error:
             _unpin(self.device, pinned)
+            rule = f"has no {sum(sizes) / 1e6:.0f} MB that can be pinned ({error})"
             remedy = "Free some of it, or let more of the state stay on the device"
-            raise UserError(
-                problem("memory", "host", f"has no {sum(sizes) / 1e6:.0f} MB that can be pinned ({error})", remedy)
-            ) from error
+            raise UserError(problem("memory", "host", rule, remedy)) from error
         self._host += pinned
         return list(range(len(self._host) - len(pinned), len(self._host)))
 
     def write(self, place: int, page: Tensor) -> None:
+        """Copy a page of the device to the host; returns when it is there."""
         self._host[place].copy_(page)
 
     def read(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The pages of the host themselves, when every copy out has ended."""
         self._out.synchronize()
         return [self._host[place] for place, _ in places]
 
     @contextmanager
     def walk(self, places: Sequence[tuple[int, int]]) -> Iterator[Iterator[Tensor]]:
+        """An iterator over pages on the device, to read and write, each good until the next is asked for.
+
+        The slots are allocated on entering: what can fail fails before a page is handed out.
+        """
         if not places:
             yield iter(())
             return
@@ -72,7 +87,7 @@ class PinnedMemory:
 
     def _walk(
         self, slots: list[Tensor], compute: torch.cuda.Stream, places: Sequence[tuple[int, int]]
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor, None, None]:
         fetched = [torch.cuda.Event() for _ in places]
         stored = [torch.cuda.Event() for _ in places]
         self._in.wait_stream(compute)
@@ -103,12 +118,15 @@ class PinnedMemory:
                 self.moved += 2 * size
 
     def scratch(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of ordinary memory of the host."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def unmap(self) -> int:
+        """Nothing: addresses are not what a GPU is short of."""
         return 0
 
     def close(self) -> None:
+        """Wait for copies under way, and give the host's memory back."""
         self._finalizer()
 
 

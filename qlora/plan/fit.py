@@ -1,19 +1,17 @@
-"""What a fine-tuning run needs in memory, from the model's config and the options alone: no weights, no data.
+"""What a fine-tuning run needs in memory, and the settings that keep a budget.
 
-    peak = max(loading, training, training)     training = model + adapters + gradients + optimizer + activations + workspace
-                                  loading = model + its two largest tensors; libraries (what they take at first use) in
-                                  both
+    training = weights + constants + others + adapters + gradients + optimizer + activations + workspace + libraries
+               - overlap - mapped
+    loading  = model + its two largest tensors + libraries - mapped
+    peak     = max(training, loading, evaluating)
 
-What lies still is counted from the shapes of the whole model, built on the meta device. What a step needs in passing is
-found by running the step itself, `loss_sum` and its backward pass, on meta tensors of the largest micro-batch, with an
-account of every storage that comes and goes (`Account`). Three layers and two are run and the difference is that of
-every further layer; layers that are not alike are all run. So the plan follows the code and knows every architecture
-that trains. The alternative, a formula of bytes a layer, is faster but has to be kept true by hand for each of them,
-and cannot know what a backward pass holds at its worst moment.
+In the first micro-batch of a step the gradients come as the activations go, a layer at a time: `overlap` is what of the
+two is never there at once. `mapped` stays in the checkpoint's files. Sizes and steps are those of `meta.MetaRun`;
+neither weights nor a formula of bytes a layer are needed (tracker.py says why), and data only for the lengths of its
+examples.
 
 On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, without what is freed
-but kept by
-glibc: a process with a budget gives that back when memory comes near it (`train.PeakMemory`), one without peaks higher
+but kept by glibc: a process with a budget gives that back near it (`train.memory.PeakMemory`), one without peaks higher
 by a fifth. On CUDA they are allocated bytes, by the same account, which no card has verified yet.
 """
 
@@ -26,8 +24,8 @@ from dataclasses import dataclass
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, by_length
 from qlora.data.order import run_length, step_indices
-from qlora.optim.layout import state_bytes
-from qlora.plan.meta import Skeleton, device_of
+from qlora.optim.pages import state_bytes
+from qlora.plan.meta import MetaRun, planned_device
 from qlora.train.memory import anonymous_memory, return_freed_memory
 
 MARGIN = 0.1  # what a budget leaves free of a predicted peak
@@ -42,32 +40,46 @@ class Settings:
     gradient_checkpointing: bool
     optimizer_memory: int | str
 
+    def options(self) -> list[str]:
+        """The settings as `name=value`; recomputation only where it is on."""
+        words = ["gradient_checkpointing=true"] if self.gradient_checkpointing else []
+        words += [f"batch_size={self.batch_size}", f"accumulate={self.accumulate}"]
+        return [*words, f"optimizer_memory={self.optimizer_memory}"]
+
     def flags(self) -> str:
+        """The settings as they are typed."""
         words = ["--gradient-checkpointing"] if self.gradient_checkpointing else []
-        words += [
-            f"--batch-size {self.batch_size} --accumulate {self.accumulate}",
-            f"--optimizer-memory {self.optimizer_memory}",
-        ]
-        return " ".join(words)
+        words += [f"--batch-size {self.batch_size}", f"--accumulate {self.accumulate}"]
+        return " ".join([*words, f"--optimizer-memory {self.optimizer_memory}"])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes. `parts` by component add up to the peak of training; `peak` is that, or `loading` or `evaluating` where
-    they are higher.
+    """Bytes of a run with these settings.
+
+    `parts` are counted by component; `overlap` of gradients and activations is never there at once, and `mapped` stays
+    in the checkpoint's files. `spilled` is optimizer state outside of memory. `tokens` are those of the micro-batch at
+    the peak of training.
     """
 
     settings: Settings
     parts: dict[str, int]
-    spilled: int
+    overlap: int
     mapped: int
+    spilled: int
     loading: int
     evaluating: int
     tokens: int
 
     @property
+    def training(self) -> int:
+        """The peak of training."""
+        return sum(self.parts.values()) - self.overlap - self.mapped
+
+    @property
     def peak(self) -> int:
-        return max(sum(self.parts.values()), self.loading, self.evaluating)
+        """The peak of the whole run."""
+        return max(self.training, self.loading, self.evaluating)
 
     @property
     def budget(self) -> int:
@@ -75,51 +87,59 @@ class Plan:
         return int(self.peak * (1 + MARGIN)) + 1
 
 
-Lengths = tuple[int, ...]  # of the examples of a micro-batch
-Largest = Callable[
-    [int], tuple[list[Lengths], list[Lengths]]
-]  # batch size -> the largest micro-batches of the steps, of the evaluations
+Lengths = tuple[int, ...]  # tokens of the examples of a micro-batch
+PeakBatches = Callable[[int], tuple[list[Lengths], list[Lengths]]]  # see `peak_batches`
 
 
-def predict(skeleton: Skeleton, settings: Settings, largest: Largest) -> Plan:
+def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
     """What a run with these settings needs."""
-    s, (trained, evaluated) = skeleton, largest(settings.batch_size)
-    steps = {batch: s.step(batch, settings.gradient_checkpointing) for batch in trained}
-    batch, step = max(steps.items(), key=lambda item: item[1].kept + item[1].passing)
-    evaluating = max(
-        (s.step(lengths, settings.gradient_checkpointing).evaluating for lengths in evaluated), default=None
-    )
-    resident, spilled = state_bytes(s.adapters, s.options.optimizer_state, settings.optimizer_memory)
-    gradients, kept = s.adapter_bytes, step.kept
-    model = s.weights + s.constants + s.others - s.mapped
-    libraries = s.libraries
-    # In the first micro-batch of a step the gradients come as the activations go, a layer at a time.
-    both = (
-        kept + gradients if settings.accumulate > 1 else max(kept + gradients // s.count, gradients + kept // s.count)
-    )
+    trained, evaluated = batches(settings.batch_size)
+    steps = {lengths: run.step(lengths, settings.gradient_checkpointing) for lengths in trained}
+    at_peak, step = max(steps.items(), key=lambda item: item[1].kept + item[1].passing)
+    evaluations = [run.step(lengths, settings.gradient_checkpointing).evaluating for lengths in evaluated]
+    resident, spilled = state_bytes(run.adapters, run.options.optimizer_state, settings.optimizer_memory)
+    still, gradients = run.still, run.adapter_bytes
     parts = {
-        "weights": s.weights,
-        "constants": s.constants,
-        "embeddings, head, norms": s.others,
-        "adapters": s.adapter_bytes,
+        "weights": still.weights,
+        "constants": still.constants,
+        "embeddings, head, norms": still.others,
+        "adapters": run.adapter_bytes,
         "gradients": gradients,
         "optimizer": resident,
-        "activations": kept,
-        "not at the same time": both - kept - gradients,
+        "activations": step.kept,
         "workspace": step.passing,
-        "libraries": libraries,
-        "mapped from the file": -s.mapped,
+        "libraries": run.libraries,
     }
-    still = model + s.adapter_bytes + gradients + resident + libraries
-    evaluation = 0 if evaluating is None else still + evaluating
-    return Plan(settings, parts, spilled, s.mapped, model + s.loading + libraries, evaluation, sum(batch))
+    in_memory = still.model - still.mapped + run.libraries
+    lasting = in_memory + run.adapter_bytes + gradients + resident
+    return Plan(
+        settings,
+        parts,
+        overlap=_overlap(step.kept, gradients, run.stack.count, settings.accumulate),
+        mapped=still.mapped,
+        spilled=spilled,
+        loading=in_memory + still.loading,
+        evaluating=lasting + max(evaluations) if evaluations else 0,
+        tokens=sum(at_peak),
+    )
 
 
-def choices(config: FinetuneConfig) -> Iterator[tuple[int, int, bool]]:
-    """(batch size, batches a step, checkpointing), cheapest first: recomputation costs time, smaller batches cost more
-    of it.
+def _overlap(activations: int, gradients: int, layers: int, accumulate: int) -> int:
+    """Bytes of activations and gradients that are never there at once.
 
-    Dropout draws another mask for other batches, so a run with dropout keeps its own.
+    With several micro-batches a step, gradients lie there from the first on, and there are none.
+    """
+    if accumulate > 1:
+        return 0
+    both = max(activations + gradients // layers, gradients + activations // layers)
+    return activations + gradients - both
+
+
+def candidates(config: FinetuneConfig) -> Iterator[tuple[int, int, bool]]:
+    """(batch size, batches a step, checkpointing), cheapest first.
+
+    Recomputation costs time, smaller batches cost more of it. Dropout draws another mask for other batches, so a run
+    with dropout keeps its own.
     """
     yield config.batch_size, config.accumulate, config.gradient_checkpointing
     for size in range(config.batch_size, 0, -1):
@@ -128,60 +148,63 @@ def choices(config: FinetuneConfig) -> Iterator[tuple[int, int, bool]]:
                 yield size, config.accumulate * (config.batch_size // size), True
 
 
-def asked(config: FinetuneConfig) -> Settings:
+def requested(config: FinetuneConfig) -> Settings:
+    """The settings that were asked for."""
     return Settings(config.batch_size, config.accumulate, config.gradient_checkpointing, config.optimizer_memory)
 
 
-def fit(skeleton: Skeleton, available: int, largest: Largest) -> tuple[Plan | None, Plan]:
+def fit(run: MetaRun, available: int, batches: PeakBatches) -> tuple[Plan | None, Plan]:
     """(the cheapest plan whose `budget` is at most `available` bytes or None, the smallest plan there is)."""
-    config = skeleton.options
-    smallest = None
-    wanted = predict(skeleton, asked(config), largest)
+    config = run.options
+    wanted = predict(run, requested(config), batches)
     if wanted.budget <= available:
         return wanted, wanted
-    for size, accumulate, checkpointing in choices(config):
-        least = predict(skeleton, Settings(size, accumulate, checkpointing, "none"), largest)
+    smallest = None
+    for size, accumulate, checkpointing in candidates(config):
+        least = predict(run, Settings(size, accumulate, checkpointing, "none"), batches)
         smallest = least if smallest is None or least.budget < smallest.budget else smallest
         if least.budget > available:
             continue
-        room = int(available / (1 + MARGIN)) - least.peak - 1
-        more = wanted.parts["optimizer"]
-        best = predict(skeleton, Settings(size, accumulate, checkpointing, min(more, max(0, room))), largest)
+        left = int(available / (1 + MARGIN)) - least.peak - 1
+        state = min(wanted.parts["optimizer"], max(0, left))
+        best = predict(run, Settings(size, accumulate, checkpointing, state), batches)
         return (best if best.budget <= available else least), smallest
-    return None, smallest
+    return None, smallest or wanted
 
 
-def largest(
+def peak_batches(
     config: FinetuneConfig, train: Sequence[Example] | None = None, held_out: Sequence[Example] = ()
-) -> Largest:
-    """The largest micro-batches of the run, those of most tokens without and with padding: its steps are looked through
-    in their order, since the longest examples rarely meet in one. Without data every example has max_tokens.
-    """
+) -> PeakBatches:
+    """A function: batch size -> the largest micro-batches of the steps, and those of the evaluations.
 
-    def most(batches: Iterable[Sequence[Example]]) -> list[Lengths]:
-        found = {tuple(len(example.input_ids) for example in batch) for batch in batches}
-        return list({max(found, key=sum), max(found, key=lambda lengths: len(lengths) * max(lengths))}) if found else []
+    The largest are those of most tokens without and with padding. The steps are looked through in their order, since
+    the longest examples rarely meet in one. Without data every example has max_tokens.
+    """
+    if train is None:
+        evaluates = config.eval_data is not None or config.eval_fraction > 0
+        return lambda size: ([(config.max_tokens,) * size], [(config.max_tokens,) * size] if evaluates else [])
+    per_step = config.batch_size * config.accumulate
+    length = run_length(len(train), per_step, steps=config.steps, epochs=config.epochs, warmup=config.warmup)
 
     @functools.cache
     def of(size: int) -> tuple[list[Lengths], list[Lengths]]:
-        if train is None:
-            full = [(config.max_tokens,) * size]
-            return full, full if config.eval_data is not None or config.eval_fraction > 0 else []
-        per_step = config.batch_size * config.accumulate
-        length = run_length(len(train), per_step, steps=config.steps, epochs=config.epochs, warmup=config.warmup)
         steps = (
             step_indices(len(train), per_step, config.seed, step, length["examples"]) for step in range(length["steps"])
         )
-        return most(b for chosen in steps for b in by_length([train[i] for i in chosen], size)), most(
-            by_length(held_out, size)
-        )
+        trained = _largest(batch for chosen in steps for batch in by_length([train[i] for i in chosen], size))
+        return trained, _largest(by_length(held_out, size))
 
     return of
 
 
-def held(config: FinetuneConfig) -> int:
-    """What this process holds before a run on a CPU, without what is free."""
-    if device_of(config.device) != "cpu":
+def _largest(batches: Iterable[Sequence[Example]]) -> list[Lengths]:
+    found = {tuple(len(example.input_ids) for example in batch) for batch in batches}
+    return list({max(found, key=sum), max(found, key=lambda lengths: len(lengths) * max(lengths))}) if found else []
+
+
+def baseline_bytes(device: str) -> int:
+    """What this process holds before a run on a CPU, without what is free; 0 on a GPU."""
+    if planned_device(device) != "cpu":
         return 0
     return_freed_memory()
     return anonymous_memory()

@@ -1,271 +1,255 @@
-"""TODO head of plan.meta."""
+"""A run on meta tensors: the exact sizes of all that stays, and what a step of any micro-batch takes in passing.
+
+    still bytes   counted from the shapes of the whole model, without adapters        (`count_still_bytes`)
+    step bytes    a step of a short model is run under `tracker.AllocationTracker`    (`MetaRun.step`)
+
+The short model comes from `run.assemble`, as the real one does. Three layers and two are run, and the difference is
+that of every further layer; layers that are not alike are all run. The alternative, all layers always, takes seconds
+more for each question.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Batch, Example, pack
+from qlora.data.batch import Example, pack
 from qlora.errors import UserError, problem
-from qlora.evaluate import token_sums
-from qlora.layers.attach import attach_adapters
-from qlora.layers.forward_mode import expected_forward_mode
-from qlora.layers.fused import fuse
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.layers.loss import loss_sum
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
-from qlora.layers.weight import forget_scratch
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.packed import stored_types
-from qlora.models.quantize import LinearLayers
-from qlora.models.source import load_config, resolve
-from qlora.train.step import checkpoint_activations
-from qlora_kernels import backends
+from qlora.models.source import Source, load_config
+from qlora.plan.tracker import StepBytes, run_on_meta
+from qlora.run.assemble import ModelSpec, assemble, empty_base
 
-# CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/benchmarks/measure_plan.py)
+# CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
-SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`model.bound_kernel_caches`)
+# and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
+SHAPES = 20_000_000
 
 
-class Account(TorchDispatchMode):
-    """Bytes of the meta storages that operations have made since it was entered and that still live: `now`, and their
-    `peak`.
+@dataclass
+class StillBytes:
+    """Bytes of the frozen model. `mapped` of them stay in the checkpoint's files; `loading` come on top while it loads.
 
-    Storages in `known` are not counted.
+    `constants` are the scales of NF4 weights, `others` all that is neither a quantized weight nor a scale.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()):
-        super().__init__()
-        self.now = self.peak = 0
-        self._live = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+    weights: int
+    constants: int
+    others: int
+    mapped: int
+    loading: int
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._live:
-                    self._live[key] = storage.nbytes()
-                    self.now += self._live[key]
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, key)
-        return result
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._live.pop(key)
+    @property
+    def model(self) -> int:
+        """All of the model, mapped or not."""
+        return self.weights + self.constants + self.others
 
 
-@dataclass(frozen=True)
-class Step:
-    """Bytes of what passes: `kept` from the forward to the backward pass, `passing` on top of it at the worst moment
-    (gradients not counted), `evaluating` all that an evaluation takes.
-    """
+@dataclass
+class Stack:
+    """The layers of a model: the name of their list ("" if there is none), their count, whether they are all alike."""
 
-    kept: int
-    passing: int
-    evaluating: int
+    name: str
+    count: int
+    alike: bool
 
-
-def run_on_meta(model: nn.Module, batch: Batch) -> Step:
-    """Forward and backward pass of one micro-batch, and an evaluation of it, on the meta device."""
-    forget_scratch("meta")
-    hooks = [
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        for p in model.parameters()
-        if p.requires_grad
-    ]
-    with Account([*model.parameters(), *model.buffers()]) as account:
-        total = loss_sum(model.train(), batch)
-        forward = account.now
-        total.backward()
-        del total
-        kept, peak = forward - account.now, account.peak
-        account.peak = account.now
-        with torch.no_grad():
-            for _ in token_sums(model.eval(), batch):
-                pass
-    for hook in hooks:
-        hook.remove()
-    forget_scratch("meta")
-    return Step(kept, peak - kept, account.peak)
+    def beyond(self, module: str, count: int) -> bool:
+        """Whether a module lies in a layer that a model of `count` layers does not have."""
+        rest = module.removeprefix(f"{self.name}.")
+        return bool(self.name) and rest != module and int(rest.split(".")[0]) >= count
 
 
-def _bytes(tensors: Iterable[Tensor | None]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+class MetaRun:
+    """The model of a run on the meta device.
 
-
-class Skeleton:
-    """The model of a run on the meta device: the exact sizes of all that lies still, and steps of any micro-batch.
-    `real`: it runs on records, whose batches differ in length.
+    Args:
+        varied_lengths: it runs on records, whose batches differ in length.
 
     Raises:
         UserError: the model, its targets or its type are wrong.
     """
 
-    def __init__(self, config: FinetuneConfig, real: bool = False):
-        self.step, self._runnable = functools.cache(self.step), functools.cache(self._runnable)  # that go with it
-        self.options = config
-        self.device = device_of(config.device)
-        self.libraries = LIBRARIES + SHAPES * real if self.device == "cpu" else 0
-        name = config.dtype
-        if name == "auto":
-            name = (
-                "bf16"
-                if self.device == "cuda" and not torch.cuda.is_available()
-                else resolve_dtype(name, torch.device(self.device))
-            )
-        self.dtype = DTYPES[name]
-        self.source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code, weights=False)
-        self.config = load_config(self.source)
-        stated = getattr(self.config, "dtype", None)  # before transformers writes ours over it
-        model = self._build(self.config)
-        modules = dict(model.named_modules())
-        layers = [
-            modules[name]
-            for name in (linear_names(model) if config.bits == 16 else modules)
-            if name and _is_weight(modules[name])
-        ]
-        layers = [layer for layer in layers if config.bits == 16 or isinstance(layer, NF4Linear)]
-        constants = [
-            t for layer in layers if config.bits == 4 for t in (layer.absmax, layer.nested_absmax, layer.nested_offset)
-        ]
-        quantized = {id(layer.weight) for layer in layers}
-        rest = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.weights, self.constants = _bytes(layer.weight for layer in layers), _bytes(constants)
-        self.others = _bytes(rest.values()) - self.weights - self.constants
-        here = [] if config.bits == 16 or self.source.packed else [*(layer.weight for layer in layers), *constants]
-        self.mapped = self._mapped(model, here, stated) if self.device == "cpu" and self.source.gguf is None else 0
-        sizes = [numel(layer) * self.dtype.itemsize for layer in layers]
-        sizes += [_bytes([t]) for key, t in rest.items() if key not in quantized]
-        self.loading = sum(sorted(sizes)[-2:])
-        self.targets = match_targets(model, config.targets)
-        r, dora = config.rank, config.method == "dora"
-        shapes = [out_in(modules[name]) for name in self.targets]
-        self.adapters = [
-            n for out, columns in shapes for n in (r * columns, out * r)
-        ]  # in the order of the optimizer's groups
-        self.adapters += [out for out, _ in shapes if dora]
+    def __init__(self, config: FinetuneConfig, source: Source, *, varied_lengths: bool = False):
+        self.options, self.source = config, source
+        self.device = planned_device(config.device)
+        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else 0
+        dtype = _planned_dtype(config.dtype, self.device)
+        self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
+        self.architecture = load_config(source)
+        stated = getattr(self.architecture, "dtype", None)  # before transformers writes ours over it
+        model = empty_base(source, self.spec, self.architecture)
+        stored = self._stored_types(model, stated)
+        quantized_here = config.bits == 4 and not source.packed
+        self.still = count_still_bytes(model, DTYPES[dtype], stored, quantized_here)
+        self.targets = match_targets(model, self.spec.adapter.targets)
+        self.adapters = adapter_sizes(model, self.targets, config.rank, config.method == "dora")
         self.adapter_bytes = 4 * sum(self.adapters)
-        self.count, self.alike = self._layers(model)
+        self.stack = layer_stack(model, self.architecture, self.targets)
+        self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
+        self._models: dict[tuple[int, bool], PreTrainedModel] = {}
 
-    def _build(self, architecture) -> nn.Module:
-        config = self.options
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                architecture, dtype=self.dtype, trust_remote_code=config.trust_remote_code
-            )
-        LinearLayers(
-            dataclasses.replace(self.source, packed=False), dataclasses.replace(config.quantization(), scales=None)
-        ).prepare(model)
-        model.requires_grad_(False)
-        model.config.use_cache = False
-        return model
+    def _stored_types(self, model: nn.Module, stated: torch.dtype | None) -> dict[str, torch.dtype | None]:
+        """The type of each tensor in files that a CPU maps; {} where none is mapped.
 
-    def _mapped(self, model: nn.Module, quantized_here: list[Tensor | None], stated: torch.dtype | None) -> int:
-        """Bytes that stay in the checkpoint's files: of what is used in the type that it is stored in. The files'
-        headers tell that type; the config, which can be wrong or silent, only where the files are not here.
+        The files' headers tell it; the config, which can be wrong or silent, only where the files are not here.
         """
-        there = dict(model.named_parameters(remove_duplicate=False))
-        stored = stored_types(self.source) or dict.fromkeys(there, stated)
-        made, held = {id(t) for t in quantized_here}, {}
-        for name, tensor in (there | dict(model.named_buffers())).items():
-            layer, _, part = name.rpartition(".")
-            key = f"{layer}.weight.{part}" if part in PART_KEYS else name
-            kind = stored.get(
-                key, stored.get(key.removeprefix(f"{model.base_model_prefix}."))
-            )  # as GPT-2's own file has it
-            if kind == tensor.dtype and id(tensor) not in made:
-                held[id(tensor)] = tensor
-        return _bytes(held.values())
+        if self.device != "cpu" or self.source.gguf is not None:
+            return {}
+        names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+        return stored_types(self.source) or dict.fromkeys(names, stated)
 
-    def _layers(self, model: nn.Module) -> tuple[int, bool]:
-        """How many layers there are, and whether one tells what another needs."""
-        text = self.config.get_text_config()
-        count = text.num_hidden_layers
-        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if len(found) != 1 or count <= 3 or len(set(getattr(text, "layer_types", None) or [0])) > 1:
-            return count, False
-        name, layers = found[0]
+    def step(self, lengths: tuple[int, ...], checkpointing: bool) -> StepBytes:
+        """What a micro-batch of examples of these lengths (tokens) takes, all of it targets.
 
-        def tells(i: int) -> list:
-            prefix = f"{name}.{i}."
-            shapes = [
-                (n, type(m), [tuple(t.shape) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None])
-                for n, m in layers[i].named_modules()
-            ]
-            return [shapes, [target.removeprefix(prefix) for target in self.targets if target.startswith(prefix)]]
+        Raises:
+            UserError: the architecture's steps need numbers.
+        """
+        key = lengths, checkpointing
+        if key not in self._steps:
+            self._steps[key] = self._run_step(*key)
+        return self._steps[key]
 
-        return count, all(tells(i) == tells(0) for i in range(1, count))
-
-    def step(self, lengths: tuple[int, ...], checkpointing: bool) -> Step:
-        """What a micro-batch of examples of these lengths needs, all of it targets."""
+    def _run_step(self, lengths: tuple[int, ...], checkpointing: bool) -> StepBytes:
         batch = pack([Example((1,) * length, (False,) + (True,) * (length - 1)) for length in lengths])
+        count = self.stack.count
         try:
-            if not self.alike:
-                return run_on_meta(self._runnable(self.count, checkpointing), batch)
-            three, two = (dataclasses.astuple(run_on_meta(self._runnable(n, checkpointing), batch)) for n in (3, 2))
+            if not self.stack.alike:
+                return run_on_meta(self.model(count, checkpointing), batch)
+            three, two = (dataclasses.astuple(run_on_meta(self.model(n, checkpointing), batch)) for n in (3, 2))
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            kind = self.config.model_type
-            raise UserError(
-                problem(
-                    "model", kind, f"its steps cannot be followed without its weights ({reason})", "Leave --memory out"
-                )
-            ) from error
-        return Step(*(c + (self.count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
+            rule = f"its steps cannot be followed without its weights ({reason})"
+            raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
+        return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
 
-    def _runnable(self, count: int, checkpointing: bool) -> nn.Module:
-        """The model with its first `count` layers, with what else a run puts into it."""
-        short = copy.deepcopy(self.config)
-        short.get_text_config().num_hidden_layers = count
-        model = self._build(short)
-        if self.device == "cpu" and backends.NATIVE is not None:
-            fuse(model)
-        options, there = self.options, dict(model.named_modules())
-        with torch.device("meta"):
-            attach_adapters(
-                model,
-                method=options.method,
-                rank=options.rank,
-                alpha=options.alpha,
-                dropout=options.dropout,
-                targets=[name for name in self.targets if name in there],
-                rslora=options.rslora,
-            )
-        if checkpointing:
-            checkpoint_activations(model)
-        expected_forward_mode(model)
-        return model
+    def model(self, count: int, checkpointing: bool) -> PreTrainedModel:
+        """The model with its first `count` layers, as it would be trained."""
+        key = count, checkpointing
+        if key not in self._models:
+            short = copy.deepcopy(self.architecture)
+            short.get_text_config().num_hidden_layers = count
+            targets = tuple(name for name in self.targets if not self.stack.beyond(name, count))
+            adapter = dataclasses.replace(self.spec.adapter, targets=targets)
+            spec = dataclasses.replace(self.spec, adapter=adapter, gradient_checkpointing=checkpointing)
+            self._models[key] = assemble(self.source, spec, torch.device(self.device), short)
+        return self._models[key]
 
 
-def device_of(device: str) -> str:
+def planned_device(device: str) -> str:
     """ "cpu" or "cuda"; a card that is not here can be planned for."""
     return "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
-def _is_weight(module: nn.Module) -> bool:
-    return isinstance(module, (NF4Linear, nn.Linear, Conv1D))
+def _planned_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto" and device == "cuda" and not torch.cuda.is_available():
+        return "bf16"
+    return resolve_dtype(dtype, torch.device(device))
+
+
+def count_still_bytes(
+    model: PreTrainedModel, dtype: torch.dtype, stored: dict[str, torch.dtype | None], quantized_here: bool
+) -> StillBytes:
+    """What lies still of an empty model.
+
+    Args:
+        dtype: of its weights before they are quantized.
+        stored: the type of each tensor in the files that are mapped.
+        quantized_here: its NF4 weights are made in memory, and come from no file.
+    """
+    layers = frozen_layers(model)
+    scales = [t for m in layers if isinstance(m, NF4Linear) for t in (m.absmax, m.nested_absmax, m.nested_offset)]
+    rest = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    weights, constants = _bytes(layer.weight for layer in layers), _bytes(scales)
+    made = {id(t) for t in [*(layer.weight for layer in layers), *scales]} if quantized_here else set()
+    quantized = {id(layer.weight) for layer in layers}
+    sizes = [numel(layer) * dtype.itemsize for layer in layers]
+    sizes += [_bytes([t]) for key, t in rest.items() if key not in quantized]
+    return StillBytes(
+        weights=weights,
+        constants=constants,
+        others=_bytes(rest.values()) - weights - constants,
+        mapped=_mapped_bytes(model, stored, made),
+        loading=sum(sorted(sizes)[-2:]),
+    )
+
+
+def _mapped_bytes(model: PreTrainedModel, stored: dict[str, torch.dtype | None], made: set[int]) -> int:
+    """Bytes that stay in the checkpoint's files: of what is used in the type that it is stored in."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    held: dict[int, Tensor] = {}
+    for name, tensor in (there | dict(model.named_buffers())).items():
+        layer, _, part = name.rpartition(".")
+        key = f"{layer}.weight.{part}" if part in PART_KEYS else name
+        bare = key.removeprefix(f"{model.base_model_prefix}.")  # as GPT-2's own file has it
+        if stored.get(key, stored.get(bare)) == tensor.dtype and id(tensor) not in made:
+            held[id(tensor)] = tensor
+    return _bytes(held.values())
+
+
+def frozen_layers(model: PreTrainedModel) -> list[NF4Linear] | list[nn.Linear | Conv1D]:
+    """The NF4 layers of a model or, with 16 bits, its linear layers but the head."""
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    if packed:
+        return packed
+    dense = (model.get_submodule(name) for name in linear_names(model))
+    return [layer for layer in dense if isinstance(layer, (nn.Linear, Conv1D))]
+
+
+def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -> list[int]:
+    """The elements of each adapter parameter, in the order of the optimizer's groups: A and B, then magnitudes."""
+    shapes = [out_in(model.get_submodule(name)) for name in targets]
+    factors = [n for out, columns in shapes for n in (rank * columns, out * rank)]
+    return factors + [out for out, _ in shapes if dora]
+
+
+def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:
+    """How many layers there are, and whether one tells what another needs."""
+    text = architecture.get_text_config()
+    count = text.num_hidden_layers
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(found) != 1 or count <= 3 or len(set(getattr(text, "layer_types", None) or [0])) > 1:
+        return Stack("", count, False)
+    name, layers = found[0]
+    first = _described(name, layers, 0, targets)
+    return Stack(name, count, all(_described(name, layers, i, targets) == first for i in range(1, count)))
+
+
+def _described(name: str, layers: nn.ModuleList, i: int, targets: list[str]) -> list:
+    """The modules of a layer with their types and shapes, and which of them are adapted."""
+    prefix = f"{name}.{i}."
+    shapes = [
+        (n, type(m), [tuple(t.shape) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None])
+        for n, m in layers[i].named_modules()
+    ]
+    return [shapes, [target.removeprefix(prefix) for target in targets if target.startswith(prefix)]]
 
 
 def out_in(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer of any kind."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[1], layer.weight.shape[0]
+    if not isinstance(layer, (nn.Linear, NF4Linear)):
+        raise TypeError(f"{type(layer).__name__} is no linear layer")
     return layer.out_features, layer.in_features
 
 
 def numel(layer: nn.Module) -> int:
+    """The elements of a linear layer's weight before it is quantized."""
     out, columns = out_in(layer)
     return out * columns
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

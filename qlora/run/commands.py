@@ -1,78 +1,69 @@
-"""TODO head of run.commands."""
+"""The commands beside `finetune`, from their options to what they print: plan, eval, generate.
+
+    config -> load_adapted (or read_inputs) -> one function below -> a dictionary or a text
+
+They only pass on: what a command does stands in the module that it calls. The alternative, commands inside evaluate.py
+and generate.py, made those know every option.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.config.commands import EvalConfig, GenerateConfig, PlanConfig
-from qlora.data.order import split
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
 from qlora.generate import Sampling, generate_batch
-from qlora.models.source import load_tokenizer, resolve
-from qlora.plan.say import plan_command
+from qlora.models.quantize import BaseRecipe
+from qlora.plan.report import describe
 from qlora.run.adapted import load_adapted
-from qlora.run.inputs import tokens
+from qlora.run.inputs import find_model, read_inputs
 
 
-def planned(config: PlanConfig) -> dict[str, Any]:
-    """`qlora plan` (see `plan.plan_command`), with --data of the batches that this run would have."""
+def plan_command(config: PlanConfig) -> dict[str, Any]:
+    """`qlora plan`: what a run needs (`plan.report.describe`), with data for the batches that it would have.
+
+    Raises:
+        UserError: all that is wrong with model and data; the model's type or its targets are.
+    """
     if config.data is None:
-        return plan_command(config)
-    source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code, weights=False)
-    tokenizer = load_tokenizer(source)
-    records, held_out = read_records(config.data), read_records(config.eval_data) if config.eval_data else []
-    if config.eval_fraction > 0:
-        records, held_out = split(records, config.eval_fraction, config.seed)
-    held = tokens(config, tokenizer, held_out).examples if held_out else []
-    return plan_command(config, tokens(config, tokenizer, records).examples, held)
+        return describe(config, find_model(config, weights=False))
+    inputs = read_inputs(config, weights=False)
+    return describe(config, inputs.source, inputs.train, inputs.held_out)
 
 
 def evaluate_command(config: EvalConfig) -> dict[str, Any]:
-    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`. Returns what EvalResult holds, and what
-    was evaluated.
+    """`qlora eval`: an adapter on its base, or a bare base, on `config.data`.
+
+    Returns:
+        The fields of EvalResult, and what was evaluated.
 
     Raises:
         UserError: data, model or adapter cannot be read.
     """
     records = read_records(config.data)
-    model, tokenizer = load_adapted(
-        config.adapter,
-        model=config.model,
-        bits=config.bits,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = _loaded(config)
     data = tokenize(
         records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
     )
     result = evaluate(model, data.examples, config.batch_size)
-    about = {"model": model.qlora_base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
-    return {
-        **dataclasses.asdict(result),
-        **about,
-        "examples": len(data.examples),
-        "truncated": data.truncated,
-        "dropped": data.dropped,
-    }
+    base = cast(BaseRecipe, model.qlora_base)
+    about = {"model": base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
+    counts = {"examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
+    return {**dataclasses.asdict(result), **about, **counts}
 
 
-def generate_text(config: GenerateConfig) -> str:
-    """`qlora generate`: what the model answers to `config.prompt`, with the base and recipe that the adapter names.
+def generate_command(config: GenerateConfig) -> str:
+    """`qlora generate`: what the model answers to `config.prompt`.
 
-    Raises UserError if model or adapter cannot be loaded, or the prompt does not fit.
+    Raises:
+        UserError: model or adapter cannot be loaded, or the prompt does not fit.
     """
-    model, tokenizer = load_adapted(
-        config.adapter,
-        model=config.model,
-        bits=config.bits,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = _loaded(config)
     return generate_batch(
         model,
         tokenizer,
@@ -82,3 +73,15 @@ def generate_text(config: GenerateConfig) -> str:
         system=config.system,
         raw=config.raw,
     )[0]
+
+
+def _loaded(config: EvalConfig | GenerateConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the options name, with the base and settings that its adapter was trained on."""
+    return load_adapted(
+        config.adapter,
+        model=config.model,
+        bits=config.bits,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )

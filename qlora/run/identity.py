@@ -1,4 +1,10 @@
-"""TODO head of run.identity."""
+"""What decides the numbers of a run, and whether a checkpoint belongs to the same run.
+
+    identity = {"options": those that change a number, "length": steps and examples, "data": a hash over all tokens}
+
+It is written to every checkpoint (state.json, "run") and compared at a resume, all differences at once. The
+alternative, to take over what the checkpoint says, would make options that do nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,7 @@ from typing import Any
 
 from qlora.config.commands import FinetuneConfig
 from qlora.errors import UserError, problem
-from qlora.models.device import resolve_device, resolve_dtype
-from qlora.run.inputs import Data
+from qlora.run.inputs import Inputs
 from qlora.train.checkpoint import read_state
 
 # Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
@@ -38,26 +43,33 @@ FREE_TO_CHANGE = {
 }
 
 
-def run_identity(config: FinetuneConfig, data: Data, length: dict[str, int]) -> dict[str, Any]:
-    """What decides the numbers of a run: its options, its tokens, its length."""
+def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], dtype: str) -> dict[str, Any]:
+    """What decides the numbers of a run: its options, its tokens, its length.
+
+    Args:
+        dtype: what the option means here, as "auto" depends on the machine.
+    """
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
-    options |= dataclasses.asdict(data.quantization)  # as it is, given or not
-    options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # auto depends on the machine
+    options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
+    options["dtype"] = dtype
     digest = hashlib.sha256()
-    for example in data.train:
+    for example in inputs.train:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
         digest.update(bytes(map(bool, example.loss_mask)))
-    return {"options": options, "length": length, "data": {"examples": len(data.train), "sha256": digest.hexdigest()}}
+    return {"options": options, "length": length, "data": {"examples": len(inputs.train), "sha256": digest.hexdigest()}}
 
 
 def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
-    """Raises: UserError with every difference from the run that wrote `checkpoint`."""
+    """Check that a run is the one that wrote `checkpoint`.
+
+    Raises:
+        UserError: every difference.
+    """
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
     now = identity["options"]
-    was = {"scales": now["scales"] and "absmax"} | began[
-        "options"
-    ]  # checkpoints from before that option do not name it
+    # Checkpoints from before these options do not name them.
+    was = {"scales": now["scales"] and "absmax", "packing": "auto"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")
@@ -78,9 +90,9 @@ def _length_problems(was: dict[str, int], now: dict[str, int], done: int, option
     """Whether a run of length `was` can become one of length `now` after `done` steps and be the same run so far."""
     seen = done * options["batch_size"] * options["accumulate"]
     if options["schedule"] != "constant":
-        laid_out = f"{was['steps']} steps and {was['examples']} examples"
-        rule = f"the {options['schedule']} schedule was laid out for {laid_out}, not for {now['examples']}"
-        remedy = "Resume with the same --steps or --epochs; only a run with --schedule constant can change its length"
+        planned = f"{was['steps']} steps and {was['examples']} examples"
+        rule = f"the {options['schedule']} schedule was planned for {planned}, not for {now['examples']}"
+        remedy = "Resume with the same `steps` or `epochs`; only a run with `schedule=constant` can change its length"
     elif now["steps"] < done:
         rule = f"the run has taken {done} steps already"
         remedy = "Give at least as many, or start anew in another folder"

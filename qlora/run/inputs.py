@@ -1,11 +1,18 @@
-"""TODO head of run.inputs."""
+"""What a run reads: the model's place and tokenizer, records, tokens; everything that is wrong with them in one error.
+
+    resolve -> quantization, tokenizer        read records -> split -> tokenize -> Inputs
+
+`finetune` and `plan` call the same function. Checks of the caller's own run with it, so that a wrong output folder and
+a wrong data file are said together. The alternative, to stop at the first problem, costs a start of the program each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch, Example, by_length, pack
@@ -13,62 +20,112 @@ from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
 from qlora.errors import UserError
-from qlora.models.device import resolve_device
 from qlora.models.quantize import LinearLayers
 from qlora.models.source import Source, load_tokenizer, resolve
-from qlora.run.output import check_output
 from qlora.specs import Quantization
-from qlora.train.metrics import require_tensorboard
+
+T = TypeVar("T")
+
+
+class _Missing(Exception):
+    """A check needs what another one did not find, which has been told."""
+
+
+class Result(Generic[T]):
+    """What a check returned, if it did. Reading `value` where it did not ends the check that reads it."""
+
+    def __init__(self, *values: T):
+        self._values = values
+
+    @property
+    def value(self) -> T:
+        """The result itself."""
+        if not self._values:
+            raise _Missing
+        return self._values[0]
+
+
+class Problems:
+    """Collects what checks find, until all of it is raised at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def gather(self, check: Callable[[], T]) -> Result[T]:
+        """The result of `check`, an empty one where it raised a UserError or needs an empty one."""
+        try:
+            return Result(check())
+        except UserError as error:
+            self.found += error.problems
+        except _Missing:
+            pass
+        return Result()
+
+    def refuse(self) -> None:
+        """End with all that was found.
+
+        Raises:
+            UserError: something was.
+        """
+        if self.found:
+            raise UserError(self.found)
 
 
 @dataclass(frozen=True)
-class Data:
-    """The tokenized examples of a run, where they came from, and how the base is quantized (`LinearLayers`), resolved."""
+class Inputs:
+    """The tokenized examples of a run, where they came from, and the model that they are for.
+
+    `quantization` is how the base is quantized, resolved: what an option that was not given means for this model.
+    """
 
     train: list[Example]
     held_out: list[Example]
-    source: Dataset
-    model: Source
+    dataset: Dataset
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
     quantization: Quantization
 
 
-def read_data(config: FinetuneConfig, output: Path):
-    """(tokenizer, Data), after a look at everything else that is cheap to find out.
+def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] = (), *, weights: bool = True) -> Inputs:
+    """Read everything that a run needs but the weights.
 
-    Raises: UserError with all that is wrong.
+    Args:
+        checks: functions that raise a UserError; what they find is told with the rest, and before it.
+        weights: False if they need not be there.
+
+    Raises:
+        UserError: all that is wrong.
     """
-    problems: list[str] = []
-
-    def gather(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except UserError as error:
-            problems.extend(error.problems)
-            return None
-
-    gather(lambda: check_output(config, output))
-    gather(lambda: resolve_device(config.device))
-    if config.tensorboard:
-        gather(require_tensorboard)
-    source = gather(lambda: resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
-    layers = tokenizer = None
-    if source is not None:
-        layers = gather(lambda: LinearLayers(source, config.quantization()))
-        tokenizer = gather(lambda: load_tokenizer(source))
-    records = gather(lambda: read_records(config.data))
-    held_out = gather(lambda: read_records(config.eval_data)) if config.eval_data else []
-    if problems:
-        raise UserError(problems)
+    problems = Problems()
+    for check in checks:
+        problems.gather(check)
+    source = problems.gather(lambda: find_model(config, weights=weights))
+    quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
+    tokenizer = problems.gather(lambda: load_tokenizer(source.value))
+    found = problems.gather(lambda: read_records(config.data))
+    more = problems.gather(lambda: read_records(config.eval_data) if config.eval_data else [])
+    problems.refuse()
+    records, held_out = found.value, more.value
     if config.eval_fraction > 0:
         records, held_out = split(records, config.eval_fraction, config.seed)
-    made = gather(lambda: tokens(config, tokenizer, records))
-    held = gather(lambda: tokens(config, tokenizer, held_out).examples) if held_out else []
-    if problems:
-        raise UserError(problems)
-    return tokenizer, Data(made.examples, held, made, source, layers.quantization)
+    train = problems.gather(lambda: tokens(config, tokenizer.value, records))
+    held = problems.gather(lambda: tokens(config, tokenizer.value, held_out).examples if held_out else [])
+    problems.refuse()
+    return Inputs(train.value.examples, held.value, train.value, source.value, tokenizer.value, quantization.value)
 
 
-def tokens(config: FinetuneConfig, tokenizer, records: list[dict]) -> Dataset:
+def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
+    """Where the model lies. Asked once by a command: for a hub id it is a question to the network."""
+    return resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code, weights=weights)
+
+
+def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quantization:
+    """The options as they are, given or not; without weights as they were asked for."""
+    return LinearLayers(source, quantization).quantization if weights else quantization
+
+
+def tokens(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> Dataset:
+    """The examples of records, as the options say."""
     return tokenize(
         records,
         tokenizer,
@@ -80,7 +137,11 @@ def tokens(config: FinetuneConfig, tokenizer, records: list[dict]) -> Dataset:
 
 
 def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -> Callable[[int], list[Batch]]:
-    """The batches of a step as a function of its number (`plan.largest` looks through the same ones)."""
+    """The batches of a step as a function of its number (`plan.fit.peak_batches` looks through the same ones).
+
+    Args:
+        limit: how many examples the run sees.
+    """
     per_step = config.batch_size * config.accumulate
 
     def batches(step: int) -> list[Batch]:

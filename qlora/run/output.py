@@ -1,4 +1,10 @@
-"""TODO head of run.output."""
+"""The output folder of a run: locked, looked at before anything is loaded, written to from then on.
+
+    output/ config.yaml   metrics.jsonl   checkpoints/step-000123/   adapter/   (tensorboard/)
+
+A lock of the folder itself goes with the process, however that ends. The alternative, a lock file, stays behind after a
+kill and has to be removed by hand.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +27,10 @@ OWN_FILES = {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "tensorbo
 
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Hold the output folder for this process alone; made if need be, and taken away again if it stays empty.
+    """Hold the output folder for this process alone; made if need be, and removed again if it stays empty.
 
-    The kernel drops the lock with the process, however that ends. Raises: UserError if it cannot be had.
+    Raises:
+        UserError: it cannot be had.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -45,8 +52,8 @@ def claimed(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def room_on_disk(output: Path) -> Iterator[None]:
-    """A full disk is said in one line, wherever it was met."""
+def disk_full_as_problem(output: Path) -> Iterator[None]:
+    """Raise a full disk, wherever it was met, as a UserError of one line."""
     try:
         yield
     except OSError as error:
@@ -55,10 +62,13 @@ def room_on_disk(output: Path) -> Iterator[None]:
         raise
 
 
-def check_output(config: FinetuneConfig, output: Path) -> None:
-    """The folder is empty, or holds an earlier run and --resume was given.
+def check_output(resume: bool, output: Path) -> None:
+    """Check that the folder is empty, or holds an earlier run that is to be resumed.
 
     What a run left behind that ended before its first checkpoint is no run: it may be written over.
+
+    Raises:
+        UserError: neither.
     """
     if not os.access(output, os.W_OK):
         raise UserError(problem("output", output, "cannot be written", "Choose a folder you may write to"))
@@ -66,13 +76,13 @@ def check_output(config: FinetuneConfig, output: Path) -> None:
     remove_partial(output / "checkpoints")
     held = sorted(path.name for path in output.iterdir())
     checkpoint = latest_checkpoint(output)
-    if config.resume:
+    if resume:
         if checkpoint is None:
             rule = f"{output} holds no checkpoint to go on from"
-            raise UserError(problem("resume", True, rule, "Start without --resume"))
+            raise UserError(problem("resume", True, rule, "Start without `resume`"))
     elif checkpoint is not None or "adapter" in held:
         what = f"its last checkpoint is {checkpoint.name}" if checkpoint is not None else "it has an adapter"
-        remedy = "Go on with --resume, or choose another folder"
+        remedy = "Continue it with `resume`, or choose another folder"
         raise UserError(problem("output", output, f"holds an earlier run; {what}", remedy))
     elif foreign := [name for name in held if name not in OWN_FILES]:
         raise UserError(problem("output", output, f"is not empty ({', '.join(foreign[:5])})", "Choose another folder"))

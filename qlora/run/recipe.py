@@ -10,33 +10,36 @@ finetune.py, since `qlora.finetune` is the function.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
-import time
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel
 
 from qlora.config.commands import FinetuneConfig
+from qlora.data.batch import Batch
 from qlora.data.order import run_length
 from qlora.evaluate import evaluate
 from qlora.export.peft import save_adapter
-from qlora.layers.attach import adapter_parameters, attach, named_adapters
-from qlora.models.device import resolve_device
-from qlora.models.load import load_source
+from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
-from qlora.plan.say import table, within
+from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, run_identity
-from qlora.run.inputs import micro_batches, read_data
-from qlora.run.output import begin_output, claimed, room_on_disk
-from qlora.run.report import FinetuneResult, after, before, how_to_go_on, summarize
-from qlora.train.checkpoint import drop_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from qlora.train.loop import train
-from qlora.train.memory import PeakMemory
-from qlora.train.metrics import MetricsLog
+from qlora.run.inputs import Inputs, micro_batches, read_inputs
+from qlora.run.optimizer import adapter_optimizer
+from qlora.run.output import check_output
+from qlora.run.report import FinetuneResult, after, before, how_to_resume, summarize
+from qlora.run.run import Run
+from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
+from qlora.train.loop import Schedule, train
+from qlora.train.metrics import require_tensorboard
 from qlora.train.signals import Interrupted
-from qlora.train.step import checkpoint_activations, learning_rate
+from qlora.train.step import learning_rate
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
@@ -44,100 +47,100 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     Raises:
         UserError: anything that is wrong with the options, the data, the model or the output folder.
-        Interrupted: after Ctrl-C, when a checkpoint is written; --resume goes on from it.
+        Interrupted: after Ctrl-C, when a checkpoint is written; `resume` goes on from it.
     """
-    began = time.monotonic()
-    output = Path(config.output).absolute()
-    with claimed(output), room_on_disk(output), ExitStack() as owned:
-        tokenizer, data = read_data(config, output)
-        checkpoint = latest_checkpoint(output) if config.resume else None
-        per_step = config.batch_size * config.accumulate
-        length = run_length(len(data.train), per_step, steps=config.steps, epochs=config.epochs, warmup=config.warmup)
-        steps = length["steps"]
-        identity = run_identity(config, data, length)
+    with Run(config) as run:
+        inputs = read_inputs(config, cheap_checks(run))
+        length = run_length(
+            len(inputs.train),
+            config.batch_size * config.accumulate,
+            steps=config.steps,
+            epochs=config.epochs,
+            warmup=config.warmup,
+        )
+        identity = run_identity(config, inputs, length, resolve_dtype(config.dtype, run.device))
+        checkpoint = run.checkpoint
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
-        memory = owned.enter_context(hold(config))
-        asked, plan, baseline = config, None, 0
-        if config.memory is not None:
-            config, plan, baseline = within(config, data.train, data.held_out)
-            print(f"memory   {config.memory / 1e6:.0f} MB: {plan.settings.flags()}\n{table(plan)}", flush=True)
+        run.keep_memory(inputs)
+        config = run.config  # with settings that keep the budget
 
-        model = load_source(data.model, config.quantization(), dtype=config.dtype, device=config.device)
-        base_bytes = model.get_memory_footprint()
-        set_seed(config.seed)
-        attach(model, config.adapter())
-        if config.gradient_checkpointing:
-            checkpoint_activations(model)
-        optimizer = owned.enter_context(closing(adamw(model, config)))
-        first = load_checkpoint(checkpoint, model, optimizer)["step"] if checkpoint is not None else 0
-
-        begin_output(asked, output, first)
-        print(before(config, data, model, optimizer, base_bytes, first, steps), flush=True)
-        notes = {"data": config.data, "examples": len(data.train), "steps": steps}
+        parts = build(config, inputs, length, run.device, run.output)
+        model, optimizer = parts.model, run.own(parts.optimizer)
+        first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)["step"]
+        notes = {"data": config.data, "examples": len(inputs.train), "steps": length["steps"]}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
-        with MetricsLog(output / "metrics.jsonl", steps=steps, first=first, tensorboard=config.tensorboard) as log:
+        print(before(config, inputs, model, optimizer, first, length["steps"]), flush=True)
 
-            def save(step: int) -> None:
-                log.sync()
-                saved = save_checkpoint(output, step, model, optimizer, identity, tokenizer, notes=notes)
-                drop_checkpoints(saved, config.keep_checkpoints)
+        def save(step: int) -> None:
+            log.sync()
+            saved = save_checkpoint(run.output, step, model, optimizer, identity, inputs.tokenizer, notes=notes)
+            drop_checkpoints(saved, config.keep_checkpoints)
 
-            def held_out_loss() -> float:
-                return evaluate(model, data.held_out, config.batch_size).loss
+        def held_out_loss() -> float:
+            return evaluate(model, inputs.held_out, config.batch_size).loss
 
-            try:
+        try:
+            with run.begin(first, length["steps"]) as log:
                 train(
                     model,
                     optimizer,
-                    micro_batches(config, data.train, length["examples"]),
-                    steps=steps,
-                    first=first,
-                    clip=config.clip,
+                    parts.batches,
+                    dataclasses.replace(parts.schedule, first=first),
                     log=log,
+                    evaluate=held_out_loss if inputs.held_out else None,
                     save=save,
-                    save_every=config.save_every,
-                    rate=lambda step: learning_rate(step, steps, config.learning_rate, config.warmup, config.schedule),
-                    evaluate=held_out_loss if data.held_out else None,
-                    eval_every=config.eval_every,
-                    memory=memory,
+                    memory=run.memory,
                 )
-            except Interrupted as stop:
-                print(how_to_go_on(stop.step, config.output), file=sys.stderr, flush=True)
-                raise
-        result = summarize(output, time.monotonic() - began, None if plan is None else plan.peak + baseline)
-        measured = ("tokens", "loss", "eval_loss_before", "eval_loss_after")
-        notes |= {name: getattr(result, name) for name in measured}
-        save_adapter(model, result.adapter, tokenizer, notes=notes)
-    print(after(result), flush=True)
-    if plan is not None:
-        predicted = f"predicted {result.predicted_bytes / 1e6:.0f} MB, measured {memory.peak() / 1e6:.0f} MB"
-        print(f"memory   {predicted}, of {config.memory / 1e6:.0f} MB", flush=True)
+        except Interrupted as stop:
+            print(how_to_resume(stop.step, config.output), file=sys.stderr, flush=True)
+            raise
+        result = summarize(run.output, run.seconds, run.predicted_bytes)
+        save_adapter(model, result.adapter, inputs.tokenizer, notes=notes | result.losses())
+    print(after(result, run.memory.peak(), config.memory), flush=True)
     return result
 
 
-def hold(config: FinetuneConfig) -> PeakMemory:
-    """The peak of this process, kept to `config.memory`: on CUDA no more can be allocated, on a CPU freed memory goes
-    back to the system.
-    """
-    device = resolve_device(config.device)
-    if config.memory is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory / total), device)
-    return PeakMemory(device, limit=config.memory)
-
-
-def adamw(model: torch.nn.Module, config: FinetuneConfig) -> PagedAdamW:
-    """AdamW over the adapters; what of its state is spilled lies on the disk of the output folder.
-
-    Weight decay pulls on A and B only: magnitudes pulled to 0 would shrink the base too.
-    """
-    magnitudes = {id(adapter.magnitude) for _, adapter in named_adapters(model)}
-    parameters = adapter_parameters(model)
-    groups = [
-        {"params": [p for p in parameters if id(p) not in magnitudes], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if id(p) in magnitudes], "weight_decay": 0.0},
+def cheap_checks(run: Run) -> list[Callable[[], Any]]:
+    """What can be found out before anything is read."""
+    checks: list[Callable[[], Any]] = [
+        lambda: check_output(run.requested.resume, run.output),
+        lambda: resolve_device(run.requested.device),
     ]
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    options |= {"memory": config.optimizer_memory, "state": config.optimizer_state, "folder": config.output}
-    return PagedAdamW([group for group in groups if group["params"]], **options)
+    return [*checks, require_tensorboard] if run.requested.tensorboard else checks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains with."""
+
+    model: PreTrainedModel
+    optimizer: PagedAdamW
+    batches: Callable[[int], list[Batch]]
+    schedule: Schedule
+
+
+def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device: torch.device, folder: Path) -> Parts:
+    """Everything that the options decide about training, before its first step.
+
+    Args:
+        length: see `run_length`.
+        folder: where optimizer state may spill to.
+
+    Raises:
+        UserError: see `assemble` and `PagedAdamW`.
+    """
+    dtype = resolve_dtype(config.dtype, device)
+    spec = ModelSpec(
+        config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed
+    )
+    model = assemble(inputs.source, spec, device)
+    optimizer = adapter_optimizer(model, config.optimizer(), folder)
+    batches = micro_batches(config, inputs.train, length["examples"])
+    rate = functools.partial(
+        learning_rate, steps=length["steps"], peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
+    )
+    schedule = Schedule(
+        length["steps"], rate, clip=config.clip, eval_every=config.eval_every, save_every=config.save_every
+    )
+    return Parts(model, optimizer, batches, schedule)

@@ -1,6 +1,6 @@
 """Training checkpoints: whole or not there, exact to the bit, and without a pickle.
 
-    checkpoints/step-000123/   the files of an adapter (adapter_files.py), so that each checkpoint can be used as one
+    checkpoints/step-000123/   the files of an adapter (export/peft.py), so that each checkpoint can be used as one
                                optimizer.safetensors   <module>.lora_A.exp_avg, ...: its state by parameter name
                                state.json              step, optimizer groups, random states, what the run is
 
@@ -39,7 +39,12 @@ def save_checkpoint(
     *,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `output`/checkpoints/step-000123: everything that going on needs. `run` is the caller's own, as JSON.
+    """Write `output`/checkpoints/step-000123: everything that a resume needs; returns that folder.
+
+    Args:
+        step: how many steps have been taken.
+        run: the caller's own, as JSON.
+        notes: for the adapter's card.
 
     Raises:
         UserError: the disk is full. Earlier checkpoints are as they were.
@@ -72,17 +77,17 @@ def _checkpoints(output: str | Path) -> dict[int, Path]:
 
 
 def drop_checkpoints(newest: Path, keep: int) -> None:
-    """Remove whole checkpoints of earlier steps than `newest`, the one just saved, so that `keep` with it stay (0:
-    all). One that holds anything which `newest` does not is left alone.
+    """Remove whole checkpoints of earlier steps than `newest`, the one just saved, so that `keep` with it stay.
+
+    One that holds anything which `newest` does not is left alone. `keep` 0 keeps all.
     """
     output, step = newest.parents[1], int(newest.name.removeprefix("step-"))
     written = {file.name for file in newest.iterdir()}
     earlier = sorted(((n, path) for n, path in _checkpoints(output).items() if n < step), reverse=True)
     for _, path in earlier[keep - 1 :] if keep else ():
         if not path.is_symlink() and {file.name for file in path.iterdir()} <= written:
-            shutil.rmtree(
-                path.rename(path.with_name(f".{path.name}.{os.getpid()}.old.part"))
-            )  # a kill leaves what `remove_partial` removes
+            # After a kill in between, `remove_partial` removes what is left under this name.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.old.part")))
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -99,15 +104,21 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Bring `model` (adapters attached), `optimizer` and the random states back to a checkpoint, to the bit; returns
-    its state.
+    """Bring `model` (adapters attached), `optimizer` and the random states back to a checkpoint, to the bit.
+
+    Returns:
+        Its state, see `read_state`.
 
     Raises:
         UserError: the files do not fit the model or the optimizer; everything that is wrong, in one list.
     """
+    checkpoint = Path(checkpoint)
     state = read_state(checkpoint)
     load_adapter(model, checkpoint)
-    _restore_optimizer(model, optimizer, load_file(Path(checkpoint) / OPTIMIZER), state["optimizer"], Path(checkpoint))
+    names = _names(model, optimizer)
+    _refuse_other_optimizer(optimizer, names, state["optimizer"], checkpoint)
+    tensors, groups = load_file(checkpoint / OPTIMIZER), state["optimizer"]["groups"]
+    optimizer.load_state_dict(_positional_state(names, tensors, groups))
     set_random_states(state["random"])
     return state
 
@@ -133,10 +144,9 @@ def _optimizer_state(
     return tensors, groups
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict[str, Any], where: Path
+def _refuse_other_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[list[str]], saved: dict[str, Any], where: Path
 ) -> None:
-    names = _names(model, optimizer)
     problems = []
     if saved["kind"] != type(optimizer).__name__:
         rule = f"its optimizer is {saved['kind']}, the run's {type(optimizer).__name__}"
@@ -146,15 +156,21 @@ def _restore_optimizer(
         problems.append(problem("checkpoint", where, rule, "Resume with the options it began with"))
     if problems:
         raise UserError(problems)
+
+
+def _positional_state(
+    names: list[list[str]], tensors: dict[str, Tensor], saved: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """torch's form of an optimizer's state, which knows parameters by their position."""
     place = {name: i for i, name in enumerate(name for group in names for name in group)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, part = key.rsplit(".", 1)
         state.setdefault(place[name], {})[part] = tensor
     position, groups = 0, []
-    for group in saved["groups"]:
+    for group in saved:
         members = list(range(position, position + len(group["params"])))
         position += len(members)
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
         groups.append(options | {"params": members})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return {"state": state, "param_groups": groups}

@@ -1,4 +1,12 @@
-"""TODO head of train.memory."""
+"""How much memory a run takes, and how it stays within a limit.
+
+    CPU    RssAnon of the process, looked at by a thread: Linux keeps no peak of it. Near the limit the thread gives
+           freed memory back to the system, which glibc would keep.
+    CUDA   what torch's allocator has reserved; it keeps the peak itself, and the limit is set where the run begins
+
+Anonymous memory leaves mapped model files out, which the kernel takes back when it needs to. The alternatives,
+ru_maxrss and a malloc that keeps nothing, count the files, and pay for fresh pages at every step.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +19,7 @@ import torch
 
 
 def anonymous_memory() -> int:
-    """Bytes of anonymous memory of this process now: RssAnon, which leaves mapped model files out. Without /proc, the
-    peak of all resident memory."""
+    """Bytes of anonymous memory of this process now (RssAnon). Without /proc, the peak of all resident memory."""
     try:
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:  # macOS, where ru_maxrss is in bytes
@@ -21,9 +28,7 @@ def anonymous_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system. glibc keeps it for the next that asks, holes between what is used included.
-    Nothing without glibc.
-    """
+    """Give freed memory back to the system, which glibc keeps for the next that asks. Does nothing without glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -34,14 +39,15 @@ GROWTH = 4e9  # bytes that a process may grow by in a second: fresh pages cost t
 
 
 class PeakMemory:
-    """The most memory used since it was entered. On a GPU what torch's allocator has reserved: with CUDA's own few
-    hundred MB it is what a card must have; `allocated` is what tensors took of it. On a CPU anonymous memory, RssAnon:
-    Linux keeps no peak of it, so a thread looks every `every` seconds.
+    """The most memory used since it was entered, in bytes.
 
-    With a `limit` in bytes the thread looks more often the nearer memory comes to it, and gives back there what is
-    freed but kept: of a run of SmolLM2 18 % over what it uses. That costs a step about a tenth where it is needed, and
-    nothing where it is not; a process that keeps nothing (M_MMAP_THRESHOLD at 256 kB, the alternative) pays a third of
-    every step for fresh pages.
+    On a GPU what torch's allocator has reserved: with CUDA's own few hundred MB it is what a card must have. On a CPU
+    anonymous memory.
+
+    Args:
+        every: seconds between two looks of the thread (CPU).
+        limit: bytes (CPU); the thread looks more often the nearer memory comes to it, and gives back there what is
+            freed but kept.
     """
 
     def __init__(self, device: torch.device, every: float = 0.05, limit: int | None = None):
@@ -50,6 +56,7 @@ class PeakMemory:
         self._end = threading.Event()
 
     def peak(self) -> int:
+        """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         self._look()
@@ -74,7 +81,7 @@ class PeakMemory:
                     now = self._look()
                 pause = min(self.every, max(0.002, (NEAR * self.limit - now) / GROWTH))
 
-    def __enter__(self):
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what was freed before is not needed now
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -82,5 +89,5 @@ class PeakMemory:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()

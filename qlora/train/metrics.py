@@ -1,4 +1,11 @@
-"""TODO head of train.metrics."""
+"""What a run tells while it trains: metrics.jsonl, a line of progress, TensorBoard events.
+
+    {"step": 12, "loss": ..., "tokens": ..., "learning_rate": ..., "grad_norm": ..., "tokens_per_second": ...,
+     "memory_bytes": ..., "eval_loss": ... (where the model was evaluated)}         one object a line, step 0 first
+
+A text file is the record: it survives a kill but for its last line, and everything can read it. The alternative, a
+tracking service, is left to TensorBoard and to readers of this file.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +23,10 @@ Metrics = dict[str, Any]
 
 
 def cut_back(path: Path, step: int) -> list[Metrics]:
-    """Cut metrics.jsonl off after the line of `step`, as a run that was killed wrote more than its checkpoint; returns
-    what is left."""
+    """Cut metrics.jsonl off after the line of `step`; returns what is left.
+
+    A run that was killed wrote more than its checkpoint knows.
+    """
     kept: list[Metrics] = []
     if not path.exists():
         return kept
@@ -37,8 +46,11 @@ def cut_back(path: Path, step: int) -> list[Metrics]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, line by line; shows progress; writes TensorBoard events on request. Call it with the
-    metrics of a step.
+    """Appends to metrics.jsonl, shows progress, writes TensorBoard events on request; call it with a step's metrics.
+
+    Args:
+        steps: how many the run takes.
+        first: the step (from 0) that it begins with.
 
     Raises:
         UserError: TensorBoard is asked for and not installed.
@@ -68,10 +80,10 @@ class MetricsLog:
         """Make sure that the lines so far survive a power cut: called before a checkpoint that counts on them."""
         os.fsync(self._file.fileno())
 
-    def __enter__(self):
+    def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.close()
         self._file.close()
         if self._writer is not None:
@@ -79,21 +91,21 @@ class MetricsLog:
 
 
 def require_tensorboard() -> None:
-    """Raises: UserError if the package is missing."""
+    """Check that TensorBoard can be written.
+
+    Raises:
+        UserError: the package is missing.
+    """
     if importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            problem(
-                "tensorboard",
-                True,
-                "the package tensorboard is not installed",
-                "Run `pip install tensorboard`, or leave it out",
-            )
-        )
+        rule, remedy = "the package tensorboard is not installed", "Run `pip install tensorboard`, or leave it out"
+        raise UserError(problem("tensorboard", True, rule, remedy))
 
 
 class Progress:
-    """A live line on a terminal; elsewhere a plain line for the first and last step, each evaluation, and every 10
-    seconds."""
+    """Progress on stderr: a live line on a terminal, plain lines elsewhere.
+
+    Plain lines are those of the first and last step, of each evaluation, and one every 10 seconds.
+    """
 
     def __init__(self, steps: int, first: int = 0):
         self.steps, self.first = steps, first
@@ -114,6 +126,7 @@ class Progress:
             self._live.start()
 
     def show(self, metrics: Metrics) -> None:
+        """Show a step's metrics, if it is time to."""
         now, text = time.monotonic(), self.line(metrics)
         if self._live is not None:
             self._live.update(self._task, completed=metrics["step"], text=text)
@@ -136,6 +149,7 @@ class Progress:
         return "  ".join(words)
 
     def close(self) -> None:
+        """End the live line."""
         if self._live is not None:
             self._live.stop()
 

@@ -1,4 +1,8 @@
-"""TODO head of train.rng."""
+"""The states of every random generator that a run draws from, as JSON: torch (all devices), Python, numpy.
+
+A step that is taken again, an evaluation, and a resumed run put them back, so each draws what an undisturbed run draws.
+The alternative, seeding from the number of the step, would change the masks of dropout with how a step is cut.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,22 @@
-"""TODO head of train.signals."""
+"""Ctrl-C and SIGTERM as a request: the step is finished and saved, then the run stops.
+
+    first signal     `StopRequest.requested` is set; the loop looks at it between steps
+    second signal    what would have happened without this: KeyboardInterrupt, or the end of the process
+
+The alternative, to save inside the handler, would write a checkpoint of half a step.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (or SIGTERM) came and the run stopped after `step` steps, with a checkpoint if it saves any."""
+    """The run was interrupted and stopped after `step` steps, with a checkpoint if it saves any."""
 
     def __init__(self, step: int):
         self.step = step
@@ -17,18 +24,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets `asked`; a second one stops at once, as without this. One
-    that the
-    process was told to ignore stays ignored: a shell starts what runs behind it (`&`) so that its Ctrl-C is not meant
-    for it.
+    """While it is entered, the first SIGINT or SIGTERM sets `requested`; a second one acts as without this.
+
+    A signal that the process was told to ignore stays ignored: a shell starts what runs behind it (`&`) so that its
+    Ctrl-C is not meant for it.
     """
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self) -> None:
+        self.requested = False
         self._before: dict[int, Any] = {}
 
-    def _note(self, number, frame) -> None:
-        self.asked = True
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
         self._restore()
         print("\nStopping after this step; once more stops at once and loses it.", file=sys.stderr, flush=True)
 
@@ -37,11 +44,11 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
-    def __enter__(self):
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()

@@ -35,7 +35,7 @@ import torch
 from record import about, child, write
 
 import qlora
-from qlora.optim.layout import state_bytes
+from qlora.optim.pages import state_bytes
 from qlora.train.memory import anonymous_memory
 
 RANK = 16

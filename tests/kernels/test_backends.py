@@ -1,4 +1,6 @@
-"""Which code runs the operators, and when none may: the environment's choice, forks, stale and missing libraries."""
+"""Which code runs the operators, what is counted of it, and when none may: the environment's choice, forks, stale and
+missing libraries.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ISAS, wait
+from helpers import ISAS, NF4, quantized, routed, wait
 
+from qlora_kernels import backends, ops
 from qlora_kernels.cpu import build, native
-
-NESTED = 256
+from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
 
 
 def test_environment_chooses_the_code(monkeypatch):
@@ -27,7 +30,9 @@ def test_environment_chooses_the_code(monkeypatch):
     monkeypatch.delenv("QLORA_CPU_ISA")
 
 
-SHOW_BACKENDS = "from qlora_kernels import ops; found = ops.backends(); print(found['cpu'], found['cuda'], sep='\\n')"
+SHOW_BACKENDS = (
+    "from qlora_kernels import backends; found = backends.describe(); print(found['cpu'], found['cuda'], sep='\\n')"
+)
 
 
 @pytest.mark.parametrize(
@@ -73,25 +78,76 @@ def test_a_backend_that_cannot_be_had_is_an_error(monkeypatch, backend, error):
     assert found.returncode != 0 and error in found.stderr
 
 
+@pytest.fixture
+def counts(monkeypatch) -> Counter:
+    """`backends.ROUTES`, empty."""
+    empty: Counter = Counter()
+    monkeypatch.setattr(backends, "ROUTES", empty)
+    return empty
+
+
+def test_routes_are_counted(counts):
+    """A kernel's calls under its backend, those it does not take under the reference."""
+    weight, cpu = torch.randn(4, 64), "reference" if backends.NATIVE is None else "native"
+    for _ in range(3):
+        ops.quantize_4bit(weight, NF4, 64)
+    assert counts == {("quantize_4bit", cpu): 3}
+    ops.quantize_4bit(weight.double(), NF4, 64)
+    ops.swiglu(weight.double(), weight.double())
+    assert counts == Counter({("quantize_4bit", cpu): 3}) + Counter(
+        {("quantize_4bit", "reference"): 1, ("swiglu", "reference"): 1}
+    )
+
+
+def test_routes_are_printed_an_operator_a_line(kernels, counts):
+    assert backends.routes() == ""
+    operators, weight, found = routed(kernels), torch.randn(4, 64), quantized(torch.randn(4, 64))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        operators.quantize_4bit(weight.to(dtype), NF4, 64)
+    operators.gemv_4bit(weight[0], found.parts, found.layout)
+    operators.swiglu(weight, weight)
+    assert backends.routes() == (
+        "gemv_4bit      reference 1\n"  # no kernel on a CPU
+        "quantize_4bit  native 2, reference 1\n"
+        "swiglu         native 1"
+    )
+
+
+def test_parts_of_a_kernel_are_not_counted(kernels, counts):
+    """A layer is one call, whether it is one kernel or the reference's several operators."""
+    found, x, A, B = quantized(torch.randn(96, 128)), torch.randn(40, 128), torch.randn(4, 128), torch.randn(96, 4)
+    for dtype in (torch.bfloat16, torch.float64):
+        routed(kernels).adapted_linear(
+            *(x.to(dtype), x.to(dtype), A, B), torch.ones(96), None, None, 0.5, found.parts, found.layout
+        )
+    assert {name for name, _ in counts} == {"adapted_linear"} and counts.total() == 2
+
+
+def test_an_error_is_not_covered_up_by_the_reference(kernels, counts):
+    """Only NotImplemented is: what does not fit is refused, and not counted."""
+    with pytest.raises(ValueError, match="3 scales for 4 blocks"):
+        routed(kernels).encode_4bit(torch.randn(4, 64), NF4, torch.ones(3), 64)
+    assert not counts
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_does_not_hang(kernels, threads):
     """libgomp's threads do not survive a fork: with them, the child would wait in its first parallel region."""
     threads(2)
     weight = torch.randn(600, 1024)
-    packed, absmax = kernels.quantize_nf4(weight, 64)
-    expected = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
+    packed, absmax = kernels.quantize_4bit(weight, NF4, 64)
+    found = QuantizedWeight.of(packed, (absmax,), (600, 1024))
+    arguments = (found.parts, found.layout, None, torch.float32)
+    expected = kernels.dequantize_4bit(*arguments).numpy()
     many = torch.rand(1 << 17)
-    kernels.quantize_absmax(many, NESTED)
+    kernels.quantize_absmax(many, NESTED_BLOCKSIZE)
     child = os.fork()
     if child == 0:
         torch.use_deterministic_algorithms(False)  # torch fills a large tensor with its threads, which are gone
-        got = kernels.dequantize_nf4(packed, absmax, None, None, None, 600, 1024, 64, NESTED, torch.float32).numpy()
-        codes = kernels.quantize_absmax(many, NESTED)[0].numpy()
-        os._exit(
-            0
-            if (got == expected).all() and codes.any() and kernels.describe().endswith("1 thread after a fork)")
-            else 1
-        )
+        got = kernels.dequantize_4bit(*arguments).numpy()
+        codes = kernels.quantize_absmax(many, NESTED_BLOCKSIZE)[0].numpy()
+        said = kernels.describe().endswith("1 thread after a fork)")
+        os._exit(0 if (got == expected).all() and codes.any() and said else 1)
     assert wait(child, 20) == 0
 
 
@@ -106,7 +162,8 @@ if child == 0:
     weight = torch.randn(600, 1024)
     torch.set_num_threads(2)
     from qlora_kernels import ops
-    ops.quantize_nf4(weight, 64)
+    from qlora_kernels.weight import levels_of
+    ops.quantize_4bit(weight, levels_of("nf4", weight.device), 64)
     os._exit(0)
 os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -133,15 +190,15 @@ def test_a_stale_library_is_refused(kernels, tmp_path):
     """
     tree = tmp_path / "kernels"
     shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
-    source = tree / "qlora_kernels" / "cpu" / "portable.cpp"
-    show = "from qlora_kernels import ops; print(ops.backends()['cpu'])"
+    source = tree / "qlora_kernels" / "cpu" / "csrc" / "portable.cpp"
+    show = "from qlora_kernels import backends; print(backends.describe()['cpu'])"
     source.write_text(source.read_text() + "// edited\n")
     stale = python(show, path=tree)
     assert (
         stale.returncode != 0
         and f"was built from other sources than those beside it: run {build.COMMAND}" in stale.stderr
     )
-    assert python("build", path=tree).returncode == 0
+    assert python("build", path=tree, timeout=300).returncode == 0
     assert python(show, path=tree).stdout.startswith("native (")
     (tree / "qlora_kernels" / "cpu" / build.LIBRARY).unlink()
     assert f"the native kernels are not built: run {build.COMMAND}" in python(show, path=tree).stdout

@@ -46,7 +46,7 @@ def pieces(
     ids=["1 thread", "2 threads", "tiny pieces"],
 )
 def test_adamw_has_the_bits_of_torch(isa, threads, betas, gap, offset, count, decay, sizes):
-    """On every instruction set, for one thread and two, wherever a piece lies; between the pieces nothing is written."""
+    """With every instruction set, one thread and two, wherever a piece lies; nothing is written between the pieces."""
     threads(count)
     p, _, at, memory = pieces(sizes, gap, offset, 0)
     n = at[-1] + sizes[-1] + gap

@@ -1,5 +1,5 @@
-"""What lies between the products of a layer, by the native CPU kernels: loss, RMSNorm, SwiGLU, rotary embedding, against
-the reference and float64.
+"""What lies between the products of a layer, by the native CPU kernels: loss, RMSNorm, SwiGLU, rotary embedding,
+against the reference and float64.
 """
 
 from __future__ import annotations

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from qlora.optim import adamw, layout
+from qlora.optim import pages
 
 
 @pytest.fixture
 def small_pages(monkeypatch):
     """Pages of 2048 elements, computed 512 at a time: the parameters above lie in many pages, some in several."""
-    monkeypatch.setattr(layout, "PAGE", 2048)
-    monkeypatch.setattr(adamw, "PAGE", 2048)
-    monkeypatch.setattr(adamw, "CHUNK", 512)
+    monkeypatch.setattr(pages, "PAGE", 2048)
+    monkeypatch.setattr(pages, "CHUNK", 512)

@@ -24,7 +24,7 @@ from qlora.data.batch import pack
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import BLOCK, state_bytes
+from qlora.optim.pages import BLOCK, state_bytes
 from qlora.train.step import optimizer_step
 
 
@@ -124,12 +124,14 @@ WITHOUT_FMA = """
 import torch
 from qlora.optim.adamw import PagedAdamW
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-made = [[torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in (1, 100, 5000)] for _ in "ab"]
+def values(n, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+made = [[torch.nn.Parameter(values(n, n)) for n in (1, 100, 5000)] for _ in "ab"]
 optimizers = torch.optim.AdamW(made[0], foreach=False, fused=False), PagedAdamW(made[1])
 for step in range(5):
     for params, optimizer in zip(made, optimizers):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = values(p.shape, step)
         optimizer.step()
 print(all(torch.equal(p, q) for p, q in zip(*made)))
 """
@@ -367,7 +369,7 @@ def test_the_default_optimizer_of_finetune(tmp_path):
     assert qlora.PagedAdamW is PagedAdamW
     tiny.write_model(tmp_path / "model")
     tiny.write_data(tmp_path / "data.jsonl")
-    from qlora.run.recipe import adamw
+    from qlora.run.optimizer import adapter_optimizer
 
     config = qlora.FinetuneConfig(
         model=str(tmp_path / "model"),
@@ -376,7 +378,7 @@ def test_the_default_optimizer_of_finetune(tmp_path):
         optimizer_memory="none",
         optimizer_state="8bit",
     )
-    optimizer = adamw(tiny.adapted(tiny.llama()), config)
+    optimizer = adapter_optimizer(tiny.adapted(tiny.llama()), config.optimizer(), tmp_path)
     assert type(optimizer) is PagedAdamW and optimizer.pager.resident == 0 < optimizer.pager.spilled
     assert optimizer.pager.spilled == sum(
         state_bytes([p.numel() for g in optimizer.param_groups for p in g["params"]], "8bit")

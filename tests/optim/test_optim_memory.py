@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.data.batch import pack
 from qlora.errors import UserError
 from qlora.layers.attach import adapter_parameters
-from qlora.optim import adamw as optim
+from qlora.optim import pages
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import BLOCK, layout, state_bytes
+from qlora.optim.pages import BLOCK, cut_into_pages, state_bytes
 from qlora.train.checkpoint import load_checkpoint, save_checkpoint
 from qlora.train.rng import random_states
 from qlora.train.step import optimizer_step
@@ -32,24 +32,22 @@ from qlora.train.step import optimizer_step
 # ---------------------------------------------------------------- pages
 
 
-def test_layout():
+def test_every_element_lies_in_one_page():
     """Every element once, in order; whole blocks; nothing that fits a page is cut."""
     for block in (1, BLOCK):
-        numels = [5, 0, optim.PAGE, 3 * optim.PAGE + 7, 256, 1, optim.PAGE - 200, 300]
-        pages = layout(numels, block)
+        numels = [5, 0, pages.PAGE, 3 * pages.PAGE + 7, 256, 1, pages.PAGE - 200, 300]
+        made = cut_into_pages(numels, block)
         covered = [0] * len(numels)
-        for page in pages:
+        for page in made:
             end = 0
             for span in page:
                 assert span.at == end and span.first == covered[span.index] and span.at % block == 0
                 covered[span.index] += span.count
                 end = span.at + -(-span.count // block) * block
-            assert end <= optim.PAGE
+            assert end <= pages.PAGE
         assert covered == numels
         assert all(
-            sum(span.index == i for page in pages for span in page) == 1
-            for i, n in enumerate(numels)
-            if n <= optim.PAGE
+            sum(span.index == i for page in made for span in page) == 1 for i, n in enumerate(numels) if n <= pages.PAGE
         )
 
 
@@ -70,7 +68,7 @@ def test_the_bytes_are_known_beforehand(small_pages, tmp_path, state, memory):
 PROCESS = """
 import gc, json, sys, torch
 from qlora.optim.adamw import PagedAdamW
-from qlora.optim.layout import state_bytes
+from qlora.optim.pages import state_bytes
 from qlora.train.memory import anonymous_memory
 state, share, folder = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
@@ -85,12 +83,13 @@ for _ in range(2):
 after = anonymous_memory() - before
 entries = optimizer.state_dict()["state"]
 saving = anonymous_memory() - before
-print(json.dumps([optimizer.pager.resident, optimizer.pager.spilled, after, saving, sum(e["exp_avg"].abs().sum().item() > 0 for e in entries.values())]))
+full = sum(entry["exp_avg"].abs().sum().item() > 0 for entry in entries.values())
+print(json.dumps([optimizer.pager.resident, optimizer.pager.spilled, after, saving, full]))
 """
 
 
 def test_spilling_gives_memory_back(tmp_path):
-    """510 MB of state with a budget of 10 %: RssAnon is lower by what is spilled, also while the state is being saved."""
+    """510 MB of state, a budget of 10 %: RssAnon is lower by what is spilled, also while the state is being saved."""
     found = []
     for share in (1.0, 0.1):
         done = subprocess.run(
@@ -130,7 +129,10 @@ def test_everything_goes_back(small_pages, tmp_path, how):
 
 # ---------------------------------------------------------------- failed allocations
 
-FAILURE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+FAILURE = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. "
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+)
 
 
 class Failing(TorchDispatchMode):
@@ -175,9 +177,8 @@ def test_a_failure_anywhere_in_a_step_changes_nothing(monkeypatch, tmp_path):
     """At every allocation of the update, and at every 17th of forward and backward: weights, moments and random states
     come out as without it.
     """
-    monkeypatch.setattr(optim, "PAGE", 256)
-    monkeypatch.setattr("qlora.optim.layout.PAGE", 256)
-    monkeypatch.setattr(optim, "CHUNK", 128)
+    monkeypatch.setattr(pages, "PAGE", 256)
+    monkeypatch.setattr(pages, "CHUNK", 128)
     undisturbed = OneStep(tmp_path)
     with Failing() as counter:
         metrics = undisturbed.step()
@@ -225,8 +226,8 @@ def test_when_there_is_nothing_to_evict(tmp_path, memory):
     (line,) = error.value.problems
     assert (
         "an allocation failed at step 1" in line
-        and "--batch-size" in line
-        and ("--optimizer-memory auto" in line) == (memory == "all")
+        and "`batch_size`" in line
+        and ("`optimizer_memory=auto`" in line) == (memory == "all")
     )
     assert same(before, one.parameters)
 

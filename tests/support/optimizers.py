@@ -17,7 +17,7 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict]:
     return [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.0, "lr": 3e-3, "betas": (0.8, 0.95)}]
 
 
-OPTIONS = dict(lr=1e-2, weight_decay=0.1, eps=1e-6)
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
 
 
 def gradients(params: list[torch.nn.Parameter], step: int) -> None:

@@ -29,7 +29,7 @@ ENCODED = {"packed": U8, "absmax": F32, "weight": BF16, "levels": F32, "midpoint
 BLOCKS = dict.fromkeys(("maxima", "values", "offset", "midpoints", "absmax", "levels"), F32) | {"codes": U8}
 NORMS = {"into": (F32, F32, I32), "sizes": ("i32", "i32", "i32", "any", "i32"), "dynamic_map": F32}
 STEP = dict.fromkeys(("y", "x", "weight", "dx", "dy", "gate", "up", "dgate", "dup", "logits"), BF16)
-DOTS = {"into": (F32, F32, I32), "a": (BF16, "i32"), "b": (BF16, "i32")}
+DOTS = {"into": (F32, F32, I32), "values": (BF16, BF16), "sizes": ("i32",) * 4 + ("any",)}
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
 ONE_STAGE = {**FUSED, "num_stages": 1}
@@ -131,7 +131,7 @@ COMPILED = {  # name -> kernel, types, constants, options as the callers give th
     **{
         name: (
             adapter.columnwise_dot_kernel,
-            {**DOTS, "finish": (F32, F32, BF16, F32, "fp32", "any") if finish else ()},
+            {**DOTS, "finish": (F32, F32, BF16, F32, "fp32") if finish else ()},
             {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish},
             FUSED,
             True,

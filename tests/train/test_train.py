@@ -29,7 +29,7 @@ from qlora.layers.attach import adapter_parameters
 from qlora.layers.forward import target_logits
 from qlora.layers.forward_mode import choose_forward_mode
 from qlora.layers.loss import loss_sum
-from qlora.train.loop import train
+from qlora.train.loop import Schedule, train
 from qlora.train.memory import PeakMemory, anonymous_memory
 from qlora.train.metrics import MetricsLog, cut_back, duration
 from qlora.train.signals import Interrupted
@@ -169,19 +169,15 @@ def test_unknown_schedule():
 # ---------------------------------------------------------------- the loop
 
 
-def run(model, tmp_path, steps=4, **options) -> list[dict]:
+NINE = Schedule(9, lambda step: 0.1)
+
+
+def run(model, tmp_path, steps=4, eval_every=0, save_every=0, **hooks) -> list[dict]:
     """Train on one uneven batch a step and return the lines of metrics.jsonl."""
+    schedule = Schedule(steps, lambda step: 0.1 / (step + 1), eval_every=eval_every, save_every=save_every)
     data = examples(*UNEVEN)
     with MetricsLog(tmp_path / "metrics.jsonl", steps=steps) as log:
-        train(
-            model,
-            sgd(model),
-            lambda step: [pack(data[:2]), pack(data[2:])],
-            steps=steps,
-            rate=lambda step: 0.1 / (step + 1),
-            log=log,
-            **options,
-        )
+        train(model, sgd(model), lambda step: [pack(data[:2]), pack(data[2:])], schedule, log=log, **hooks)
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -235,7 +231,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     before = signal.getsignal(number)
     lines = []
     with pytest.raises(Interrupted) as stop:
-        train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=lines.append, save=saved.append)
+        train(model, sgd(model), batches, NINE, log=lines.append, save=saved.append)
     assert stop.value.step == 3 and saved == [3] and [line["step"] for line in lines] == [1, 2, 3]
     assert isinstance(stop.value, KeyboardInterrupt)
     assert signal.getsignal(number) == before
@@ -250,7 +246,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
         return [pack(examples(*UNEVEN))]
 
     with pytest.raises(KeyboardInterrupt) as stop:
-        train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=saved.append, save=saved.append)
+        train(model, sgd(model), batches, NINE, log=saved.append, save=saved.append)
     assert not isinstance(stop.value, Interrupted) and saved == []
 
 
@@ -267,7 +263,7 @@ def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with pytest.raises(Interrupted) as stop:
-            train(model, sgd(model), batches, steps=9, rate=lambda step: 0.1, log=lambda line: None, save=saved.append)
+            train(model, sgd(model), batches, NINE, log=lambda line: None, save=saved.append)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

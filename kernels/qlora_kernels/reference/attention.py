@@ -19,7 +19,9 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale q k^T of one example in float32, [heads, queries, keys], minus infinity where a key is later than the
     query.
     """
-    scores = torch.einsum("qhd,khd->hqk", widened(q), widened(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale
+    scores = (
+        torch.einsum("qhd,khd->hqk", widened(q), widened(k.repeat_interleave(q.shape[1] // k.shape[1], dim=1))) * scale
+    )
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 

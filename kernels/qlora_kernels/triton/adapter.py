@@ -107,36 +107,27 @@ def prepare_lora_factors(
 
 @triton.jit
 def columnwise_dot_kernel(
-    into,
-    a,
-    b,
-    finish,
-    tokens,
-    columns,
-    SHARE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FINISH: tl.constexpr,
+    into, values, finish, sizes, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, FINISH: tl.constexpr
 ):
-    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time. a and b are pairs: values, and
-    elements from token to token. FINISH: out is divided by m_clamped, and on the way dB [columns, rank] = scaling
-    row_scale raw.
+    """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time; `values` are a and b. FINISH:
+    out is divided by m_clamped, and on the way dB [columns, rank] = scaling row_scale raw.
     """
     out, sums, arrived = into
-    a, a_stride = a
-    b, b_stride = b
+    a, b = values
+    tokens, columns, a_stride, b_stride, rank = sizes
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     if FINISH:
         if share == 0:
-            _, row_scale, raw, dB, scaling, rank = finish
+            _, row_scale, raw, dB, scaling = finish
             factor = tl.cast(scaling, tl.float32) * tl.load(row_scale + column, mask=column < columns, other=0.0)
             for start in range(0, rank, 16):
                 k = start + tl.arange(0, 16)
                 inside = (column < columns)[:, None] & (k < rank)[None, :]
                 at = column[:, None] * rank + k[None, :]
+                into_dB = dB + at  # before the load: the other way round takes more registers
                 value = tl.load(raw + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(dB + at, value * factor[:, None], mask=inside)
+                tl.store(into_dB, value * factor[:, None], mask=inside)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
@@ -158,8 +149,8 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
     return _columnwise_dot(a, b)
 
 
-def _columnwise_dot(a: Tensor, b: Tensor, finish: tuple = ()) -> Tensor:
-    """`finish`: m_clamped, row_scale, raw, dB, scaling and rank of the kernel, if it shall finish the gradients."""
+def _columnwise_dot(a: Tensor, b: Tensor, finish: tuple = (), rank: int = 0) -> Tensor:
+    """`finish`: m_clamped, row_scale, raw, dB and scaling of the kernel, if it shall finish the gradients."""
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
     groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
@@ -168,11 +159,9 @@ def _columnwise_dot(a: Tensor, b: Tensor, finish: tuple = ()) -> Tensor:
     with on(a):
         columnwise_dot_kernel[(groups, shares)](
             (out, sums, counters(a.device, groups)),
-            (a, a.stride(0)),
-            (b, b.stride(0)),
+            (a, b),
             finish,
-            tokens,
-            columns,
+            (tokens, columns, a.stride(0), b.stride(0), rank),
             SHARE=SHARE,
             TOKENS=16,
             COLUMNS=128,
@@ -203,4 +192,4 @@ def adapter_gradients(
         return NotImplemented
     raw = (dy.t() @ xA).contiguous()
     dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
-    return dy @ B_scaled, dB, _columnwise_dot(dy, y, (m_clamped, row_scale, raw, dB, scaling, xA.shape[1]))
+    return dy @ B_scaled, dB, _columnwise_dot(dy, y, (m_clamped, row_scale, raw, dB, scaling), xA.shape[1])
