@@ -18,7 +18,7 @@ _HOME = {
     "attach_adapters": "layers.attach",
     "adapter_parameters": "layers.attach",
     "named_adapters": "layers.attach",
-    "save_adapter": "export.peft",
+    "save_adapter": "export.peft_write",
     "load_adapter": "export.peft",
     "PagedAdamW": "optim.adamw",
     "finetune": "run.recipe",

@@ -82,7 +82,7 @@ def disk_problem(path: Path, error: BaseException) -> str:
             "output",
             path,
             "the disk is full; nothing was left half written",
-            "Free some space and run it again, a finetune with --resume",
+            "Free some space and run it again, a finetune with `resume`",
         )
     return problem(
         "output",

@@ -37,7 +37,6 @@ from qlora.layers.linear import FrozenWeight, NF4Linear, autocast, product
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops, reference
 
-METHODS = ("lora", "dora")
 LINEAR = (nn.Linear, NF4Linear, Conv1D)
 
 

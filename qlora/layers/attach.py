@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError, problem
-from qlora.layers.adapters import LINEAR, METHODS, AdaptedLinear
+from qlora.layers.adapters import LINEAR, AdaptedLinear
 from qlora.layers.linear import NF4Linear
+from qlora.models.info import info
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
 
@@ -107,15 +107,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     Raises:
         UserError: everything wrong with the spec at once; adapters are already attached.
     """
-    problems = []
-    if spec.method not in METHODS:
-        problems.append(problem("method", spec.method, f"must be one of {', '.join(METHODS)}", "dora is the default"))
-    if not (isinstance(spec.rank, int) and spec.rank >= 1):
-        problems.append(problem("rank", spec.rank, "must be a whole number of at least 1", "16 is a usual choice"))
-    if not (spec.alpha > 0 and math.isfinite(spec.alpha)):
-        problems.append(problem("alpha", spec.alpha, "must be a positive number", "Twice the rank is a usual choice"))
-    if not 0 <= spec.dropout < 1:
-        problems.append(problem("dropout", spec.dropout, "must be at least 0 and below 1", "0 is a usual choice"))
+    problems = spec.problems()
     if any(True for _ in named_adapters(model)):
         problems.append(
             problem(
@@ -133,7 +125,7 @@ def attach(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     for name in modules:
         layer = model.get_submodule(name)
         model.set_submodule(name, AdaptedLinear(layer, spec).train(layer.training))
-    model.qlora_adapter = spec
+    info(model).adapter = spec
     if spec.method == "dora":
         inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
         inner.register_forward_pre_hook(_before_forward)

@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qlora.layers import attention
+from qlora.models.info import info
+from qlora.models.transformers_seam import attention_implementation, takes_attention
 from qlora_kernels import ops
 
 IGNORED = -100  # the label of a token that does not count, as in torch.nn.functional.cross_entropy
@@ -201,11 +203,11 @@ def loss_sum(model: nn.Module, batch) -> Tensor:
 
 def layout_of(model: nn.Module) -> Layout:
     """How `model` runs in training, found at the first call by comparing with its own forward; kept in
-    `model.qlora_layout`.
+    `model.qlora.mode`.
     """
-    if not hasattr(model, "qlora_layout"):
-        model.qlora_layout = _find_layout(model) if isinstance(model, PreTrainedModel) else Layout(False, False)
-    return model.qlora_layout
+    if info(model).mode is None:
+        info(model).mode = _find_layout(model) if isinstance(model, PreTrainedModel) else Layout(False, False)
+    return info(model).mode
 
 
 @torch.no_grad()
@@ -217,7 +219,7 @@ def expected_layout(model: PreTrainedModel) -> Layout:
     if model.get_output_embeddings() is None or layers is None or layers is model:
         return Layout(False, False)
     if _can_pack(model, layers):
-        before, packed = model.config._attn_implementation, Layout(True, True)
+        before, packed = attention_implementation(model), Layout(True, True)
         model.set_attn_implementation(attention.NAME)
         if _tried(model, _Probe(torch.ones(2, 12, dtype=torch.int64), (12, 7)), packed) is not None:
             return packed
@@ -240,7 +242,7 @@ def _find_layout(model: PreTrainedModel) -> Layout:
             return Layout(False, False)
         if not _can_pack(model, layers):
             return Layout(True, False)
-        before = model.config._attn_implementation
+        before = attention_implementation(model)
         model.set_attn_implementation(attention.NAME)
         packed = Layout(True, True)
         together = _tried(model, probe, packed)
@@ -256,8 +258,8 @@ def _find_layout(model: PreTrainedModel) -> Layout:
 
 def _can_pack(model: PreTrainedModel, layers: nn.Module) -> bool:
     return (
-        model.config._attn_implementation == "sdpa"
-        and model._can_set_attn_implementation()
+        attention_implementation(model) == "sdpa"
+        and takes_attention(model)
         and "position_ids" in inspect.signature(layers.forward).parameters
     )
 

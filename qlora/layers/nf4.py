@@ -21,22 +21,11 @@ from torch import Tensor
 
 from qlora.errors import UserError, problem
 from qlora.layers.weight import NESTED_BLOCKSIZE, NF4Weight
+from qlora.specs import Quantization
 from qlora_kernels import ops, reference
 
-SCALES = ("absmax", "mse")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 PART_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
-
-
-def option_problems(blocksize: int, scales: str) -> list[str]:
-    """What is wrong with the options of `quantize`."""
-    problems = []
-    if blocksize not in BLOCKSIZES:
-        problems.append(problem("blocksize", blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
-    if scales not in SCALES:
-        problems.append(problem("scales", scales, f"must be {' or '.join(SCALES)}", "absmax is the usual choice"))
-    return problems
 
 
 def quantize(
@@ -53,7 +42,7 @@ def quantize(
         floating-point matrix, or it holds NaN or inf
             (the message names `name`).
     """
-    problems = option_problems(blocksize, scales)
+    problems = Quantization(4, blocksize, double_quant, scales).problems()
     if weight.dim() != 2 or weight.numel() == 0:
         problems.append(
             problem(

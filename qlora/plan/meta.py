@@ -25,15 +25,16 @@ from qlora.layers.linear import NF4Linear, forget_scratch
 from qlora.layers.loss import expected_layout, loss_sum
 from qlora.layers.nf4 import PART_KEYS
 from qlora.models.device import DTYPES, resolve_dtype
+from qlora.models.info import info
 from qlora.models.packed import stored_types
-from qlora.models.quantize import LinearLayers
+from qlora.models.quantize import QuantizePass
 from qlora.models.source import load_config, resolve
 from qlora.train.step import checkpoint_activations
 from qlora_kernels import ops
 
 # CPU: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
-SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`model.bound_kernel_caches`)
+SHAPES = 20_000_000  # and more kernels where each batch has another number of tokens (`cli.bound_kernel_caches`)
 
 
 class Account(TorchDispatchMode):
@@ -164,7 +165,7 @@ class Skeleton:
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=self.dtype, trust_remote_code=config.trust_remote_code
             )
-        LinearLayers(
+        QuantizePass(
             dataclasses.replace(self.source, packed=False), dataclasses.replace(config.quantization(), scales=None)
         ).prepare(model)
         model.requires_grad_(False)
@@ -244,7 +245,7 @@ class Skeleton:
             )
         if checkpointing:
             checkpoint_activations(model)
-        model.qlora_layout = expected_layout(model)
+        info(model).mode = expected_layout(model)
         return model
 
 

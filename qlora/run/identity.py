@@ -10,37 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.commands import FinetuneConfig
+from qlora.config.options import changeable, defaults
 from qlora.errors import UserError, problem
 from qlora.models.device import resolve_device, resolve_dtype
 from qlora.run.inputs import Data
 from qlora.train.checkpoint import read_state
 
-# Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
-# base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
-FREE_TO_CHANGE = {
-    "data",
-    "device",
-    "epochs",
-    "eval_data",
-    "eval_every",
-    "gradient_checkpointing",
-    "keep_checkpoints",
-    "memory",
-    "model",
-    "optimizer_memory",
-    "output",
-    "resume",
-    "revision",
-    "save_every",
-    "steps",
-    "tensorboard",
-    "trust_remote_code",
-}
-
 
 def run_identity(config: FinetuneConfig, data: Data, length: dict[str, int]) -> dict[str, Any]:
-    """What decides the numbers of a run: its options, its tokens, its length."""
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    """What decides the numbers of a run: its options, its tokens, its length.
+
+    `model` and `data` may lie elsewhere (`resume="free"`), but must be the same: the base's fingerprint and the tokens
+    are compared. `steps` and `epochs` are compared where the schedule depends on them.
+    """
+    options = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in changeable(FinetuneConfig)
+    }
     options |= dataclasses.asdict(data.quantization)  # as it is, given or not
     options["dtype"] = resolve_dtype(config.dtype, resolve_device(config.device))  # auto depends on the machine
     digest = hashlib.sha256()
@@ -55,9 +40,9 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
     now = identity["options"]
-    was = {"scales": now["scales"] and "absmax"} | began[
-        "options"
-    ]  # checkpoints from before that option do not name it
+    # Checkpoints from before an option do not name it: it had what is its default now.
+    before = {name: value for name, value in defaults(FinetuneConfig).items() if name in now}
+    was = before | {"scales": now["scales"] and "absmax"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")

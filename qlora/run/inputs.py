@@ -14,7 +14,7 @@ from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
 from qlora.errors import UserError
 from qlora.models.device import resolve_device
-from qlora.models.quantize import LinearLayers
+from qlora.models.quantize import resolve_quantization
 from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.run.output import check_output
 from qlora.specs import Quantization
@@ -23,7 +23,7 @@ from qlora.train.metrics import require_tensorboard
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenized examples of a run, where they came from, and how the base is quantized (`LinearLayers`), resolved."""
+    """The tokenized examples of a run, where they came from, and how the base is quantized, resolved."""
 
     train: list[Example]
     held_out: list[Example]
@@ -51,9 +51,9 @@ def read_data(config: FinetuneConfig, output: Path):
     if config.tensorboard:
         gather(require_tensorboard)
     source = gather(lambda: resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
-    layers = tokenizer = None
+    quantization = tokenizer = None
     if source is not None:
-        layers = gather(lambda: LinearLayers(source, config.quantization()))
+        quantization = gather(lambda: resolve_quantization(source, config.quantization()))
         tokenizer = gather(lambda: load_tokenizer(source))
     records = gather(lambda: read_records(config.data))
     held_out = gather(lambda: read_records(config.eval_data)) if config.eval_data else []
@@ -65,7 +65,7 @@ def read_data(config: FinetuneConfig, output: Path):
     held = gather(lambda: tokens(config, tokenizer, held_out).examples) if held_out else []
     if problems:
         raise UserError(problems)
-    return tokenizer, Data(made.examples, held, made, source, layers.quantization)
+    return tokenizer, Data(made.examples, held, made, source, quantization)
 
 
 def tokens(config: FinetuneConfig, tokenizer, records: list[dict]) -> Dataset:

@@ -21,7 +21,7 @@ from transformers import set_seed
 from qlora.config.commands import FinetuneConfig
 from qlora.data.order import run_length
 from qlora.evaluate import evaluate
-from qlora.export.peft import save_adapter
+from qlora.export.peft_write import save_adapter
 from qlora.layers.attach import adapter_parameters, attach, named_adapters
 from qlora.models.device import resolve_device
 from qlora.models.load import load_source

@@ -156,7 +156,7 @@ def test_optimizer_memory():
 def test_bad_values_are_named_with_a_remedy(name, value):
     (line,) = problems(**{name: value})
     assert line.startswith(f"{name}=") and ": must " in line
-    rule, remedy = line.split(": ", 1)[1].split(". ", 1)
+    _, remedy = line.split(": ", 1)[1].split(". ", 1)
     assert remedy and "\n" not in line
 
 

@@ -9,6 +9,7 @@ import torch
 from qlora import UserError
 from qlora.layers import nf4
 from qlora.layers.attach import linear_names
+from qlora.specs import SCALES
 from qlora_kernels import reference
 
 CPU = torch.device("cpu")
@@ -127,10 +128,10 @@ def test_mse_scales_leave_less_error(smollm2_dense, double_quant):
     """At least 10 % less than absmax in the stored weight, over every layer of SmolLM2; the codes are the nearest under
     what is stored.
     """
-    errors = dict.fromkeys(nf4.SCALES, 0.0)
+    errors = dict.fromkeys(SCALES, 0.0)
     for name in linear_names(smollm2_dense):
         weight = smollm2_dense.get_submodule(name).weight.detach()
-        for scales in nf4.SCALES:
+        for scales in SCALES:
             stored = nf4.quantize(weight, double_quant=double_quant, scales=scales)
             errors[scales] += (nf4.dequantize(stored).double() - weight).square().sum().item()
     print(f"squared error, double_quant {double_quant}: {errors}, {errors['mse'] / errors['absmax'] - 1:.1%}")
@@ -141,7 +142,7 @@ def test_mse_scales_leave_less_error(smollm2_dense, double_quant):
     assert torch.allclose((nf4.dequantize(stored) - weight).abs().view(-1), nearest, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("scales", nf4.SCALES)
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_bitsandbytes_layout_both_ways(double_quant, scales):
     """bitsandbytes reads our tensors to the same values; what we read back is what we wrote."""
@@ -153,7 +154,7 @@ def test_bitsandbytes_layout_both_ways(double_quant, scales):
     assert torch.equal(nf4.dequantize(again), nf4.dequantize(weight)) and again.shape == weight.shape
 
 
-@pytest.mark.parametrize("scales", nf4.SCALES)
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_named(bad, scales):
     weight = torch.randn(64, 64)

@@ -119,7 +119,7 @@ def test_layers_alike_are_extrapolated():
     whole.alike = False
     assert dataclasses.astuple(whole.step((64, 64), False)) == pytest.approx(dataclasses.astuple(short), rel=0.01)
     model = load_base("smollm2-135m", dtype="bf16", device="cpu")
-    assert layout_of(model) == skeleton._runnable(3, False).qlora_layout
+    assert layout_of(model) == skeleton._runnable(3, False).qlora.mode
 
 
 def test_peak_is_what_is_measured():

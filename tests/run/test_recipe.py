@@ -27,6 +27,7 @@ from qlora.layers.attach import named_adapters
 from qlora.run.adapted import load_adapted
 from qlora.run.commands import evaluate_command
 from qlora.run.recipe import finetune
+from qlora.specs import Quantization
 from qlora.train.checkpoint import read_state
 
 
@@ -451,9 +452,8 @@ def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
 
 def test_options_that_the_base_contradicts(config, place, tmp_path):
     """Said before anything is loaded, together with what else is wrong; what is not given comes from the checkpoint."""
-    quantize_checkpoint(
-        str(place / "model"), tmp_path / "base", blocksize=32, double_quant=False, scales="mse", dtype="fp32"
-    )
+    quantization = Quantization(blocksize=32, double_quant=False, scales="mse")
+    quantize_checkpoint(str(place / "model"), tmp_path / "base", quantization=quantization, dtype="fp32")
     usual = dict(model=str(tmp_path / "base"))
     problems = refused(config(blocksize=64, double_quant=True, scales="absmax", data="nowhere.jsonl", **usual))
     assert [line.split("=")[0] for line in problems] == ["blocksize", "double_quant", "scales", "data"]
