@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -115,6 +116,29 @@ class AdapterSpec:
     def scaling(self) -> float:
         """s: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def to_peft(self) -> dict[str, Any]:
+        """These fields as PEFT's LoraConfig names them."""
+        return {
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_dora": self.method == "dora",
+            "use_rslora": self.rslora,
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], modules: Iterable[str]) -> AdapterSpec:
+        """What a LoraConfig says, of an adapter on these modules."""
+        return cls(
+            method="dora" if config.get("use_dora") else "lora",
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            rslora=bool(config.get("use_rslora")),
+            modules=tuple(modules),
+        )
 
     def problems(self) -> list[str]:
         """A line for every value that no adapter can have."""

@@ -319,7 +319,7 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         given = {name: value for name, value in values.items() if value}
-        found: list[str] = []
+        found = []
         held_out = {"eval_data", "eval_fraction"}
         if "eval_every" in given and held_out <= values.keys() and not held_out & given.keys():
             found.append(

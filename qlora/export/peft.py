@@ -90,15 +90,7 @@ def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
         rule = f"qlora.json has format {own['format']}, written by a newer version"
         raise UserError(problem("adapter", folder, rule, "Update qlora"))
     with safetensors.safe_open(folder / TENSORS, "pt") as file:
-        modules = _modules(file.keys())
-    spec = AdapterSpec(
-        method="dora" if config.get("use_dora") else "lora",
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        rslora=bool(config.get("use_rslora")),
-        modules=tuple(modules),
-    )
+        spec = AdapterSpec.from_peft(config, _modules(file.keys()))
     if own.get("base"):
         base = BaseInfo(**own["base"])
     else:

@@ -118,27 +118,23 @@ def _peft_config(model: nn.Module, spec: AdapterSpec, base: BaseInfo | None) -> 
     # servers expect; they are used only if they reach the same modules.
     endings = {name.rsplit(".", 1)[-1] for name in spec.modules}
     reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
-    return {
+    config = {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": _model_name(model, base),
         "bias": "none",
         "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for _, adapter in named_adapters(model)),
         "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_bias": False,
-        "lora_dropout": spec.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": spec.rank,
         "rank_pattern": {},
         "revision": None if base is None else base.revision,
         "target_modules": sorted(endings) if reached == set(spec.modules) else list(spec.modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": spec.method == "dora",
-        "use_rslora": spec.rslora,
+        **spec.to_peft(),
     }
+    return dict(sorted(config.items()))
 
 
 def _model_name(model: nn.Module, base: BaseInfo | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What we take from transformers beside its public interface: one test a name, to be run against a new version first."""
+"""What we take from transformers beside its public interface, a test each: what to run first on a new version."""
 
 from __future__ import annotations
 
