@@ -1,8 +1,9 @@
 """Fine-tuning in 4 bits with LoRA and DoRA. The names below are the Python interface; each loads its module when used.
 
 `import qlora` itself imports nothing, so that `qlora --help` need not wait for torch. No module directly in this
-package has the name of a function below: importing a submodule sets it as an attribute of the package, which would put
-the module in the function's place. The alternative, to import everything here, makes every command wait for transformers.
+package has the name of a function below: importing a submodule sets it as an attribute of the package, which would
+put the module in the function's place. The alternative, to import everything here, makes every command wait for
+transformers.
 """
 
 from __future__ import annotations
