@@ -24,6 +24,8 @@ Scales = Literal["absmax", "mse"]
 SCALES: tuple[str, ...] = get_args(Scales)
 Method = Literal["lora", "dora"]
 METHODS: tuple[str, ...] = get_args(Method)
+Init = Literal["kaiming", "gaussian"]
+INITS: tuple[str, ...] = get_args(Init)
 
 
 def limited(default: Any, **limits: float) -> Any:
@@ -109,6 +111,7 @@ class AdapterSpec:
     alpha: float = limited(32.0, gt=0)
     dropout: float = limited(0.0, ge=0, lt=1)
     rslora: bool = False
+    init: str = "kaiming"  # how A is drawn: uniform, or "gaussian": normal with standard deviation 1 / rank
     targets: str | tuple[str, ...] = field(default="all-linear", compare=False)  # other words for the same modules
     modules: tuple[str, ...] = ()
 
@@ -125,7 +128,7 @@ class AdapterSpec:
             "lora_dropout": self.dropout,
             "use_dora": self.method == "dora",
             "use_rslora": self.rslora,
-            "init_lora_weights": True,
+            "init_lora_weights": self.init == "kaiming" or self.init,
         }
 
     @classmethod
@@ -137,17 +140,19 @@ class AdapterSpec:
             alpha=float(config["lora_alpha"]),
             dropout=float(config.get("lora_dropout") or 0.0),
             rslora=bool(config.get("use_rslora")),
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
             modules=tuple(modules),
         )
 
     def problems(self) -> list[str]:
         """A line for every value that no adapter can have."""
-        found = _range_problems(self)
-        if self.method not in METHODS:
-            found.insert(
-                0, problem("method", self.method, f"must be one of {', '.join(METHODS)}", "dora is the default")
-            )
-        return found
+        found = []
+        for name, known in (("method", METHODS), ("init", INITS)):
+            if getattr(self, name) not in known:
+                default = declared(AdapterSpec, name)["default"]
+                rule = f"must be one of {', '.join(known)}"
+                found.append(problem(name, getattr(self, name), rule, f"{default} is the default"))
+        return found + _range_problems(self)
 
 
 @dataclass(frozen=True)

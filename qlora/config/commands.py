@@ -28,7 +28,7 @@ from qlora.config.options import (
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
-from qlora.specs import AdapterSpec, Blocksize, Method, OptimizerSpec, Quantization, Scales, declared
+from qlora.specs import AdapterSpec, Blocksize, Init, Method, OptimizerSpec, Quantization, Scales, declared
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
@@ -188,6 +188,9 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
         aka="lora_dropout",
         help="the probability of dropping an input of the adapter",
     )
+    init: Init = option(
+        **declared(AdapterSpec, "init"), group=ADAPTER, aka="init_lora_weights", help="how A is drawn at the start"
+    )
     targets: str | list[str] = option(
         **declared(AdapterSpec, "targets"),
         group=ADAPTER,
@@ -303,7 +306,7 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     def adapter(self) -> AdapterSpec:
         """What to attach."""
         targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
-        return AdapterSpec(self.method, self.rank, self.alpha, self.dropout, self.rslora, targets)
+        return AdapterSpec(self.method, self.rank, self.alpha, self.dropout, self.rslora, self.init, targets)
 
     def optimizer(self) -> OptimizerSpec:
         """What steps."""

@@ -204,7 +204,7 @@ class _Norms:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
-    `lora_A` [r, in] starts Kaiming-uniform, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
+    `lora_A` [r, in] starts as `spec.init` says, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
     float32.
     """
 
@@ -216,7 +216,10 @@ class AdaptedLinear(nn.Module):
         self.scaling, self.dropout_p = spec.scaling, spec.dropout
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if spec.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / spec.rank)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = None
         if spec.method == "dora":  # ||W_j||, computed as `norm` does while B = 0, so that g is exactly 1
             self.magnitude = nn.Parameter(row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling))

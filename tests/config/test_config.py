@@ -349,6 +349,7 @@ def test_yaml_problems_come_together_with_those_of_the_flags(tmp_path):
         ("alpha", float("inf")),
         ("dropout", 1),
         ("dropout", -0.1),
+        ("init", "uniform"),
     ],
 )
 def test_an_adapter_is_held_to_the_same_ranges_without_options(name, value):

@@ -508,6 +508,7 @@ CHANGES_THE_ADAPTER = {
     "alpha": 4.0,
     "rslora": True,
     "dropout": 0.5,
+    "init": "gaussian",
     "targets": "q_proj",
     "learning_rate": 1e-3,
     "schedule": "linear",
