@@ -95,7 +95,7 @@ def _examples(model: nn.Module) -> str:
 
 
 def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
-    """`attach` with the fields of `specs.AdapterSpec` as keywords: method, rank, alpha, dropout, rslora, targets."""
+    """`attach` with the fields of `specs.AdapterSpec` as keywords, such as method, rank, alpha, targets."""
     return attach(model, AdapterSpec(**options))
 
 
