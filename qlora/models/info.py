@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from qlora.errors import UserError, problem
 from qlora.specs import AdapterSpec, Quantization
 
 
@@ -54,3 +55,15 @@ def info(model: nn.Module) -> ModelInfo:
     """The record of this very module (not of one that it wraps), made at the first call."""
     found: ModelInfo = vars(model).setdefault("qlora", ModelInfo())
     return found
+
+
+def base_info(model: nn.Module) -> BaseInfo:
+    """How the base was made, of a model that `load_base` loaded.
+
+    Raises:
+        UserError: it was loaded by something else.
+    """
+    base = info(model).base
+    if base is None:
+        raise UserError(problem("model", type(model).__name__, "was not loaded by `load_base`", "Load it with that"))
+    return base

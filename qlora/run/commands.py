@@ -11,7 +11,7 @@ from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
 from qlora.generate import generate_batch
-from qlora.models.info import info
+from qlora.models.info import base_info
 from qlora.models.source import load_tokenizer, resolve
 from qlora.plan.say import plan_command
 from qlora.run.adapted import load_adapted
@@ -51,7 +51,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
         records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
     )
     result = evaluate(model, data.examples, config.batch_size)
-    about = {"model": info(model).base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
+    about = {"model": base_info(model).model, "adapter": config.adapter, "data": config.data, "format": data.format}
     return {
         **dataclasses.asdict(result),
         **about,

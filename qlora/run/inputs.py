@@ -51,7 +51,7 @@ def read_data(config: FinetuneConfig, output: Path):
     if config.tensorboard:
         gather(require_tensorboard)
     source = gather(lambda: resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code))
-    quantization = tokenizer = None
+    quantization, tokenizer = config.quantization(), None
     if source is not None:
         quantization = gather(lambda: resolve_quantization(source, config.quantization()))
         tokenizer = gather(lambda: load_tokenizer(source))

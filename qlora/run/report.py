@@ -13,7 +13,7 @@ import torch
 from qlora.config.commands import FinetuneConfig
 from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.loss import layout_of
-from qlora.models.info import info
+from qlora.models.info import base_info
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.inputs import Data
 from qlora.train.checkpoint import latest_checkpoint
@@ -51,7 +51,7 @@ def before(
     pager = optimizer.pager
     spilled = f", {pager.spilled / 1e6:.1f} MB of it spilled" if pager.spilled else ""
     trained, adapters = sum(p.numel() for p in adapter_parameters(model)), sum(1 for _ in named_adapters(model))
-    base, source = info(model).base, data.source
+    base, source = base_info(model), data.source
     fitted = " with mse scales" if base.scales == "mse" else ""
     kind = f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else f"{base.dtype}"
     held = f", {len(data.held_out)} held out" if data.held_out else ""
