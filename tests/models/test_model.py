@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, random_model
 from transformers.pytorch_utils import Conv1D
 
-from qlora import UserError, load_base
+from qlora import UserError, attach_adapters, load_base
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers import nf4
 from qlora.layers.attach import linear_names
 from qlora.layers.linear import NF4Linear
+from qlora.models.info import base_info, info
 from qlora.models.source import resolve
 from qlora.specs import Quantization
 
@@ -67,6 +68,16 @@ def test_an_ordinary_model_comes_out(saved_models, tmp_path):
     assert not getattr(base, "is_quantized", False) and not hasattr(base, "hf_quantizer")
     assert "quantization_config" not in base.config.to_dict()
     assert base.config.use_cache  # whoever trains says use_cache=False; a served model has its cache
+
+
+def test_the_model_knows_how_it_was_made(saved_models):
+    """One attribute; a model that was loaded by something else has none of it, and asking says so."""
+    base = load_base(str(saved_models("llama")), blocksize=128, dtype="bf16")
+    made = base_info(base)
+    assert made is base.qlora.base and (made.bits, made.blocksize, made.dtype) == (4, 128, "bf16")
+    assert info(base).adapter is None and info(attach_adapters(base)).adapter.rank == 16
+    with pytest.raises(UserError, match="was not loaded by `load_base`"):
+        base_info(random_model("llama"))
 
 
 def test_gguf_equals_transformers(smollm2_dense):
