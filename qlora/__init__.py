@@ -1,8 +1,9 @@
 """Fine-tuning in 4 bits with LoRA and DoRA. The names below are the Python interface; each loads its module when used.
 
-`import qlora` itself imports nothing, so that `qlora --help` need not wait for torch. The functions `finetune` and
-`merge` live in modules of other names (recipe, merging): importing a submodule sets it as an attribute of the package,
-which would put the module in the function's place.
+`import qlora` itself imports nothing, so that `qlora --help` need not wait for torch. No module directly in this
+package has the name of a function below: importing a submodule sets it as an attribute of the package, which would
+put the module in the function's place. The alternative, to import everything here, makes every command wait for
+transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _HOME = {
     "disabled": "layers.attach",
     "adapter_parameters": "layers.attach",
     "named_adapters": "layers.attach",
-    "save_adapter": "export.peft",
+    "save_adapter": "export.peft_write",
     "load_adapter": "export.peft",
     "PagedAdamW": "optim.adamw",
     "finetune": "run.recipe",
@@ -35,6 +36,7 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    """The name, from the module where it lives; the version from the installed package's metadata."""
     if name == "__version__":
         from importlib import metadata
 

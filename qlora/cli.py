@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -36,13 +37,14 @@ from qlora.config.commands import (
 )
 from qlora.config.options import (
     GROUPS,
-    SIZES,
+    MODEL,
+    Entry,
     Options,
-    choices,
     entries,
     from_options,
     from_yaml,
     kinds,
+    metavar,
     nearest,
     nearest_option,
     shown_default,
@@ -100,7 +102,15 @@ def _quantize(config: QuantizeConfig) -> None:
     _quiet()
     from qlora.export.bnb import quantize_checkpoint
 
-    quantize_checkpoint(**asdict(config))
+    quantize_checkpoint(
+        config.model,
+        config.output,
+        quantization=config.quantization(),
+        dtype=config.dtype,
+        shard_size=config.shard_size,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
     print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."')
 
 
@@ -122,10 +132,13 @@ def _doctor(config: DoctorConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
+    """A word after `qlora`: its options, what it does, and a line about it. `config_file`: it takes --config FILE."""
+
     options: type[Options]
     run: Callable[[Any], None]
     summary: str
     example: str
+    config_file: bool = False
 
 
 COMMANDS = {
@@ -134,12 +147,14 @@ COMMANDS = {
         _finetune,
         "train an adapter on your data",
         "--model smollm2-135m --data train.jsonl --output runs/first",
+        config_file=True,
     ),
     "plan": Command(
         PlanConfig,
         _plan,
         "predict the memory of a fine-tuning run, without its weights",
         "--model smollm2-135m --batch-size 8 --memory 2GB",
+        config_file=True,
     ),
     "generate": Command(
         GenerateConfig,
@@ -173,6 +188,11 @@ class _Parser(argparse.ArgumentParser):
     """Tells its errors as ours, instead of a usage text and SystemExit."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what argparse found.
+
+        Raises:
+            UserError: always.
+        """
         flag, _, rule = message.removeprefix("argument ").partition(": ")
         if rule == "expected one argument":
             rule, remedy = "needs a value", f"One that begins with a dash is given as {flag}=VALUE."
@@ -196,30 +216,30 @@ def parser(name: str) -> argparse.ArgumentParser:
         ),
     )
     sections = {group: result.add_argument_group(group) for group in GROUPS}
-    if name in ("finetune", "plan"):
-        sections[GROUPS[0]].add_argument(
+    if command.config_file:
+        sections[MODEL].add_argument(
             "--config", metavar="FILE", help="a YAML file with options of this page (names with _); flags win over it"
         )
+    types = kinds(command.options)
     for entry in entries(command.options):
-        kind, default = kinds(command.options)[entry.name], shown_default(entry)
-        note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
-        flag = "--" + entry.name.replace("_", "-")
-        about = {"dest": entry.name, "help": (entry.metadata["help"] + note).replace("%", "%%")}
-        if bool in (kind, *get_args(kind)):
-            about["action"] = argparse.BooleanOptionalAction
-        else:
-            words = "{" + ",".join(map(str, choices(kind))) + "}"
-            about["metavar"] = (
-                "SIZE" if entry.name in SIZES else words if choices(kind) and len(words) < 30 else _metavar(kind)
-            )
-        sections[entry.metadata["group"]].add_argument(flag, **about)
+        sections[entry.metadata["group"]].add_argument(flag(entry.name), **_argument(entry, types[entry.name]))
     result.add_argument_group("help").add_argument("-h", "--help", action="store_true", help="show this page")
     return result
 
 
-def _metavar(kind: Any) -> str:
-    text = str(kind)
-    return "NUMBER" if "float" in text or kind is float else "N" if "int" in text or "Literal[32" in text else "TEXT"
+def flag(name: str) -> str:
+    """An option as it is typed: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def _argument(entry: Entry, kind: Any) -> dict[str, Any]:
+    """argparse's keywords for the flag of an option."""
+    default = shown_default(entry)
+    note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
+    about: dict[str, Any] = {"dest": entry.name, "help": (entry.metadata["help"] + note).replace("%", "%%")}
+    if bool in (kind, *get_args(kind)):
+        return about | {"action": argparse.BooleanOptionalAction}
+    return about | {"metavar": metavar(entry, kind)}
 
 
 def overview() -> str:
@@ -233,7 +253,11 @@ def overview() -> str:
 
 
 def parse(name: str, argv: Sequence[str]) -> Options | None:
-    """The checked config of one command; None if help was asked for. Raises: UserError."""
+    """The checked config of one command; None if help was asked for.
+
+    Raises:
+        UserError: an unknown flag, or every problem of the options.
+    """
     options = COMMANDS[name].options
     flags, rest = parser(name).parse_known_args(argv)
     values = vars(flags)
@@ -250,18 +274,53 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
 
 
 def _unknown_flag(name: str, word: str) -> str:
-    flag = word.partition("=")[0]
-    bare = flag.lstrip("-").replace("-", "_")
+    """The line for a flag that the command does not have."""
+    given = word.partition("=")[0]
+    bare = given.lstrip("-").replace("-", "_")
     meant = nearest_option(COMMANDS[name].options, bare)
-    if name in ("finetune", "plan") and nearest(bare, ["config"]):
+    if COMMANDS[name].config_file and nearest(bare, ["config"]):
         meant = "config"
-    return f"{flag}: not an option of `qlora {name}`. " + (
-        f"Did you mean --{meant.replace('_', '-')}?" if meant else f"See `qlora {name} --help`."
-    )
+    remedy = f"Did you mean {flag(meant)}?" if meant else f"See `qlora {name} --help`."
+    return f"{given}: not an option of `qlora {name}`. {remedy}"
+
+
+def as_flags(line: str) -> str:
+    """A message with its options spelled as flags: `batch_size` -> --batch-size, `bits=4` -> --bits 4.
+
+    Messages from below name an option in backticks, as a Python caller gives it. Only names of options are taken, so
+    other words in backticks, such as `qlora doctor`, stay.
+    """
+    known = {
+        entry.name: kinds(command.options)[entry.name]
+        for command in COMMANDS.values()
+        for entry in entries(command.options)
+    }
+
+    def spelled(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        if name not in known:
+            return match[0]
+        if bool in (known[name], *get_args(known[name])):
+            return flag(f"no_{name}" if value == "False" else name)
+        return flag(name) if value is None else f"{flag(name)} {value}"
+
+    return re.sub(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`", spelled, line)
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN, which multiplies on a CPU, keep few of the kernels that it compiles, one for each shape.
+
+    A micro-batch of another number of tokens has other shapes, and by default kernels for a thousand shapes are kept in
+    each of two caches. These numbers are several times what the layers of one micro-batch need, and as fast: what is
+    evicted is seldom asked for again (docs/log.md). oneDNN reads them at its first product; what the environment says
+    already stands.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 def _quiet() -> None:
-    """Keeps other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
+    """Keep other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -293,7 +352,8 @@ def _drop_stdout() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code."""
+    """Run one command line and returns its exit code."""
+    bound_kernel_caches()
     argv = sys.argv[1:] if argv is None else list(argv)
     config = None
     try:
@@ -320,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except UserError as error:
-        print("\n".join(error.problems), file=sys.stderr)
+        print("\n".join(map(as_flags, error.problems)), file=sys.stderr)
         return 2
     except BackendError as error:
         print(error, file=sys.stderr)
@@ -336,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is None:
             raise
         _drop_stdout()
-        print(line, file=sys.stderr)
+        print(as_flags(line), file=sys.stderr)
         return 2
 
 

@@ -46,7 +46,7 @@ def report() -> dict[str, Any]:
     missing = [
         {"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
         for name, need in required.items()
-        if not (packages[name] and need.specifier.contains(packages[name], True))
+        if not _satisfied(need, packages[name])
     ]
     missing += [
         {"what": name, "why": f"optional, for {purpose}", "do": f"pip install {arguments}"}
@@ -85,7 +85,12 @@ def report() -> dict[str, Any]:
     return {**found, "missing": missing}
 
 
+def _satisfied(need: Requirement, version: str | None) -> bool:
+    return version is not None and need.specifier.contains(version, prereleases=True)
+
+
 def _version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -104,6 +109,7 @@ def _required() -> dict[str, Requirement]:
 
 
 def _cpu() -> dict[str, Any]:
+    """Its name, its cores, and how many of them this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

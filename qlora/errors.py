@@ -1,7 +1,9 @@
 """What a user did wrong, said once and completely.
 
-Every check gathers its problems and raises one `UserError`; the command line prints the lines and exits with 2.
-The alternative, raising at the first problem, makes a user repair a run file one error at a time.
+Every check gathers its problems and raises one `UserError`; the command line prints the lines and exits with 2. A
+message names an option as a Python caller gives it, in backticks: `batch_size` or `bits=4`; the command line spells
+these as flags when it prints (`cli.as_flags`). The alternative, raising at the first problem, makes a user repair a run
+file one error at a time.
 """
 
 from __future__ import annotations

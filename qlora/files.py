@@ -78,18 +78,10 @@ def disk_full(error: BaseException) -> bool:
 def disk_problem(path: Path, error: BaseException) -> str:
     """The line for a path that could not be written."""
     if disk_full(error):
-        return problem(
-            "output",
-            path,
-            "the disk is full; nothing was left half written",
-            "Free some space and run it again, a finetune with --resume",
-        )
-    return problem(
-        "output",
-        path,
-        f"cannot be written ({getattr(error, 'strerror', None) or error})",
-        "Choose a folder you may write to",
-    )
+        rule = "the disk is full; nothing was left half written"
+        return problem("output", path, rule, "Free some space and run it again, a finetune with `resume`")
+    rule = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+    return problem("output", path, rule, "Choose a folder you may write to")
 
 
 def _umask() -> int:
@@ -114,26 +106,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that we or PEFT wrote.
 
-    Raises: UserError if it is damaged.
+    Raises:
+        UserError: it is damaged.
     """
+    remedy = "The file is damaged: use another copy or an earlier checkpoint"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            problem(
-                path.name,
-                path,
-                f"cannot be read ({error})",
-                "The file is damaged: use another copy or an earlier checkpoint",
-            )
-        ) from error
+        raise UserError(problem(path.name, path, f"cannot be read ({error})", remedy)) from error
     if not isinstance(value, dict):
-        raise UserError(
-            problem(
-                path.name,
-                path,
-                "must hold a JSON object",
-                "The file is damaged: use another copy or an earlier checkpoint",
-            )
-        )
+        raise UserError(problem(path.name, path, "must hold a JSON object", remedy))
     return value

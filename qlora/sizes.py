@@ -6,15 +6,25 @@ import re
 
 
 def parse_memory(value: object) -> int | str:
-    """A budget of the optimizer's state: "auto", "all", "none", or bytes, also as "200MB". Raises: ValueError."""
+    """A budget of the optimizer's state: "auto", "all", "none", or bytes, also as "200MB".
+
+    Raises:
+        ValueError: none of these.
+    """
     value = parse_size(value)
-    if value in ("auto", "all", "none") or (type(value) in (int, float) and value >= 0 and value == int(value)):
-        return value if isinstance(value, str) else int(value)
+    if isinstance(value, str) and value in ("auto", "all", "none"):
+        return value
+    if isinstance(value, (int, float)) and value >= 0 and value == int(value):  # a bool was refused by `parse_size`
+        return int(value)
     raise ValueError("must be auto, all, none or a size such as 200MB")
 
 
 def parse_size(value: object) -> object:
-    """ "1GB", "500 MB", "2GiB" -> bytes."""
+    """ "1GB", "500 MB", "2GiB" -> bytes.
+
+    Raises:
+        ValueError: true or false.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
     if not match:
         return number(value)
@@ -22,9 +32,21 @@ def parse_size(value: object) -> object:
 
 
 def number(value: object) -> object:
-    """bool is no number; text such as 1e3 may be a whole one."""
+    """A value that may be a number: text such as 1e3 may be a whole one.
+
+    Raises:
+        ValueError: true or false.
+    """
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+(\.\d*)?[eE][+-]?\d+\s*", value):
         return float(value)
     return value
+
+
+def show_size(count: int) -> str:
+    """Bytes as people write them, in the largest unit that leaves a whole number: 10**9 -> 1GB."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count and count % factor == 0:
+            return f"{count // factor}{unit}"
+    return str(count)

@@ -1,34 +1,110 @@
 """What a run is made of, as whole objects: how weights are quantized, what the adapter is, how the optimizer steps.
 
 `config.commands` cuts them from its options once (`config.quantization()`, `.adapter()`, `.optimizer()`); whoever
-builds a part takes the object, not a list of its fields. They hold no torch, so that options and `--help` need none.
-The alternative, to hand the config itself down, ties every layer to every option of the command line.
+builds a part takes the object, not a list of its fields. Defaults and ranges are declared here, at the field, and
+`config.commands` takes them from here (`declared`), so that the command line and a Python caller are held to the same.
+They hold no torch, so that options and `--help` need none. The alternative, to hand the config itself down, ties every
+layer to every option of the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from qlora.errors import problem
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-SCALES = ("absmax", "mse")
-METHODS = ("lora", "dora")
+Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+BLOCKSIZES: tuple[int, ...] = get_args(Blocksize)
+Scales = Literal["absmax", "mse"]
+SCALES: tuple[str, ...] = get_args(Scales)
+Method = Literal["lora", "dora"]
+METHODS: tuple[str, ...] = get_args(Method)
+Init = Literal["kaiming", "gaussian"]
+INITS: tuple[str, ...] = get_args(Init)
+
+
+def limited(default: Any, **limits: float) -> Any:
+    """A field with a range: `ge`, `gt` (at least, above), `le`, `lt` (at most, below)."""
+    return field(default=default, metadata={"limits": limits})
+
+
+def declared(spec: type, name: str) -> dict[str, Any]:
+    """The default and the range of a field, as `config.options.option` takes them."""
+    entry = next(entry for entry in dataclasses.fields(spec) if entry.name == name)
+    return {"default": entry.default, **entry.metadata.get("limits", {})}
+
+
+_BOUNDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "below"),
+}
+
+
+def _range_problems(spec: Any) -> list[str]:
+    """A line for every field with a range whose value is no number in it; a whole one where its default is."""
+    problems = []
+    for entry in dataclasses.fields(spec):
+        limits, value = entry.metadata.get("limits"), getattr(spec, entry.name)
+        if limits is None:
+            continue
+        whole = isinstance(entry.default, int)
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not all(_BOUNDS[key][0](value, limits[key]) for key in limits):
+            words = " and ".join(f"{_BOUNDS[key][1]} {limit:g}" for key, limit in limits.items())
+            rule = f"must be a {'whole ' if whole else ''}number {words}"
+            problems.append(problem(entry.name, value, rule, f"The default is {entry.default:g}"))
+    return problems
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the frozen weights are kept: `bits` 4 (NF4) or 16. None stands for the default of weights to quantize, and
-    for what a checkpoint that is NF4 already holds; what is given must agree with it.
+    """How the frozen weights are kept: `bits` 4 (NF4) or 16.
+
+    None stands for the default of weights to quantize, and for what a checkpoint that is NF4 already holds; what is
+    given must agree with it.
     """
 
     bits: int = 4
-    blocksize: int | None = None  # weights that share a scale; 64
-    double_quant: bool | None = None  # scales in 8 bits; True
-    scales: str | None = None  # "absmax" or "mse"; "absmax"
+    blocksize: int | None = None  # weights that share a scale
+    double_quant: bool | None = None  # scales in 8 bits
+    scales: str | None = None  # "absmax" or "mse"
+
+    def resolved(self) -> ResolvedQuantization:
+        """With the defaults of weights to quantize in the place of None."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return ResolvedQuantization(**given)
+
+    def problems(self) -> list[str]:
+        """A line for every value that no weights can have."""
+        found = []
+        if self.bits not in (4, 16):
+            found.append(problem("bits", self.bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
+        if self.blocksize is not None and self.blocksize not in BLOCKSIZES:
+            remedy = "64 is the usual choice"
+            found.append(problem("blocksize", self.blocksize, f"must be one of {BLOCKSIZES}", remedy))
+        if self.scales is not None and self.scales not in SCALES:
+            remedy = "absmax is the usual choice"
+            found.append(problem("scales", self.scales, f"must be {' or '.join(SCALES)}", remedy))
+        return found
+
+
+@dataclass(frozen=True)
+class ResolvedQuantization(Quantization):
+    """How certain weights are kept, with nothing left open; the defaults are those of weights to quantize.
+
+    `scales` is None for a checkpoint that is NF4 already: its file does not tell.
+    """
+
+    blocksize: int = 64
+    double_quant: bool = True
+    scales: str | None = "absmax"
 
     def resolved(self) -> Quantization:
         """With the defaults of weights to quantize in the place of None."""
@@ -51,44 +127,64 @@ class Quantization:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """A kind of adapter. `targets` is what was asked for; `modules` are the names that it meant in a model, once
-    attached.
-    """
+    """A kind of adapter. `targets` is what was asked for; `modules` are the layers that it meant, once attached."""
 
     method: str = "dora"
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: int = limited(16, ge=1)
+    alpha: float = limited(32.0, gt=0)
+    dropout: float = limited(0.0, ge=0, lt=1)
     rslora: bool = False
-    targets: str | tuple[str, ...] = "all-linear"
+    init: str = "kaiming"  # how A is drawn: uniform, or "gaussian": normal with standard deviation 1 / rank
+    targets: str | tuple[str, ...] = field(default="all-linear", compare=False)  # other words for the same modules
     modules: tuple[str, ...] = ()
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values by themselves."""
-        found = []
-        if self.method not in METHODS:
-            found.append(problem("method", self.method, f"must be one of {', '.join(METHODS)}", "dora is the default"))
-        if not (isinstance(self.rank, int) and self.rank >= 1):
-            found.append(problem("rank", self.rank, "must be a whole number of at least 1", "16 is a usual choice"))
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            found.append(problem("alpha", self.alpha, "must be a positive number", "Twice the rank is a usual choice"))
-        if not 0 <= self.dropout < 1:
-            found.append(problem("dropout", self.dropout, "must be at least 0 and below 1", "0 is a usual choice"))
-        return found
 
     @property
     def scaling(self) -> float:
         """s: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def to_peft(self) -> dict[str, Any]:
+        """These fields as PEFT's LoraConfig names them."""
+        return {
+            "r": self.rank,
+            "lora_alpha": int(self.alpha) if self.alpha == int(self.alpha) else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_dora": self.method == "dora",
+            "use_rslora": self.rslora,
+            "init_lora_weights": self.init == "kaiming" or self.init,
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], modules: Iterable[str]) -> AdapterSpec:
+        """What a LoraConfig says, of an adapter on these modules."""
+        return cls(
+            method="dora" if config.get("use_dora") else "lora",
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            rslora=bool(config.get("use_rslora")),
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+            modules=tuple(modules),
+        )
+
+    def problems(self) -> list[str]:
+        """A line for every value that no adapter can have."""
+        found = []
+        for name, known in (("method", METHODS), ("init", INITS)):
+            if getattr(self, name) not in known:
+                default = declared(AdapterSpec, name)["default"]
+                rule = f"must be one of {', '.join(known)}"
+                found.append(problem(name, getattr(self, name), rule, f"{default} is the default"))
+        return found + _range_problems(self)
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
     """AdamW (arXiv:1711.05101) and where its state lies: `memory` and `state` as in `optim.adamw.PagedAdamW`."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = limited(2e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    eps: float = limited(1e-8, gt=0)
+    weight_decay: float = limited(0.0, ge=0)
     memory: int | str = "auto"
     state: Literal["float32", "8bit"] = "float32"

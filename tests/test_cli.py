@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 import qlora
-from qlora.cli import COMMANDS, main, parse, parser
+from qlora.cli import COMMANDS, as_flags, bound_kernel_caches, main, parse, parser
 from qlora.config.options import choices, entries, kinds
 from qlora.errors import UserError
 
@@ -149,6 +149,30 @@ def test_several_unknown_flags_are_all_named(capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["--rnk", "--lr"]
 
 
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        ("Use `bits=4`, or the 16-bit original.", "Use --bits 4, or the 16-bit original."),
+        ("Give a smaller `batch_size` or `max_tokens`", "Give a smaller --batch-size or --max-tokens"),
+        ("give `trust_remote_code=True`, or `resume`", "give --trust-remote-code, or --resume"),
+        ("Give `double_quant=False`", "Give --no-double-quant"),
+        (
+            "Run `qlora doctor`; `option: value` and `x_y=1` stay",
+            "Run `qlora doctor`; `option: value` and `x_y=1` stay",
+        ),
+    ],
+)
+def test_messages_name_options_and_the_command_line_spells_them_as_flags(said, shown):
+    assert as_flags(said) == shown
+
+
+def test_a_message_from_below_is_printed_with_flags(tmp_path, capsys):
+    """An adapter in the model's place: `resolve` names the option, the command line the flag."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["quantize", "--model", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("This is an adapter: give it as --adapter.\n")
+
+
 def test_overview_and_version(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -165,7 +189,7 @@ def test_flags_win_over_the_config_file(tmp_path):
     config = parse("finetune", ["--config", str(file), "--rank", "4", "--steps", "5"])
     assert (config.learning_rate, config.rank, config.steps, config.epochs) == (1e-5, 4, 5, None)
     file.write_text("model: m\ndata: d\noutput: o\nlearning_rat: 1e-5\n")
-    with pytest.raises(UserError, match="learning_rat=1e-5: not an option. Did you mean learning_rate?"):
+    with pytest.raises(UserError, match=r"learning_rat=1e-5: not an option\. Did you mean learning_rate\?"):
         parse("finetune", ["--config", str(file)])
 
 
@@ -380,4 +404,11 @@ def test_functions_stay_functions_whatever_is_imported():
     for name in qlora.__all__:
         assert getattr(qlora, name) is not None and name in dir(qlora)
     with pytest.raises(AttributeError, match="no attribute 'finetun'"):
-        qlora.finetun
+        _ = qlora.finetun
+
+
+def test_kernel_caches_are_bounded_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    bound_kernel_caches()
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("128", "7")

@@ -13,7 +13,7 @@ import qlora
 from qlora.config.commands import GenerateConfig
 from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError
-from qlora.export.peft import save_adapter
+from qlora.export.peft_write import save_adapter
 from qlora.generate import Sampling, generate_batch
 from qlora.run.commands import generate_command
 

@@ -1,12 +1,9 @@
-"""Every option once: name, type, default, help and rule. Flags, YAML keys, checks and `--help` all come from here.
+"""Every option once, by command: name, type, default, help and rule. Flags, YAML, checks and `--help` come from here.
 
 An option is a dataclass field made by `option(...)`; what several commands share stands in one mixin, so nothing is
-typed twice. pydantic coerces and checks field by field: "1e-5" becomes a number, True is no integer, NaN no float. A
-value that fails does not hide the next one: all problems, those between options included, are one UserError.
-
-YAML is read as text (no YAML 1.1 guessing, where 1e-5 is a string, `no` a bool and 0123456 an octal number), so a value
-means in a file what it means behind a flag. Alternative not taken: one pydantic model. It stops at the first bad field
-before it compares fields, and users would get a foreign class; ours are plain dataclasses. Nothing here imports torch.
+typed twice. Options that become a whole object (`quantization()`, `adapter()`, `optimizer()`) take default and range
+from that object's field. The alternative, options at the code that reads them, leaves nobody who can check two of them
+against each other, or list them.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from qlora.config.options import (
     ADAPTER,
     CHECKPOINTS,
     DATA,
-    EXCLUSIVE,
     GENERATION,
     MACHINE,
     MODEL,
@@ -31,7 +27,8 @@ from qlora.config.options import (
     show,
 )
 from qlora.errors import problem
-from qlora.specs import AdapterSpec, OptimizerSpec, Quantization
+from qlora.sizes import parse_memory, parse_size
+from qlora.specs import AdapterSpec, Blocksize, Init, Method, OptimizerSpec, Quantization, Scales, declared
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
@@ -42,19 +39,26 @@ FORMATS: tuple[str, ...] = get_args(Format)
 @dataclass(kw_only=True)
 class _NamedModel(Options):
     model: str = option(
-        group=MODEL, min_length=1, help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m"
+        group=MODEL,
+        min_length=1,
+        resume="free",
+        help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m",
     )
-    revision: str | None = option(None, group=MODEL, min_length=1, help="the branch, tag or commit of a hub model")
+    revision: str | None = option(
+        None, group=MODEL, min_length=1, resume="free", help="the branch, tag or commit of a hub model"
+    )
 
 
 @dataclass(kw_only=True)
 class _Output(Options):
-    output: str = option(group=MODEL, min_length=1, help="the folder to write to")
+    output: str = option(group=MODEL, min_length=1, resume="free", help="the folder to write to")
 
 
 @dataclass(kw_only=True)
 class _Code(Options):
-    trust_remote_code: bool = option(False, group=MACHINE, help="run Python code that comes with the model")
+    trust_remote_code: bool = option(
+        False, group=MACHINE, resume="free", help="run Python code that comes with the model"
+    )
 
 
 @dataclass(kw_only=True)
@@ -62,6 +66,7 @@ class _Compute(_Code):
     device: str = option(
         "auto",
         group=MACHINE,
+        resume="free",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         help="auto, cpu, cuda or cuda:N",
         rule="must be auto, cpu, cuda or cuda:N",
@@ -76,20 +81,21 @@ class _Bits(Options):
 
 @dataclass(kw_only=True)
 class _Blocks(Options):
-    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds. So what is given means
-    # something.
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] | None = option(
+    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds.
+    blocksize: Blocksize | None = option(
         None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)"
     )
     double_quant: bool | None = option(
         None,
         group=QUANTIZATION,
-        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight (default yes, or as in a 4-bit checkpoint)",
+        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight "
+        "(default yes, or as in a 4-bit checkpoint)",
     )
-    scales: Literal["absmax", "mse"] | None = option(
+    scales: Scales | None = option(
         None,
         group=QUANTIZATION,
-        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error (default absmax)",
+        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error "
+        "(default absmax)",
     )
 
 
@@ -97,6 +103,7 @@ class _Blocks(Options):
 class _Records(Options):
     data: str = option(
         group=MODEL,
+        resume="free",
         min_length=1,
         help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set",
     )
@@ -121,6 +128,7 @@ class _Shards(Options):
         10**9,
         group=OUTPUT,
         ge=1,
+        size=parse_size,
         help="the largest output file, such as 500MB, 1GB or 2GiB",
         rule="must be a size such as 500MB, 1GB or 2GiB",
     )
@@ -164,15 +172,27 @@ class _Adapted(_Compute):
 class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedModel):
     """Options of `qlora finetune`. Of `steps` and `epochs` at most one; with neither, `epochs` is 1."""
 
-    method: Literal["lora", "dora"] = option("dora", group=ADAPTER, help="the kind of adapter")
-    rank: int = option(16, group=ADAPTER, ge=1, aka="r lora_r", help="the rank r of the update B A")
-    alpha: float = option(32.0, group=ADAPTER, gt=0, aka="lora_alpha", help="the update is scaled by alpha / rank")
-    rslora: bool = option(False, group=ADAPTER, aka="use_rslora", help="scale by alpha / sqrt(rank) instead")
+    method: Method = option(**declared(AdapterSpec, "method"), group=ADAPTER, help="the kind of adapter")
+    rank: int = option(
+        **declared(AdapterSpec, "rank"), group=ADAPTER, aka="r lora_r", help="the rank r of the update B A"
+    )
+    alpha: float = option(
+        **declared(AdapterSpec, "alpha"), group=ADAPTER, aka="lora_alpha", help="the update is scaled by alpha / rank"
+    )
+    rslora: bool = option(
+        **declared(AdapterSpec, "rslora"), group=ADAPTER, aka="use_rslora", help="scale by alpha / sqrt(rank) instead"
+    )
     dropout: float = option(
-        0.0, group=ADAPTER, ge=0, lt=1, aka="lora_dropout", help="the probability of dropping an input of the adapter"
+        **declared(AdapterSpec, "dropout"),
+        group=ADAPTER,
+        aka="lora_dropout",
+        help="the probability of dropping an input of the adapter",
+    )
+    init: Init = option(
+        **declared(AdapterSpec, "init"), group=ADAPTER, aka="init_lora_weights", help="how A is drawn at the start"
     )
     targets: str | list[str] = option(
-        "all-linear",
+        **declared(AdapterSpec, "targets"),
         group=ADAPTER,
         min_length=1,
         aka="target_modules",
@@ -180,31 +200,43 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
         help="the layers to adapt: all-linear, names with commas, or a regex",
     )
 
-    steps: int | None = option(None, group=TRAINING, ge=1, aka="max_steps", help="optimizer steps; excludes epochs")
+    steps: int | None = option(
+        None, group=TRAINING, ge=1, aka="max_steps", resume="free", help="optimizer steps; excludes epochs"
+    )
     epochs: float | None = option(
-        None, group=TRAINING, gt=0, aka="num_train_epochs", help="passes over the data; 1 if steps is not given either"
+        None,
+        group=TRAINING,
+        gt=0,
+        excludes="steps",
+        resume="free",
+        aka="num_train_epochs",
+        help="passes over the data; 1 if steps is not given either",
     )
     accumulate: int = option(
         1, group=TRAINING, ge=1, aka="gradient_accumulation_steps", help="batches in one optimizer step"
     )
-    learning_rate: float = option(2e-4, group=TRAINING, gt=0, aka="lr", help="the highest learning rate")
+    learning_rate: float = option(
+        **declared(OptimizerSpec, "learning_rate"), group=TRAINING, aka="lr", help="the highest learning rate"
+    )
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", group=TRAINING, aka="lr_scheduler_type", help="how the learning rate falls after the warmup"
     )
     warmup: int = option(0, group=TRAINING, ge=0, aka="warmup_steps", help="steps until the learning rate is highest")
-    weight_decay: float = option(0.0, group=TRAINING, ge=0, help="AdamW's weight decay")
+    weight_decay: float = option(**declared(OptimizerSpec, "weight_decay"), group=TRAINING, help="AdamW's weight decay")
     clip: float = option(1.0, group=TRAINING, ge=0, aka="max_grad_norm", help="the largest gradient norm; 0: any")
     beta1: float = option(0.9, group=TRAINING, ge=0, lt=1, aka="adam_beta1", help="AdamW's decay of the mean")
     beta2: float = option(0.999, group=TRAINING, ge=0, lt=1, aka="adam_beta2", help="AdamW's decay of the variance")
-    eps: float = option(1e-8, group=TRAINING, gt=0, aka="adam_epsilon", help="AdamW's epsilon")
+    eps: float = option(**declared(OptimizerSpec, "eps"), group=TRAINING, aka="adam_epsilon", help="AdamW's epsilon")
     optimizer_memory: int | str = option(
-        "auto",
+        **declared(OptimizerSpec, "memory"),
         group=TRAINING,
+        size=parse_memory,
+        resume="free",
         rule="must be auto, all, none or a size such as 200MB",
         help="memory for AdamW's state, the rest spills: 200MB, none, all; auto: all until it runs out",
     )
     optimizer_state: Literal["float32", "8bit"] = option(
-        "float32", group=TRAINING, aka="optim", help="how AdamW keeps its state"
+        **declared(OptimizerSpec, "state"), group=TRAINING, aka="optim", help="how AdamW keeps its state"
     )
     packing: Literal["auto", "on", "off"] = option(
         "auto",
@@ -212,12 +244,14 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
         help="examples of a batch in one row without padding: where the model can, or on (it must), or off",
     )
     gradient_checkpointing: bool = option(
-        False, group=TRAINING, help="less memory, more time: recompute layers in the backward pass"
+        False, group=TRAINING, resume="free", help="less memory, more time: recompute layers in the backward pass"
     )
 
     memory: int | None = option(
         None,
         group=MACHINE,
+        size=parse_size,
+        resume="free",
         rule="must be a size such as 24GB",
         help="a budget for the whole process: settings are chosen that keep it",
     )
@@ -225,27 +259,49 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
     truncate: Literal["end", "drop"] = option("end", group=DATA, help="a longer example loses its end, or is dropped")
 
     eval_data: str | None = option(
-        None, group=CHECKPOINTS, min_length=1, help="held-out data to evaluate on; excludes eval_fraction"
+        None,
+        group=CHECKPOINTS,
+        min_length=1,
+        resume="free",
+        help="held-out data to evaluate on; excludes eval_fraction",
     )
     eval_fraction: float = option(
-        0.0, group=CHECKPOINTS, ge=0, lt=1, help="the part of the data to hold out for evaluation"
+        0.0, group=CHECKPOINTS, ge=0, lt=1, excludes="eval_data", help="the part of the data to hold out for evaluation"
     )
     eval_every: int = option(
-        0, group=CHECKPOINTS, ge=0, aka="eval_steps", help="steps between evaluations; 0: only at the start and the end"
+        0,
+        group=CHECKPOINTS,
+        ge=0,
+        aka="eval_steps",
+        resume="free",
+        help="steps between evaluations; 0: only at the start and the end",
     )
     save_every: int = option(
-        0, group=CHECKPOINTS, ge=0, aka="save_steps", help="steps between checkpoints; 0: only at the end"
+        0,
+        group=CHECKPOINTS,
+        ge=0,
+        aka="save_steps",
+        resume="free",
+        help="steps between checkpoints; 0: only at the end",
     )
     keep_checkpoints: int = option(
-        0, group=CHECKPOINTS, ge=0, aka="save_total_limit", help="checkpoints to keep, the newest ones; 0: all"
+        0,
+        group=CHECKPOINTS,
+        ge=0,
+        aka="save_total_limit",
+        resume="free",
+        help="checkpoints to keep, the newest ones; 0: all",
     )
     resume: bool = option(
         False,
         group=CHECKPOINTS,
         aka="resume_from_checkpoint",
+        resume="free",
         help="go on from the last checkpoint in the output folder",
     )
-    tensorboard: bool = option(False, group=CHECKPOINTS, help="write TensorBoard events beside metrics.jsonl")
+    tensorboard: bool = option(
+        False, group=CHECKPOINTS, resume="free", help="write TensorBoard events beside metrics.jsonl"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,26 +309,25 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
             self.epochs = 1.0
 
     def adapter(self) -> AdapterSpec:
+        """What to attach."""
         targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
-        return AdapterSpec(self.method, self.rank, self.alpha, self.dropout, self.rslora, targets)
+        return AdapterSpec(self.method, self.rank, self.alpha, self.dropout, self.rslora, self.init, targets)
 
     def optimizer(self) -> OptimizerSpec:
+        """What steps."""
         betas = self.beta1, self.beta2
         return OptimizerSpec(
             self.learning_rate, betas, self.eps, self.weight_decay, self.optimizer_memory, self.optimizer_state
         )
 
     def quantization(self) -> Quantization:
+        """How the base is kept."""
         return Quantization(self.bits, self.blocksize, self.double_quant, self.scales)
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         given = {name: value for name, value in values.items() if value}
-        found = [
-            problem(second, show(given[second]), f"excludes {first}={show(given[first])}", "Give one of the two")
-            for first, second in EXCLUSIVE
-            if first in given and second in given
-        ]
+        found = []
         held_out = {"eval_data", "eval_fraction"}
         if "eval_every" in given and held_out <= values.keys() and not held_out & given.keys():
             found.append(
@@ -299,10 +354,12 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
 class PlanConfig(_Json, FinetuneConfig):
     """Options of `qlora plan`: those of finetune, so that its config file serves."""
 
-    data: str | None = option(
+    data: str | None = option(  # type: ignore[assignment]  # a plan can do without
         None, group=MODEL, min_length=1, help="plan for the batches of this data; without it for examples of max_tokens"
     )
-    output: str | None = option(None, group=MODEL, min_length=1, help="not written to")
+    output: str | None = option(  # type: ignore[assignment]
+        None, group=MODEL, min_length=1, help="not written to"
+    )
 
 
 @dataclass(kw_only=True)
@@ -324,6 +381,10 @@ class QuantizeConfig(_Code, _Shards, _Blocks, _Output, _NamedModel):
     """Options of `qlora quantize`."""
 
     dtype: Dtype = option("auto", group=OUTPUT, help="the dtype of the weights that are not quantized")
+
+    def quantization(self) -> Quantization:
+        """How linear weights are written."""
+        return Quantization(4, self.blocksize, self.double_quant, self.scales)
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,20 @@
-"""TODO head of config.options."""
+"""What an option is: its declaration, its check, its YAML, and the option that a mistyped name meant.
+
+    option(...)        a dataclass field with all that is known of an option: help, group, range, other names, ...
+    Options            a dataclass of options that coerces and checks itself; `commands` holds those of each command
+    from_options, from_yaml, to_yaml
+
+pydantic coerces and checks field by field: "1e-5" becomes a number, True is no integer, NaN no float. A value that
+fails does not hide the next one: all problems, those between options included, are one UserError. YAML is read as text
+(no YAML 1.1 guessing, where 1e-5 is a string, `no` a bool and 0123456 an octal number), so a value means in a file what
+it means behind a flag. Alternative not taken: one pydantic model. It stops at the first bad field before it compares
+fields, and users would get a foreign class; ours are plain dataclasses. Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -14,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import yaml
 
 from qlora.errors import UserError, problem
-from qlora.sizes import number, parse_memory, parse_size
+from qlora.sizes import number, show_size
 
 GROUPS = (
     "model and data",
@@ -30,20 +40,31 @@ GROUPS = (
 MODEL, QUANTIZATION, ADAPTER, TRAINING, DATA, CHECKPOINTS, GENERATION, OUTPUT, MACHINE = GROUPS
 
 
-def option(default: Any = MISSING, *, group: str, help: str, rule: str = "", aka: str = "", **limits: Any) -> Any:
-    """A dataclass field. `help` begins with a noun where the option is required (it also reads after "Give ...");
-    `limits` are pydantic's (ge, lt, min_length, pattern, ...); `rule` replaces the sentence made from them; `aka` holds
-    names that other trainers use, so that an unknown one leads here."""
-    return field(
-        default=default, metadata={"help": help, "group": group, "rule": rule, "aka": aka.split(), "limits": limits}
-    )
+def option(default: Any = MISSING, *, group: str, help: str, **about: Any) -> Any:
+    """A dataclass field that is an option. All that the command line and the checks know of it stands here.
+
+    Args:
+        default: without one the option is required.
+        group: one of GROUPS.
+        help: begins with a noun where the option is required (it also reads after "Give ...").
+        **about: `rule` replaces the sentence made from the limits; `aka` holds names that other trainers use, so that
+            an unknown one leads here; `size` parses text such as 200MB into bytes; `excludes` names an option that
+            cannot be given beside this one; `resume="free"` lets it change between the parts of a run. All others are
+            pydantic's limits (ge, lt, min_length, pattern, ...).
+    """
+    known = {"help": help, "group": group, "rule": "", "aka": "", "size": None, "excludes": None, "resume": "same"}
+    metadata = known | {name: value for name, value in about.items() if name in known}
+    metadata["aka"] = metadata["aka"].split()
+    metadata["limits"] = {name: value for name, value in about.items() if name not in known}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
 class Options:
     """What the options of every command do: coerce and check themselves when made.
 
-    Raises: UserError with every problem found.
+    Raises:
+        UserError: every problem found.
     """
 
     def __post_init__(self) -> None:
@@ -67,7 +88,6 @@ def entries(cls: type[Options] | Options) -> list[Entry]:
     return sorted(dataclasses.fields(cls), key=lambda entry: GROUPS.index(entry.metadata["group"]))
 
 
-@functools.cache
 def kinds(cls: type[Options]) -> dict[str, Any]:
     """Option name -> its type."""
     return get_type_hints(cls)
@@ -78,13 +98,34 @@ def choices(kind: Any) -> tuple[Any, ...]:
     return next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
 
 
+def changeable(cls: type[Options]) -> set[str]:
+    """Options that may change between the parts of a run (`resume="free"`)."""
+    return {entry.name for entry in entries(cls) if entry.metadata["resume"] == "free"}
+
+
+def defaults(cls: type[Options]) -> dict[str, Any]:
+    """Option name -> its default; None where it is required."""
+    return {entry.name: None if entry.default is MISSING else entry.default for entry in entries(cls)}
+
+
 def shown_default(entry: Entry) -> str:
     """A default as a user would type it; "" where there is none."""
     if entry.default is MISSING or entry.default is None:
         return ""
-    if entry.name == "shard_size":
-        return f"{entry.default // 10**9}GB"
+    if entry.metadata["size"] and isinstance(entry.default, int):
+        return show_size(entry.default)
     return ("yes" if entry.default else "no") if isinstance(entry.default, bool) else f"{entry.default}"
+
+
+def metavar(entry: Entry, kind: Any) -> str:
+    """What stands for the value in `--help`: SIZE, the choices if they are short, NUMBER, N or TEXT."""
+    words = "{" + ",".join(map(str, choices(kind))) + "}"
+    types = {kind, *get_args(kind), *map(type, choices(kind))}
+    if entry.metadata["size"]:
+        return "SIZE"
+    if choices(kind) and len(words) < 30:
+        return words
+    return "NUMBER" if float in types else "N" if int in types else "TEXT"
 
 
 def show(value: object) -> str:
@@ -110,25 +151,26 @@ def nearest_option(cls: type[Options], name: str) -> str | None:
 
 # Checking.
 
+_CHECKERS: dict[type[Options], dict[str, Any]] = {}  # pydantic's, by option, made at the first use of a command
+
 
 def _numbered_choice(value: object) -> object:
     """ "16" -> 16, for a Literal of numbers."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else number(value)
 
 
-EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_fraction"))
-SIZES = {"shard_size": parse_size, "memory": parse_size, "optimizer_memory": parse_memory}  # options in bytes
+def exclusive(cls: type[Options]) -> list[tuple[str, str]]:
+    """Pairs of options of which at most one may be given."""
+    return [(entry.metadata["excludes"], entry.name) for entry in entries(cls) if entry.metadata["excludes"]]
 
 
-@functools.cache
-def _checker(cls: type[Options], name: str) -> Any:
+def _checker(entry: Entry, kind: Any) -> Any:
     """pydantic's checker of one option. Imported here, as `--help` does not need it."""
     from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
-    kind, limits = kinds(cls)[name], next(entry for entry in entries(cls) if entry.name == name).metadata["limits"]
-    marks: list[Any] = [Field(**limits)]
-    if name in SIZES:
-        marks.append(BeforeValidator(SIZES[name]))
+    marks: list[Any] = [Field(**entry.metadata["limits"])]
+    if entry.metadata["size"]:
+        marks.append(BeforeValidator(entry.metadata["size"]))
     elif isinstance((choices(kind) or [""])[0], int):
         marks.append(BeforeValidator(_numbered_choice))
     elif {int, float} & {kind, *get_args(kind)}:
@@ -168,10 +210,16 @@ def _problem(entry: Entry, kind: Any, value: object, error: Mapping[str, Any]) -
 
 
 def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of `cls`: those given, coerced and checked, and defaults. Raises: UserError with every problem."""
+    """All options of `cls`: those given, coerced and checked, and defaults.
+
+    Raises:
+        UserError: every problem.
+    """
     from pydantic import ValidationError
 
     names = [entry.name for entry in entries(cls)]
+    if cls not in _CHECKERS:
+        _CHECKERS[cls] = {entry.name: _checker(entry, kinds(cls)[entry.name]) for entry in entries(cls)}
     problems, good = [], {}
     for name in (name for name in values if name not in names):
         meant = nearest_option(cls, name)
@@ -186,32 +234,47 @@ def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = values.get(name, entry.default)
         try:
-            good[name] = _checker(cls, name).validate_python(value)
+            good[name] = _CHECKERS[cls][name].validate_python(value)
         except ValidationError as error:
             problems.append(_problem(entry, kinds(cls)[name], value, error.errors()[0]))
-    problems += cls.conflicts(good)
+    problems += _exclusions(cls, good) + cls.conflicts(good)
     if problems:
         raise UserError(problems)
     return good
+
+
+def _exclusions(cls: type[Options], values: Mapping[str, Any]) -> list[str]:
+    """A line for every two options given that exclude each other."""
+    return [
+        problem(second, show(values[second]), f"excludes {first}={show(values[first])}", "Give one of the two")
+        for first, second in exclusive(cls)
+        if values.get(first) and values.get(second)
+    ]
 
 
 # Options from a file, and a file from options.
 
 
 def from_options(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
-    """Options by name, as text or Python values. Like `cls(**values)`, but a name that is missing or unknown is one
-    more problem among the others. Raises: UserError."""
+    """Options by name, as text or Python values.
+
+    Like `cls(**values)`, but a name that is missing or unknown is one more problem among the others.
+
+    Raises:
+        UserError: every problem.
+    """
     return cls(**_checked(cls, values))
 
 
 def from_yaml(cls: type[AnyOptions], path: str | Path, overrides: Mapping[str, Any] | None = None) -> AnyOptions:
     """Options from a YAML file. `overrides` (the flags) win, also over an option of the file that they exclude.
 
-    Raises: UserError: no such file, not YAML, a key twice, an unknown key (with the nearest name), any bad value.
+    Raises:
+        UserError: no such file, not YAML, a key twice, an unknown key (with the nearest name), any bad value.
     """
     overrides = overrides or {}
     values = _read_yaml(path)
-    for first, second in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
+    for first, second in (*exclusive(cls), *(pair[::-1] for pair in exclusive(cls))):
         if first in overrides and second not in overrides:
             values.pop(second, None)
     return from_options(cls, {**values, **overrides})
@@ -232,7 +295,11 @@ _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file's options, as text or None or lists of text."""
+    """The file's options, as text or None or lists of text.
+
+    Raises:
+        UserError: no such file, not YAML of that kind, a key twice.
+    """
 
     def failure(rule: str, remedy: str) -> UserError:
         return UserError(problem("config", show(str(path)), rule, remedy))

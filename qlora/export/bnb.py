@@ -1,22 +1,26 @@
-"""TODO head of export.bnb."""
+"""A 4-bit checkpoint in bitsandbytes' layout, tensor by tensor into shards.
+
+    source -> transform(name, tensor) -> writer      a linear weight P becomes P.weight (codes), P.weight.absmax, ...
+
+transformers loads it through bitsandbytes, and `load_base` as it is. The alternative, to let transformers quantize and
+save, holds the whole model and needs bitsandbytes' kernels.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import BitsAndBytesConfig
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora.errors import UserError, problem
-from qlora.export.shards import CPU, ShardWriter, check_new_folder, placeholder, write_config
-from qlora.files import whole_folder
+from qlora.export.shards import CPU, Written, check_new_folder, write_model
 from qlora.layers import nf4
 from qlora.layers.linear import LINEAR
 from qlora.models.device import DTYPES, resolve_dtype
-from qlora.models.load import stream
-from qlora.models.quantize import LinearLayers
-from qlora.models.source import load_tokenizer, resolve
+from qlora.models.quantize import QuantizePass
+from qlora.models.source import resolve
 from qlora.specs import Quantization
 
 
@@ -24,52 +28,45 @@ def quantize_checkpoint(
     model: str,
     output: str | Path,
     *,
-    blocksize: int | None = None,
-    double_quant: bool | None = None,
-    scales: str | None = None,
+    quantization: Quantization | None = None,
     dtype: str = "auto",
     shard_size: int = 10**9,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Path:
-    """Write a 4-bit checkpoint that transformers loads through bitsandbytes, and `load_base` as it is; returns the
-    folder.
+    """Write a 4-bit checkpoint that transformers loads through bitsandbytes, and `load_base` as it is.
 
-    Linear layers but the head become NF4 (`blocksize`, `double_quant`, `scales`: see `nf4.quantize`; None: its
-    defaults), everything else `dtype` ("auto": bf16 where this machine computes in it, else fp32).
+    Linear layers but the head become NF4 (see `nf4.quantize`; None: the default options), everything else `dtype`
+    ("auto": bf16 where this machine computes in it, else fp32).
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: the output is not empty, the model is quantized already, a weight holds NaN or inf, or the disk is
-        full.
+            full.
     """
     folder = check_new_folder(output)
     source = resolve(model, revision, trust_remote_code=trust_remote_code)
     if source.packed:
         raise UserError(problem("model", model, "is NF4 already", "Use it as it is"))
     target = DTYPES[resolve_dtype(dtype, CPU)]
-    layers = LinearLayers(source, Quantization(4, blocksize, double_quant, scales))
+    layers = QuantizePass(source, quantization or Quantization())
     skipped: list[str] = []
 
-    def note(empty: torch.nn.Module) -> None:
+    def prepare(empty: nn.Module) -> None:
         layers.note(empty)
-        skipped.extend(
-            name for name, module in empty.named_modules() if isinstance(module, LINEAR) and name not in layers.shapes
-        )
+        linear = [name for name, module in empty.named_modules() if isinstance(module, LINEAR)]
+        skipped.extend(name for name in linear if name not in layers.shapes)
 
-    with whole_folder(folder) as part:
-        writer = ShardWriter(part, shard_size)
+    def transform(parameter: str, value: Any) -> dict[str, Tensor]:
+        layer = parameter.removesuffix(".weight")
+        if layer not in layers.shapes or parameter == layer:
+            return {parameter: value}
+        parts = nf4.to_bitsandbytes(layers.quantized(parameter, value), target)
+        return {parameter + suffix: tensor for suffix, tensor in parts.items()}
 
-        def visit(parameter: str, value: Tensor) -> dict[str, Tensor]:
-            layer = parameter.removesuffix(".weight")
-            if layer in layers.shapes and parameter != layer:
-                for suffix, tensor in nf4.to_bitsandbytes(layers.quantized(parameter, value), target).items():
-                    writer.add(parameter + suffix, tensor)
-            else:
-                writer.add(parameter, value)
-            return {parameter: placeholder(value)}
-
-        written = stream(source, visit, dtype=target, device=CPU, prepare=note)
-        writer.close()
+    def finish(written: PreTrainedModel) -> None:
         written.config.quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -77,6 +74,6 @@ def quantize_checkpoint(
             bnb_4bit_compute_dtype=target,
             llm_int8_skip_modules=skipped,
         ).to_dict()
-        write_config(written, part, target)
-        load_tokenizer(source).save_pretrained(part)
-    return folder
+
+    form = Written(dtype=target, read_as=target, shard_size=shard_size)
+    return write_model(source, folder, transform, form, prepare=prepare, finish=finish)

@@ -1,16 +1,28 @@
-"""TODO head of export.shards."""
+"""Writing a model's folder tensor by tensor: safetensors shards, their index, config and tokenizer.
+
+    write_model(source, folder, transform)    every tensor of `source` goes through `transform` into a ShardWriter
+
+The alternative, `save_pretrained`, wants the whole state dict at once.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora.errors import UserError, problem
+from qlora.files import whole_folder
+from qlora.models.load import load_streaming
 from qlora.models.packed import STORED
+from qlora.models.source import Source, load_tokenizer
 
 CPU = torch.device("cpu")
 NAMES = {dtype: name for name, dtype in STORED.items()}
@@ -33,6 +45,7 @@ class ShardWriter:
         self._begin()
 
     def _begin(self) -> None:
+        """Start a shard."""
         self.entries: dict[str, dict] = {}
         self.waiting: dict[str, Tensor] = {}
         self.size = self.end = self.header = 0  # bytes taken, bytes on the disk, and of the header at most
@@ -58,13 +71,15 @@ class ShardWriter:
             self._write(name, tensor)
 
     def _write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor's bytes behind those on the disk."""
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.seek(8 + self.HEADER + self.end)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         start, self.end = self.end, self.end + tensor.numel() * tensor.element_size()
         self.entries[name]["data_offsets"] = [start, self.end]
 
     def _flush(self) -> None:
+        """Write the tensors that wait, largest elements first, then the header."""
         for name, tensor in sorted(self.waiting.items(), key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
         text = (
@@ -95,11 +110,59 @@ class ShardWriter:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write_model` writes: `dtype` is stated in the config; tensors are read as `read_as` ("auto": as stored)."""
+
+    dtype: torch.dtype
+    read_as: torch.dtype | str
+    shard_size: int  # bytes
+
+
+def write_model(
+    source: Source,
+    folder: Path,
+    transform: Callable[[str, Any], dict[str, Tensor]],
+    form: Written,
+    *,
+    prepare: Callable[[nn.Module], None],
+    finish: Callable[[PreTrainedModel], None],
+) -> Path:
+    """Pass every tensor of a model through `transform` and write what it returns, by name; returns the folder.
+
+    Args:
+        source: the model to read.
+        folder: appears whole at the end, or not at all.
+        transform: takes a parameter's name and tensor, returns the tensors to write in its place.
+        form: dtypes and file size.
+        prepare: sees the empty model first.
+        finish: sees it when all has passed, may raise, and may change its config before that is written.
+
+    Raises:
+        UserError: what `load_streaming`, `transform` or `finish` found wrong; the disk is full.
+    """
+    with whole_folder(folder) as part:
+        writer = ShardWriter(part, form.shard_size)
+
+        def on_tensor(parameter: str, value: Any) -> dict[str, Tensor]:
+            written = transform(parameter, value)
+            for name, tensor in written.items():
+                writer.add(name, tensor)
+            return {parameter: placeholder(value if isinstance(value, Tensor) else written[parameter])}
+
+        model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare)
+        finish(model)
+        writer.close()
+        _write_config(model, part, form.dtype)
+        load_tokenizer(source).save_pretrained(part)
+    return folder
+
+
 def placeholder(value: Tensor) -> Tensor:
-    """Stands in the model for a tensor that went to a shard: the right shape, no memory of its own. A few bytes for
-    each, allocated
-    after the weight and staying when it goes, kept glibc from using its place again: merging a 1B model took 1.6 GB in
-    place of 0.3.
+    """Stands in the model for a tensor that went to a shard: the right shape, no memory of its own.
+
+    A few bytes for each, allocated after the weight and staying when it goes, would keep glibc from using the weight's
+    place again (docs/log.md).
     """
     return _one(value.dtype).expand(value.shape) if value.dim() else value
 
@@ -110,13 +173,19 @@ def _one(dtype: torch.dtype) -> Tensor:
 
 
 def check_new_folder(output: str | Path) -> Path:
+    """The absolute path of a folder to write.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
     folder = Path(output).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(problem("output", output, "exists and is not an empty folder", "Choose a new folder"))
     return folder
 
 
-def write_config(model, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json."""
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -192,7 +192,7 @@ class AdaptedProduct(torch.autograd.Function):
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
-    `lora_A` [r, in] starts Kaiming-uniform, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
+    `lora_A` [r, in] starts as `spec.init` says, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
     float32.
     """
 
@@ -205,7 +205,10 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if spec.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / spec.rank)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude: nn.Parameter | None = None
         if spec.method == "dora":  # ||W_j||, computed as n is while B = 0, so that g is exactly 1
             norms = row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling)

@@ -27,6 +27,7 @@ from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.linear import NF4Linear
 from qlora.layers.norms import Version, count_optimizer_steps
 from qlora.layers.targets import match_targets
+from qlora.models.info import info
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
 
@@ -48,10 +49,11 @@ class Adapters(dict[str, Adapter]):
 
 def adapters_of(model: nn.Module) -> Adapters:
     """The adapters of a model; empty where none was attached."""
-    found = model.__dict__.get("qlora_adapters")
-    if found is None:
-        found = model.__dict__["qlora_adapters"] = Adapters()
-    return found
+    record = info(model)
+    if record.adapters is None:
+        record.adapters = Adapters()
+    adapters: Adapters = record.adapters
+    return adapters
 
 
 def active_adapter(model: nn.Module) -> AdapterSpec | None:
@@ -61,7 +63,7 @@ def active_adapter(model: nn.Module) -> AdapterSpec | None:
 
 
 def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
-    """`attach` with the fields of `specs.AdapterSpec` as keywords: method, rank, alpha, dropout, rslora, targets."""
+    """`attach` with the fields of `specs.AdapterSpec` as keywords, such as method, rank, alpha, targets."""
     return attach(model, AdapterSpec(**options))
 
 

@@ -6,7 +6,7 @@
 
 Packing reaches into every architecture (its attention has to ask for our borders, nothing else may look along the row),
 so a model is asked and not its name. The alternative, a list of architectures, is wrong for remote code and for the
-next release of transformers. The mode stays in `model.qlora_mode`; `choose_forward_mode` can force it.
+next release of transformers. The mode stays in `info(model).mode`; `choose_forward_mode` can force it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, problem
 from qlora.layers import attention
 from qlora.layers.forward import ForwardMode, head_logits, target_logits, target_states
+from qlora.models.info import info
+from qlora.models.transformers_seam import attention_implementation, takes_attention
 
 PACKING = ("auto", "on", "off")
 # How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong
@@ -37,7 +39,7 @@ _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, No
 
 def forward_mode(model: nn.Module) -> ForwardMode:
     """How `model` runs in training; chosen at the first call, if nobody has chosen before."""
-    mode = vars(model).get("qlora_mode")
+    mode: ForwardMode | None = info(model).mode
     return choose_forward_mode(model) if mode is None else mode
 
 
@@ -56,7 +58,7 @@ def choose_forward_mode(model: nn.Module, packing: str = "auto") -> ForwardMode:
     if packing not in PACKING:
         raise UserError(problem("packing", packing, f"must be one of {', '.join(PACKING)}", "Choose one of them"))
     if isinstance(model, PreTrainedModel):
-        if _implementation(model) == attention.NAME:  # chosen before
+        if attention_implementation(model) == attention.NAME:  # chosen before
             model.set_attn_implementation("sdpa")
         mode = _find(model, packing != "off")
     else:
@@ -116,12 +118,8 @@ def _find(model: PreTrainedModel, may_pack: bool) -> ForwardMode:
 
 
 def _keep(model: nn.Module, mode: ForwardMode) -> ForwardMode:
-    vars(model)["qlora_mode"] = mode  # past nn.Module's own attributes, which are tensors and modules
+    info(model).mode = mode
     return mode
-
-
-def _implementation(model: PreTrainedModel) -> str | None:
-    return model.config._attn_implementation
 
 
 def _has_parts(model: PreTrainedModel) -> bool:
@@ -131,8 +129,8 @@ def _has_parts(model: PreTrainedModel) -> bool:
 
 def _obstacle(model: PreTrainedModel) -> str:
     """Why packing need not be tried, or ""."""
-    if _implementation(model) != "sdpa" or not model._can_set_attn_implementation():
-        return f"its attention ({_implementation(model)}) cannot be replaced"
+    if attention_implementation(model) != "sdpa" or not takes_attention(model):
+        return f"its attention ({attention_implementation(model)}) cannot be replaced"
     if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
         return "it takes no positions"
     return ""

@@ -1,8 +1,10 @@
-"""TODO head of models.device."""
+"""Which device and which dtype "auto" means here, asked of torch once.
+
+`config` checks how an option is written; only here torch says what this machine has. The alternative, to let the first
+tensor fail, would read the data and load the model before.
+"""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -12,7 +14,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one, else the CPU."""
+    """ "auto" is the GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no device of that name, or no CUDA device here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -21,7 +27,7 @@ def resolve_device(device: str) -> torch.device:
         raise UserError(problem("device", device, "is no torch device", "Use auto, cpu, cuda or cuda:0")) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            problem("device", device, "torch sees no CUDA device here", "Use --device cpu, and run: qlora doctor")
+            problem("device", device, "torch sees no CUDA device here", "Use `device=cpu`, and run: qlora doctor")
         )
     return chosen
 
@@ -38,15 +44,3 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 def native_bf16_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def bound_kernel_caches() -> None:
-    """Let oneDNN, which multiplies on a CPU, keep few of the kernels that it compiles, one for each shape. A
-    micro-batch of another
-    number of tokens has other shapes: 25 MB more of kernels for SmolLM2, and with 1024 kept in each of two caches, the
-    default, 900 MB after 40 batches of real data. These numbers are several times what the layers of one micro-batch
-    need, and as fast: what is evicted is seldom asked for again. Works before the first product; what the environment
-    already says stands.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

@@ -1,13 +1,21 @@
-"""TODO head of models.gguf."""
+"""GGUF files: each tensor under its name in the model, decoded when it is read.
+
+    file -> {name in the model: GGUFTensor} -> the loader, one tensor at a time
+
+llama.cpp renames tensors, and stores some of them otherwise than transformers: the rows of llama's q and k projections
+in another order, gemma's norms as 1 + w, linear weights of GPT-2 transposed; `_undo` undoes that. The alternative,
+transformers' own reader, parses the file several times and makes the whole model dense.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, problem
@@ -15,13 +23,16 @@ from qlora.errors import UserError, problem
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
 
-class _GGUFTensor:
-    """A tensor of a GGUF file, decoded by a chunk of rows at a time when it is read."""
+CHUNK = 1 << 22  # values decoded at a time: 16 MB of float32
 
-    def __init__(self, tensor, dtype: torch.dtype, undo: Callable[[Tensor], Tensor]):
+
+class GGUFTensor:
+    """A tensor of a GGUF file, decoded by a chunk of rows at a time when it is read (`tensor[...]`)."""
+
+    def __init__(self, tensor: Any, dtype: torch.dtype, undo: Callable[[Tensor], Tensor]):
         self.tensor, self.dtype, self.undo = tensor, dtype, undo
 
-    def __getitem__(self, _) -> Tensor:
+    def __getitem__(self, _: object) -> Tensor:
         import gguf
 
         shape = tuple(int(d) for d in reversed(self.tensor.shape))
@@ -29,7 +40,7 @@ class _GGUFTensor:
         out = torch.empty(shape, dtype=self.dtype)
         if len(shape) == 1:
             return self.undo(torch.from_numpy(gguf.dequantize(data, self.tensor.tensor_type).copy())).to(self.dtype)
-        step = max(1, (1 << 22) // shape[-1])
+        step = max(1, CHUNK // shape[-1])
         for start in range(0, shape[0], step):
             out[start : start + step] = torch.from_numpy(
                 gguf.dequantize(data[start : start + step], self.tensor.tensor_type)
@@ -37,8 +48,12 @@ class _GGUFTensor:
         return self.undo(out)
 
 
-def gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
-    """{name in the model: lazy tensor}, undoing what the conversion to GGUF does to each architecture's weights."""
+def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> dict[str, object]:
+    """{name in the model: lazy tensor} of a GGUF file, in `dtype` ("auto": float32).
+
+    Raises:
+        UserError: an architecture whose conversion we cannot undo, or tensors that the model has no place for.
+    """
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -55,7 +70,7 @@ def gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    dtype = torch.float32 if dtype == "auto" else dtype
+    made = dtype if isinstance(dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     tensors: dict[str, object] = {}
@@ -63,9 +78,7 @@ def gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
         stem, _, suffix = name.rpartition(".")
         tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
         if tensor is not None:
-            tensors[name] = _GGUFTensor(
-                tensor, dtype, _gguf_undo(architecture, name, skeleton.get_submodule(stem), config)
-            )
+            tensors[name] = GGUFTensor(tensor, made, _undo(architecture, name, skeleton.get_submodule(stem), config))
     leftover = sorted(set(stored) - {"rope_freqs.weight"})
     if leftover:
         raise UserError(
@@ -79,7 +92,8 @@ def gguf_tensors(path: Path, config, dtype) -> dict[str, object]:
     return tensors
 
 
-def _gguf_undo(architecture: str, name: str, module: nn.Module, config) -> Callable[[Tensor], Tensor]:
+def _undo(architecture: str, name: str, module: nn.Module, config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+    """What turns a stored tensor into the model's: its rows ordered back, 1 subtracted, transposed, or nothing."""
     if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
 

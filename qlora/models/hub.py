@@ -1,4 +1,8 @@
-"""TODO head of models.hub."""
+"""Models of the hub: the files of one model, in the hub's own cache.
+
+Asking the hub for the list of files first tells within ten seconds that there is no network, where a download goes on
+trying; then what the cache holds serves. The alternative, to read the cache alone, would miss a newer revision.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,21 @@ from qlora.errors import UserError, problem
 
 
 def download(model: str, revision: str | None, weights: bool = True) -> Path:
-    """The folder of a hub model in the hub's cache: what is new is downloaded, without a network what is there serves."""
+    """The folder of a hub model in the hub's cache: what is new is downloaded, without a network what is there serves.
+
+    Without `weights` only its small files are fetched: config, tokenizer, code.
+
+    Raises:
+        UserError: no such model, or no network and nothing in the cache.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
+    # The class of the HTTP library that this version of the hub speaks with: requests or httpx.
+    http_error: type[Exception] = HfHubHTTPError.__mro__[1]
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-    offline, no_network = constants.HF_HUB_OFFLINE, None
+    offline = constants.HF_HUB_OFFLINE
+    no_network: Exception | None = None
     try:
         if weights and not offline:
             try:  # fails at once, where a download goes on trying for half a minute
@@ -30,8 +42,8 @@ def download(model: str, revision: str | None, weights: bool = True) -> Path:
             )
         )
     except (OSError, ValueError, http_error) as error:
-        error = no_network or error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = no_network or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(
             problem(
                 "model",

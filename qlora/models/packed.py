@@ -1,9 +1,17 @@
-"""TODO head of models.packed."""
+"""Checkpoints that bitsandbytes quantized: their NF4 bytes as they are.
+
+    P.weight and P.weight.{absmax, quant_map, ...} of a safetensors file -> PackedTensor -> QuantizedWeight
+
+transformers would load them through bitsandbytes' layers, which need its kernels. Here the parts of a weight stay in
+the file until the loader comes to the weight; then `load` reads them. The alternative, to decode and quantize again,
+would not give the same codes.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +34,7 @@ STORED = {  # the types of safetensors files
 
 
 def _safetensors(folder: Path) -> list[Path]:
+    """The safetensors files that a folder should hold: those of its index, or the one of a model without an index."""
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     return [folder / name for name in sorted(names)]
@@ -63,27 +72,31 @@ def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:
 
 
 class PackedTensor:
-    """A 4-bit weight in a bitsandbytes checkpoint. Passes through transformers' cast untouched; `load` reads it."""
+    """A 4-bit weight in a bitsandbytes checkpoint. Passes through transformers' cast unchanged; `load` reads it."""
 
-    def __init__(self, name: str, parts: dict[str, object], device: torch.device | None = None):
+    def __init__(self, name: str, parts: dict[str, Any], device: torch.device | None = None):
         self.name, self.parts, self.device = name, parts, device
 
-    def __getitem__(self, _) -> PackedTensor:
+    def __getitem__(self, _: object) -> PackedTensor:
+        """Itself: the loader reads every tensor so."""
         return self
 
-    def to(self, device=None, dtype=None) -> PackedTensor:
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PackedTensor:
+        """The same on another device; codes have no other dtype."""
         return PackedTensor(self.name, self.parts, device)
 
     def load(self) -> QuantizedWeight:
+        """Read the parts from the file."""
         return nf4.from_bitsandbytes(
             {key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}, self.name
         )
 
 
 def packed_tensors(source: Source) -> dict[str, object]:
+    """{name in the checkpoint: tensor that is read when it is looked at}, the parts of a 4-bit weight as one."""
     from safetensors import safe_open
 
-    slices = {}
+    slices: dict[str, Any] = {}
     for path in _safetensors(source.folder):
         file = safe_open(path, "pt")  # stays open as long as its slices live
         slices |= {key: file.get_slice(key) for key in file.keys()}

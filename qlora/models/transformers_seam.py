@@ -1,68 +1,128 @@
-"""TODO head of models.transformers_seam."""
+"""Every name of transformers that is not public and that we use anyway, in one place.
+
+    stream_config(...)         a quantizer that quantizes nothing: it shows each checkpoint tensor to a function of ours
+    forget_quantizer           takes the marks of that quantizer off the loaded model
+    attention_implementation   which attention a model runs, and whether it lets another be chosen
+    loaded_from                the name that a model was loaded by
+
+Each was tried with transformers 5.17 and 5.23, and each has a test in tests/models/test_transformers_seam.py. The
+quantizer is the extension point that transformers offers; how it is called and what it leaves behind is private. The
+alternative, a loader of our own, would know each architecture's renamed, sharded and tied weights.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora.layers.linear import NF4Linear
+METHOD = "qlora_stream"
 
 
-@register_quantization_config("qlora_stream")
-class StreamConfig(QuantizationConfigMixin):
-    def __init__(self, prepare=None, wants=None, visit=None):
-        self.quant_method = "qlora_stream"
-        self.prepare, self.wants, self.visit = prepare, wants, visit
+def stream_config(
+    prepare: Callable[[nn.Module], None],
+    wants: Callable[[str], bool],
+    on_tensor: Callable[[str, Any], dict[str, Tensor]],
+) -> QuantizationConfigMixin:
+    """The `quantization_config` of a load that shows tensors to `on_tensor(name, tensor)`, which returns what to put
+    into the model, by full name. `prepare` sees the empty model first; `wants` picks tensors by name.
 
-    def to_dict(self):
-        return {"quant_method": self.quant_method}
+    The quantizer is registered with transformers at the first call, not when this module is imported.
+    """
+    _register()
+    return _StreamConfig(prepare, wants, on_tensor)
 
 
-@register_quantizer("qlora_stream")
+@functools.cache
+def _register() -> None:
+    # `register_*` refuse a name that is taken, so this runs once a process. 5.17, 5.23
+    register_quantization_config(METHOD)(_StreamConfig)
+    register_quantizer(METHOD)(_StreamQuantizer)
+
+
+class _StreamConfig(QuantizationConfigMixin):
+    """Carries the three functions of `stream_config` to the quantizer."""
+
+    def __init__(
+        self,
+        prepare: Callable[[nn.Module], None],
+        wants: Callable[[str], bool],
+        on_tensor: Callable[[str, Any], dict[str, Tensor]],
+    ):
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of their own; registered names are plain text
+        self.prepare, self.wants, self.on_tensor = prepare, wants, on_tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}  # not the functions: transformers copies and prints this
+
+
 class _StreamQuantizer(HfQuantizer):
-    """Runs `visit` on each tensor of the checkpoint that `wants` names, in place of a quantization."""
+    """Runs `on_tensor` on each tensor of the checkpoint that `wants` names, in place of a quantization.
 
+    Methods of `HfQuantizer` that the loader calls: 5.17, 5.23.
+    """
+
+    quantization_config: _StreamConfig
     is_trainable = True
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        self.quantization_config.prepare(model)
-        # transformers 5.17 casts each tensor to the dtype of its place before it is visited, and the place of codes is
-        # uint8.
-        self.codes = {
-            f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, NF4Linear)
-        }
-        for module in self.codes.values():
-            module.weight = torch.empty_like(module.weight, dtype=model.dtype)
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Prepare the empty model, and show the loader floating-point weights where codes will lie.
 
-    def param_element_size(self, model, param_name, param):  # of what is loaded, for an allocation beforehand on a GPU
+        transformers (5.17) casts each tensor of the file to the dtype of the parameter or buffer of its name before we
+        see it. The `weight` of a quantized layer is a uint8 buffer, so a bf16 weight would arrive cast to integers.
+        Until it is loaded, that buffer is therefore an empty tensor of the model's own dtype, on the meta device, where
+        it takes no memory. `on_tensor` returns the codes, which take its place with their own dtype.
+        """
+        self.quantization_config.prepare(model)
+        codes = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if "weight" in module._buffers and module.get_buffer("weight").dtype == torch.uint8
+        }
+        for module in codes.values():
+            module.weight = torch.empty_like(module.get_buffer("weight"), dtype=model.dtype)
+        self.codes = set(codes)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes an element in the loaded model, from which memory is set aside on a GPU beforehand."""
         return 1 if param_name in self.codes else param.element_size()
 
-    def param_needs_quantization(self, model, param_name, **kwargs):
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return self.quantization_config.wants(param_name)
 
-    def get_quantize_ops(self):
-        return _Visit(self.quantization_config.visit)
+    def get_quantize_ops(self) -> ConversionOps:
+        return _OnTensor(self.quantization_config.on_tensor)
 
-    def is_serializable(self, *args, **kwargs):
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
 
 
-class _Visit(ConversionOps):
-    def __init__(self, visit):
-        self.visit = visit
+class _OnTensor(ConversionOps):
+    """The loader's conversion step: names and tensors in, names and tensors out. 5.17, 5.23"""
 
-    def convert(self, input_dict, **kwargs):
-        result = {}
+    def __init__(self, on_tensor: Callable[[str, Any], dict[str, Tensor]]):
+        self.on_tensor = on_tensor
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
         for name, value in input_dict.items():
-            result |= self.visit(name, value[0] if isinstance(value, list) else value)
+            result |= self.on_tensor(name, value[0] if isinstance(value, list) else value)
         return result
 
 
 def forget_quantizer(model: PreTrainedModel) -> None:
-    """An ordinary model again: Trainer and save_pretrained refuse models that a quantizer has marked."""
+    """An ordinary model again: Trainer and save_pretrained refuse models that a quantizer has marked.
+
+    The marks: `config._is_quantized` and `config.quantization_config` of the model and of every model in it;
+    `hf_quantizer`, `quantization_method` and `is_quantized` of the model. 5.17, 5.23
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
@@ -71,4 +131,20 @@ def forget_quantizer(model: PreTrainedModel) -> None:
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
-    model.is_quantized = False
+    vars(model)["is_quantized"] = False
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The name of the attention that `model` runs, such as "sdpa": `config._attn_implementation`. 5.17, 5.23"""
+    name: str = model.config._attn_implementation
+    return name
+
+
+def takes_attention(model: PreTrainedModel) -> bool:
+    """Whether `set_attn_implementation` has an effect on `model`: `_can_set_attn_implementation`. 5.17, 5.23"""
+    return model._can_set_attn_implementation()
+
+
+def loaded_from(model: nn.Module) -> str | None:
+    """The folder or hub id that a model was loaded from, or None: `config._name_or_path`. 5.17, 5.23"""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

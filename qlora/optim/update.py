@@ -125,6 +125,6 @@ class Update:
         for decoded, codes, scale, signed in coded:
             ops.decode_blocks_into(decoded, codes, scale, integers, BLOCK, signed)
         scalars = s.beta1, s.beta2, s.eps, s.decay, s.step_size, s.correction, self.scale
-        ops.adamw_(run.parameters, run.gradients, run.places, *values, self.work[values[0].dtype], *scalars)
+        ops.adamw_(run.parameters, run.gradients, run.places, *values, self.work[values[0].dtype], list(scalars))
         for decoded, codes, scale, signed in coded:
             ops.encode_blocks_into(codes, scale, decoded, integers, BLOCK, signed)

@@ -21,7 +21,7 @@ from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
 from qlora.layers.fused import fuse
 from qlora.models.device import DTYPES
 from qlora.models.load import load_source
-from qlora.models.quantize import LinearLayers
+from qlora.models.quantize import QuantizePass
 from qlora.models.source import Source
 from qlora.specs import AdapterSpec, Quantization
 from qlora.train.step import checkpoint_activations
@@ -77,7 +77,7 @@ def empty_base(source: Source, spec: ModelSpec, architecture: PretrainedConfig) 
             architecture, dtype=dtype, trust_remote_code=source.trust_remote_code
         )
     quantization = dataclasses.replace(spec.quantization, scales=None)
-    LinearLayers(dataclasses.replace(source, packed=False), quantization).prepare(model)
+    QuantizePass(dataclasses.replace(source, packed=False), quantization).prepare(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

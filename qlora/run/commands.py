@@ -9,7 +9,7 @@ and generate.py, made those know every option.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
 from qlora.generate import Sampling, generate_batch
-from qlora.models.quantize import BaseRecipe
+from qlora.models.info import base_info
 from qlora.plan.report import describe
 from qlora.run.adapted import load_adapted
 from qlora.run.inputs import find_model, read_inputs
@@ -51,7 +51,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
         records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
     )
     result = evaluate(model, data.examples, config.batch_size)
-    base = cast(BaseRecipe, model.qlora_base)
+    base = base_info(model)
     about = {"model": base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
     counts = {"examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
     return {**dataclasses.asdict(result), **about, **counts}

@@ -16,31 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.commands import FinetuneConfig
+from qlora.config.options import changeable, defaults
 from qlora.errors import UserError, problem
 from qlora.run.inputs import Inputs
 from qlora.train.checkpoint import read_state
-
-# Options that may change between the parts of a run. `model` and `data` may lie elsewhere, but must be the same: the
-# base's fingerprint and the tokens are compared. `steps` and `epochs` are compared where the schedule depends on them.
-FREE_TO_CHANGE = {
-    "data",
-    "device",
-    "epochs",
-    "eval_data",
-    "eval_every",
-    "gradient_checkpointing",
-    "keep_checkpoints",
-    "memory",
-    "model",
-    "optimizer_memory",
-    "output",
-    "resume",
-    "revision",
-    "save_every",
-    "steps",
-    "tensorboard",
-    "trust_remote_code",
-}
 
 
 def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], dtype: str) -> dict[str, Any]:
@@ -49,7 +28,8 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     Args:
         dtype: what the option means here, as "auto" depends on the machine.
     """
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_TO_CHANGE}
+    free = changeable(FinetuneConfig)
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
     options["dtype"] = dtype
     digest = hashlib.sha256()
@@ -68,8 +48,9 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     state = read_state(checkpoint)
     began, done = state["run"], state["step"]
     now = identity["options"]
-    # Checkpoints from before these options do not name them.
-    was = {"scales": now["scales"] and "absmax", "packing": "auto"} | began["options"]
+    # Checkpoints from before an option do not name it: it had what is its default now.
+    before = {name: value for name, value in defaults(FinetuneConfig).items() if name in now}
+    was = before | {"scales": now["scales"] and "absmax"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")

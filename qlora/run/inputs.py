@@ -20,7 +20,7 @@ from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
 from qlora.errors import UserError
-from qlora.models.quantize import LinearLayers
+from qlora.models.quantize import resolve_quantization
 from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.specs import Quantization
 
@@ -121,7 +121,7 @@ def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
 
 def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quantization:
     """The options as they are, given or not; without weights as they were asked for."""
-    return LinearLayers(source, quantization).quantization if weights else quantization
+    return resolve_quantization(source, quantization) if weights else quantization
 
 
 def tokens(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> Dataset:

@@ -25,7 +25,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch
 from qlora.data.order import run_length
 from qlora.evaluate import evaluate
-from qlora.export.peft import save_adapter
+from qlora.export.peft_write import save_adapter
 from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble

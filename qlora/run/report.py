@@ -11,7 +11,7 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -19,7 +19,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.tokenize import Dataset
 from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.forward_mode import forward_mode
-from qlora.models.quantize import BaseRecipe
+from qlora.models.info import BaseInfo, base_info
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.inputs import Inputs
 from qlora.train.checkpoint import latest_checkpoint
@@ -61,7 +61,7 @@ def before(
     trained = sum(p.numel() for p in parameters)
     frozen = model.get_memory_footprint() - sum(p.numel() * p.element_size() for p in parameters)
     held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
-    dataset, base = inputs.dataset, cast(BaseRecipe, model.qlora_base)
+    dataset, base = inputs.dataset, base_info(model)
     resumed = f", resumed at step {first}" if first else ""
     batches = "packed without padding" if forward_mode(model).packed else "padded to one length"
     lines = [
@@ -75,7 +75,7 @@ def before(
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
-def _kind(base: BaseRecipe) -> str:
+def _kind(base: BaseInfo) -> str:
     fitted = " with mse scales" if base.scales == "mse" else ""
     return f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else base.dtype
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora.errors import UserError, problem
-from qlora.export.peft import PEFT_CONFIG, TENSORS, load_adapter, named_parameters, write_adapter
+from qlora.export.peft import PEFT_CONFIG, TENSORS, load_adapter, named_parameters
+from qlora.export.peft_write import write_adapter
 from qlora.files import read_json, whole_folder, write_json
 from qlora.train.rng import random_states, set_random_states
 

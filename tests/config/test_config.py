@@ -16,8 +16,9 @@ from qlora.config.commands import (
     MergeConfig,
     QuantizeConfig,
 )
-from qlora.config.options import entries, from_options, from_yaml, to_yaml
+from qlora.config.options import changeable, choices, entries, from_options, from_yaml, kinds, to_yaml
 from qlora.errors import UserError
+from qlora.specs import BLOCKSIZES, AdapterSpec, OptimizerSpec, Quantization
 
 NEEDED = {"model": "m", "data": "d.jsonl", "output": "out"}
 
@@ -156,7 +157,7 @@ def test_optimizer_memory():
 def test_bad_values_are_named_with_a_remedy(name, value):
     (line,) = problems(**{name: value})
     assert line.startswith(f"{name}=") and ": must " in line
-    rule, remedy = line.split(": ", 1)[1].split(". ", 1)
+    _, remedy = line.split(": ", 1)[1].split(". ", 1)
     assert remedy and "\n" not in line
 
 
@@ -331,3 +332,53 @@ def test_yaml_problems_come_together_with_those_of_the_flags(tmp_path):
         from_yaml(FinetuneConfig, path, {"alpha": "-1"})
     assert caught.value.problems[0] == "lern_rate=1e-5: not an option. Did you mean learning_rate?"
     assert {line.partition("=")[0] for line in caught.value.problems} == {"lern_rate", "output", "rank", "alpha"}
+
+
+# One declaration of each option.
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("method", "qdora"),
+        ("rank", 0),
+        ("rank", 4.5),
+        ("rank", True),
+        ("alpha", 0),
+        ("alpha", float("nan")),
+        ("alpha", float("inf")),
+        ("dropout", 1),
+        ("dropout", -0.1),
+        ("init", "uniform"),
+    ],
+)
+def test_an_adapter_is_held_to_the_same_ranges_without_options(name, value):
+    (line,) = AdapterSpec(**{name: value}).problems()
+    assert line.startswith(f"{name}={value}: must be")
+    assert problems(**{name: value})
+    assert AdapterSpec().problems() == []
+
+
+@pytest.mark.parametrize("name, value", [("bits", 8), ("blocksize", 48), ("blocksize", 8192), ("scales", "max")])
+def test_a_quantization_is_held_to_the_same_choices_without_options(name, value):
+    (line,) = Quantization(**{name: value}).problems()
+    assert line.startswith(f"{name}={value}: must be")
+    assert problems(**{name: value})
+    assert Quantization().problems() == []
+
+
+def test_defaults_of_the_options_are_those_of_the_objects():
+    config = FinetuneConfig(**NEEDED)
+    assert (config.adapter(), config.optimizer(), config.quantization()) == (
+        AdapterSpec(),
+        OptimizerSpec(),
+        Quantization(),
+    )
+    assert set(choices(kinds(FinetuneConfig)["blocksize"])) == set(BLOCKSIZES)
+
+
+def test_what_may_change_between_the_parts_of_a_run():
+    """Where things lie and how much memory they take, not what decides the numbers."""
+    free = changeable(FinetuneConfig)
+    assert {"model", "data", "output", "device", "memory", "optimizer_memory", "resume", "steps", "epochs"} <= free
+    assert not free & {"rank", "seed", "learning_rate", "batch_size", "optimizer_state", "eval_fraction", "dtype"}

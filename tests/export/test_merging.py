@@ -18,9 +18,10 @@ from tiny import CONFIGS, adapted
 
 from qlora import UserError, attach_adapters, load_base, merge, save_adapter
 from qlora.export.bnb import quantize_checkpoint
-from qlora.export.peft import read_adapter_recipe
+from qlora.export.peft import read_adapter_info
 from qlora.export.shards import ShardWriter
 from qlora.run.adapted import load_adapted
+from qlora.specs import Quantization
 
 IDS = torch.arange(2, 20).view(2, 9)
 
@@ -73,9 +74,8 @@ def test_onto_the_original(saved_models, tmp_path):
 
 
 def test_a_bitsandbytes_base(saved_models, tmp_path):
-    quantize_checkpoint(
-        str(saved_models("llama")), tmp_path / "base", dtype="fp32", blocksize=128, double_quant=False, scales="mse"
-    )
+    quantization = Quantization(blocksize=128, double_quant=False, scales="mse")
+    quantize_checkpoint(str(saved_models("llama")), tmp_path / "base", dtype="fp32", quantization=quantization)
     model, adapter = trained(tmp_path / "base", tmp_path)
     with torch.no_grad():
         assert torch.equal(load_adapted(adapter, device="cpu")[0](input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -136,7 +136,8 @@ def test_loads_without_this_package(saved_models, tmp_path):
     code = (
         "import sys; sys.modules['qlora'] = None; sys.modules['qlora_kernels'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'merged')!r}); AutoTokenizer.from_pretrained({str(tmp_path / 'merged')!r})\n"
+        f"folder = {str(tmp_path / 'merged')!r}\n"
+        "m = AutoModelForCausalLM.from_pretrained(folder); AutoTokenizer.from_pretrained(folder)\n"
         "print(m.dtype)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
@@ -277,7 +278,7 @@ def test_another_base_is_refused(saved_models, tmp_path):
 
 def test_a_base_of_another_shape_is_refused(saved_models, tmp_path):
     _, adapter = trained(saved_models("llama"), tmp_path)
-    with pytest.raises(UserError, match="the adapter|adapter="):
+    with pytest.raises(UserError, match=r"the adapter|adapter="):
         merge(adapter, tmp_path / "merged", model=str(saved_models("gpt2")))
 
 
@@ -295,8 +296,8 @@ def test_an_adapter_without_our_recipe(saved_models, tmp_path):
     """A PEFT adapter does not say how its base was quantized: only the original is a base we know."""
     model, adapter = trained(saved_models("llama"), tmp_path, bits=16)
     (adapter / "qlora.json").unlink()
-    assert read_adapter_recipe(adapter)[0].bits is None
-    with pytest.raises(UserError, match="--base original"):
+    assert read_adapter_info(adapter)[0].bits is None
+    with pytest.raises(UserError, match="`base=original`"):
         merge(adapter, tmp_path / "merged")
     merge(adapter, tmp_path / "merged", base="original", dtype="fp32", model=str(saved_models("llama")))
     with torch.no_grad():

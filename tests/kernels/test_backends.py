@@ -178,16 +178,18 @@ def python(code: str, *, path: Path | None = None, timeout: float = 60) -> subpr
     )
 
 
-def test_a_child_that_loads_the_kernels_does_not_hang(kernels):
+def test_a_child_that_loads_the_kernels_does_not_hang(kernels, monkeypatch):
     """The parent never loaded the kernels, but torch had threads there: the child must not count on them either."""
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
     result = python(FORKED_BEFORE_LOADING)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_stale_library_is_refused(kernels, tmp_path):
+def test_a_stale_library_is_refused(kernels, monkeypatch, tmp_path):
     """In a checkout: an edited source stops the import and names the command; that command helps; no library is no
     error.
     """
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
     tree = tmp_path / "kernels"
     shutil.copytree(build.FOLDER.parent, tree / "qlora_kernels")
     source = tree / "qlora_kernels" / "cpu" / "csrc" / "portable.cpp"

@@ -18,6 +18,7 @@ from qlora.layers.attach import adapter_parameters
 from qlora.layers.forward import ForwardMode
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode, forward_mode
 from qlora.layers.loss import loss_sum
+from qlora.models.info import info
 from qlora.train.step import checkpoint_activations
 
 PACKED = sorted({*CONFIGS, *MORE} - PADDED)
@@ -145,7 +146,7 @@ def test_a_model_that_loses_the_borders_on_the_way_is_padded():
         layer.self_attn.forward = deaf
     assert forward_mode(model) == ForwardMode(True, False)
     model.set_attn_implementation(attention.NAME)
-    model.qlora_mode = ForwardMode(True, True)
+    info(model).mode = ForwardMode(True, True)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):
         loss_sum(model, pack(examples((12, 6), (5, 3))))
 

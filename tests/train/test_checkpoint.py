@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora.errors import UserError
-from qlora.export.peft import load_adapter, read_adapter_recipe, save_adapter
+from qlora.export.peft import load_adapter, read_adapter_info
+from qlora.export.peft_write import save_adapter
 from qlora.files import remove_partial
 from qlora.layers.attach import active_adapter, adapter_parameters
 from qlora.models.load import load_base
@@ -95,7 +96,7 @@ def test_ours_loads_peft(tmp_path, build, kind):
     model = load_adapter(build(), tmp_path / "adapter")
     assert close(logits(model), logits(theirs))
     assert not close(logits(build()), logits(model))
-    base, spec = read_adapter_recipe(tmp_path / "adapter")
+    base, spec = read_adapter_info(tmp_path / "adapter")
     assert (base.bits, base.fingerprint) == (None, None)
     assert dataclasses.replace(spec, modules=set(spec.modules)) == dataclasses.replace(
         active_adapter(model), modules=set(active_adapter(model).modules)
@@ -179,7 +180,7 @@ def test_what_we_do_not_do_is_refused_by_name(tmp_path, change, named):
 def test_every_default_of_peft_passes(tmp_path):
     theirs = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     theirs.save_pretrained(tmp_path)
-    assert read_adapter_recipe(tmp_path)[1].rank == 2
+    assert read_adapter_info(tmp_path)[1].rank == 2
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -262,12 +263,12 @@ def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
     """
     for trained, other in (({}, here), (here, {})):
         one, two = (load_base(str(folders[0]), dtype="fp32", device="cpu", **options) for options in (trained, other))
-        assert one.qlora_base.fingerprint == two.qlora_base.fingerprint and not close(logits(one), logits(two))
+        assert one.qlora.base.fingerprint == two.qlora.base.fingerprint and not close(logits(one), logits(two))
         folder = save_adapter(tiny.adapted(one), tmp_path / "adapter")
         before = logits(two)
         with pytest.raises(UserError) as error:
             load_adapter(two, folder)
-        words = [f"{name}={getattr(model.qlora_base, name)}" for name in here for model in (one, two)]
+        words = [f"{name}={getattr(model.qlora.base, name)}" for name in here for model in (one, two)]
         (line,) = error.value.problems
         assert line.startswith(f"adapter={folder}: was trained on bits=") and line.endswith(".")
         rule, remedy = line.split(". ")
@@ -285,7 +286,7 @@ def test_load_adapted_makes_the_base_again(tmp_path, folders, bits):
     with pytest.raises(UserError, match=f"bits={20 - bits}: the adapter was trained on {bits} bits"):
         load_adapted(tmp_path / "adapter", bits=20 - bits, device="cpu")
     again, tokenizer = load_adapted(tmp_path / "adapter", device="cpu")
-    assert again.qlora_base == model.qlora_base and not again.training
+    assert again.qlora.base == model.qlora.base and not again.training
     assert torch.equal(logits(again), logits(model))
     assert tokenizer.chat_template == tiny.TEMPLATE
     moved = shutil.copytree(folders[0], tmp_path / "moved")
@@ -294,7 +295,7 @@ def test_load_adapted_makes_the_base_again(tmp_path, folders, bits):
 
 def test_load_adapted_with_an_adapter_that_names_no_base(tmp_path):
     save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
-    with pytest.raises(UserError, match="does not name its base model. Give --model too."):
+    with pytest.raises(UserError, match="does not name its base model. Give `model` too."):
         load_adapted(tmp_path / "adapter")
 
 
@@ -341,7 +342,7 @@ def test_files_and_card(tmp_path, folders):
     own = json.loads((folder / "qlora.json").read_text())
     assert (
         own["base"]["bits"] == 4
-        and own["base"]["fingerprint"] == model.qlora_base.fingerprint
+        and own["base"]["fingerprint"] == model.qlora.base.fingerprint
         and own["notes"]["steps"] == 7
     )
     assert own["versions"]["torch"] == torch.__version__
@@ -364,11 +365,11 @@ def test_an_adapter_is_replaced_whole_and_nothing_else_is(tmp_path):
     model = tiny.adapted(tiny.llama())
     folder = save_adapter(model, tmp_path / "adapter", tiny.tokenizer())
     save_adapter(tiny.adapted(tiny.llama(), rank=2), folder)
-    assert not (folder / "tokenizer.json").exists() and read_adapter_recipe(folder)[1].rank == 2
+    assert not (folder / "tokenizer.json").exists() and read_adapter_info(folder)[1].rank == 2
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds files of another kind \(thesis.tex\)"):
         save_adapter(model, folder)
-    assert read_adapter_recipe(folder)[1].rank == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert read_adapter_info(folder)[1].rank == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
     with pytest.raises(UserError, match="has no adapters"):
         save_adapter(tiny.llama(), tmp_path / "new")
     with pytest.raises(UserError, match="cannot be written"):

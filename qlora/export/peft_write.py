@@ -1,0 +1,142 @@
+"""Writing an adapter folder in PEFT's layout (see `export.peft`, which reads it).
+
+The folder appears whole or not at all, and replaces an adapter that was there, but no other files. The alternative,
+PEFT's own save, would make it a dependency at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from qlora import __version__
+from qlora.errors import UserError, problem
+from qlora.export.card import model_card
+from qlora.export.peft import CARD, KEYS, OWN_CONFIG, PEFT_CONFIG, PREFIX, TENSORS, named_parameters
+from qlora.files import read_json, whole_folder, write_json
+from qlora.layers.attach import active_adapter, named_adapters
+from qlora.models.info import BaseInfo, info
+from qlora.models.transformers_seam import loaded_from
+from qlora.specs import AdapterSpec
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the adapter of `model` as a folder that PEFT loads too; returns it. `notes` go to qlora.json and the card.
+
+    The folder appears whole, and replaces an adapter that was there.
+
+    Raises:
+        UserError: no adapters are attached; the folder holds files that no adapter writes; the disk is full.
+    """
+    folder = Path(folder).absolute()
+    with whole_folder(folder) as part:
+        write_adapter(model, part, tokenizer, notes)
+        _refuse_foreign(folder, part)
+    return folder
+
+
+def _refuse_foreign(folder: Path, part: Path) -> None:
+    """Replacing a folder removes it, so it may only hold what an adapter folder holds."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(problem("output", folder, "is a file", "Give a folder"))
+    known = {path.name for path in part.iterdir()}
+    if (folder / OWN_CONFIG).is_file():
+        known |= set(read_json(folder / OWN_CONFIG).get("files", ()))
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if foreign:
+        shown = ", ".join(foreign[:5])
+        rule = f"holds files of another kind ({shown})"
+        raise UserError(problem("output", folder, rule, "Choose another folder, or move them"))
+
+
+def write_adapter(
+    model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase | None, notes: Mapping[str, Any] | None
+) -> None:
+    """Write the files of an adapter into a folder that the caller makes whole.
+
+    Raises:
+        UserError: no adapters are attached.
+    """
+    spec, base = _spec(model), info(model).base
+    save_file(_adapter_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    write_json(folder / PEFT_CONFIG, _peft_config(model, spec, base))
+    (folder / CARD).write_text(model_card(_model_name(model, base), spec, base, notes or {}), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    own = {
+        "format": 1,
+        "base": None if base is None else dataclasses.asdict(base),
+        "adapter": dataclasses.asdict(spec),
+        "versions": {"qlora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "notes": dict(notes or {}),
+        "files": [*sorted(path.name for path in folder.iterdir()), OWN_CONFIG],
+    }
+    write_json(folder / OWN_CONFIG, own)
+
+
+def _spec(model: nn.Module) -> AdapterSpec:
+    """The adapters on `model`.
+
+    Raises:
+        UserError: there are none.
+    """
+    spec = active_adapter(model)
+    if spec is None:
+        raise UserError(problem("model", type(model).__name__, "has no adapters", "Call attach_adapters first"))
+    return spec
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter parameter in float32 under the name that PEFT gives it."""
+    tensors = {}
+    for name, parameter in named_parameters(model).items():
+        module, part = name.rsplit(".", 1)
+        tensors[f"{PREFIX}{module}.{KEYS[part]}"] = parameter.detach().float().contiguous()
+    return tensors
+
+
+def _peft_config(model: nn.Module, spec: AdapterSpec, base: BaseInfo | None) -> dict[str, Any]:
+    """PEFT's LoraConfig as JSON."""
+    # PEFT adapts every module whose name is a target or ends in "." + target. The short endings are what people and
+    # servers expect; they are used only if they reach the same modules.
+    endings = {name.rsplit(".", 1)[-1] for name in spec.modules}
+    reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
+    config = {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": _model_name(model, base),
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for _, adapter in named_adapters(model)),
+        "inference_mode": True,
+        "lora_bias": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "rank_pattern": {},
+        "revision": None if base is None else base.revision,
+        "target_modules": sorted(endings) if reached == set(spec.modules) else list(spec.modules),
+        "task_type": "CAUSAL_LM",
+        **spec.to_peft(),
+    }
+    return dict(sorted(config.items()))
+
+
+def _model_name(model: nn.Module, base: BaseInfo | None) -> str | None:
+    """What the base is called: as it was loaded here, or as transformers loaded it."""
+    return base.model if base is not None else loaded_from(model)

@@ -1,0 +1,71 @@
+"""What we know of a model in memory: the one attribute `qlora` that we put on it.
+
+    info(model).base      how its frozen weights were made, for adapter files and their checks
+    info(model).adapters  the adapters on it (`layers.attach`)
+    info(model).mode      how it runs in training (`layers.forward_mode`)
+
+The alternative, a table of weak references beside the models, loses the record when a model is copied or pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qlora.errors import UserError, problem
+from qlora.specs import Quantization
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights.
+
+    `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had
+    absmax. An adapter that PEFT wrote names only the model: then all other fields are None.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    bits: int | None = None
+    blocksize: int | None = None
+    double_quant: bool | None = None
+    dtype: str | None = None
+    fingerprint: str | None = None
+    scales: str | None = "absmax"
+
+    def quantization(self, packed: bool) -> Quantization:
+        """What makes these weights again from a checkpoint; `packed`: one that is NF4 already."""
+        if self.bits != 4 or packed:
+            return Quantization(self.bits or 16)
+        return Quantization(4, self.blocksize, self.double_quant, self.scales)
+
+
+@dataclass
+class ModelInfo:
+    """The attribute `qlora` of a model. `adapters` belongs to `layers.attach` and `mode` to `layers.forward_mode`, which
+    alone read and write them.
+    """
+
+    base: BaseInfo | None = None
+    adapters: Any = None
+    mode: Any = None
+
+
+def info(model: nn.Module) -> ModelInfo:
+    """The record of this very module (not of one that it wraps), made at the first call."""
+    found: ModelInfo = vars(model).setdefault("qlora", ModelInfo())
+    return found
+
+
+def base_info(model: nn.Module) -> BaseInfo:
+    """How the base was made, of a model that `load_base` loaded.
+
+    Raises:
+        UserError: it was loaded by something else.
+    """
+    base = info(model).base
+    if base is None:
+        raise UserError(problem("model", type(model).__name__, "was not loaded by `load_base`", "Load it with that"))
+    return base
