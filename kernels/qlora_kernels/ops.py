@@ -288,4 +288,4 @@ def decode_blocks_into(
     return None
 
 
-import qlora_kernels.backends  # noqa: E402, F401  puts the kernels of this machine in their places
+import qlora_kernels.backends

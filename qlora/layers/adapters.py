@@ -192,8 +192,8 @@ class AdaptedProduct(torch.autograd.Function):
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
-    `lora_A` [r, in] starts as `spec.init` says, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms; all
-    float32.
+    `lora_A` [r, in] starts as `spec.init` says, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms;
+    all float32.
     """
 
     def __init__(self, base: nn.Module, spec: AdapterSpec):

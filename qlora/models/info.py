@@ -44,8 +44,8 @@ class BaseInfo:
 
 @dataclass
 class ModelInfo:
-    """The attribute `qlora` of a model. `adapters` belongs to `layers.attach` and `mode` to `layers.forward_mode`, which
-    alone read and write them.
+    """The attribute `qlora` of a model. `adapters` belongs to `layers.attach` and `mode` to `layers.forward_mode`,
+    which alone read and write them.
     """
 
     base: BaseInfo | None = None

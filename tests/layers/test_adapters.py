@@ -204,14 +204,14 @@ def test_bias_is_outside_the_scaling():
 
 
 def test_scaling():
-    spec = dict(method="lora", rank=9, alpha=6.0, dropout=0.0, modules=())
+    spec = {"method": "lora", "rank": 9, "alpha": 6.0, "dropout": 0.0, "modules": ()}
     assert AdapterSpec(rslora=False, **spec).scaling == pytest.approx(6 / 9)
     assert AdapterSpec(rslora=True, **spec).scaling == pytest.approx(6 / 3)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_dropout_acts_on_the_low_rank_path_in_training_only(method):
-    model, W = one_layer("nf4", 64, 9, dtype=torch.float32)
+    model, _W = one_layer("nf4", 64, 9, dtype=torch.float32)
     adapted(model, method, dropout=0.5).train()
     x = torch.randn(1000, 64)
     assert not torch.equal(model(x), model(x))
@@ -315,7 +315,7 @@ def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_merged_weight(method):
-    model, W = one_layer("nf4", 96, 40, bias=False, dtype=torch.float32)
+    model, _W = one_layer("nf4", 96, 40, bias=False, dtype=torch.float32)
     adapted(model, method)
     adapter = model.layer
     merged = merged_weight(

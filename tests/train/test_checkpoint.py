@@ -34,12 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 KINDS = [
-    dict(method="lora"),
-    dict(method="dora"),
-    dict(method="dora", rslora=True, alpha=5.0, rank=3),
-    dict(method="lora", targets=["q_proj", "down_proj"]),
+    {"method": "lora"},
+    {"method": "dora"},
+    {"method": "dora", "rslora": True, "alpha": 5.0, "rank": 3},
+    {"method": "lora", "targets": ["q_proj", "down_proj"]},
 ]
-GPT2_KINDS = [dict(method="lora"), dict(method="dora", targets=["c_attn", "mlp.c_proj"])]
+GPT2_KINDS = [{"method": "lora"}, {"method": "dora", "targets": ["c_attn", "mlp.c_proj"]}]
 CASES = [(tiny.llama, kind) for kind in KINDS] + [(tiny.gpt2, kind) for kind in GPT2_KINDS]
 
 
@@ -256,7 +256,7 @@ def test_another_base_of_the_same_shape(tmp_path, folders, bits):
     )
 
 
-@pytest.mark.parametrize("here", [dict(scales="mse"), dict(blocksize=32), dict(double_quant=False), dict(bits=16)])
+@pytest.mark.parametrize("here", [{"scales": "mse"}, {"blocksize": 32}, {"double_quant": False}, {"bits": 16}])
 def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
     """The fingerprint knows the checkpoint, not what was made of it. Refused in both directions, and loaded where it is
     the same.
@@ -280,7 +280,7 @@ def test_the_same_base_quantized_otherwise(tmp_path, folders, here):
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_load_adapted_makes_the_base_again(tmp_path, folders, bits):
-    recipe = dict(bits=bits, blocksize=32, double_quant=False) if bits == 4 else dict(bits=bits)
+    recipe = {"bits": bits, "blocksize": 32, "double_quant": False} if bits == 4 else {"bits": bits}
     model = tiny.adapted(load_base(str(folders[0]), dtype="fp32", device="cpu", **recipe))
     save_adapter(model, tmp_path / "adapter", tiny.tokenizer())
     with pytest.raises(UserError, match=f"bits={20 - bits}: the adapter was trained on {bits} bits"):
@@ -358,7 +358,7 @@ def test_files_and_card(tmp_path, folders):
     assert header == (save_adapter(model, tmp_path / "again") / "adapter_model.safetensors").read_bytes()
     (tmp_path / "ordinary").touch()
     assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
-    assert set(tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()) == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_an_adapter_is_replaced_whole_and_nothing_else_is(tmp_path):

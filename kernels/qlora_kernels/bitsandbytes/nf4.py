@@ -23,7 +23,7 @@ NF4 = FORMATS["nf4"]
 
 @functools.cache
 def _operators() -> torch._ops._OpNamespace:
-    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes; slow, so only when one is needed
+    import bitsandbytes
 
     return torch.ops.bitsandbytes
 

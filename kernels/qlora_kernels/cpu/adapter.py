@@ -33,7 +33,7 @@ def _in_sixteens(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class AdapterKernels(Subject):
-    SIGNATURES = {  # noqa: RUF012
+    SIGNATURES = {
         "qlora_partials": [SIZE],
         "qlora_column_dots": [INTEGER, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, POINTER, POINTER, INTEGER],
         "qlora_row_norms_4bit": [WEIGHT, *[POINTER] * 4, SIZE, FLOAT, POINTER, INTEGER],
@@ -57,7 +57,7 @@ class AdapterKernels(Subject):
         "qlora_adapted_backward_bytes": [*[SIZE] * 4, INTEGER],
         "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
     }
-    RESULTS = {  # noqa: RUF012
+    RESULTS = {
         "qlora_partials": SIZE,
         "qlora_narrow_room": SIZE,
         "qlora_product_bytes": SIZE,
@@ -315,7 +315,7 @@ class AdapterKernels(Subject):
         layout: list[int],
     ) -> tuple[Tensor, ...]:
         (rows, columns), (tokens, rank) = layout[:2], (x.shape[0], A.shape[0])
-        floats = all([part is None or part.dtype == torch.float32 for part in (A, B, m, n, base_row_norms)])
+        floats = all(part is None or part.dtype == torch.float32 for part in (A, B, m, n, base_row_norms))
         if not floats or x_adapter.dtype != x.dtype or not self.supports_fused_gemm(x, weight, layout):
             return NotImplemented
         if (

@@ -13,11 +13,11 @@ from qlora_kernels.cpu.binding import FLOAT, INTEGER, POINTER, SIZE, Subject, in
 
 
 class AttentionKernels(Subject):
-    SIGNATURES = {  # noqa: RUF012
+    SIGNATURES = {
         "qlora_attention_bytes": [INTEGER, SIZE, SIZE],
         "qlora_attention": [INTEGER, *[POINTER] * 3, *[SIZE] * 4, FLOAT, POINTER, SIZE, INTEGER],
     }
-    RESULTS = {"qlora_attention_bytes": SIZE}  # noqa: RUF012
+    RESULTS = {"qlora_attention_bytes": SIZE}
 
     def supports_attention(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether `attention` has a kernel for these: one type of head, in bf16."""

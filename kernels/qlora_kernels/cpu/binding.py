@@ -30,7 +30,7 @@ Signatures = dict[str, list[type]]
 class Weight(ctypes.Structure):
     """`Weight` of csrc/kernels.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, POINTER) for name in ("packed", "absmax", "nested", "offset", "levels", "row_scale")),
         *((name, SIZE) for name in ("rows", "columns")),
         *((name, ctypes.c_int32) for name in ("block_shift", "nested_shift")),
@@ -102,8 +102,8 @@ def as_argument(weight: list[Tensor], layout: list[int], row_scale: Tensor | Non
 class Subject:
     """The operators of one subject. `bf16_unit` is what multiplies bf16: "", "AVX512-BF16" or "AMX"."""
 
-    SIGNATURES: Signatures = {}  # noqa: RUF012
-    RESULTS: dict[str, type] = {}  # noqa: RUF012
+    SIGNATURES: Signatures = {}
+    RESULTS: dict[str, type] = {}
 
     library: ctypes.CDLL
     bf16_unit: str

@@ -10,7 +10,7 @@ from qlora_kernels.cpu.binding import BLOCKSIZES, DTYPES, INTEGER, POINTER, SIZE
 
 
 class NF4Kernels(Subject):
-    SIGNATURES = {  # noqa: RUF012
+    SIGNATURES = {
         "qlora_supports_levels": [POINTER],
         "qlora_quantize_4bit": [POINTER, INTEGER, SIZE, SIZE, POINTER, POINTER, POINTER, INTEGER],
         "qlora_encode_4bit": [POINTER, INTEGER, SIZE, SIZE, POINTER, POINTER, POINTER, INTEGER],
@@ -18,7 +18,7 @@ class NF4Kernels(Subject):
         "qlora_quantize_absmax": [POINTER, POINTER, SIZE, SIZE, POINTER, POINTER, INTEGER],
         "qlora_dequantize_4bit": [WEIGHT, INTEGER, POINTER, INTEGER, INTEGER],
     }
-    RESULTS = {"qlora_supports_levels": INTEGER}  # noqa: RUF012
+    RESULTS = {"qlora_supports_levels": INTEGER}
 
     def _quantizes(self, weight: Tensor, levels: Tensor, blocksize: int) -> bool:
         """Whether there is a kernel for this weight and format."""

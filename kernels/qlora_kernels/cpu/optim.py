@@ -24,7 +24,7 @@ FUSES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhe
 
 
 class OptimizerKernels(Subject):
-    SIGNATURES = {  # noqa: RUF012
+    SIGNATURES = {
         "qlora_encode_blocks": [POINTER, SIZE, SIZE, INTEGER, POINTER, POINTER, INTEGER],
         "qlora_decode_blocks": [POINTER, POINTER, SIZE, SIZE, INTEGER, POINTER, INTEGER],
         "qlora_adamw": [*[POINTER] * 4, SIZE, SIZE, *[POINTER] * 3, INTEGER],
@@ -42,7 +42,7 @@ class OptimizerKernels(Subject):
         numbers: list[float],
     ) -> None:
         n, sizes = exp_avg.numel(), [x.numel() for x in p]
-        floats = all([x.dtype == torch.float32 and x.is_contiguous() for x in (*p, *g, exp_avg, exp_avg_sq, work)])
+        floats = all(x.dtype == torch.float32 and x.is_contiguous() for x in (*p, *g, exp_avg, exp_avg_sq, work))
         if not (floats and FUSES):
             return NotImplemented
         ends = [first + size for first, size in zip(at, sizes, strict=True)]
@@ -63,7 +63,7 @@ class OptimizerKernels(Subject):
         )
 
     def total_norm(self, tensors: list[Tensor]) -> Tensor:
-        if not all([x.dtype == torch.float32 and x.is_contiguous() for x in tensors]):
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
             return NotImplemented
         sizes = [x.numel() for x in tensors]
         *at, n = accumulate(sizes, initial=0)

@@ -10,7 +10,7 @@ from qlora_kernels.cpu.binding import DTYPES, FLOAT, INTEGER, POINTER, SIZE, Sub
 
 
 class StepKernels(Subject):
-    SIGNATURES = {  # noqa: RUF012
+    SIGNATURES = {
         "qlora_cross_entropy": [INTEGER, POINTER, POINTER, SIZE, SIZE, POINTER, INTEGER],
         "qlora_rms_norm": [INTEGER, POINTER, POINTER, SIZE, SIZE, FLOAT, POINTER, POINTER, INTEGER],
         "qlora_rms_norm_backward": [INTEGER, POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER, INTEGER],
