@@ -99,6 +99,9 @@ struct AdamW {
   X(void, swiglu_backward_dots,                                                                                        \
     (Dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns,           \
      void* dgate, void* dup, float* gate_dots, float* up_dots))                                                        \
+  X(void, geglu, (Dtype, const void* gate, const void* up, int64_t n, void* y))                                        \
+  X(void, geglu_backward,                                                                                              \
+    (Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup))                      \
   /* The heads of one token; factors in their dtype. */                                                                \
   X(void, rotate,                                                                                                      \
     (Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y))            \
