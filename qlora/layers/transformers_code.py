@@ -1,9 +1,9 @@
 """Which modules of transformers compute what we have kernels for: told by the code of their forward.
 
 transformers copies the same code into every architecture's file (its norms, gated MLPs, rotations, attentions). So a
-module is known by a digest of the syntax tree of its `forward` without annotations, decorators and docstring: what has the
-digest is that code, whatever it is called, and what a new version of transformers changed is no longer replaced. The
-alternative, comparing results on a few values, is no proof; a list of class names is not one either.
+module is known by a digest of the syntax tree of its `forward` without annotations, decorators and docstring: what has
+the digest is that code, whatever it is called, and what a new version of transformers changed is no longer replaced.
+The alternative, comparing results on a few values, is no proof; a list of class names is not one either.
 
 Tried with transformers 5.17 and 5.23; a digest that is new there shows in tests/layers/test_fused.py.
 """
@@ -20,6 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class GatedForm:
+    """What the gated MLPs differ in."""
+
+    activation: str  # "silu" or "gelu_tanh"
 
 
 @dataclass(frozen=True)
@@ -74,16 +81,33 @@ def _rotates(home: str) -> bool:
     return digest_of(found[0]) in ROTARY and digest_of(found[1]) in ROTATE_HALF
 
 
-def kind_of(module: nn.Module) -> str | AttentionForm | None:
-    """ "rms_norm", "gated_mlp", the form of a rotary attention, or None."""
+def activation_of(function: nn.Module) -> str | None:
+    """ "silu", "gelu_tanh", or None: what this module of transformers or torch computes.
+
+    "gelu_tanh" is torch's own only: transformers has it also as a chain of operations, each of which rounds.
+    """
+    name = type(function).__name__
+    if name in ("SiLUActivation", "SiLU"):
+        return "silu"
+    inner = getattr(function, "act", None) if name == "GELUTanh" else function
+    if isinstance(inner, functools.partial) and inner.func is nn.functional.gelu:
+        approximate = inner.keywords.get("approximate")
+    else:
+        approximate = inner.approximate if isinstance(inner, nn.GELU) else None
+    return "gelu_tanh" if approximate == "tanh" else None
+
+
+def kind_of(module: nn.Module) -> str | GatedForm | AttentionForm | None:
+    """ "rms_norm", the form of a gated MLP or of a rotary attention, or None."""
     kind = type(module)
     if not kind.__module__.startswith(("transformers.", "transformers_modules.")):
         return None
     digest = _forward_digest(kind)
     if digest in RMS_NORM and set(module._parameters) == {"weight"}:
         return "rms_norm"
-    if digest in GATED_MLP and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU"):
-        return "gated_mlp"
+    activation = activation_of(module.act_fn) if digest in GATED_MLP else None
+    if activation is not None:
+        return GatedForm(activation)
     if digest in ATTENTION and _rotates(kind.__module__):
         return ATTENTION[digest]
     return None
