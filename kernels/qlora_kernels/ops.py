@@ -6,7 +6,8 @@ it, in `backends`.
     adapter    adapted_linear, adapted_linear_backward: a layer with LoRA or DoRA, whole
                row_norms_4bit, row_norms_4bit_all: DoRA's n;  prepare_lora_factors, columnwise_dot, matmul_tn,
                adapter_gradients: its parts
-    step       cross_entropy_, rms_norm, swiglu, rotate and their gradients: what lies between the products of a layer
+    step       cross_entropy_, rms_norm, swiglu, geglu, rotate and their gradients: what lies between the products of a
+               layer
     attention  attention, attention_backward: causal, within the examples of a packed row
     optim      adamw_, total_norm, encode_blocks_into, decode_blocks_into
 
@@ -226,6 +227,16 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 @operator()
 def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(up), gate.new_empty(2, gate.shape[1], dtype=_wide(gate))
+
+
+@operator()
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@operator()
+def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(up)
 
 
 @operator()

@@ -2,7 +2,7 @@
 chains of elementwise operations.
 
     RMSNorm          y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
-    GatedMLP         y = down(silu(gate(x)) * up(x))     saves gate(x) and up(x)             (arXiv:2002.05202)
+    GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x)             (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
 
 Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the
@@ -16,6 +16,8 @@ but takes long at the first step of every process and needs a compiler.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,45 +57,67 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up."""
+@dataclass(frozen=True)
+class GatedProduct:
+    """The operators of act(gate) * up."""
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of dy, gate, up: those of gate and of up
+    gradients_and_dots: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as `swiglu_backward_dots`
+
+
+def _geglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In passes of their own, which no kernel has joined."""
+    dgate, dup = ops.geglu_backward(dy, gate, up)
+    return dgate, dup, torch.stack((ops.columnwise_dot(dgate, gate), ops.columnwise_dot(dup, up)))
+
+
+GATED_PRODUCTS = {  # by the name of the activation, see `transformers_code.activation_of`
+    "silu": GatedProduct(ops.swiglu, ops.swiglu_backward, ops.swiglu_backward_dots),
+    "gelu_tanh": GatedProduct(ops.geglu, ops.geglu_backward, _geglu_backward_dots),
+}
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return ops.swiglu(gate, up)
+        ctx.activation = activation
+        return GATED_PRODUCTS[activation].value(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return ops.swiglu_backward(dy, *ctx.saved_tensors)
+        return *GATED_PRODUCTS[ctx.activation].gradients(dy, *ctx.saved_tensors), None
 
 
 class GatedDoRA(torch.autograd.Function):
-    """silu(gate(x)) * up(x) of two DoRA layers: h [tokens, n], and the factors of both (see `forward_product`).
+    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n], and the factors of both (see `forward_product`).
 
     dm_j = sum_t dy_tj y_tj / m_j of gate and up is summed as their gradients dy are made, while both are at hand; each
     layer by itself would save its y and read both again.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Constants, up: Constants, *tensors: Tensor):
+    def forward(ctx, x: Tensor, gate: Constants, up: Constants, activation: str, *tensors: Tensor):
         """`tensors`: of gate, then of up, the adapter's input, A, B and m."""
         x_gate, x_up = tensors[0], tensors[4]
         y_gate, saved_gate = forward_product(x, x_gate, *tensors[1:4], gate)
         y_up, saved_up = forward_product(x, x_up, *tensors[5:8], up)
-        ctx.constants, ctx.shared = (gate, up), (x_gate is x, x_up is x)
+        ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
         ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
         factors = saved_gate[-1], saved_up[-1]
         ctx.mark_non_differentiable(*factors)
-        return ops.swiglu(y_gate, y_up), *factors
+        return GATED_PRODUCTS[activation].value(y_gate, y_up), *factors
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh: Tensor, *_):
         x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
-        dgate, dup, dots = ops.swiglu_backward_dots(dh, y_gate, y_up)
-        need_x, _, _, *needs = ctx.needs_input_grad
+        dgate, dup, dots = GATED_PRODUCTS[ctx.activation].gradients_and_dots(dh, y_gate, y_up)
+        need_x, _, _, _, *needs = ctx.needs_input_grad
         parts = []
         for i, (dy, x, half) in enumerate(((dgate, x_gate, saved[:4]), (dup, x_up, saved[4:]))):
             wanted = (need_x, *needs[4 * i : 4 * i + 3], False)
@@ -101,33 +125,37 @@ class GatedDoRA(torch.autograd.Function):
         (dx, *of_gate, _), (dx_up, *of_up, _) = parts
         if dx is not None:
             dx = dx + dx_up
-        return dx, None, None, *of_gate, dots[0] / saved[3][1], *of_up, dots[1] / saved[7][1]
+        return dx, None, None, None, *of_gate, dots[0] / saved[3][1], *of_up, dots[1] / saved[7][1]
 
 
 class GatedMLP(nn.Module):
-    """[..., width] -> [..., width]; the projections are the original's and keep their names."""
+    """[..., width] -> [..., width]; the projections are the original's and keep their names.
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module):
+    `activation` is a name in `GATED_PRODUCTS`: silu, or in Gemma's models gelu by its tanh approximation. (Their
+    RMSNorm, (1 + weight) x / rms(x), is another function and left alone.)
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.gate_proj, self.up_proj, self.down_proj, self.activation = gate_proj, up_proj, down_proj, activation
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
         if torch.is_grad_enabled() and _magnitude_learns(gate) and _magnitude_learns(up):
             gated = _not_compiled if torch.compiler.is_compiling() else gated_dora
-            return self.down_proj(gated(x, gate, up))
-        return self.down_proj(_SwiGLU.apply(gate(x), up(x)))
+            return self.down_proj(gated(x, gate, up, self.activation))
+        return self.down_proj(_Gated.apply(gate(x), up(x), self.activation))
 
 
-def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear) -> Tensor:
-    """silu(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn."""
+def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> Tensor:
+    """act(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn."""
     x = autocast(x)
     flat = x.reshape(-1, x.shape[-1])
     constants, tensors = [], []
     for layer in (gate, up):
         constants.append(layer.constants(flat))
         tensors += [layer.adapter_input(flat), *layer.factors()]
-    hidden, *factors = GatedDoRA.apply(flat, *constants, *tensors)
+    hidden, *factors = GatedDoRA.apply(flat, *constants, activation, *tensors)
     for layer, part, made in zip((gate, up), constants, factors, strict=True):
         layer.keep_row_norms(part, made)
     return hidden.view(*x.shape[:-1], -1)
@@ -231,13 +259,13 @@ def _rebuild(base: type, form: transformers_code.AttentionForm, state: dict[str,
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Replace, in place, every RMSNorm, SwiGLU and rotary attention of `model` whose code is known; returns the model."""
+    """Replace, in place, every RMSNorm, gated MLP and rotary attention whose code is known; returns `model`."""
     for name, module in list(model.named_modules()):
         kind = transformers_code.kind_of(module)
         if kind == "rms_norm":
             _replace(model, name, RMSNorm(module.weight, module.variance_epsilon))
-        elif kind == "gated_mlp":
-            _replace(model, name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj))
+        elif isinstance(kind, transformers_code.GatedForm):
+            _replace(model, name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj, kind.activation))
         elif isinstance(kind, transformers_code.AttentionForm):
             module.__class__ = _fused_class(type(module), kind)
     return model

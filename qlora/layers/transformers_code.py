@@ -23,6 +23,13 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class GatedForm:
+    """What the gated MLPs differ in."""
+
+    activation: str  # "silu" or "gelu_tanh"
+
+
+@dataclass(frozen=True)
 class AttentionForm:
     """What the rotary attentions differ in: norms over the heads of q and k, and where the sliding window stands."""
 
@@ -74,16 +81,33 @@ def _rotates(home: str) -> bool:
     return digest_of(found[0]) in ROTARY and digest_of(found[1]) in ROTATE_HALF
 
 
-def kind_of(module: nn.Module) -> str | AttentionForm | None:
-    """ "rms_norm", "gated_mlp", the form of a rotary attention, or None."""
+def activation_of(function: nn.Module) -> str | None:
+    """ "silu", "gelu_tanh", or None: what this module of transformers or torch computes.
+
+    "gelu_tanh" is torch's own only: transformers has it also as a chain of operations, each of which rounds.
+    """
+    name = type(function).__name__
+    if name in ("SiLUActivation", "SiLU"):
+        return "silu"
+    inner = getattr(function, "act", None) if name == "GELUTanh" else function
+    if isinstance(inner, functools.partial) and inner.func is nn.functional.gelu:
+        approximate = inner.keywords.get("approximate")
+    else:
+        approximate = inner.approximate if isinstance(inner, nn.GELU) else None
+    return "gelu_tanh" if approximate == "tanh" else None
+
+
+def kind_of(module: nn.Module) -> str | GatedForm | AttentionForm | None:
+    """ "rms_norm", the form of a gated MLP or of a rotary attention, or None."""
     kind = type(module)
     if not kind.__module__.startswith(("transformers.", "transformers_modules.")):
         return None
     digest = _forward_digest(kind)
     if digest in RMS_NORM and set(module._parameters) == {"weight"}:
         return "rms_norm"
-    if digest in GATED_MLP and type(module.act_fn).__name__ in ("SiLUActivation", "SiLU"):
-        return "gated_mlp"
+    activation = activation_of(module.act_fn) if digest in GATED_MLP else None
+    if activation is not None:
+        return GatedForm(activation)
     if digest in ATTENTION and _rotates(kind.__module__):
         return ATTENTION[digest]
     return None

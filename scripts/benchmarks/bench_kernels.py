@@ -163,7 +163,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     from qlora.layers.attention import attend, bounds
-    from qlora.layers.fused import RMSNorm, _Rotation, _SwiGLU
+    from qlora.layers.fused import RMSNorm, _Gated, _Rotation
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
     fused = RMSNorm(norm.weight, norm.variance_epsilon)
@@ -215,7 +215,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
         Case(
             f"SwiGLU, {TOKENS} tokens, both ways",
             16 * TOKENS * out,
-            both(_SwiGLU.apply, gate, up),
+            both(lambda g, u: _Gated.apply(g, u, "silu"), gate, up),
             both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up),
         ),
         Case(

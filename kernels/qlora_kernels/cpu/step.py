@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ class StepKernels(Subject):
         "qlora_swiglu": [INTEGER, POINTER, POINTER, SIZE, POINTER, INTEGER],
         "qlora_swiglu_backward": [INTEGER, *[POINTER] * 3, SIZE, POINTER, POINTER, INTEGER],
         "qlora_swiglu_backward_dots": [INTEGER, *[POINTER] * 3, SIZE, SIZE, *[POINTER] * 4, INTEGER],
+        "qlora_geglu": [INTEGER, POINTER, POINTER, SIZE, POINTER, INTEGER],
+        "qlora_geglu_backward": [INTEGER, *[POINTER] * 3, SIZE, POINTER, POINTER, INTEGER],
         "qlora_rotate": [
             INTEGER,
             INTEGER,
@@ -88,21 +92,31 @@ class StepKernels(Subject):
         return dx
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._gated(self.library.qlora_swiglu, gate, up)
+
+    def geglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._gated(self.library.qlora_geglu, gate, up)
+
+    def _gated(self, kernel: Callable, gate: Tensor, up: Tensor) -> Tensor:
         if gate.dtype not in DTYPES or up.dtype != gate.dtype or up.shape != gate.shape:
             return NotImplemented
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        self.library.qlora_swiglu(
-            DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads()
-        )
+        kernel(DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads())
         return y
 
     def swiglu_backward(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return self._gated_backward(self.library.qlora_swiglu_backward, dy, gate, up)
+
+    def geglu_backward(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return self._gated_backward(self.library.qlora_geglu_backward, dy, gate, up)
+
+    def _gated_backward(self, kernel: Callable, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         if gate.dtype not in DTYPES or not dy.dtype == up.dtype == gate.dtype or not dy.shape == up.shape == gate.shape:
             return NotImplemented
         dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        self.library.qlora_swiglu_backward(
+        kernel(
             DTYPES[gate.dtype],
             dy.data_ptr(),
             gate.data_ptr(),

@@ -1,4 +1,4 @@
-"""What lies between the products of a layer, in plain PyTorch: loss, RMSNorm, SwiGLU, rotary embedding.
+"""What lies between the products of a layer, in plain PyTorch: loss, RMSNorm, gated products, rotary embedding.
 
 Sums are taken in float32 (float64 for float64) and rounded where transformers' modules round. The alternative, leaving
 these to transformers' chains of elementwise operators, saves three to five tensors each.
@@ -62,6 +62,25 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     """
     dgate, dup = swiglu_backward(dy, gate, up)
     return dgate, dup, torch.stack((columnwise_dot(dgate, gate), columnwise_dot(dup, up)))
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up of one shape, rounded to the dtype before the product. arXiv:2002.05202.
+
+    gelu(x) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3), which equals x (1 + tanh(z)) / 2: the tanh
+    approximation, as in Gemma, not the exact x Phi(x).
+    """
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d gate, d up): dy up (s + gate s (1 - s) 2 z') with s = sigmoid(2 z(gate)), and dy gelu(gate).
+
+    The slope goes to 0 and 1. Where z' overflows, from |gate| of 1e19 on, PyTorch's float32 has no number for it, and a
+    kernel has the limit.
+    """
+    dgate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
+    return dgate, dy * torch.nn.functional.gelu(gate, approximate="tanh")
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:

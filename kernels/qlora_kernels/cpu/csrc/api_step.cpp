@@ -1,8 +1,35 @@
-// What lies between the products of a layer: loss, RMSNorm, SwiGLU, rotation.
+// What lies between the products of a layer: loss, RMSNorm, gated products, rotation.
 
 #include "dispatch.h"
 
 using namespace qlora;
+
+namespace {
+
+// n values in pieces: run(at, size) with the first byte and the number of values of each.
+template <class F>
+void in_pieces(int dtype, int64_t n, int threads, F run) {
+  const int64_t width = dtype == kFloat32 ? 4 : 2;
+  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) { run(i * kPiece * width, minimum(kPiece, n - i * kPiece)); });
+}
+
+void gated(decltype(Kernels::swiglu) kernel, int dtype, const void* gate, const void* up, int64_t n, void* y,
+           int threads) {
+  in_pieces(dtype, n, threads, [&](int64_t at, int64_t size) {
+    kernel(Dtype(dtype), static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at, size,
+           static_cast<char*>(y) + at);
+  });
+}
+
+void gated_backward(decltype(Kernels::swiglu_backward) kernel, int dtype, const void* dy, const void* gate,
+                    const void* up, int64_t n, void* dgate, void* dup, int threads) {
+  in_pieces(dtype, n, threads, [&](int64_t at, int64_t size) {
+    kernel(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at,
+           static_cast<const char*>(up) + at, size, static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at);
+  });
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -38,23 +65,12 @@ void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const voi
 }
 
 void qlora_swiglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads) {
-  const int64_t width = dtype == kFloat32 ? 4 : 2;
-  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
-    const int64_t at = i * kPiece * width;
-    kernels->swiglu(Dtype(dtype), static_cast<const char*>(gate) + at, static_cast<const char*>(up) + at,
-                    minimum(kPiece, n - i * kPiece), static_cast<char*>(y) + at);
-  });
+  gated(kernels->swiglu, dtype, gate, up, n, y, threads);
 }
 
 void qlora_swiglu_backward(int dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate,
                            void* dup, int threads) {
-  const int64_t width = dtype == kFloat32 ? 4 : 2;
-  parallel(ceil_div(n, kPiece), threads, [&](int64_t i) {
-    const int64_t at = i * kPiece * width;
-    kernels->swiglu_backward(Dtype(dtype), static_cast<const char*>(dy) + at, static_cast<const char*>(gate) + at,
-                             static_cast<const char*>(up) + at, minimum(kPiece, n - i * kPiece),
-                             static_cast<char*>(dgate) + at, static_cast<char*>(dup) + at);
-  });
+  gated_backward(kernels->swiglu_backward, dtype, dy, gate, up, n, dgate, dup, threads);
 }
 
 // As qlora_swiglu_backward for [rows, columns], and dots [2, columns]: the sums over rows of dgate * gate and of dup *
@@ -70,6 +86,15 @@ void qlora_swiglu_backward_dots(int dtype, const void* dy, const void* gate, con
                                            columns, count, size, static_cast<char*>(dgate) + at,
                                            static_cast<char*>(dup) + at, to, to + columns);
            });
+}
+
+void qlora_geglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads) {
+  gated(kernels->geglu, dtype, gate, up, n, y, threads);
+}
+
+void qlora_geglu_backward(int dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate,
+                          void* dup, int threads) {
+  gated_backward(kernels->geglu_backward, dtype, dy, gate, up, n, dgate, dup, threads);
 }
 
 // The heads of q [tokens, heads, D] and k [tokens, groups, D], tokens a stride apart, turned by row t % positions of

@@ -295,24 +295,6 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
 #include "elementwise.h"
 
 namespace qlora {
-const Kernels avx512_kernels = {"AVX-512",
-                                decode,
-                                encode,
-                                encode_with,
-                                fit,
-                                dots,
-                                gram,
-                                norms,
-                                cross_entropy,
-                                rms_norm,
-                                rms_norm_backward,
-                                swiglu,
-                                swiglu_backward,
-                                swiglu_backward_dots,
-                                rotate,
-                                scaled,
-                                adamw_moments,
-                                adamw_values,
-                                sum_of_squares};
+const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
 }  // namespace qlora
 #endif

@@ -1,5 +1,5 @@
-// What else a training step does element by element (loss, RMSNorm, SwiGLU, rotation, scaled factors, AdamW), once,
-// over the primitives of nf4_kernels.h and these:
+// What else a training step does element by element (loss, RMSNorm, gated products, rotation, scaled factors, AdamW),
+// once, over the primitives of nf4_kernels.h and these:
 //
 //   fused(a, b, c)       a * b + c rounded once, on every instruction set;  div(a, b)
 //   maximum(a, b)        a > b ? a : b, lane by lane, so b where one of them is NaN; minimum likewise
@@ -204,15 +204,54 @@ void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* w
   });
 }
 
-inline F16 logistic(F16 x) {
-  const F16 one = F16::broadcast(1.0f), opposite = minimum(F16::broadcast(kHigh), negative(x));
-  return div(one, add(one, exponential(maximum(F16::broadcast(kLow), opposite))));
+// e^-x, at least e^kLow; infinite where 1 / (1 + e^-x) is zero.
+inline F16 negative_power(F16 x) {
+  return exponential(maximum(F16::broadcast(kLow), minimum(F16::broadcast(kHigh), negative(x))));
 }
 
-// y = silu(gate) * up, silu(x) = x / (1 + e^-x)
-template <class T>
-void swiglu_as(const T* gate, const T* up, int64_t n, T* y) {
-  const auto gated = [](F16 g, F16 u) { return mul(round16<T>(mul(g, logistic(g))), u); };
+inline F16 logistic(F16 x) {
+  const F16 one = F16::broadcast(1.0f);
+  return div(one, add(one, negative_power(x)));
+}
+
+// The activations of a gated product: the value, and the slope where it is wanted.
+
+// silu(x) = x s, s = logistic(x);  its slope is s (1 + x (1 - s))
+struct Silu {
+  F16 s, value;
+  explicit Silu(F16 x) : s(logistic(x)), value(mul(x, s)) {}
+  F16 slope() const { return fused(value, fused(s, F16::broadcast(-1.0f), F16::broadcast(1.0f)), s); }
+};
+
+// gelu(x) = x s, s = logistic(u), u = x (kLinear + kCubic x^2) = 2 sqrt(2 / pi) (x + 0.044715 x^3). It equals
+// x (1 + tanh(u / 2)) / 2, but small s keep their digits. Its slope is s (1 + x u' (1 - s)), and 1 - s = s e^-u keeps
+// its digits too. u and u' are those of the nearest x within kEnd of 0, so they stay finite: there s is 0 already, or
+// 1 - s below 2^-125.
+struct Gelu {
+  static constexpr float kLinear = 1.5957691216f, kCubic = 0.0713548163f, kEnd = 11.0f;
+  F16 near, square, power, s, value;  // power: e^-u
+  explicit Gelu(F16 x) {
+    const F16 one = F16::broadcast(1.0f);
+    near = minimum(F16::broadcast(kEnd), maximum(F16::broadcast(-kEnd), x));
+    square = mul(near, near);
+    power = negative_power(mul(near, fused(square, F16::broadcast(kCubic), F16::broadcast(kLinear))));
+    s = div(one, add(one, power));
+    // What the two roundings left out, 1 - s (1 + power): without it large values would be less exact than PyTorch's.
+    const F16 rest = fused(negative(power), s, add(one, negative(s)));
+    s = fused(s, minimum(rest, one), s);  // a power that is infinite leaves s zero
+    value = mul(x, s);
+  }
+  F16 slope() const {
+    const F16 one = F16::broadcast(1.0f), opposite = minimum(mul(s, power), one);  // 1 - s, also where s is zero
+    const F16 steep = mul(near, fused(square, F16::broadcast(3.0f * kCubic), F16::broadcast(kLinear)));
+    return mul(s, fused(steep, opposite, one));
+  }
+};
+
+// y = activation(gate) * up
+template <class Activation, class T>
+void gated_as(const T* gate, const T* up, int64_t n, T* y) {
+  const auto gated = [](F16 g, F16 u) { return mul(round16<T>(Activation(g).value), u); };
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, gate, up, y);
     const F32 g = load32(gate + i, left), u = load32(up + i, left);
@@ -220,43 +259,55 @@ void swiglu_as(const T* gate, const T* up, int64_t n, T* y) {
   });
 }
 
-void swiglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) {
+template <class Activation>
+void gated(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    swiglu_as(static_cast<const T*>(gate), static_cast<const T*>(up), n, static_cast<T*>(y));
+    gated_as<Activation>(static_cast<const T*>(gate), static_cast<const T*>(up), n, static_cast<T*>(y));
   });
 }
 
-// d gate = dy up s (1 + gate (1 - s)) with s = logistic(gate);  d up = dy silu(gate)
-template <class T>
-inline void swiglu_gradients(F16 dy, F16 gate, F16 up, F16& dgate, F16& dup) {
-  const F16 s = logistic(gate), silu = mul(gate, s), others = fused(s, F16::broadcast(-1.0f), F16::broadcast(1.0f));
-  dgate = mul(round16<T>(mul(dy, up)), fused(silu, others, s));
-  dup = mul(dy, round16<T>(silu));
+void swiglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) { gated<Silu>(dtype, gate, up, n, y); }
+void geglu(Dtype dtype, const void* gate, const void* up, int64_t n, void* y) { gated<Gelu>(dtype, gate, up, n, y); }
+
+// d gate = dy up activation'(gate);  d up = dy activation(gate)
+template <class Activation, class T>
+inline void gated_gradients(F16 dy, F16 gate, F16 up, F16& dgate, F16& dup) {
+  const Activation active(gate);
+  dgate = mul(round16<T>(mul(dy, up)), active.slope());
+  dup = mul(dy, round16<T>(active.value));
 }
 
-template <class T>
-void swiglu_backward_as(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
+template <class Activation, class T>
+void gated_backward_as(const T* dy, const T* gate, const T* up, int64_t n, T* dgate, T* dup) {
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, dy, gate, up, dgate, dup);
     const F32 d = load32(dy + i, left), g = load32(gate + i, left), u = load32(up + i, left);
     F32 dg, du;
-    swiglu_gradients<T>(d.a, g.a, u.a, dg.a, du.a);
-    swiglu_gradients<T>(d.b, g.b, u.b, dg.b, du.b);
+    gated_gradients<Activation, T>(d.a, g.a, u.a, dg.a, du.a);
+    gated_gradients<Activation, T>(d.b, g.b, u.b, dg.b, du.b);
     store32(dup + i, du, left);
     store32(dgate + i, dg, left);
   });
 }
 
-void swiglu_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
+template <class Activation>
+void gated_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    swiglu_backward_as(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), n,
-                       static_cast<T*>(dgate), static_cast<T*>(dup));
+    gated_backward_as<Activation>(static_cast<const T*>(dy), static_cast<const T*>(gate), static_cast<const T*>(up), n,
+                                  static_cast<T*>(dgate), static_cast<T*>(dup));
   });
 }
 
-// The same for some columns of matrices whose rows are `stride` apart, and the sums over the rows of dgate * gate and
+void swiglu_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
+  gated_backward<Silu>(dtype, dy, gate, up, n, dgate, dup);
+}
+void geglu_backward(Dtype dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup) {
+  gated_backward<Gelu>(dtype, dy, gate, up, n, dgate, dup);
+}
+
+// SwiGLU's for some columns of matrices whose rows are `stride` apart, and the sums over the rows of dgate * gate and
 // of dup * up, with the bits of `dots`: DoRA's magnitude gradients, while gate and up are at hand.
 template <class T>
 void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t stride, int64_t rows, int64_t columns,
@@ -272,8 +323,8 @@ void swiglu_backward_dots_as(const T* dy, const T* gate, const T* up, int64_t st
       prefetch(i, dy, gate, up, dgate, dup);
       const F32 d = load32(dy + i, left), g = load32(gate + i, left), u = load32(up + i, left);
       F32 dg, du;
-      swiglu_gradients<T>(d.a, g.a, u.a, dg.a, du.a);
-      swiglu_gradients<T>(d.b, g.b, u.b, dg.b, du.b);
+      gated_gradients<Silu, T>(d.a, g.a, u.a, dg.a, du.a);
+      gated_gradients<Silu, T>(d.b, g.b, u.b, dg.b, du.b);
       add_products(up_dots, store32(dup + i, du, left), u);
       add_products(gate_dots, store32(dgate + i, dg, left), g);
     });

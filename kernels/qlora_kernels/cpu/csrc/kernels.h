@@ -60,43 +60,66 @@ struct AdamW {
   float weight, beta2, square_weight, eps, decay, size, correction, scale;
 };
 
+// Every kernel that an instruction set has, once: result, name and parameters of a function that each file of an
+// instruction set defines, by nf4_kernels.h and elementwise.h over its own primitives. The struct below and its tables
+// come from this list, so that no order of rows has to agree with another.
+#define QLORA_KERNELS(X)                                                                                               \
+  /* Elements start..stop of the flat weight to out[0..stop-start). */                                                 \
+  X(void, decode, (const Weight&, int64_t start, int64_t stop, Dtype, Stores, void* out))                              \
+  /* Blocks first..last of n flat values: their codes and their maxima. */                                             \
+  X(void, encode,                                                                                                      \
+    (const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift,                 \
+     uint8_t* packed, float* absmax))                                                                                  \
+  /* Codes of blocks first..last under given scales; the scales of least squared error of the same. */                 \
+  X(void, encode_with,                                                                                                 \
+    (const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift,                 \
+     const float* scales, uint8_t* packed))                                                                            \
+  X(void, fit,                                                                                                         \
+    (const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift, float* scales)) \
+  /* out[c] = sum over rows t of a[t, c] * b[t, c]; leading dimensions in elements. */                                 \
+  X(void, dots,                                                                                                        \
+    (Dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns, float* out))        \
+  /* Rows first..last of A At [rank, rank], A [rank, columns] also given as tiles. */                                  \
+  X(void, gram,                                                                                                        \
+    (const float* A, const float* tiles, int64_t rank, int64_t columns, int64_t first, int64_t last, float* out))      \
+  /* n[j] for rows first..last, at most kNormRows of them: see `norms` in nf4_kernels.h. */                            \
+  X(void, norms,                                                                                                       \
+    (const Weight&, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling, int64_t first, \
+     int64_t last, float* n))                                                                                          \
+  /* See elementwise.h. One row of logits becomes its gradient. */                                                     \
+  X(void, cross_entropy, (Dtype, void* row, int64_t n, int64_t target, float* loss))                                   \
+  /* One row of n is normalized. */                                                                                    \
+  X(void, rms_norm, (Dtype, const void* x, const void* weight, int64_t n, float eps, void* y, float* inverse))         \
+  X(void, rms_norm_backward,                                                                                           \
+    (Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx))                    \
+  /* n values of a gated product; of its gradient, also with sums over rows. */                                        \
+  X(void, swiglu, (Dtype, const void* gate, const void* up, int64_t n, void* y))                                       \
+  X(void, swiglu_backward,                                                                                             \
+    (Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup))                      \
+  X(void, swiglu_backward_dots,                                                                                        \
+    (Dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows, int64_t columns,           \
+     void* dgate, void* dup, float* gate_dots, float* up_dots))                                                        \
+  X(void, geglu, (Dtype, const void* gate, const void* up, int64_t n, void* y))                                        \
+  X(void, geglu_backward,                                                                                              \
+    (Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup))                      \
+  /* The heads of one token; factors in their dtype. */                                                                \
+  X(void, rotate,                                                                                                      \
+    (Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y))            \
+  X(void, scaled, (Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out)) \
+  /* n elements of an optimizer's pieces. */                                                                           \
+  X(void, adamw_moments, (const AdamW&, const float* g, float* m, float* v, int64_t n))                                \
+  X(void, adamw_values, (const AdamW&, const float* m, const float* root, float* p, int64_t n))                        \
+  X(float, sum_of_squares, (const float* x, int64_t n))
+
 struct Kernels {
   const char* name;
-  // Elements start..stop of the flat weight to out[0..stop-start).
-  void (*decode)(const Weight&, int64_t start, int64_t stop, Dtype, Stores, void* out);
-  // Blocks first..last of n flat values: their codes and their maxima.
-  void (*encode)(const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift,
-                 uint8_t* packed, float* absmax);
-  // Codes of blocks first..last under given scales; the scales of least squared error of the same.
-  void (*encode_with)(const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift,
-                      const float* scales, uint8_t* packed);
-  void (*fit)(const Cells&, const void* in, Dtype, int64_t n, int64_t first, int64_t last, int32_t block_shift,
-              float* scales);
-  // out[c] = sum over rows t of a[t, c] * b[t, c]; leading dimensions in elements.
-  void (*dots)(Dtype, const void* a, int64_t lda, const void* b, int64_t ldb, int64_t rows, int64_t columns,
-               float* out);
-  // Rows first..last of A At [rank, rank], A [rank, columns] also given as tiles.
-  void (*gram)(const float* A, const float* tiles, int64_t rank, int64_t columns, int64_t first, int64_t last,
-               float* out);
-  // n[j] for rows first..last, at most kNormRows of them: see `norms` in nf4_kernels.h.
-  void (*norms)(const Weight&, const float* tiles, const float* B, const float* gram, int64_t rank, float scaling,
-                int64_t first, int64_t last, float* n);
-  // See elementwise.h. One row of logits becomes its gradient; one row of n is normalized; n values of a gated product.
-  void (*cross_entropy)(Dtype, void* row, int64_t n, int64_t target, float* loss);
-  void (*rms_norm)(Dtype, const void* x, const void* weight, int64_t n, float eps, void* y, float* inverse);
-  void (*rms_norm_backward)(Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse,
-                            void* dx);
-  void (*swiglu)(Dtype, const void* gate, const void* up, int64_t n, void* y);
-  void (*swiglu_backward)(Dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate, void* dup);
-  void (*swiglu_backward_dots)(Dtype, const void* dy, const void* gate, const void* up, int64_t stride, int64_t rows,
-                               int64_t columns, void* dgate, void* dup, float* gate_dots, float* up_dots);
-  void (*rotate)(Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y);
-  void (*scaled)(Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out);
-  // n elements of an optimizer's pieces.
-  void (*adamw_moments)(const AdamW&, const float* g, float* m, float* v, int64_t n);
-  void (*adamw_values)(const AdamW&, const float* m, const float* root, float* p, int64_t n);
-  float (*sum_of_squares)(const float* x, int64_t n);
+#define QLORA_POINTER(result, kernel, parameters) result(*kernel) parameters;
+  QLORA_KERNELS(QLORA_POINTER)
+#undef QLORA_POINTER
 };
+
+// The table of the file that this stands in: Kernels{"AVX2", QLORA_KERNELS(QLORA_ENTRY)}.
+#define QLORA_ENTRY(result, kernel, parameters) kernel,
 
 // Nearest level without 15 comparisons: x * 15 rounded to an integer puts x in one of 31 cells, each narrower than the
 // gap between midpoints, so a cell holds one midpoint at most and code = cell.code + (x > cell.threshold). No midpoint

@@ -213,24 +213,6 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
 #include "elementwise.h"
 
 namespace qlora {
-const Kernels portable_kernels = {"portable C++",
-                                  decode,
-                                  encode,
-                                  encode_with,
-                                  fit,
-                                  dots,
-                                  gram,
-                                  norms,
-                                  cross_entropy,
-                                  rms_norm,
-                                  rms_norm_backward,
-                                  swiglu,
-                                  swiglu_backward,
-                                  swiglu_backward_dots,
-                                  rotate,
-                                  scaled,
-                                  adamw_moments,
-                                  adamw_values,
-                                  sum_of_squares};
+const Kernels portable_kernels = {"portable C++", QLORA_KERNELS(QLORA_ENTRY)};
 
 }  // namespace qlora
