@@ -78,7 +78,7 @@ class Quantization:
 
     def resolved(self) -> ResolvedQuantization:
         """With the defaults of weights to quantize in the place of None."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return ResolvedQuantization(**given)
 
     def problems(self) -> list[str]:
@@ -105,24 +105,6 @@ class ResolvedQuantization(Quantization):
     blocksize: int = 64
     double_quant: bool = True
     scales: str | None = "absmax"
-
-    def resolved(self) -> Quantization:
-        """With the defaults of weights to quantize in the place of None."""
-        defaults = {"blocksize": 64, "double_quant": True, "scales": "absmax"}
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values by themselves, None left out."""
-        found = []
-        if self.bits not in (4, 16):
-            found.append(problem("bits", self.bits, "must be 4 or 16", "4 quantizes to NF4, 16 keeps 16-bit weights"))
-        if self.blocksize not in (None, *BLOCKSIZES):
-            found.append(problem("blocksize", self.blocksize, f"must be one of {BLOCKSIZES}", "64 is the usual choice"))
-        if self.scales not in (None, *SCALES):
-            rule = f"must be {' or '.join(SCALES)}"
-            found.append(problem("scales", self.scales, rule, "absmax is the usual choice"))
-        return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -112,11 +113,11 @@ def _other() -> tuple[str, str]:
 
 @functools.cache
 def _functions(backend: str) -> dict[str, Callable]:
-    """The operators that a backend has; imported here, because importing Triton or bitsandbytes is slow and may fail."""
+    """The operators that a backend has; imported here, since importing Triton or bitsandbytes is slow and may fail."""
     if backend == "triton":
         from qlora_kernels.triton import adapter, nf4, optim, step
 
-        modules = (nf4, adapter, step, optim)
+        modules: tuple[ModuleType, ...] = (nf4, adapter, step, optim)
     elif backend == "bitsandbytes":
         from qlora_kernels.bitsandbytes import nf4 as theirs
 
@@ -190,7 +191,7 @@ _register()
 
 
 def has_gemv(device: torch.device) -> bool:
-    """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and the usual product are faster."""
+    """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
     return device.type == "cuda" and _cuda()[0] == "triton"
 
 

@@ -297,6 +297,3 @@ def decode_blocks_into(
     values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool
 ) -> None:
     return None
-
-
-import qlora_kernels.backends

@@ -48,7 +48,7 @@ def step_count(count: int, per_step: int, epochs: float) -> int:
     return math.ceil(stream_length(count, epochs) / per_step)
 
 
-def run_length(count: int, per_step: int, *, steps: int | None, epochs: float, warmup: int) -> dict[str, int]:
+def run_length(count: int, per_step: int, *, steps: int | None, epochs: float | None, warmup: int) -> dict[str, int]:
     """How many `steps` a run on `count` examples takes, and how many `examples` it sees. Without `steps` it is as long
     as `epochs`, which end with a short step.
 
@@ -57,6 +57,7 @@ def run_length(count: int, per_step: int, *, steps: int | None, epochs: float, w
     """
     if steps is not None:
         return {"steps": steps, "examples": steps * per_step}
+    epochs = 1.0 if epochs is None else epochs
     steps = step_count(count, per_step, epochs)
     if warmup > steps:
         rule = f"epochs={epochs:g} are only {steps} steps"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
     """
     if weight.quantized is None:
         return reference.row_norms(weight.chunks(A.dtype), A, B, scaling)
-    return ops.row_norms_4bit(weight.quantized.parts, weight.quantized.layout, A, B, scaling)
+    return ops.row_norms_4bit(*weight.operands, A, B, scaling)
 
 
 def merged_weight(
@@ -66,7 +66,7 @@ def merged_weight(
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n on its way."""
+    """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n."""
 
     weight: FrozenWeight
     scaling: float
@@ -100,14 +100,13 @@ def forward_product(
     """
     weight, scaling, n = constants.weight, constants.scaling, constants.n
     if weight.supports_fused_gemm(x):
-        w = weight.quantized
-        y, *saved = ops.adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, w.parts, w.layout)
+        y, *saved = ops.adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, *weight.operands)
         return y, saved
     fold = m is not None and weight.quantized is not None
     A_cast, B_scaled, row_scale, m_clamped = ops.prepare_lora_factors(
         A, B, m if fold else None, n if fold else None, scaling, x.dtype
     )
-    if m is not None and not fold:
+    if m is not None and n is not None and not fold:
         m_clamped, n = reference.clamp_magnitude(m, n)
         row_scale = m_clamped / n
     factors = row_scale.new_empty(0) if m is None else torch.stack((row_scale, m_clamped))
@@ -140,8 +139,7 @@ def backward_product(
     xA, A_cast, B_scaled, factors = saved
     need_x, need_xa, need_A, need_B, need_m = needs
     if shared and weight.supports_fused_gemm(dy):
-        w = weight.quantized
-        dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, w.parts, w.layout, need_x)
+        dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, *weight.operands, need_x)
         return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
     dx = dxa = dA = dm = None
     row_scale, m_clamped = (factors[0], factors[1]) if len(factors) else (None, None)
@@ -222,7 +220,8 @@ class AdaptedLinear(nn.Module):
         """What n was or would be computed from. Asked for each layer twice a step, so it goes past
         `Module.__getattr__`, as `forward` does.
         """
-        parameters, base = self._parameters, self._modules["base"]
+        parameters: dict[str, Any] = self._parameters
+        base: Any = self._modules["base"]
         W = base._buffers["weight"] if "weight" in base._buffers else base._parameters["weight"]
         return version_of(parameters["lora_A"], parameters["lora_B"], W)
 
@@ -253,12 +252,13 @@ class AdaptedLinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """A, B and m, what a kind of adapter comes down to; gradients flow into them."""
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         return parameters["lora_A"], parameters["lora_B"], parameters.get("magnitude")
 
     def constants(self, x: Tensor) -> Constants:
         """What else the product of x [tokens, in] takes."""
-        weight = frozen_weight(self._modules["base"])
+        base: Any = self._modules["base"]
+        weight = frozen_weight(base)
         if self._parameters.get("magnitude") is None:
             return Constants(weight, self.scaling)
         n = self.row_norms.get(self.version())
@@ -277,11 +277,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return self._modules["base"](x)
+            return self.base(x)
         return _not_compiled(self, x) if torch.compiler.is_compiling() else self._adapted(x)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        x, base = autocast(x), self._modules["base"]
+        x, base = autocast(x), cast(Any, self._modules["base"])
         flat, bias, (A, B, m) = x.reshape(-1, x.shape[-1]), base.bias, self.factors()
         x_adapter, constants = self.adapter_input(flat), self.constants(flat)
         if x_adapter is flat and constants.weight.uses_gemv(x):
@@ -318,4 +318,4 @@ _not_compiled = torch.compiler.disable(AdaptedLinear._adapted)
 
 
 def _dtype(base: nn.Module) -> torch.dtype:
-    return torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+    return torch.float32 if isinstance(base, NF4Linear) else frozen_weight(base).dense_weight.dtype

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from qlora.layers.targets import match_targets
 from qlora.models.info import info
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
+from qlora_kernels.weight import QuantizedWeight
 
 
 @dataclass
@@ -150,6 +151,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 def _take_out(model: nn.Module) -> None:
     adapters = adapters_of(model)
+    assert adapters.active is not None
     adapter = adapters[adapters.active]
     for module, layer in adapter.layers.items():
         model.set_submodule(module, layer.base)
@@ -206,7 +208,7 @@ def refresh_row_norms(model: nn.Module) -> None:
                 w = adapter.base.quantized
                 stale.setdefault((w.device, w.nested), []).append((adapter, version))
     for changed in stale.values():
-        weights = [adapter.base.quantized for adapter, _ in changed]
+        weights: list[QuantizedWeight] = [cast(NF4Linear, adapter.base).quantized for adapter, _ in changed]
         norms = ops.row_norms_4bit_all(
             [part for w in weights for part in w.parts],
             [size for w in weights for size in w.layout],

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,9 @@ class GatedDoRA(torch.autograd.Function):
     def forward(ctx, x: Tensor, gate: Constants, up: Constants, activation: str, *tensors: Tensor):
         """`tensors`: of gate, then of up, the adapter's input, A, B and m."""
         x_gate, x_up = tensors[0], tensors[4]
-        y_gate, saved_gate = forward_product(x, x_gate, *tensors[1:4], gate)
-        y_up, saved_up = forward_product(x, x_up, *tensors[5:8], up)
+        A_gate, B_gate, m_gate, A_up, B_up, m_up = *tensors[1:4], *tensors[5:8]
+        y_gate, saved_gate = forward_product(x, x_gate, A_gate, B_gate, m_gate, gate)
+        y_up, saved_up = forward_product(x, x_up, A_up, B_up, m_up, up)
         ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
         ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
         factors = saved_gate[-1], saved_up[-1]
@@ -114,16 +115,17 @@ class GatedDoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh: Tensor, *_):
+    def backward(ctx, dh: Tensor, *of_factors):
         x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
         dgate, dup, dots = GATED_PRODUCTS[ctx.activation].gradients_and_dots(dh, y_gate, y_up)
         need_x, _, _, _, *needs = ctx.needs_input_grad
-        parts = []
-        for i, (dy, x, half) in enumerate(((dgate, x_gate, saved[:4]), (dup, x_up, saved[4:]))):
-            wanted = (need_x, *needs[4 * i : 4 * i + 3], False)
-            parts.append(backward_product(dy, x, half, None, ctx.constants[i], wanted, ctx.shared[i]))
-        (dx, *of_gate, _), (dx_up, *of_up, _) = parts
-        if dx is not None:
+        (gate, up), (gate_shared, up_shared) = ctx.constants, ctx.shared
+        wanted: tuple[bool, ...] = (need_x, *needs[4:7], False)
+        dx_up, *of_up, _ = backward_product(dup, x_up, saved[4:], None, up, wanted, up_shared)
+        del dup
+        wanted = (need_x, *needs[:3], False)
+        dx, *of_gate, _ = backward_product(dgate, x_gate, saved[:4], None, gate, wanted, gate_shared)
+        if dx is not None and dx_up is not None:
             dx = dx + dx_up
         return dx, None, None, None, *of_gate, dots[0] / saved[3][1], *of_up, dots[1] / saved[7][1]
 
@@ -164,12 +166,12 @@ def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: st
 _not_compiled = torch.compiler.disable(gated_dora)  # see `adapters`
 
 
-def _magnitude_learns(layer: nn.Module) -> bool:
+def _magnitude_learns(layer: nn.Module) -> TypeGuard[AdaptedLinear]:
     """Whether the output of this layer is a DoRA layer's y itself, and its m learns."""
     if not isinstance(layer, AdaptedLinear) or not layer.enabled:
         return False
     magnitude, hooks = layer._parameters.get("magnitude"), layer._forward_hooks or layer._forward_pre_hooks
-    return magnitude is not None and magnitude.requires_grad and layer._modules["base"].bias is None and not hooks
+    return magnitude is not None and magnitude.requires_grad and layer.base.bias is None and not hooks
 
 
 class _Rotation(torch.autograd.Function):
@@ -209,7 +211,9 @@ class RotaryAttention:
 
     form: transformers_code.AttentionForm
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self: Any, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+    ):
         shape, form = (*hidden_states.shape[:-1], -1, self.head_dim), self.form
         q, k, v = (layer(hidden_states).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if form.norms:
@@ -222,10 +226,8 @@ class RotaryAttention:
             kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
         elif form.window == "module":
             kwargs["sliding_window"] = self.sliding_window
-        home = sys.modules[type(self).__mro__[2].__module__]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, home.eager_attention_forward
-        )
+        eager = self.home().eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*shape[:-2], -1).contiguous()), weights
@@ -234,12 +236,15 @@ class RotaryAttention:
         whole = cos.dim() == 3 and cos.shape[1:] == q.shape[2:] and cos.shape[0] in (1, q.shape[0])
         if whole and q.dtype == k.dtype == cos.dtype:
             return _Rotation.apply(q, k, cos, sin)
-        home = sys.modules[type(self).__mro__[2].__module__]  # a part of each head, mixed types: as before
-        return home.apply_rotary_pos_emb(q, k, cos, sin)
+        return self.home().apply_rotary_pos_emb(q, k, cos, sin)  # a part of each head, mixed types: as before
 
-    def __reduce_ex__(self, protocol):
-        base = type(self).__mro__[2]
-        return _rebuild, (base, self.form, super().__reduce_ex__(protocol)[2])
+    @classmethod
+    def home(cls) -> Any:
+        """The file of transformers that the class comes from."""
+        return sys.modules[cls.__mro__[2].__module__]
+
+    def __reduce_ex__(self, protocol):  # a class made here has no name to be pickled by
+        return _rebuild, (type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])
 
 
 _classes: dict[type, type] = {}
@@ -253,7 +258,7 @@ def _fused_class(base: type, form: transformers_code.AttentionForm) -> type:
 
 
 def _rebuild(base: type, form: transformers_code.AttentionForm, state: dict[str, Any]) -> nn.Module:
-    module = object.__new__(_fused_class(base, form))
+    module: Any = object.__new__(_fused_class(base, form))
     module.__setstate__(state)
     return module
 

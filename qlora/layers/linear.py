@@ -10,7 +10,7 @@ a checkpoint quantizes tensor by tensor (`models.quantize`). The alternative, a 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from qlora.layers.weight import FrozenWeight
 from qlora.specs import Quantization
 from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
 
-PARTS = ("weight", "absmax", "nested_absmax", "nested_offset")  # the buffers, in the order of QuantizedWeight's scales
+DEFAULT = Quantization()
 
 
 class NF4Linear(nn.Module):
@@ -47,30 +47,31 @@ class NF4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     @classmethod
-    def from_linear(
-        cls, layer: nn.Module, quantization: Quantization = Quantization(), name: str = "weight"
-    ) -> NF4Linear:
+    def from_linear(cls, layer: nn.Module, quantization: Quantization = DEFAULT, name: str = "weight") -> NF4Linear:
         """The NF4 form of `nn.Linear` or `Conv1D`; the bias is shared, not copied.
 
         Raises:
             UserError: see `nf4.quantize`; `name` stands in its messages.
         """
         given = quantization.resolved()
-        weight = nf4.quantize(
-            frozen_weight(layer).dense_weight.contiguous(), given.blocksize, given.double_quant, name, given.scales
-        )
+        dense, scales = frozen_weight(layer).dense_weight.contiguous(), given.scales or "absmax"
+        weight = nf4.quantize(dense, given.blocksize, given.double_quant, name, scales)
         out, columns = weight.shape
         with torch.device("meta"):
             made = cls(columns, out, blocksize=given.blocksize, double_quant=given.double_quant)
         made.quantized = weight
-        if layer.bias is not None:
-            made.bias = layer.bias.requires_grad_(False)
+        bias: nn.Parameter | None = getattr(layer, "bias", None)
+        if bias is not None:
+            bias.requires_grad_(False)
+            made.bias = bias
         return made.train(layer.training)
 
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight; shares the buffers' memory."""
-        return self.frozen.quantized
+        weight = self.frozen.quantized
+        assert weight is not None
+        return weight
 
     @quantized.setter
     def quantized(self, weight: QuantizedWeight) -> None:
@@ -83,7 +84,8 @@ class NF4Linear(nn.Module):
         """The view of the weight that products use, made anew only when a buffer was replaced (by a load, `.to()`, the
         setter): a training step asks twice a layer.
         """
-        buffers, view = self._buffers, self.__dict__.get("_view")
+        buffers: dict[str, Any] = self._buffers
+        view = self.__dict__.get("_view")
         found = (buffers["weight"], buffers["absmax"], buffers["nested_absmax"], buffers["nested_offset"])
         if view is None or any(map(_differ, found, view[0])):
             constants = found[1:] if found[2] is not None else found[1:2]
@@ -102,7 +104,9 @@ class NF4Linear(nn.Module):
             self._buffers[name] = buffer.reshape(-1).view(torch.uint8)
         super()._apply(fn, recurse)
         for name, buffer in constants.items():
-            self._buffers[name] = self._buffers[name].view(torch.float32).view(buffer.shape)
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = moved.view(torch.float32).view(buffer.shape)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,17 +133,18 @@ def frozen_weight(layer: nn.Module) -> FrozenWeight:
     """The weight [out, in] of `nn.Linear`, `NF4Linear`, or GPT-2's `Conv1D`, which stores it transposed."""
     if isinstance(layer, NF4Linear):
         return layer.frozen
-    weight = layer.weight.detach()
+    weight: Tensor = cast(Tensor, layer.weight).detach()
     return FrozenWeight(weight.t() if isinstance(layer, Conv1D) else weight)
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear layer but the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
     return [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
 
 
-def quantize_(module: nn.Module, quantization: Quantization = Quantization()) -> nn.Module:
+def quantize_(module: nn.Module, quantization: Quantization = DEFAULT) -> nn.Module:
     """Quantize every linear layer of a module in memory but its output head, in place; returns the module.
 
     Peak memory: the module, and one layer twice. What is quantized already stays.

@@ -80,7 +80,7 @@ def quantize(
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, row_scale: Tensor | None = None) -> Tensor:
-    """Dense values [out, in] in `dtype`; `row_scale` [out] multiplies the rows, exactly where blocks lie within rows."""
+    """Dense values [out, in] in `dtype`; `row_scale` [out] multiplies the rows, exactly if blocks lie within rows."""
     return ops.dequantize_4bit(weight.parts, weight.layout, row_scale, dtype)
 
 

@@ -75,8 +75,8 @@ def _by_names(model: nn.Module, modules: dict[str, nn.Module], names: list[str])
 
 
 def _tied_head(model: nn.Module, modules: dict[str, nn.Module], found: set[str]) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    found_by = [getattr(model, name, None) for name in ("get_output_embeddings", "get_input_embeddings")]
+    head, embedding = (None if find is None else find() for find in found_by)
     if head is None or embedding is None or head.weight is not embedding.weight:
         return []
     rule = "the head shares its weight with the embedding, which a merge would change too"

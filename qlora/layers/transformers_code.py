@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -49,8 +50,10 @@ ATTENTION = {
 }
 
 
-def digest_of(function: Callable) -> str:
+def digest_of(function: Callable | None) -> str:
     """A digest of the text of a function without what does not run; empty where its source cannot be had."""
+    if function is None:
+        return ""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
     except (OSError, TypeError, SyntaxError):
@@ -69,7 +72,7 @@ def digest_of(function: Callable) -> str:
 
 
 @functools.cache
-def _forward_digest(kind: type) -> str:
+def _forward_digest(kind: Any) -> str:
     return digest_of(kind.forward)
 
 
@@ -81,7 +84,7 @@ def _rotates(home: str) -> bool:
     return digest_of(found[0]) in ROTARY and digest_of(found[1]) in ROTATE_HALF
 
 
-def activation_of(function: nn.Module) -> str | None:
+def activation_of(function: Any) -> str | None:
     """ "silu", "gelu_tanh", or None: what this module of transformers or torch computes.
 
     "gelu_tanh" is torch's own only: transformers has it also as a chain of operations, each of which rounds.
@@ -102,10 +105,10 @@ def kind_of(module: nn.Module) -> str | GatedForm | AttentionForm | None:
     kind = type(module)
     if not kind.__module__.startswith(("transformers.", "transformers_modules.")):
         return None
-    digest = _forward_digest(kind)
+    digest: str = _forward_digest(kind)  # type: ignore[arg-type]  # a class is hashable
     if digest in RMS_NORM and set(module._parameters) == {"weight"}:
         return "rms_norm"
-    activation = activation_of(module.act_fn) if digest in GATED_MLP else None
+    activation = activation_of(getattr(module, "act_fn", None)) if digest in GATED_MLP else None
     if activation is not None:
         return GatedForm(activation)
     if digest in ATTENTION and _rotates(kind.__module__):

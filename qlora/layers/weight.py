@@ -25,10 +25,17 @@ from qlora_kernels.weight import QuantizedWeight
 _scratch = threading.local()
 
 
+def _buffers() -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    """This thread's scratch memory."""
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    return buffers
+
+
 def forget_scratch(device: str) -> None:
     """Give this thread's scratch memory on a type of device back."""
-    for key in [key for key in _scratch.__dict__ if key[0].type == device]:
-        del _scratch.__dict__[key]
+    buffers = _buffers()
+    for key in [key for key in buffers if key[0].type == device]:
+        del buffers[key]
 
 
 class FrozenWeight:
@@ -36,19 +43,31 @@ class FrozenWeight:
 
     Attributes:
         quantized: the quantized weight, or None.
-        dense_weight: the matrix [out, in] where it is not quantized; a detached view that shares its memory.
+        shape: (out, in).
     """
 
-    __slots__ = ("dense_weight", "quantized", "shape")
+    __slots__ = ("_dense", "quantized", "shape")
 
     def __init__(self, weight: QuantizedWeight | Tensor):
-        self.quantized = weight if isinstance(weight, QuantizedWeight) else None
-        self.dense_weight = weight.detach() if isinstance(weight, Tensor) else None
+        self.quantized: QuantizedWeight | None = weight if isinstance(weight, QuantizedWeight) else None
+        self._dense = weight.detach() if isinstance(weight, Tensor) else None
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
 
     @property
     def device(self) -> torch.device:
         return self.dense_weight.device if self.quantized is None else self.quantized.device
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """The matrix [out, in] of a weight that is not quantized: a detached view that shares its memory."""
+        assert self._dense is not None, "quantized"
+        return self._dense
+
+    @property
+    def operands(self) -> tuple[list[Tensor], list[int]]:
+        """A quantized weight as the operators take it: parts and layout."""
+        assert self.quantized is not None, "not quantized"
+        return self.quantized.parts, self.quantized.layout
 
     def dense(self, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
         """W in `dtype`; of a quantized weight also diag(row_scale) W."""
@@ -67,7 +86,7 @@ class FrozenWeight:
         if self.quantized is None or self.device.type == "cuda":
             return self.dense(dtype, row_scale)
         n, key = self.shape[0] * self.shape[1], (self.device, dtype)
-        buffers = _scratch.__dict__
+        buffers = _buffers()
         if key not in buffers or buffers[key].numel() < n:
             buffers.pop(key, None)  # before there is another
             dense = self.dense(dtype, row_scale)  # allocated by the kernel, which asks for huge pages
@@ -86,7 +105,7 @@ class FrozenWeight:
         """W x [out] in float32, for x [in]: the quantized weight is read once, four bits a value, and never written
         out.
         """
-        return ops.gemv_4bit(x, self.quantized.parts, self.quantized.layout)
+        return ops.gemv_4bit(x, *self.operands)
 
     def supports_fused_gemm(self, x: Tensor) -> bool:
         """Whether a kernel decodes this weight as it multiplies with `x`; elsewhere it is made dense for the usual
@@ -98,7 +117,7 @@ class FrozenWeight:
     def matmul(self, x: Tensor, transposed: bool, row_scale: Tensor | None = None) -> Tensor:
         """x W't, or x W' if not `transposed`, of a matrix x, W' = diag(row_scale) W."""
         if self.supports_fused_gemm(x):
-            return ops.matmul_4bit(x, self.quantized.parts, self.quantized.layout, row_scale, transposed)
+            return ops.matmul_4bit(x, *self.operands, row_scale, transposed)
         dense = self.scratch(x.dtype, row_scale)
         return matmul(x, dense.t() if transposed else dense)
 

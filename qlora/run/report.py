@@ -77,7 +77,7 @@ def before(
 
 def _kind(base: BaseInfo) -> str:
     fitted = " with mse scales" if base.scales == "mse" else ""
-    return f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else base.dtype
+    return f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else str(base.dtype)
 
 
 def _losses(config: FinetuneConfig, dataset: Dataset) -> str:

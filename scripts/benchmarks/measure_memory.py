@@ -58,7 +58,6 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     from qlora.train.memory import PeakMemory, anonymous_memory
 
     torch.zeros(1)  # the first tensor starts the thread pool
-    from transformers import AutoModelForCausalLM
 
     import qlora
 

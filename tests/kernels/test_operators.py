@@ -61,6 +61,8 @@ def step_arguments() -> dict[str, tuple]:
     cos, sin = heads[:5, 0], heads[5:, 0]
     return {
         "cross_entropy_": (x.clone(), torch.arange(10)),
+        "geglu": (x, x),
+        "geglu_backward": (x, x, x.flip(0)),
         "rms_norm": (low, torch.ones(128).bfloat16(), 1e-6),
         "rms_norm_backward": (x, x, torch.ones(128), inverse),
         "swiglu": (x, x),

@@ -107,7 +107,7 @@ def test_detached_is_the_base_again(method):
 
 
 def test_several_adapters_on_one_base():
-    """One is active at a time; a hundred switches leave every byte of the base, and each adapter computes what it did."""
+    """One is active at a time; a hundred switches leave every byte of the base, and each adapter computes the same."""
     model = quantize_(random_model("llama"))
     bare, frozen = logits(model), bytes_of(model)
     specs = {"one": AdapterSpec("dora", 3, 7.0), "two": AdapterSpec("lora", 5, 2.0, targets="q_proj,down_proj")}

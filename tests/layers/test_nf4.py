@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -160,7 +162,7 @@ def test_bitsandbytes_layout_both_ways(double_quant, scales):
 def test_a_weight_that_is_not_finite_is_named(bad, scales):
     weight = torch.randn(64, 64)
     weight[3, 9] = bad
-    with pytest.raises(UserError, match="model.layers.0.q_proj.weight"):
+    with pytest.raises(UserError, match=re.escape("model.layers.0.q_proj.weight")):
         nf4.quantize(weight, name="model.layers.0.q_proj.weight", scales=scales)
 
 

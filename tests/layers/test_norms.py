@@ -90,7 +90,7 @@ def test_norm_is_computed_once_per_optimizer_step():
 
 
 def test_norms_of_a_model_come_from_one_operator():
-    """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only those that have changed."""
+    """As before a forward pass on a GPU; with the bits that a layer by itself finds, and only what has changed."""
     model = qlora.load_base("smollm2-135m", bits=4, dtype="bf16")
     adapters = dict(named_adapters(adapted(model, targets="q_proj,down_proj")))
     forget_row_norms(model)

@@ -1,4 +1,4 @@
-"""The model with adapters is an ordinary transformers model: transformers.Trainer trains it with its default optimizer."""
+"""The model with adapters is an ordinary transformers model: transformers.Trainer trains it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sentences(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_trainer(saved_models, tmp_path, method):
-    """It learns, the norms followed the fused AdamW, its checkpoint has the adapters, and the adapter saves and loads."""
+    """It learns, the norms followed the fused AdamW, its checkpoint has the adapters, and the adapter loads."""
     model = attach_adapters(load_base(str(saved_models("llama")), dtype="fp32"), method=method, rank=4)
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path / "trainer",

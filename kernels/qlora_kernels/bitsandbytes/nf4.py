@@ -23,7 +23,6 @@ NF4 = FORMATS["nf4"]
 
 @functools.cache
 def _operators() -> torch._ops._OpNamespace:
-    import bitsandbytes
 
     return torch.ops.bitsandbytes
 

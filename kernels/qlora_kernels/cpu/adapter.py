@@ -184,8 +184,8 @@ class AdapterKernels(Subject):
         ):
             shapes = f"xA {tuple(xA.shape)}, B {tuple(B_scaled.shape)} and {len(factors)} factors"
             raise ValueError(f"gradient {tuple(dy.shape)} with {shapes}")
-        given = (dy, B_scaled, xA, y, row_scale, m_clamped)
-        dy, B_scaled, xA, y, row_scale, m_clamped = (None if part is None else part.contiguous() for part in given)
+        dy, B_scaled, xA = dy.contiguous(), B_scaled.contiguous(), xA.contiguous()
+        y, row_scale, m_clamped = (None if part is None else part.contiguous() for part in (y, row_scale, m_clamped))
         v, dB = torch.empty(tokens, rank, dtype=dy.dtype), torch.empty(columns, rank, dtype=torch.float32)
         dm = torch.empty(0 if y is None else columns, dtype=torch.float32)
         work = self.workspace(4 * self.library.qlora_narrow_room(tokens, columns, rank))

@@ -18,7 +18,6 @@ import threading
 import torch
 from torch import Tensor
 
-
 POINTER, INTEGER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
@@ -65,7 +64,8 @@ def readable(weight: list[Tensor], layout: list[int], device: torch.device) -> b
         and absmax.is_contiguous()
         and levels.dtype == torch.float32
         and levels.numel() == 16
-        and packed.device == absmax.device == device
+        and levels.is_contiguous()
+        and packed.device == absmax.device == levels.device == device
     ):
         return False
     if len(weight) == 3:

@@ -112,14 +112,21 @@ class NF4Kernels(Subject):
         if dtype not in DTYPES:
             return NotImplemented
         out = self.empty(layout[0], layout[1], dtype=dtype)
-        found = self.dequantize_4bit_into(out, weight, layout, row_scale, fresh=True)
-        return found if found is NotImplemented else out
+        return out if self._decode(out, weight, layout, row_scale, fresh=True) else NotImplemented
 
     def dequantize_4bit_into(
-        self, out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, fresh: bool = False
+        self, out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None
     ) -> None:
-        if out.dtype not in DTYPES or not out.is_contiguous() or not readable(weight, layout, out.device):
+        if not self._decode(out, weight, layout, row_scale):
             return NotImplemented
+        return None
+
+    def _decode(
+        self, out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, fresh: bool = False
+    ) -> bool:
+        """Decode to `out`, whose memory has just been allocated if `fresh`; whether there is a kernel for it."""
+        if out.dtype not in DTYPES or not out.is_contiguous() or not readable(weight, layout, out.device):
+            return False
         if list(out.shape) != layout[:2]:
             raise ValueError(f"out {tuple(out.shape)} for a weight of {layout[0]} x {layout[1]}")
         if row_scale is not None:
@@ -130,4 +137,4 @@ class NF4Kernels(Subject):
         self.library.qlora_dequantize_4bit(
             as_argument(weight, layout, row_scale), DTYPES[out.dtype], out.data_ptr(), fresh, torch.get_num_threads()
         )
-        return None
+        return True

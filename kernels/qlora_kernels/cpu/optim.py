@@ -122,5 +122,5 @@ class OptimizerKernels(Subject):
         )
         if not (fits and all(t.is_contiguous() for t in (codes, absmax, values))):
             raise ValueError(
-                f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values, all contiguous"
+                f"{codes.numel()} codes and {absmax.numel()} maxima of blocks of {blocksize} for {n} values"
             )

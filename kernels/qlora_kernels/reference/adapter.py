@@ -132,7 +132,8 @@ def adapter_gradients(
     """
     dB = widened(dy.t() @ xA)
     dB *= scaling if row_scale is None else (scaling * row_scale).unsqueeze(1)
-    return dy @ B_scaled, dB, dB.new_empty(0) if y is None else dot(dy, y) / m_clamped
+    dm = dB.new_empty(0) if y is None or m_clamped is None else dot(dy, y) / m_clamped
+    return dy @ B_scaled, dB, dm
 
 
 def adapted_linear(

@@ -53,7 +53,7 @@ def attention_backward(
 
     dk and dv are summed over the heads that share a key. arXiv:2205.14135, appendix B.
     """
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     shared = q.shape[1] // k.shape[1]
     for start, stop in pairwise(cu_seqlens):
         part = slice(start, stop)
@@ -61,7 +61,7 @@ def attention_backward(
         do, keys, values = widened(dout[part]), *(widened(x[part].repeat_interleave(shared, dim=1)) for x in (k, v))
         delta = (do * widened(out[part])).sum(2).t().unsqueeze(2)
         dS = P * (torch.einsum("qhd,khd->hqk", do, values) - delta) * scale
-        gradients[0][part] = torch.einsum("hqk,khd->qhd", dS, keys)
-        for gradient, weights, x in ((gradients[1], dS, widened(q[part])), (gradients[2], P, do)):
+        dq[part] = torch.einsum("hqk,khd->qhd", dS, keys)
+        for gradient, weights, x in ((dk, dS, widened(q[part])), (dv, P, do)):
             gradient[part] = torch.einsum("hqk,qhd->khd", weights, x).unflatten(1, (-1, shared)).sum(2)
-    return gradients
+    return dq, dk, dv
