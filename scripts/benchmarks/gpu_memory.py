@@ -43,8 +43,9 @@ def smallest_limit(bench: Bench, step: Callable[[], Any], low: float, high: floa
 
 def part_plan(bench: Bench) -> None:
     import qlora
-    from qlora.plan.fit import asked, largest, predict
-    from qlora.plan.meta import Skeleton
+    from qlora.plan.fit import peak_batches, predict, requested
+    from qlora.plan.meta import MetaRun
+    from qlora.run.inputs import find_model
     from qlora.train.memory import anonymous_memory
 
     if not bench.installed("pydantic"):  # which checks the options of a run
@@ -79,9 +80,9 @@ def part_plan(bench: Bench) -> None:
                         optimizer_memory="all",
                         gradient_checkpointing=again,
                     )
-                    skeleton = Skeleton(config)
-                    skeleton.mapped = 0  # the model came from no file
-                    predicted = sum(predict(skeleton, asked(config), largest(config)).parts.values())
+                    run = MetaRun(config, find_model(config, weights=False))
+                    run.still.mapped = 0  # the model came from no file
+                    predicted = predict(run, requested(config), peak_batches(config)).training
                     ratio = predicted / (measured["peak"] - base)
                     bench.row(f"{name}: predicted", predicted / 1e9, "GB")
                     bench.row(

@@ -53,10 +53,12 @@ def measure(row: dict) -> dict:
     from random_models import build as random_nf4_llama
     from random_models import llama_config, random_batch
 
-    import qlora.run.recipe
+    import qlora
     from qlora.config.commands import FinetuneConfig
-    from qlora.plan.fit import asked, largest, predict
-    from qlora.plan.meta import Skeleton
+    from qlora.plan.fit import peak_batches, predict, requested
+    from qlora.plan.meta import MetaRun
+    from qlora.run.inputs import find_model
+    from qlora.run.optimizer import adapter_optimizer
     from qlora.train.memory import PeakMemory, anonymous_memory
     from qlora.train.step import checkpoint_activations, optimizer_step
 
@@ -84,15 +86,15 @@ def measure(row: dict) -> dict:
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         batch = random_batch(config.max_tokens, 49000, config.batch_size, lowest=5)
-        optimizer = qlora.run.recipe.adamw(model, config)
+        optimizer = adapter_optimizer(model, config.optimizer(), folder)
         model.train()
         for step in range(3):
             optimizer_step(model, optimizer, [batch] * config.accumulate, 1e-4, 1.0, step)
         measured = memory.peak() - baseline
-        skeleton = Skeleton(config)
+        run = MetaRun(config, find_model(config, weights=False))
         if row["model"] == "1B":
-            skeleton.mapped = 0  # it came from no file
-        plan = predict(skeleton, asked(config), largest(config))
+            run.still.mapped = 0  # it came from no file
+        plan = predict(run, requested(config), peak_batches(config))
         parameters = [p for p in model.parameters() if p.requires_grad]
         exact = {
             "adapters": sum(p.numel() * 4 for p in parameters),
@@ -105,12 +107,12 @@ def measure(row: dict) -> dict:
             - sum(p.numel() * 4 for p in parameters),
         }
         optimizer.close()
-    found = {**plan.parts, "model": skeleton.weights + skeleton.constants + skeleton.others}
+    found = {**plan.parts, "model": run.still.model}
     assert {name: found[name] for name in exact} == exact, (found, exact)
     return {
         **row,
         "baseline": baseline,
-        "predicted": sum(plan.parts.values()) if row["model"] == "1B" else plan.peak,
+        "predicted": plan.training if row["model"] == "1B" else plan.peak,
         "measured": measured,
         "parts": plan.parts,
     }
