@@ -1,0 +1,132 @@
+"""Fused modules compute what transformers' own do: which are replaced, their results and every gradient."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from helpers import relative
+from tiny import adapted, build, random_model
+from torch.utils.checkpoint import checkpoint
+
+from qlora.layers import fused as fused_layers
+from qlora.layers.fused import GatedMLP, RMSNorm, RotaryAttention, fuse
+
+# (norms, gated products, attentions) that are replaced: Gemma's norm, Cohere's rotation, and Phi's products of q, k and v
+# in one are other functions
+FUSED = {
+    "llama": (5, 2, 2),
+    "qwen2": (5, 2, 2),
+    "qwen3": (9, 2, 2),
+    "mistral": (5, 2, 2),
+    "phi3": (5, 0, 0),
+    "gemma": (0, 2, 2),
+    "cohere": (0, 2, 0),
+    "gpt2": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused(name):
+    model = build(name)
+    fuse(model)
+    kinds = [type(module) for module in model.modules()]
+    rotating = sum(isinstance(module, RotaryAttention) for module in model.modules())
+    assert (kinds.count(RMSNorm), kinds.count(GatedMLP), rotating) == FUSED[name]
+    assert set(model.state_dict()) == set(build(name).state_dict())
+    count = len(kinds)
+    assert len(list(fuse(model).modules())) == count  # once is enough
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_modules_round_as_transformers_does(dtype):
+    torch.manual_seed(0)
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    norm.weight.data.uniform_(0.5, 2)
+    norm.requires_grad_(False)
+    mlp = random_model("llama").model.layers[0].mlp.to(dtype).requires_grad_(False)
+    for module, width in ((norm, 576), (mlp, 64)):
+        x = (3 * torch.randn(4, 7, width)).to(dtype).requires_grad_()
+        dy = torch.randn(4, 7, width).to(dtype)
+        fused = fuse(torch.nn.Sequential(module))
+        assert type(fused[0]) in (RMSNorm, GatedMLP)
+        expected, found = module(x), fused(x)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=2 * eps, atol=4 * eps)
+        # The gradient is rounded once here, several times there: compare with the one in float64.
+        exact = (
+            torch.autograd.grad(module.double()(x.double()), x, dy.double())[0]
+            if module is norm
+            else torch.autograd.grad(expected, x, dy)[0]
+        )
+        assert relative(torch.autograd.grad(found, x, dy)[0], exact) < 8 * eps
+        module.to(dtype)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a hook", "a frozen magnitude", "a bias", "checkpointing"])
+def test_magnitude_gradients_of_a_gated_product(monkeypatch, change):
+    """Summed beside the gradient of the product where both layers' outputs are their products, by each layer itself
+    where not: the same either way.
+    """
+    model = adapted(random_model("llama"), "dora")
+    mlp = model.model.layers[0].mlp
+    if change == "a bias":
+        mlp.up_proj.base.bias = torch.nn.Parameter(torch.randn(mlp.up_proj.base.out_features), requires_grad=False)
+    if change == "a frozen magnitude":
+        mlp.gate_proj.magnitude.requires_grad_(False)
+    if change == "a hook":
+        mlp.gate_proj.register_forward_hook(lambda module, inputs, y: y + 1)
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    parameters = [p for p in (x, *mlp.parameters()) if p.requires_grad]
+    expected = torch.autograd.grad(mlp(x), parameters, dy)
+    fused = fuse(torch.nn.Sequential(mlp))
+    assert type(fused[0]) is GatedMLP
+    joined, gated_dora = [], fused_layers.gated_dora
+    monkeypatch.setattr(fused_layers, "gated_dora", lambda *given: joined.append(1) or gated_dora(*given))
+    y = checkpoint(fused, x, use_reentrant=False) if change == "checkpointing" else fused(x)
+    found = torch.autograd.grad(y, parameters, dy)
+    assert bool(joined) == (change in ("nothing", "checkpointing"))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def test_rotation_is_that_of_transformers():
+    """Nearer to float64 in bf16, as it rounds once less."""
+    layer = fuse(build("llama")).model.layers[0].self_attn
+    theirs = layer.home().apply_rotary_pos_emb
+    angles = 3 * torch.randn(2, 70, 16)
+    tensors = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 70, 16), angles.cos(), angles.sin()
+    for got, expected in zip(turned(layer.rotated, *tensors), turned(theirs, *tensors), strict=True):
+        torch.testing.assert_close(got, expected)
+    low = [x.bfloat16() for x in tensors]
+    results = (turned(*case) for case in ((layer.rotated, *low), (theirs, *low), (theirs, *(x.double() for x in low))))
+    for got, other, exact in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16 and (got - exact).norm() <= (other - exact).norm()
+
+
+def turned(rotate, q, k, cos, sin) -> list[torch.Tensor]:
+    """Both turned, and the gradients of the sum of their squares."""
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    results = rotate(q, k, cos, sin)
+    return [*results, *torch.autograd.grad(sum(x.square().sum() for x in results), (q, k))]
+
+
+def test_a_fused_attention_is_of_its_class_and_can_be_copied():
+    """In this model alone: the class of transformers stays as it was."""
+    model = fuse(build("llama")).eval()
+    layer, other = model.model.layers[0].self_attn, build("llama").model.layers[0].self_attn
+    assert isinstance(layer, type(other)) and type(layer) is not type(other) and "forward" not in vars(layer)
+    ids = torch.arange(20)[None]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found = copied.model.layers[0].self_attn
+        assert type(found) is type(layer) and found.q_proj is not layer.q_proj
+        assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+def test_a_norm_that_learns_keeps_its_gradient():
+    norm = fuse(torch.nn.Sequential(transformers.models.llama.modeling_llama.LlamaRMSNorm(8)))
+    assert type(norm[0]) is RMSNorm and norm[0].weight.requires_grad
+    norm(torch.randn(3, 8)).square().sum().backward()
+    assert norm[0].weight.grad.abs().sum() > 0
