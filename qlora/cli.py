@@ -127,6 +127,11 @@ def _doctor(config: DoctorConfig) -> None:
     from qlora import doctor
 
     found = doctor.report()
+    if config.trace:
+        _quiet()
+        from qlora.run.trace import trace
+
+        found["trace"] = trace()
     print(json.dumps(found, indent=2) if config.json else doctor.as_text(found))
 
 
@@ -346,6 +351,13 @@ def _disk_full(error: Exception, config: Options | None) -> str | None:
     return problem("output", output, "the disk is full", "Free space there, or write elsewhere")
 
 
+def _tell_routes() -> None:
+    """With QLORA_TRACE=1, which code ran the operators of this command, and how often."""
+    kernels = sys.modules.get("qlora_kernels.backends")  # not loaded: none ran
+    if kernels is not None and os.environ.get("QLORA_TRACE") == "1":
+        print(f"\nKernels that ran, with their calls\n{kernels.routes_as_text(kernels.routes())}", file=sys.stderr)
+
+
 def _drop_stdout() -> None:
     """What cannot be written any more must not be tried again when Python exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -377,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(parser(name).format_help(), end="")
         else:
             COMMANDS[name].run(config)
+            _tell_routes()
         sys.stdout.flush()
         return 0
     except UserError as error:

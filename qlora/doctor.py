@@ -199,6 +199,10 @@ def as_text(found: dict[str, Any]) -> str:
             "What will be used (--device auto, --dtype auto)",
             *_table([("device", used["device"]), ("dtype", used["dtype"]), ("kernels", kernels)]),
         ]
+    if "trace" in found:
+        from qlora_kernels.backends import routes_as_text
+
+        sections += ["", "Kernels of a training step, with their calls", routes_as_text(found["trace"])]
     sections += ["", "Packages", *_table([(name, version or "-") for name, version in found["packages"].items()])]
     wanting = [(entry["what"], f"{entry['why']}: {entry['do']}") for entry in found["missing"]]
     return "\n".join([*sections, "", "What is missing", *(_table(wanting) or ["  nothing"])])

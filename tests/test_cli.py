@@ -18,6 +18,7 @@ import qlora
 from qlora.cli import COMMANDS, as_flags, bound_kernel_caches, main, parse, parser
 from qlora.config.options import choices, entries, kinds
 from qlora.errors import UserError
+from qlora_kernels import ops
 
 HOUSE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(HOUSE / "kernels")])}
@@ -231,6 +232,28 @@ def test_doctor_tells_what_is_here(capsys):
     text = capsys.readouterr().out
     for part in ("This machine", "What will be used", "What is missing", found["cpu"]["name"], torch.__version__):
         assert part in text
+
+
+def test_doctor_traces_a_step(capsys):
+    """Every operator of a step on DoRA layers in NF4 with a paged optimizer is told; on a CPU the kernels are ours."""
+    assert main(["doctor", "--trace", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["trace"]
+    assert {"matmul_4bit", "adapted_linear"} & set(found) and any("adamw" in name for name in found), found
+    assert set(found) <= set(ops.OPERATORS) and all(sum(counts.values()) for counts in found.values())
+    assert main(["doctor", "--trace"]) == 0
+    text = capsys.readouterr().out
+    assert "Kernels of a training step" in text and all(f"  {name} " in text for name in found)
+
+
+def test_a_command_tells_its_kernels(tmp_path):
+    """With QLORA_TRACE=1, on standard error, so that JSON stays JSON."""
+    command = [sys.executable, "-m", "qlora.cli", "doctor", "--trace", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "QLORA_TRACE": "1"})
+    assert done.returncode == 0, done.stderr
+    ran = {line.split()[0] for line in done.stderr.partition("Kernels that ran")[2].splitlines()[1:]}
+    assert set(json.loads(done.stdout)["trace"]) <= ran
+    plain = subprocess.run(command[:4], capture_output=True, text=True, env=ENVIRONMENT)
+    assert plain.returncode == 0 and not plain.stderr
 
 
 def test_doctor_answers_without_torch(tmp_path):

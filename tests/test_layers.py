@@ -59,7 +59,7 @@ FLOORS = (
     ("layers.attach", "layers.fused", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
     ("export.peft", "models.load", "optim.state_dict", "optim.update"),
     ("export.peft_write", "export.shards", "optim.adamw", "run.adapted", "run.assemble"),
-    ("export.bnb", "export.merge", "plan.meta", "run.optimizer", "train.checkpoint"),
+    ("export.bnb", "export.merge", "plan.meta", "run.optimizer", "run.trace", "train.checkpoint"),
     ("plan.fit", "run.identity", "run.output", "run.report"),
     ("plan.report",),
     ("run.commands", "run.run"),

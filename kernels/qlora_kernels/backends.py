@@ -52,13 +52,21 @@ def routed(name: str, function: Callable, backend: str) -> Callable:
     return call
 
 
-def routes() -> str:
-    """What ran so far, an operator a line, as text."""
-    found: dict[str, list[str]] = {}
-    for (name, backend), count in sorted(ROUTES.items()):
-        found.setdefault(name, []).append(f"{backend} {count}")
+def routes(since: Counter[tuple[str, str]] | None = None) -> dict[str, dict[str, int]]:
+    """What ran so far, or since `ROUTES` was as given: operator -> backend -> calls."""
+    found: dict[str, dict[str, int]] = {}
+    for (name, backend), count in sorted((ROUTES - (since or Counter())).items()):
+        found.setdefault(name, {})[backend] = count
+    return found
+
+
+def routes_as_text(found: dict[str, dict[str, int]]) -> str:
+    """The same for people, an operator a line."""
     width = max(map(len, found), default=0)
-    return "\n".join(f"{name:<{width}}  {', '.join(counts)}" for name, counts in found.items())
+    return "\n".join(
+        f"  {name:<{width}}  {', '.join(f'{backend} {count}' for backend, count in counts.items())}"
+        for name, counts in found.items()
+    )
 
 
 # ---------------------------------------------------------------- the choice

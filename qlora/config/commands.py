@@ -429,3 +429,7 @@ class EvalConfig(_Json, _Records, _Adapted):
 @dataclass(kw_only=True)
 class DoctorConfig(_Json):
     """Options of `qlora doctor`."""
+
+    trace: bool = option(
+        False, group=MACHINE, help="take a training step of a tiny model and tell which kernels it ran, and how often"
+    )

@@ -100,16 +100,21 @@ def test_routes_are_counted(counts):
 
 
 def test_routes_are_printed_an_operator_a_line(kernels, counts):
-    assert backends.routes() == ""
+    assert backends.routes() == {}
     operators, weight, found = routed(kernels), torch.randn(4, 64), quantized(torch.randn(4, 64))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         operators.quantize_4bit(weight.to(dtype), NF4, 64)
     operators.gemv_4bit(weight[0], found.parts, found.layout)
     operators.swiglu(weight, weight)
-    assert backends.routes() == (
-        "gemv_4bit      reference 1\n"  # no kernel on a CPU
-        "quantize_4bit  native 2, reference 1\n"
-        "swiglu         native 1"
+    ran = {
+        "gemv_4bit": {"reference": 1},  # no kernel on a CPU
+        "quantize_4bit": {"native": 2, "reference": 1},
+        "swiglu": {"native": 1},
+    }
+    assert backends.routes() == ran
+    assert backends.routes(since=counts.copy()) == {}
+    assert backends.routes_as_text(ran) == (
+        "  gemv_4bit      reference 1\n  quantize_4bit  native 2, reference 1\n  swiglu         native 1"
     )
 
 

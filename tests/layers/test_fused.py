@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora.layers import fused as fused_layers
 from qlora.layers.fused import GatedMLP, RMSNorm, RotaryAttention, fuse
 
-# (norms, gated products, attentions) that are replaced: Gemma's norm, Cohere's rotation, and Phi's products of q, k and v
-# in one are other functions
+# (norms, gated products, attentions) that are replaced: Gemma's norm, Cohere's rotation and the single product
+# that makes q, k and v in Phi are other functions
 FUSED = {
     "llama": (5, 2, 2),
     "qwen2": (5, 2, 2),
