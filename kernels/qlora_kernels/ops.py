@@ -21,6 +21,7 @@ calls them inside its own autograd Functions.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Optional
 
@@ -297,3 +298,8 @@ def decode_blocks_into(
     values: Tensor, codes: Tensor, absmax: Tensor, work: Tensor, blocksize: int, signed: bool
 ) -> None:
     return None
+
+
+# Last, since it reads the list above: whoever has the operators has what runs them. Without this line, a program that
+# imports nothing but these would run the reference, slowly, and nothing would say so.
+importlib.import_module("qlora_kernels.backends")

@@ -86,6 +86,14 @@ def counts(monkeypatch) -> Counter:
     return empty
 
 
+def test_whoever_imports_the_operators_has_what_runs_them(kernels, monkeypatch):
+    """The reference must not run unawares in a program that imports `ops`, or PagedAdamW, and nothing else."""
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
+    show = "import sys, torch; from qlora_kernels import ops; x = torch.randn(4, 64); ops.swiglu(x, x); "
+    found = python(show + "print(sys.modules['qlora_kernels.backends'].routes())")
+    assert found.stdout.strip() == "{'swiglu': {'native': 1}}", found.stderr
+
+
 def test_routes_are_counted(counts):
     """A kernel's calls under its backend, those it does not take under the reference."""
     weight, cpu = torch.randn(4, 64), "reference" if backends.NATIVE is None else "native"

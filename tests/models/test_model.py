@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from qlora import UserError, attach_adapters, load_base
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers import nf4
+from qlora.layers.attach import active_adapter
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.models.info import base_info, info
+from qlora.models.info import base_info
 from qlora.models.source import resolve
 from qlora.specs import Quantization
 
@@ -74,7 +75,7 @@ def test_the_model_knows_how_it_was_made(saved_models):
     base = load_base(str(saved_models("llama")), blocksize=128, dtype="bf16")
     made = base_info(base)
     assert made is base.qlora.base and (made.bits, made.blocksize, made.dtype) == (4, 128, "bf16")
-    assert info(base).adapter is None and info(attach_adapters(base)).adapter.rank == 16
+    assert active_adapter(base) is None and active_adapter(attach_adapters(base)).rank == 16
     with pytest.raises(UserError, match="was not loaded by `load_base`"):
         base_info(random_model("llama"))
 
