@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora.layers import transformers_code
 from qlora.layers.adapters import AdaptedLinear, Constants, backward_product, forward_product
 from qlora.layers.linear import autocast
+from qlora.models.transformers_seam import attention_implementation
 from qlora_kernels import ops
 
 
@@ -227,7 +228,7 @@ class RotaryAttention:
         elif form.window == "module":
             kwargs["sliding_window"] = self.sliding_window
         eager = self.home().eager_attention_forward
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(attention_implementation(self), eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*shape[:-2], -1).contiguous()), weights

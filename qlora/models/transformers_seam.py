@@ -134,8 +134,10 @@ def forget_quantizer(model: PreTrainedModel) -> None:
     vars(model)["is_quantized"] = False
 
 
-def attention_implementation(model: PreTrainedModel) -> str:
-    """The name of the attention that `model` runs, such as "sdpa": `config._attn_implementation`. 5.17, 5.23"""
+def attention_implementation(model: Any) -> str:
+    """The name of the attention that a model, or a module of it with a config, runs, such as "sdpa":
+    `config._attn_implementation`. 5.17, 5.23
+    """
     name: str = model.config._attn_implementation
     return name
 
