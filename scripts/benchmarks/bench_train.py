@@ -87,7 +87,9 @@ def ours(method: str, folder: str):
     from compare_peft import ALPHA, RANK
 
     import qlora
+    from qlora.cli import bound_kernel_caches
 
+    bound_kernel_caches()  # as every command does
     torch.manual_seed(0)
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype="bf16"), method=method, rank=RANK, alpha=ALPHA)
 

@@ -60,7 +60,9 @@ def measure(task: str, folder: str, adapter: str, output: str) -> dict:
     torch.zeros(1)  # the first tensor starts the thread pool
 
     import qlora
+    from qlora.cli import bound_kernel_caches
 
+    bound_kernel_caches()  # as every command does
     if task == "read":
         started = time.perf_counter()
         for path in sorted(Path(folder).glob("*.safetensors")):

@@ -54,6 +54,7 @@ def measure(row: dict) -> dict:
     from random_models import llama_config, random_batch
 
     import qlora
+    from qlora.cli import bound_kernel_caches
     from qlora.config.commands import FinetuneConfig
     from qlora.plan.fit import peak_batches, predict, requested
     from qlora.plan.meta import MetaRun
@@ -62,6 +63,7 @@ def measure(row: dict) -> dict:
     from qlora.train.memory import PeakMemory, anonymous_memory
     from qlora.train.step import checkpoint_activations, optimizer_step
 
+    bound_kernel_caches()  # as every command does
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.zeros(1)  # the first tensor starts the thread pool
