@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from qlora.config.commands import FinetuneConfig
 from qlora.data.order import run_length
 from qlora.layers.attach import named_adapters
+from qlora.layers.forward_mode import forward_mode
 from qlora.run.inputs import read_inputs
 from qlora.run.recipe import build, finetune
 
@@ -30,6 +31,7 @@ CHANGES = {
     "alpha": (4.0, "adapter"),
     "rslora": (True, "adapter"),
     "dropout": (0.5, "adapter"),
+    "init": ("gaussian", "adapter"),
     "targets": ("q_proj", "adapter"),
     "weight_decay": (0.5, "optimizer"),
     "beta1": (0.5, "optimizer"),
@@ -44,6 +46,7 @@ CHANGES = {
     "epochs": (0.1, "schedule batches"),
     "batch_size": (3, "batches"),
     "accumulate": (2, "batches"),
+    "packing": ("off", "mode"),
     "max_tokens": (34, "batches"),
     "truncate": ("drop", "batches"),
     "train_on_prompt": (True, "batches"),
@@ -78,7 +81,8 @@ def test_no_option_is_forgotten():
 def built(config: FinetuneConfig) -> dict[str, object]:
     """What `finetune` builds from options before it trains, part by part, as values that can be compared."""
     inputs = read_inputs(config)
-    length = run_length(config, len(inputs.train))
+    per_step, warmup = config.batch_size * config.accumulate, config.warmup
+    length = run_length(len(inputs.train), per_step, steps=config.steps, epochs=config.epochs, warmup=warmup)
     parts = build(config, inputs, length, torch.device("cpu"), Path(config.output).parent)
     adapters = [adapter for _, adapter in named_adapters(parts.model)]
     learning = {name for name, p in parts.model.named_parameters() if p.requires_grad}
@@ -89,6 +93,7 @@ def built(config: FinetuneConfig) -> dict[str, object]:
     found = {
         "base": {name.replace(".base.", "."): value for name, value in tensors.items() if name not in learning},
         "adapter": [{name: tensors[name] for name in learning}, [(a.scaling, a.dropout_p) for a in adapters]],
+        "mode": forward_mode(parts.model),
         "optimizer": [pager.resident // numel, [{**group, "params": 0} for group in groups]],
         "schedule": [parts.schedule.clip, [parts.schedule.rate(step) for step in range(length["steps"])]],
         "batches": [[(b.input_ids.tolist(), b.labels.tolist()) for b in step] for step in batches],
@@ -145,9 +150,9 @@ def test_gradient_checkpointing_is_used(config, tmp_path, monkeypatch):
     import transformers
 
     calls = []
-    forward = transformers.models.llama.modeling_llama.LlamaAttention.forward
+    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
     monkeypatch.setattr(
-        transformers.models.llama.modeling_llama.LlamaAttention,
+        transformers.models.llama.modeling_llama.LlamaDecoderLayer,
         "forward",
         lambda self, *inputs, **options: (calls.append(1), forward(self, *inputs, **options))[1],
     )

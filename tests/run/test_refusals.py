@@ -13,6 +13,7 @@ from runs import metrics, refused, same_files
 
 from qlora.export.bnb import quantize_checkpoint
 from qlora.run.recipe import finetune
+from qlora.specs import Quantization
 
 
 def test_everything_cheap_is_told_at_once_and_nothing_is_left(config, tmp_path, place):
@@ -159,7 +160,7 @@ def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
 def test_options_that_the_base_contradicts(config, place, tmp_path):
     """Said before anything is loaded, together with what else is wrong; what is not given comes from the checkpoint."""
     quantize_checkpoint(
-        str(place / "model"), tmp_path / "base", blocksize=32, double_quant=False, scales="mse", dtype="fp32"
+        str(place / "model"), tmp_path / "base", quantization=Quantization(4, 32, False, "mse"), dtype="fp32"
     )
     usual = {"model": str(tmp_path / "base")}
     problems = refused(config(blocksize=64, double_quant=True, scales="absmax", data="nowhere.jsonl", **usual))
