@@ -16,6 +16,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.order import run_length
 from qlora.layers.attach import named_adapters
 from qlora.layers.forward_mode import forward_mode
+from qlora.layers.fused import RotaryAttention
 from qlora.run.inputs import read_inputs
 from qlora.run.recipe import build, finetune
 
@@ -146,13 +147,10 @@ def test_tensorboard(config, tmp_path):
 
 
 def test_gradient_checkpointing_is_used(config, tmp_path, monkeypatch):
-    """Each layer runs twice a step."""
-    import transformers
-
-    calls = []
-    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
+    """Each attention runs twice a step."""
+    calls, forward = [], RotaryAttention.forward
     monkeypatch.setattr(
-        transformers.models.llama.modeling_llama.LlamaDecoderLayer,
+        RotaryAttention,
         "forward",
         lambda self, *inputs, **options: (calls.append(1), forward(self, *inputs, **options))[1],
     )
