@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora.layers.attach import attach
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
@@ -24,6 +24,7 @@ from qlora.models.load import load_source
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import Source
 from qlora.specs import AdapterSpec, Quantization
+from qlora.train.rng import seed_generators
 from qlora.train.step import checkpoint_activations
 from qlora_kernels import backends
 
@@ -53,7 +54,7 @@ def assemble(
     """
     if architecture is None:
         model = load_source(source, spec.quantization, dtype=spec.dtype, device=str(device))
-        set_seed(spec.seed)
+        seed_generators(spec.seed)
     else:
         model = empty_base(source, spec, architecture)
         if device.type == "cpu" and backends.NATIVE is not None:

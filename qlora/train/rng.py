@@ -16,6 +16,16 @@ import torch
 from torch import Tensor
 
 
+def seed_generators(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators (all devices), to the numbers of `transformers.set_seed`.
+
+    Theirs imports every backend that transformers can find, so a broken bitsandbytes would end a run that needs none.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """The states of torch's generators (all devices), Python's and numpy's, as JSON."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 from gpu_bench import Bench, adamw, case, measure_steps, peers
-from random_models import SHAPES, attached, build, checkpointing, detached, ours, random_batch, theirs, with_peft
+from random_models import SHAPES, attached, build, checkpointing, ours, random_batch, theirs, with_peft
 from torch import nn
 
 
@@ -138,7 +138,7 @@ def part_profile(bench: Bench) -> None:
                 for e in calls[:4]:
                     bench.row(f"{name}: {e.key[:50]}", e.self_cpu_time_total / 1e3, f"ms in {e.count}")
         optimizer.close()
-        base, model = detached(model), None
+        base, model = qlora.detach(model), None
 
 
 def part_optimizer(bench: Bench) -> None:
@@ -296,6 +296,7 @@ def part_curves(bench: Bench) -> None:
 
 
 def part_generate(bench: Bench) -> None:
+    import qlora
     from qlora_kernels import backends
 
     shape, count = ("small", 8) if bench.small else ("7B", 32)
@@ -331,7 +332,7 @@ def part_generate(bench: Bench) -> None:
                 kernel, backends.has_gemv = backends.has_gemv, lambda device: False
                 bench.row(f"{shape} {method}, decoding every weight first", speed(model), "tokens/s")
                 backends.has_gemv = kernel
-        base = detached(model)
+        base = qlora.detach(model)
     base = model = None
     bench.clean()
     if not peers():

@@ -149,15 +149,6 @@ def attached(model: nn.Module, method: str) -> nn.Module:
     return qlora.attach_adapters(model, method=method, rank=RANK, alpha=ALPHA)
 
 
-def detached(model: nn.Module) -> nn.Module:
-    """The base again."""
-    from qlora.layers.attach import named_adapters
-
-    for name, adapter in list(named_adapters(model)):
-        model.set_submodule(name, adapter.base)
-    return model
-
-
 def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0, lowest: int = 2):
     """`count` examples of random tokens, all but the first of each targets."""
     from qlora.data.batch import Example, pack
