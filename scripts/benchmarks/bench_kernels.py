@@ -162,7 +162,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
     """
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-    from qlora.layers.attention import attend, bounds
+    from qlora.layers.attention import attend, borders
     from qlora.layers.fused import RMSNorm, _Gated, _Rotation
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
@@ -184,9 +184,12 @@ def step_cases(out: int, columns: int) -> list[Case]:
 
     heads = [torch.randn(4, 256, out // 64, 64).bfloat16().requires_grad_(k < 3) for k in range(4)]
 
+    packed = borders(torch.arange(0, TOKENS + 1, 256, dtype=torch.int32))
+
     def attention():
         q, k, v, dout = (x.view(1, TOKENS, -1, 64).transpose(1, 2) for x in heads)
-        return torch.autograd.grad(attend(None, q, k, v, bounds([256] * 4))[0], heads[:3], dout.transpose(1, 2))
+        out = attend(None, q, k, v, None, **packed)[0]
+        return torch.autograd.grad(out, heads[:3], dout.transpose(1, 2))
 
     def attention_of_torch():
         q, k, v, dout = (x.transpose(1, 2) for x in heads)
