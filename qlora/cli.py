@@ -12,29 +12,15 @@ nobody reads the output any more. A traceback means a defect of ours.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import math
 import os
 import re
-import shlex
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import MISSING
 from typing import Any, NoReturn, get_args
 
-from qlora.config.commands import (
-    DoctorConfig,
-    EvalConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    MergeConfig,
-    PlanConfig,
-    QuantizeConfig,
-)
+from qlora.command_table import COMMANDS
 from qlora.config.options import (
     GROUPS,
     MODEL,
@@ -51,142 +37,6 @@ from qlora.config.options import (
 )
 from qlora.errors import UserError, problem
 from qlora_kernels import BackendError
-
-
-def _finetune(config: FinetuneConfig) -> None:
-    _quiet()
-    from qlora.run.recipe import finetune
-
-    finetune(config)
-    adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
-    print(
-        f'\nTry it:    qlora generate --adapter {adapter} --prompt "..."\n'
-        f"Merge it:  qlora merge --adapter {adapter} --output {merged}"
-    )
-
-
-def _merge(config: MergeConfig) -> None:
-    _quiet()
-    from qlora.export.merge import merge
-
-    merge(**asdict(config))
-    folder = shlex.quote(config.output)
-    print(
-        f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
-        f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."'
-    )
-
-
-def _generate(config: GenerateConfig) -> None:
-    _quiet()
-    from qlora.run.commands import generate_command
-
-    print(generate_command(config))
-
-
-def _eval(config: EvalConfig) -> None:
-    _quiet()
-    from qlora.run.commands import evaluate_command
-
-    result = evaluate_command(config)
-    if config.json:  # JSON has no infinity
-        infinite = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
-        print(json.dumps({**result, **dict.fromkeys(infinite)}, indent=2))
-        return
-    width = max(len(name) for name in result)
-    for name, value in result.items():
-        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.4f}' if isinstance(value, float) else value}")
-
-
-def _quantize(config: QuantizeConfig) -> None:
-    _quiet()
-    from qlora.export.bnb import quantize_checkpoint
-
-    quantize_checkpoint(
-        config.model,
-        config.output,
-        quantization=config.quantization(),
-        dtype=config.dtype,
-        shard_size=config.shard_size,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-    )
-    print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."')
-
-
-def _plan(config: PlanConfig) -> None:
-    _quiet()
-    from qlora.run.commands import plan_command
-
-    found = plan_command(config)
-    text = found.pop("text")
-    print(json.dumps(found, indent=2) if config.json else text)
-
-
-def _doctor(config: DoctorConfig) -> None:
-    from qlora import doctor
-
-    found = doctor.report()
-    if config.trace:
-        _quiet()
-        from qlora.run.trace import trace
-
-        found["trace"] = trace()
-    print(json.dumps(found, indent=2) if config.json else doctor.as_text(found))
-
-
-@dataclass(frozen=True)
-class Command:
-    """A word after `qlora`: its options, what it does, and a line about it. `config_file`: it takes --config FILE."""
-
-    options: type[Options]
-    run: Callable[[Any], None]
-    summary: str
-    example: str
-    config_file: bool = False
-
-
-COMMANDS = {
-    "finetune": Command(
-        FinetuneConfig,
-        _finetune,
-        "train an adapter on your data",
-        "--model smollm2-135m --data train.jsonl --output runs/first",
-        config_file=True,
-    ),
-    "plan": Command(
-        PlanConfig,
-        _plan,
-        "predict the memory of a fine-tuning run, without its weights",
-        "--model smollm2-135m --batch-size 8 --memory 2GB",
-        config_file=True,
-    ),
-    "generate": Command(
-        GenerateConfig,
-        _generate,
-        "let a model, or a model with an adapter, write",
-        '--adapter runs/first/adapter --prompt "Hello"',
-    ),
-    "eval": Command(
-        EvalConfig,
-        _eval,
-        "measure loss, perplexity and token accuracy on data",
-        "--adapter runs/first/adapter --data test.jsonl",
-    ),
-    "merge": Command(
-        MergeConfig,
-        _merge,
-        "write base and adapter as one ordinary model folder",
-        "--adapter runs/first/adapter --output runs/first/merged",
-    ),
-    "quantize": Command(
-        QuantizeConfig,
-        _quantize,
-        "write a 4-bit checkpoint that bitsandbytes reads",
-        "--model smollm2-135m --output smollm2-nf4",
-    ),
-    "doctor": Command(DoctorConfig, _doctor, "tell what this machine has, what will be used, what is missing", ""),
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -322,21 +172,6 @@ def bound_kernel_caches() -> None:
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
-
-
-def _quiet() -> None:
-    """Keep other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels it could not download
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        enable_progress_bars()
 
 
 def _disk_full(error: Exception, config: Options | None) -> str | None:

@@ -8,6 +8,9 @@ file one error at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Input we cannot work with. `problems` holds one line per problem, each `name=value: rule. What to do.`"""
@@ -21,3 +24,36 @@ def problem(name: str, value: object, rule: str, remedy: str) -> str:
     """One line in the form every error of ours has: `name=value: rule. What to do.`"""
     end = "" if remedy.endswith("?") else "."
     return f"{name}={value}: {rule.rstrip('.')}. {remedy.rstrip('.')}{end}"
+
+
+@contextmanager
+def guard(name: str, value: object, rule: str, remedy: str) -> Iterator[None]:
+    """A boundary: whatever foreign code raises inside becomes one line about `name=value`, with what the error says.
+
+    For reading what a user gave: a file, a config, a template. Errors of ours pass as they are. No list of exception
+    types: safetensors, tokenizers, pyarrow and jinja2 each have their own, and a damaged file finds the one that a list
+    forgot. A panic of a Rust library is no `Exception`, and is meant too.
+
+    Raises:
+        UserError: something inside raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(problem(name, shortened(value), f"{rule} ({brief(error)})", remedy)) from error
+        raise
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; its type where it says nothing."""
+    said = " ".join(str(error).split())
+    return shortened(said or type(error).__name__, 200)
+
+
+def shortened(value: object, most: int = 300) -> str:
+    """The text of a value, its middle left out where it is long: a message is one line of a terminal."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 60]} ... {text[-50:]}"

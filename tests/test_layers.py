@@ -44,7 +44,7 @@ FLOORS = (
         "train.metrics",
     ),
     (
-        "config.commands",
+        "config.shared",
         "data.formats",
         "doctor",
         "generate",
@@ -53,7 +53,15 @@ FLOORS = (
         "models.source",
         "optim.disk_tier",
     ),
-    ("data.tokenize", "export.card", "layers.forward_mode", "layers.weight", "models.packed", "optim.pinned_tier"),
+    (
+        "config.commands",
+        "data.tokenize",
+        "export.card",
+        "layers.forward_mode",
+        "layers.weight",
+        "models.packed",
+        "optim.pinned_tier",
+    ),
     ("layers.linear", "layers.loss", "optim.pager"),
     ("evaluate", "layers.adapters", "layers.targets", "models.quantize", "optim.pages", "train.step"),
     ("layers.attach", "layers.fused", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
@@ -64,6 +72,7 @@ FLOORS = (
     ("plan.report",),
     ("run.commands", "run.run"),
     ("run.recipe",),
+    ("command_table",),
     ("cli",),
 )
 FLOOR = {module: level for level, floor in enumerate(FLOORS) for module in floor}

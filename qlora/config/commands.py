@@ -1,175 +1,39 @@
 """Every option once, by command: name, type, default, help and rule. Flags, YAML, checks and `--help` come from here.
 
-An option is a dataclass field made by `option(...)`; what several commands share stands in one mixin, so nothing is
-typed twice. Options that become a whole object (`quantization()`, `adapter()`, `optimizer()`) take default and range
-from that object's field. The alternative, options at the code that reads them, leaves nobody who can check two of them
-against each other, or list them.
+An option is a dataclass field made by `option(...)`; what several commands share is a mixin of `config.shared`, so
+nothing is typed twice. Options that become a whole object (`quantization()`, `adapter()`, `optimizer()`) take default
+and range from that object's field. The alternative, options at the code that reads them, leaves nobody who can check
+two of them against each other, or list them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from qlora.config.options import (
-    ADAPTER,
-    CHECKPOINTS,
-    DATA,
-    GENERATION,
-    MACHINE,
-    MODEL,
-    OUTPUT,
-    QUANTIZATION,
-    TRAINING,
-    Options,
-    option,
-    show,
+from qlora.config.options import ADAPTER, CHECKPOINTS, DATA, GENERATION, MACHINE, MODEL, OUTPUT, TRAINING, option, show
+from qlora.config.shared import (
+    Adapted,
+    Bits,
+    Blocks,
+    Code,
+    Compute,
+    Dtype,
+    Json,
+    NamedModel,
+    Output,
+    Records,
+    Seed,
+    Shards,
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
-from qlora.specs import AdapterSpec, Blocksize, Init, Method, OptimizerSpec, Quantization, Scales, declared
-
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
-FORMATS: tuple[str, ...] = get_args(Format)
-# Options that more than one command has. (The fields of a class's last base come first.)
+from qlora.specs import AdapterSpec, Init, Method, OptimizerSpec, Quantization, declared
 
 
 @dataclass(kw_only=True)
-class _NamedModel(Options):
-    model: str = option(
-        group=MODEL,
-        min_length=1,
-        resume="free",
-        help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m",
-    )
-    revision: str | None = option(
-        None, group=MODEL, min_length=1, resume="free", help="the branch, tag or commit of a hub model"
-    )
-
-
-@dataclass(kw_only=True)
-class _Output(Options):
-    output: str = option(group=MODEL, min_length=1, resume="free", help="the folder to write to")
-
-
-@dataclass(kw_only=True)
-class _Code(Options):
-    trust_remote_code: bool = option(
-        False, group=MACHINE, resume="free", help="run Python code that comes with the model"
-    )
-
-
-@dataclass(kw_only=True)
-class _Compute(_Code):
-    device: str = option(
-        "auto",
-        group=MACHINE,
-        resume="free",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        help="auto, cpu, cuda or cuda:N",
-        rule="must be auto, cpu, cuda or cuda:N",
-    )
-    dtype: Dtype = option("auto", group=MACHINE, help="what layers compute in; `qlora doctor` tells what auto means")
-
-
-@dataclass(kw_only=True)
-class _Bits(Options):
-    bits: Literal[4, 16] = option(4, group=QUANTIZATION, help="bits of the frozen weights: 4 (NF4) or 16")
-
-
-@dataclass(kw_only=True)
-class _Blocks(Options):
-    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds.
-    blocksize: Blocksize | None = option(
-        None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)"
-    )
-    double_quant: bool | None = option(
-        None,
-        group=QUANTIZATION,
-        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight "
-        "(default yes, or as in a 4-bit checkpoint)",
-    )
-    scales: Scales | None = option(
-        None,
-        group=QUANTIZATION,
-        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error "
-        "(default absmax)",
-    )
-
-
-@dataclass(kw_only=True)
-class _Records(Options):
-    data: str = option(
-        group=MODEL,
-        resume="free",
-        min_length=1,
-        help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set",
-    )
-    format: Format | None = option(None, group=DATA, help="the data format, where its columns do not tell")
-    max_tokens: int = option(
-        1024, group=DATA, ge=2, aka="max_length max_seq_length cutoff_len", help="tokens an example may have"
-    )
-    batch_size: int = option(
-        4, group=DATA, ge=1, aka="per_device_train_batch_size", help="examples in one forward pass"
-    )
-    train_on_prompt: bool = option(False, group=DATA, help="count the prompt's tokens in the loss too")
-
-
-@dataclass(kw_only=True)
-class _Seed(Options):
-    seed: int = option(0, group=MACHINE, ge=0, lt=2**32, help="the seed of every random choice")  # numpy's range
-
-
-@dataclass(kw_only=True)
-class _Shards(Options):
-    shard_size: int = option(
-        10**9,
-        group=OUTPUT,
-        ge=1,
-        size=parse_size,
-        help="the largest output file, such as 500MB, 1GB or 2GiB",
-        rule="must be a size such as 500MB, 1GB or 2GiB",
-    )
-
-
-@dataclass(kw_only=True)
-class _Json(Options):
-    json: bool = option(False, group=OUTPUT, help="print JSON instead of text")
-
-
-@dataclass(kw_only=True)
-class _Adapted(_Compute):
-    bits: Literal[4, 16] | None = option(
-        None,
-        group=QUANTIZATION,
-        help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16",
-    )
-    model: str | None = option(
-        None, group=MODEL, min_length=1, help="the base model; only needed without an adapter, which names its own"
-    )
-    adapter: str | None = option(None, group=MODEL, min_length=1, help="the adapter folder")
-
-    @staticmethod
-    def conflicts(values: Mapping[str, Any]) -> list[str]:
-        if values.get("model", "bad") is None and values.get("adapter", "bad") is None:
-            return [
-                problem(
-                    "model",
-                    "(not given)",
-                    "required without an adapter",
-                    "Give a model, or the adapter folder that finetune wrote",
-                )
-            ]
-        return []
-
-
-# The commands.
-
-
-@dataclass(kw_only=True)
-class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedModel):
+class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
     """Options of `qlora finetune`. Of `steps` and `epochs` at most one; with neither, `epochs` is 1."""
 
     method: Method = option(**declared(AdapterSpec, "method"), group=ADAPTER, help="the kind of adapter")
@@ -351,7 +215,7 @@ class FinetuneConfig(_Compute, _Seed, _Blocks, _Bits, _Output, _Records, _NamedM
 
 
 @dataclass(kw_only=True)
-class PlanConfig(_Json, FinetuneConfig):
+class PlanConfig(Json, FinetuneConfig):
     """Options of `qlora plan`: those of finetune, so that its config file serves."""
 
     data: str | None = option(  # type: ignore[assignment]  # a plan can do without
@@ -363,7 +227,7 @@ class PlanConfig(_Json, FinetuneConfig):
 
 
 @dataclass(kw_only=True)
-class MergeConfig(_Code, _Shards, _Output):
+class MergeConfig(Code, Shards, Output):
     """Options of `qlora merge`."""
 
     adapter: str = option(group=MODEL, min_length=1, help="the adapter folder")
@@ -377,7 +241,7 @@ class MergeConfig(_Code, _Shards, _Output):
 
 
 @dataclass(kw_only=True)
-class QuantizeConfig(_Code, _Shards, _Blocks, _Output, _NamedModel):
+class QuantizeConfig(Code, Shards, Blocks, Output, NamedModel):
     """Options of `qlora quantize`."""
 
     dtype: Dtype = option("auto", group=OUTPUT, help="the dtype of the weights that are not quantized")
@@ -388,7 +252,7 @@ class QuantizeConfig(_Code, _Shards, _Blocks, _Output, _NamedModel):
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(_Seed, _Adapted):
+class GenerateConfig(Seed, Adapted):
     """Options of `qlora generate`."""
 
     prompt: str = option(group=MODEL, min_length=1, help="the prompt, in quotes")
@@ -402,7 +266,7 @@ class GenerateConfig(_Seed, _Adapted):
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
-        found = _Adapted.conflicts(values)
+        found = Adapted.conflicts(values)
         if values.get("top_p", 1.0) < 1.0 and values.get("temperature") == 0.0:
             found.append(
                 problem(
@@ -422,12 +286,12 @@ class GenerateConfig(_Seed, _Adapted):
 
 
 @dataclass(kw_only=True)
-class EvalConfig(_Json, _Records, _Adapted):
+class EvalConfig(Json, Records, Adapted):
     """Options of `qlora eval`."""
 
 
 @dataclass(kw_only=True)
-class DoctorConfig(_Json):
+class DoctorConfig(Json):
     """Options of `qlora doctor`."""
 
     trace: bool = option(

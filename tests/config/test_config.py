@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora.config.commands import (
-    FORMATS,
-    DoctorConfig,
-    EvalConfig,
-    FinetuneConfig,
-    GenerateConfig,
-    MergeConfig,
-    QuantizeConfig,
-)
+from qlora.config.commands import DoctorConfig, EvalConfig, FinetuneConfig, GenerateConfig, MergeConfig, QuantizeConfig
 from qlora.config.options import changeable, choices, entries, from_options, from_yaml, kinds, to_yaml
+from qlora.config.shared import FORMATS
 from qlora.errors import UserError
 from qlora.specs import BLOCKSIZES, AdapterSpec, OptimizerSpec, Quantization
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qlora.config.commands import FORMATS
+from qlora.config.shared import FORMATS
 from qlora.data.chat import prompt_ids
 from qlora.data.formats import COLUMNS, pick_format
 from qlora.data.records import read_records

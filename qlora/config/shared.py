@@ -1,0 +1,148 @@
+"""Options that more than one command has, each group of them one mixin. (The fields of a class's last base come first.)
+
+The alternative, to repeat an option where a second command needs it, lets its help and its range drift apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qlora.config.options import DATA, MACHINE, MODEL, OUTPUT, QUANTIZATION, Options, option
+from qlora.errors import problem
+from qlora.sizes import parse_size
+from qlora.specs import Blocksize, Scales
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+@dataclass(kw_only=True)
+class NamedModel(Options):
+    model: str = option(
+        group=MODEL,
+        min_length=1,
+        resume="free",
+        help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m",
+    )
+    revision: str | None = option(
+        None, group=MODEL, min_length=1, resume="free", help="the branch, tag or commit of a hub model"
+    )
+
+
+@dataclass(kw_only=True)
+class Output(Options):
+    output: str = option(group=MODEL, min_length=1, resume="free", help="the folder to write to")
+
+
+@dataclass(kw_only=True)
+class Code(Options):
+    trust_remote_code: bool = option(
+        False, group=MACHINE, resume="free", help="run Python code that comes with the model"
+    )
+
+
+@dataclass(kw_only=True)
+class Compute(Code):
+    device: str = option(
+        "auto",
+        group=MACHINE,
+        resume="free",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        help="auto, cpu, cuda or cuda:N",
+        rule="must be auto, cpu, cuda or cuda:N",
+    )
+    dtype: Dtype = option("auto", group=MACHINE, help="what layers compute in; `qlora doctor` tells what auto means")
+
+
+@dataclass(kw_only=True)
+class Bits(Options):
+    bits: Literal[4, 16] = option(4, group=QUANTIZATION, help="bits of the frozen weights: 4 (NF4) or 16")
+
+
+@dataclass(kw_only=True)
+class Blocks(Options):
+    # None: the default for weights to quantize, and for a 4-bit checkpoint what it holds.
+    blocksize: Blocksize | None = option(
+        None, group=QUANTIZATION, help="weights that share one NF4 scale (default 64, or as in a 4-bit checkpoint)"
+    )
+    double_quant: bool | None = option(
+        None,
+        group=QUANTIZATION,
+        help="store the NF4 scales in 8 bits: 0.516 instead of 0.563 bytes a weight "
+        "(default yes, or as in a 4-bit checkpoint)",
+    )
+    scales: Scales | None = option(
+        None,
+        group=QUANTIZATION,
+        help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error "
+        "(default absmax)",
+    )
+
+
+@dataclass(kw_only=True)
+class Records(Options):
+    data: str = option(
+        group=MODEL,
+        resume="free",
+        min_length=1,
+        help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set",
+    )
+    format: Format | None = option(None, group=DATA, help="the data format, where its columns do not tell")
+    max_tokens: int = option(
+        1024, group=DATA, ge=2, aka="max_length max_seq_length cutoff_len", help="tokens an example may have"
+    )
+    batch_size: int = option(
+        4, group=DATA, ge=1, aka="per_device_train_batch_size", help="examples in one forward pass"
+    )
+    train_on_prompt: bool = option(False, group=DATA, help="count the prompt's tokens in the loss too")
+
+
+@dataclass(kw_only=True)
+class Seed(Options):
+    seed: int = option(0, group=MACHINE, ge=0, lt=2**32, help="the seed of every random choice")  # numpy's range
+
+
+@dataclass(kw_only=True)
+class Shards(Options):
+    shard_size: int = option(
+        10**9,
+        group=OUTPUT,
+        ge=1,
+        size=parse_size,
+        help="the largest output file, such as 500MB, 1GB or 2GiB",
+        rule="must be a size such as 500MB, 1GB or 2GiB",
+    )
+
+
+@dataclass(kw_only=True)
+class Json(Options):
+    json: bool = option(False, group=OUTPUT, help="print JSON instead of text")
+
+
+@dataclass(kw_only=True)
+class Adapted(Compute):
+    bits: Literal[4, 16] | None = option(
+        None,
+        group=QUANTIZATION,
+        help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16",
+    )
+    model: str | None = option(
+        None, group=MODEL, min_length=1, help="the base model; only needed without an adapter, which names its own"
+    )
+    adapter: str | None = option(None, group=MODEL, min_length=1, help="the adapter folder")
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        if values.get("model", "bad") is None and values.get("adapter", "bad") is None:
+            return [
+                problem(
+                    "model",
+                    "(not given)",
+                    "required without an adapter",
+                    "Give a model, or the adapter folder that finetune wrote",
+                )
+            ]
+        return []
