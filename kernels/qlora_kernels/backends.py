@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from qlora_kernels import BackendError, ops, reference
 from qlora_kernels.cpu import native
+from qlora_kernels.weight import QuantizedWeight
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
@@ -81,9 +83,9 @@ def _forced() -> str:
 
 
 @functools.cache
-def _cuda() -> tuple[str, str]:
-    """(backend, why) on CUDA devices: our Triton kernels where they run. Found out at the first use, which may start
-    the driver.
+def _cuda(index: int | None = None) -> tuple[str, str]:
+    """(backend, why) on a CUDA device, the current one without an index: our Triton kernels where they run. Found out
+    at the first use of the device, which may start the driver. Each card is asked for itself: two of a machine differ.
     """
     if _forced() in ("reference", "bitsandbytes"):
         return _other()
@@ -93,9 +95,9 @@ def _cuda() -> tuple[str, str]:
         missing = "triton is not installed"
     elif not torch.cuda.is_available():
         missing = "torch sees no CUDA device"
-    elif torch.cuda.get_device_capability() < (8, 0):
+    elif torch.cuda.get_device_capability(index) < (8, 0):
         missing = "they need compute capability 8.0"
-    else:
+    elif not (missing := _probe(torch.device("cuda", torch.cuda.current_device() if index is None else index))):
         return "triton", ""
     if _forced() == "triton":
         raise BackendError(
@@ -103,6 +105,24 @@ def _cuda() -> tuple[str, str]:
         )
     backend, why = _other()
     return backend, f"the Triton kernels cannot run, {missing}" + (f"; {why}" if why else "")
+
+
+def _probe(device: torch.device) -> str:
+    """What keeps a small kernel from running right on the card; "" if nothing does.
+
+    Triton builds its driver with a C compiler at its first launch, and the card's own driver may refuse the code: only
+    a launch tells. Whatever is raised means that the next backend has to do.
+    """
+    try:
+        kernel = _functions("triton")["dequantize_4bit"]
+        packed = torch.arange(64, dtype=torch.uint8).view(-1, 1)
+        weight = QuantizedWeight.of(packed, (torch.tensor([0.5, 2.0]),), (2, 64), 64)
+        layout, parts = weight.layout, [part.to(device) for part in weight.parts]
+        found = kernel(parts, layout, None, torch.float32).cpu()
+    except Exception as error:  # of any kind: a compiler, a driver and a card each have their own
+        return " ".join(f"a small one failed ({type(error).__name__}: {error}".split())[:200] + ")"
+    expected = reference.dequantize_4bit(weight.parts, layout, None, torch.float32)
+    return "" if torch.equal(found, expected) else "a small one computed something else"
 
 
 @functools.cache
@@ -135,18 +155,44 @@ def _functions(backend: str) -> dict[str, Callable]:
     return {name: getattr(module, name) for module in modules for name in ops.OPERATORS if hasattr(module, name)}
 
 
-def _late(name: str, choose: Callable[[], tuple[str, str]]) -> Callable:
-    """The operator `name` by the backend that `choose` finds at the first call; what that lacks is the reference's."""
-    found: list[Callable] = []
+@functools.cache
+def _loaded(backend: str) -> dict[str, Callable]:
+    """The operators of a backend, or none where it breaks on import, as a bitsandbytes made for another CUDA does."""
+    try:
+        return _functions(backend)
+    except Exception as error:  # of any kind, see `_probe`
+        if _forced() == backend:
+            raise BackendError(
+                f"QLORA_BACKEND={backend}: it cannot be loaded ({error}). Mend it, or unset it"
+            ) from error
+        warnings.warn(f"{backend} cannot be loaded ({error}): the reference runs in its place, slowly", stacklevel=2)
+        return {}
+
+
+def _late(name: str, choose: Callable[[int], tuple[str, str]]) -> Callable:
+    """The operator `name` by the backend that `choose` finds at the first call on each device of the kind; what that
+    lacks is the reference's.
+    """
+    found: dict[int, Callable] = {}
 
     def call(*arguments):
-        if not found:
-            backend = choose()[0]
-            function = _functions(backend).get(name)
-            found.append(routed(name, function or getattr(reference, name), backend if function else "reference"))
-        return found[0](*arguments)
+        index = _index_of(arguments)
+        if index not in found:
+            backend = choose(index)[0]
+            function = _loaded(backend).get(name)
+            found[index] = routed(name, function or getattr(reference, name), backend if function else "reference")
+        return found[index](*arguments)
 
     return call
+
+
+def _index_of(arguments: tuple) -> int:
+    """The number of the device that the first tensor of an operator's arguments lies on."""
+    for argument in arguments:
+        first = argument[0] if isinstance(argument, (list, tuple)) and argument else argument
+        if isinstance(first, Tensor):
+            return first.get_device()
+    return -1
 
 
 def _choose_cpu() -> tuple[native.Native | None, str]:
@@ -185,11 +231,12 @@ def _register() -> None:
         if NATIVE is not None and hasattr(NATIVE, name):
             use(name, "CPU", getattr(NATIVE, name), "native")
         elif _forced() == "bitsandbytes":
-            ops.LIBRARY.impl(name, _late(name, _other), "CPU")
+            ops.LIBRARY.impl(name, _late(name, lambda index: _other()), "CPU")
         else:
             use(name, "CPU", getattr(reference, name), "reference")
         for device in ACCELERATORS:
-            ops.LIBRARY.impl(name, _late(name, _cuda if device == "CUDA" else _other), device)
+            choose = _cuda if device == "CUDA" else lambda index: _other()
+            ops.LIBRARY.impl(name, _late(name, choose), device)
 
 
 _register()
@@ -200,14 +247,14 @@ _register()
 
 def has_gemv(device: torch.device) -> bool:
     """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
-    return device.type == "cuda" and _cuda()[0] == "triton"
+    return device.type == "cuda" and _cuda(device.index)[0] == "triton"
 
 
 def has_fused_elementwise(device: torch.device) -> bool:
     """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's
     chains.
     """
-    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda()[0] == "triton"
+    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda(device.index)[0] == "triton"
 
 
 def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:

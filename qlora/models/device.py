@@ -14,22 +14,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one, else the CPU.
+    """ "auto" is the GPU where there is one, else the CPU. A card always has its number: parts of torch.cuda refuse a
+    device without one.
 
     Raises:
-        UserError: no device of that name, or no CUDA device here.
+        UserError: no device of that name, no CUDA device here, or fewer of them.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(problem("device", device, "is no torch device", "Use auto, cpu, cuda or cuda:0")) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
         raise UserError(
             problem("device", device, "torch sees no CUDA device here", "Use `device=cpu`, and run: qlora doctor")
         )
-    return chosen
+    index, count = torch.cuda.current_device() if chosen.index is None else chosen.index, torch.cuda.device_count()
+    if index >= count:
+        names = ", ".join(f"cuda:{i}" for i in range(count))
+        raise UserError(problem("device", device, f"torch sees {count} CUDA device{'s' * (count > 1)}", f"Use {names}"))
+    return torch.device("cuda", index)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -32,10 +32,6 @@ class Worst:
 
 def part_kernels(bench: Bench) -> None:
     """Real shapes as training uses them, then odd ones. Each new combination is compiled first, so they are few."""
-    from qlora_kernels import reference
-
-    if bench.cuda:
-        reference.CHUNK_ELEMENTS = 1 << 24  # the oracle: fewer launches
     real = (
         []
         if bench.small

@@ -53,6 +53,8 @@ from gpu_kernels import part_bandwidth, part_kernels
 from gpu_memory import part_cap, part_plan
 from gpu_training import part_curves, part_generate, part_optimizer, part_profile, part_train, part_train8B
 
+from qlora.models.device import resolve_device
+
 PARTS = {  # in the order in which they run: cheap and important first
     "kernels": part_kernels,
     "bandwidth": part_bandwidth,
@@ -156,7 +158,7 @@ def main() -> int:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work.split(","), torch.device(arguments.device), arguments.small)
+        work(arguments.work.split(","), resolve_device(arguments.device), arguments.small)
         return 0
     parts = arguments.only.split(",")
     if unknown := [name for name in parts if name not in PARTS]:

@@ -64,6 +64,32 @@ def test_environment_chooses_the_backend(kernels, monkeypatch, backend, cpu, cud
     assert on_cpu.startswith(cpu) and on_cuda == cuda, found.stderr
 
 
+FAKE_CARD = (
+    "import torch; torch.cuda.is_available = lambda: True; torch.cuda.current_device = lambda: 0; "
+    "torch.cuda.get_device_capability = lambda index=None: (8, 6) if index in (None, 0) else (7, 5); "
+)
+
+
+def test_a_card_that_refuses_a_kernel_goes_to_the_next_backend(monkeypatch):
+    """No driver, no C compiler, a card too new: all that torch says is that there is a card."""
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
+    found = python(FAKE_CARD + SHOW_BACKENDS)
+    words = found.stdout.splitlines()[1]
+    assert words.startswith("bitsandbytes' kernels, because the Triton kernels cannot run, a small one failed ("), words
+    assert found.returncode == 0 and "Traceback" not in found.stderr
+    monkeypatch.setenv("QLORA_BACKEND", "triton")
+    assert (
+        "QLORA_BACKEND=triton: the Triton kernels cannot run, a small one failed ("
+        in python(FAKE_CARD + SHOW_BACKENDS).stderr
+    )
+
+
+def test_each_card_is_asked_for_itself(monkeypatch):
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
+    found = python(FAKE_CARD + "from qlora_kernels import backends; print(*backends._cuda(0), *backends._cuda(1))")
+    assert "a small one failed" in found.stdout and "they need compute capability 8.0" in found.stdout, found.stderr
+
+
 @pytest.mark.parametrize(
     "backend, error",
     [

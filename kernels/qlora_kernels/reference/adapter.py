@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from qlora_kernels.reference.common import CHUNK_ELEMENTS, widened
+from qlora_kernels.reference.common import chunk_elements, widened_product
 from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit
 from qlora_kernels.weight import QuantizedWeight
 
@@ -101,7 +101,7 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, a.shape[1]))
+    step = max(1, chunk_elements(a) // max(1, a.shape[1]))
     for start in range(0, a.shape[0], step):
         total += (a[start : start + step].to(dtype) * b[start : start + step].to(dtype)).sum(0)
     return total
@@ -109,7 +109,7 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_tn(left: Tensor, x: Tensor) -> Tensor:
     """left [tokens, r], x [tokens, in] -> left^T x [r, in], in float32 (float64 for float64)."""
-    return widened(left.t() @ x)
+    return widened_product(left.t(), x)
 
 
 def adapter_gradients(
@@ -130,7 +130,7 @@ def adapter_gradients(
 
     dm is empty without y.
     """
-    dB = widened(dy.t() @ xA)
+    dB = widened_product(dy.t(), xA)
     dB *= scaling if row_scale is None else (scaling * row_scale).unsqueeze(1)
     dm = dB.new_empty(0) if y is None or m_clamped is None else dot(dy, y) / m_clamped
     return dy @ B_scaled, dB, dm

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from qlora_kernels.reference.common import CHUNK_ELEMENTS, TINY, mark_mutated
+from qlora_kernels.reference.common import TINY, chunk_elements, mark_mutated
 from qlora_kernels.weight import QuantizedWeight
 
 # Scales tried by `fit_scales_4bit`: absmax * k / 32. absmax itself comes first and is kept where others are no better.
@@ -82,8 +82,9 @@ def quantize_4bit(weight: Tensor, levels: Tensor, blocksize: int) -> tuple[Tenso
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=flat.device)
     midpoints = midpoints_of(levels)
-    for start in range(0, n, CHUNK_ELEMENTS):
-        chunk = flat[start : start + CHUNK_ELEMENTS]
+    size = chunk_elements(flat)
+    for start in range(0, n, size):
+        chunk = flat[start : start + size]
         codes, maxima = _encode(chunk, blocksize, midpoints)
         _pack(codes, midpoints, packed[start // 2 :, 0])
         block = start // blocksize
@@ -112,8 +113,9 @@ def fit_scales_4bit(weight: Tensor, levels: Tensor, blocksize: int) -> Tensor:
     flat = weight.reshape(-1)
     scales = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=flat.device)
     midpoints = midpoints_of(levels)
-    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-        blocks = _blocks(flat[start : start + CHUNK_ELEMENTS], blocksize)
+    size = chunk_elements(flat)
+    for start in range(0, flat.numel(), size):
+        blocks = _blocks(flat[start : start + size], blocksize)
         absmax = blocks.abs().amax(dim=1)
         blocks = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)
         factor = torch.ones_like(absmax)
@@ -142,8 +144,9 @@ def encode_4bit(weight: Tensor, levels: Tensor, scales: Tensor, blocksize: int) 
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     midpoints = midpoints_of(levels)
     inverse = torch.where(scales.abs() > TINY, 1.0 / scales, 0.0)
-    for start in range(0, n, CHUNK_ELEMENTS):
-        chunk = flat[start : start + CHUNK_ELEMENTS]
+    size = chunk_elements(flat)
+    for start in range(0, n, size):
+        chunk = flat[start : start + size]
         blocks = _blocks(chunk, blocksize)
         block = start // blocksize
         scaled = (blocks * inverse[block : block + blocks.shape[0]].unsqueeze(1)).clamp_(-1, 1)
@@ -190,8 +193,9 @@ def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Tensor |
     if row_scale is not None and folded:
         scales = (scales.view(rows, -1) * row_scale.unsqueeze(1)).view(-1)
     out = torch.empty(n, dtype=dtype, device=flat.device)
-    for start in range(0, n, CHUNK_ELEMENTS):
-        stop = min(start + CHUNK_ELEMENTS, n)
+    size = chunk_elements(flat)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         values = _decode(flat, table, scales, start, stop, blocksize)
         if row_scale is not None and not folded:
             values = values * row_scale[torch.arange(start, stop, device=flat.device) // columns]
@@ -209,7 +213,7 @@ def decoded_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[tuple[
     """(rows, W[rows] in `dtype`) a chunk at a time; a chunk may begin inside a block."""
     (rows, columns), blocksize = weight.shape, weight.blocksize
     scales, table, flat = decode_absmax(weight), _byte_table(weight.levels), weight.packed.view(-1)
-    step = max(1, CHUNK_ELEMENTS // columns)
+    step = max(1, chunk_elements(flat) // columns)
     for row in range(0, rows, step):
         part = slice(row, min(row + step, rows))
         start, stop = part.start * columns, part.stop * columns

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_kernels.reference.common import widened_product
 from qlora_kernels.triton.adapter_norms import row_norms_4bit, row_norms_4bit_all
 from qlora_kernels.triton.common import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
 
@@ -190,6 +191,6 @@ def adapter_gradients(
         t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in (row_scale, m_clamped)
     ):
         return NotImplemented
-    raw = (dy.t() @ xA).contiguous()
+    raw = widened_product(dy.t(), xA).contiguous()
     dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
     return dy @ B_scaled, dB, _columnwise_dot(dy, y, (m_clamped, row_scale, raw, dB, scaling), xA.shape[1])

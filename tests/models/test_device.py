@@ -1,0 +1,37 @@
+"""Which device an option means, on a machine whose cards are only claimed: what torch.cuda says of them is set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora.errors import UserError
+from qlora.models.device import resolve_device
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Two cards, the second one current."""
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+
+@pytest.mark.parametrize("device, index", [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_card_has_its_number(cards, device, index):
+    found = resolve_device(device)
+    assert (found.type, found.index) == ("cuda", index)
+    # the kind of function that refuses a card without a number
+    assert torch.cuda._utils._get_device_index(found, optional=False) == index
+
+
+def test_a_card_that_is_not_there_is_refused(cards):
+    with pytest.raises(UserError, match="device=cuda:2: torch sees 2 CUDA devices. Use cuda:0, cuda:1."):
+        resolve_device("cuda:2")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_without_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here"):
+        resolve_device("cuda")
