@@ -25,7 +25,7 @@ def test_a_card_has_its_number(cards, device, index):
 
 
 def test_a_card_that_is_not_there_is_refused(cards):
-    with pytest.raises(UserError, match="device=cuda:2: torch sees 2 CUDA devices. Use cuda:0, cuda:1."):
+    with pytest.raises(UserError, match=r"device=cuda:2: torch sees 2 CUDA devices\. Use cuda:0, cuda:1\."):
         resolve_device("cuda:2")
     assert resolve_device("cpu") == torch.device("cpu")
 
