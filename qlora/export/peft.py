@@ -87,6 +87,7 @@ class AdapterFiles:
     base: BaseInfo
     spec: AdapterSpec
     tensors: dict[str, Tensor]
+    targets: tuple[str, ...]  # endings of layers that all have an adapter
 
     def misfits(self, model: nn.Module) -> list[str]:
         """A line for every tensor that is missing, unexpected, misshapen or not finite for `model`, which may be empty
@@ -94,7 +95,9 @@ class AdapterFiles:
         """
         if active_adapter(model) is None:
             layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-            shapes = {name: frozen_weight(layers[name]).shape for name in self.spec.modules if name in layers}
+            ends = tuple(f".{target}" for target in self.targets)
+            meant = [name for name in layers if name in self.spec.modules or f".{name}".endswith(ends)]
+            shapes = {name: frozen_weight(layers[name]).shape for name in meant}
             return _tensor_problems(self.tensors, shapes, list(layers), self.spec)
         shapes = {name: frozen_weight(adapter.base).shape for name, adapter in named_adapters(model)}
         return _tensor_problems(self.tensors, shapes, list(shapes), self.spec)
@@ -128,6 +131,8 @@ def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
     with guard("adapter", folder / PEFT_CONFIG, "is damaged", remedy):
         spec = AdapterSpec.from_peft(config, _modules(tensors))
         problems += spec.problems()
+        targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+        targets = tuple(targets) if isinstance(targets, list) and not excluded else ()
     with guard("adapter", folder / OWN_CONFIG, "is damaged", remedy):
         problems += _contradictions(own, spec, folder)
         if own.get("base"):
@@ -136,7 +141,7 @@ def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
             base = BaseInfo(config.get("base_model_name_or_path"), config.get("revision"), scales=None)
     if problems:
         raise UserError(problems)
-    return AdapterFiles(folder, base, spec, tensors)
+    return AdapterFiles(folder, base, spec, tensors, targets)
 
 
 def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
@@ -249,13 +254,11 @@ def _key_problems(tensors: dict[str, Tensor], folder: Path) -> list[str]:
 
 
 def _contradictions(own: dict[str, Any], spec: AdapterSpec, folder: Path) -> list[str]:
-    """A line for each value that adapter_config.json or the tensors say, and qlora.json says otherwise."""
+    """A line for each value that adapter_config.json says, and qlora.json says otherwise."""
     stated = own.get("adapter") or {}
     found = []
-    for name in ("method", "rank", "alpha", "rslora", "modules"):
+    for name in ("method", "rank", "alpha", "rslora"):
         one, two = stated.get(name), getattr(spec, name)
-        if name == "modules":
-            one, two = one and sorted(one), sorted(two)
         if name in stated and one != two:
             rule = f"is what {PEFT_CONFIG} says; {OWN_CONFIG} says {shortened(one, 100)}"
             remedy = "Use another copy of the adapter"

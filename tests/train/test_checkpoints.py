@@ -164,7 +164,7 @@ KILLED = """
             for step in range(last + 1, 10**6):
                 become(step)
                 save_checkpoint(output, step, model, optimizer, {})
-        time.sleep(0.05 + 0.1 * dice.random())
+        time.sleep(0.05 + 0.3 * dice.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         halves += len(list((output / "checkpoints").glob(".*.part")))
