@@ -49,6 +49,7 @@ FLOORS = (
         "doctor",
         "generate",
         "layers.nf4",
+        "manifest",
         "models.info",
         "models.source",
         "optim.disk_tier",

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora.errors import UserError, problem
-from qlora.export.shards import CPU, Written, check_new_folder, write_model
+from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_model
 from qlora.layers import nf4
 from qlora.layers.linear import LINEAR
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.quantize import QuantizePass
-from qlora.models.source import resolve
+from qlora.models.source import load_tokenizer, resolve
 from qlora.specs import Quantization
 
 
@@ -62,7 +62,7 @@ def quantize_checkpoint(
     def transform(parameter: str, value: Any) -> dict[str, Tensor]:
         layer = parameter.removesuffix(".weight")
         if layer not in layers.shapes or parameter == layer:
-            return {parameter: value}
+            return {parameter: in_dtype(parameter, value, value.dtype)}
         parts = nf4.to_bitsandbytes(layers.quantized(parameter, value), target)
         return {parameter + suffix: tensor for suffix, tensor in parts.items()}
 
@@ -76,4 +76,4 @@ def quantize_checkpoint(
         ).to_dict()
 
     form = Written(dtype=target, read_as=target, shard_size=shard_size)
-    return write_model(source, folder, transform, form, prepare=prepare, finish=finish)
+    return write_model(source, folder, transform, form, load_tokenizer(source), prepare=prepare, finish=finish)

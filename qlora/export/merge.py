@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from qlora.data.chat import stop_ids
 from qlora.errors import UserError, problem
-from qlora.export.peft import KEYS, PREFIX, TENSORS, read_adapter_info
-from qlora.export.shards import Written, check_new_folder, write_model
+from qlora.export.peft import KEYS, PREFIX, AdapterFiles, adapter_tokenizer, read_adapter
+from qlora.export.shards import Written, check_new_folder, in_dtype, write_model
 from qlora.layers.adapters import merged_weight
 from qlora.layers.weight import FrozenWeight
 from qlora.models.device import DTYPES
 from qlora.models.info import BaseInfo
 from qlora.models.quantize import QuantizePass
-from qlora.models.source import resolve
-from qlora.specs import AdapterSpec, Quantization
+from qlora.models.source import load_tokenizer, resolve
+from qlora.specs import Quantization
 
 
 def merge(
@@ -51,10 +51,12 @@ def merge(
         trust_remote_code: run Python code that comes with the base.
 
     Raises:
-        UserError: the output is not empty, the base is not the one of the training, an adapted layer is not in it, or
-            the disk is full.
+        UserError: the output is not empty, or something else appears there in the meantime (the result is then beside
+            it); whatever `load_adapter` refuses; the base is not the one of the training; a value is beyond the range
+            of `dtype`, or no finite number; the disk is full.
     """
-    trained, spec = read_adapter_info(adapter)
+    files = read_adapter(adapter)
+    trained = files.base
     name = model or trained.model
     problems = _option_problems(name, base, dtype, trained)
     try:
@@ -69,7 +71,9 @@ def merge(
         raise UserError(problem("base", base, rule, "Use `base=dequantized`, or `model` with the original"))
     quantized = base == "dequantized" and (trained.bits == 4 or source.packed)
     layers = QuantizePass(source, trained.quantization(source.packed) if quantized else Quantization(16))
-    transform = _Merge(layers, spec, load_file(Path(adapter).expanduser() / TENSORS), DTYPES[dtype])
+    transform = _Merge(layers, files, DTYPES[dtype])
+    own = adapter_tokenizer(files.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source) if own is None else own
     return write_model(
         source,
         folder,
@@ -78,8 +82,10 @@ def merge(
             dtype=DTYPES[dtype],
             read_as=DTYPES[trained.dtype] if quantized and trained.dtype else "auto",
             shard_size=shard_size,
+            stops=tuple(stop_ids(tokenizer)),
         ),
-        prepare=layers.note,
+        tokenizer,
+        prepare=transform.prepare,
         finish=lambda merged: transform.check_all(name, trained),
     )
 
@@ -103,16 +109,28 @@ def _option_problems(name: str | None, base: str, dtype: str, trained: BaseInfo)
 class _Merge:
     """transform(name, tensor) -> what to write: linear weights merged, everything else in the output dtype."""
 
-    def __init__(self, layers: QuantizePass, spec: AdapterSpec, tensors: dict[str, Tensor], target: torch.dtype):
-        self.layers, self.spec, self.tensors, self.dtype = layers, spec, tensors, target
-        self.unmerged = set(spec.modules)
+    def __init__(self, layers: QuantizePass, files: AdapterFiles, target: torch.dtype):
+        self.layers, self.files, self.spec, self.dtype = layers, files, files.spec, target
+        self.unmerged = set(files.spec.modules)
+
+    def prepare(self, empty: nn.Module) -> None:
+        """Hold the adapter against the base before any of its tensors is read.
+
+        Raises:
+            UserError: what does not fit, in the lines of `load_adapter`.
+        """
+        self.layers.note(empty)
+        problems = self.files.misfits(empty)
+        if problems:
+            raise UserError(problems)
 
     def __call__(self, parameter: str, value: Any) -> dict[str, Tensor]:
         layer = parameter.removesuffix(".weight")
         if parameter == layer or not (layer in self.layers.shapes or layer in self.spec.modules):
-            return {parameter: value.to(self.dtype)}
+            return {parameter: in_dtype(parameter, value, self.dtype)}
         weight = self._base_weight(parameter, layer, value)
         result = self._merged(layer, weight) if layer in self.spec.modules else weight.dense(self.dtype)
+        in_dtype(parameter, result, self.dtype)
         return {parameter: result.t().contiguous() if layer in self.layers.transposed else result}
 
     def _base_weight(self, parameter: str, layer: str, value: Any) -> FrozenWeight:
@@ -126,15 +144,10 @@ class _Merge:
     def _merged(self, layer: str, weight: FrozenWeight) -> Tensor:
         """W with its adapter [out, in], in the output dtype."""
         self.unmerged.discard(layer)
-        A, B, m = (self.tensors.get(f"{PREFIX}{layer}.{KEYS[part]}") for part in ("lora_A", "lora_B", "magnitude"))
-        if A is None or B is None:
-            rule = "the adapter file holds only a part of its tensors"
-            raise UserError(problem("adapter", layer, rule, "Use another copy of the adapter"))
-        if weight.shape != (B.shape[0], A.shape[1]):
-            rule = f"fits a weight of {(B.shape[0], A.shape[1])}, the base has {weight.shape}"
-            raise UserError(problem("adapter", layer, rule, "Name the base it was trained on"))
-        magnitude = None if m is None else m.float()
-        return merged_weight(weight, A.float(), B.float(), magnitude, self.spec.scaling, self.dtype)
+        tensors = self.files.tensors
+        A, B = (tensors[f"{PREFIX}{layer}.{KEYS[part]}"].float() for part in ("lora_A", "lora_B"))
+        m = tensors[f"{PREFIX}{layer}.{KEYS['magnitude']}"].float() if self.spec.method == "dora" else None
+        return merged_weight(weight, A, B, m, self.spec.scaling, self.dtype)
 
     def check_all(self, name: str, trained: BaseInfo) -> None:
         """Once every tensor has passed.

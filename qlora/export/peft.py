@@ -4,9 +4,10 @@
                                 .lora_magnitude_vector [out] (DoRA)
     adapter_config.json         PEFT's LoraConfig
     qlora.json                  what PEFT has no key for: the base's bits and fingerprint, versions, notes
-    README.md, tokenizer files
+    README.md, tokenizer files, manifest.json (see qlora/manifest.py)
 
-Whatever is wrong with a file is said at once, tensor by tensor. The alternative, PEFT's own save and load, would make
+`read_adapter` is the one reader: what it refuses, nobody uses (load, merge, eval, generate, resume). Whatever is wrong
+with a file is said at once, tensor by tensor. The alternative, PEFT's own save and load, would make
 it a dependency at run time, and it passes over missing tensors with a warning.
 """
 
@@ -15,19 +16,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
 from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_adapters
 from qlora.layers.linear import LINEAR, frozen_weight
+from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
 from qlora.specs import AdapterSpec
 
@@ -74,27 +79,79 @@ _PASSIVE = {
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
-    """How an adapter was made: its base, and the adapter itself.
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as its folder holds it: the base of its training, its kind, its tensors by their keys of today."""
+
+    folder: Path
+    base: BaseInfo
+    spec: AdapterSpec
+    tensors: dict[str, Tensor]
+    targets: tuple[str, ...]  # endings of layers that all have an adapter
+
+    def misfits(self, model: nn.Module) -> list[str]:
+        """A line for every tensor that is missing, unexpected, misshapen or not finite for `model`, which may be empty
+        (meta), and may have adapters.
+        """
+        if active_adapter(model) is None:
+            layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
+            ends = tuple(f".{target}" for target in self.targets)
+            meant = [name for name in layers if name in self.spec.modules or f".{name}".endswith(ends)]
+            shapes = {name: frozen_weight(layers[name]).shape for name in meant}
+            return _tensor_problems(self.tensors, shapes, list(layers), self.spec)
+        shapes = {name: frozen_weight(adapter.base).shape for name, adapter in named_adapters(model)}
+        return _tensor_problems(self.tensors, shapes, list(shapes), self.spec)
+
+
+def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
+    """An adapter's files, with all that can be known of them without a model. Says on stderr what cannot be checked.
 
     An adapter made by PEFT names only the model: all else in its BaseInfo is None.
 
+    Args:
+        folder: that of the adapter, or a checkpoint.
+        checked: whether its manifest was looked at already.
+
     Raises:
-        UserError: not an adapter folder; a damaged file; every feature of PEFT in it that is not done here.
+        UserError: not an adapter folder; a damaged or missing file; every feature of PEFT in it that is not done here;
+            no tensors, or keys that are not PEFT's.
     """
     folder = _adapter_folder(folder)
+    if not checked:
+        _check_manifest(folder)
     config = _read_peft(folder)
     own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
     if own.get("format", 1) != 1:
         rule = f"qlora.json has format {own['format']}, written by a newer version"
         raise UserError(problem("adapter", folder, rule, "Update qlora"))
-    with safetensors.safe_open(folder / TENSORS, "pt") as file:
-        spec = AdapterSpec.from_peft(config, _modules(file.keys()))
-    if own.get("base"):
-        base = BaseInfo(**own["base"])
-    else:
-        base = BaseInfo(config.get("base_model_name_or_path"), config.get("revision"), scales=None)
-    return base, spec
+    remedy = "Use another copy of the adapter"
+    with guard("adapter", folder / TENSORS, "cannot be read", remedy):
+        tensors = {_current(key): value for key, value in load_file(folder / TENSORS).items()}
+    problems = _key_problems(tensors, folder)
+    with guard("adapter", folder / PEFT_CONFIG, "is damaged", remedy):
+        spec = AdapterSpec.from_peft(config, _modules(tensors))
+        problems += spec.problems()
+        targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+        targets = tuple(targets) if isinstance(targets, list) and not excluded else ()
+    with guard("adapter", folder / OWN_CONFIG, "is damaged", remedy):
+        problems += _contradictions(own, spec, folder)
+        if own.get("base"):
+            base = BaseInfo(**own["base"])
+        else:
+            base = BaseInfo(config.get("base_model_name_or_path"), config.get("revision"), scales=None)
+    if problems:
+        raise UserError(problems)
+    return AdapterFiles(folder, base, spec, tensors, targets)
+
+
+def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
+    """How an adapter was made: its base, and the adapter itself.
+
+    Raises:
+        UserError: see `read_adapter`.
+    """
+    files = read_adapter(folder)
+    return files.base, files.spec
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -104,27 +161,27 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     The model is untouched if anything is wrong.
 
     Raises:
+        UserError: see `read_adapter` and `put_adapter`.
+    """
+    return put_adapter(model, read_adapter(folder))
+
+
+def put_adapter(model: nn.Module, files: AdapterFiles) -> nn.Module:
+    """`load_adapter` of files that are read already.
+
+    Raises:
         UserError: every missing, unexpected, misshapen or non-finite tensor, a different kind of adapter, and a base
             other than the one it was trained on, or quantized otherwise, in one list.
     """
-    folder = _adapter_folder(folder)
-    base, spec = read_adapter_info(folder)
-    tensors = {_current(key): value for key, value in load_file(folder / TENSORS).items()}
-    problems = _base_problems(model, base, folder)
-    attached = active_adapter(model)
-    if attached is None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-        shapes = {name: frozen_weight(layers[name]).shape for name in spec.modules if name in layers}
-        names = list(layers)
-    else:
-        shapes = {name: frozen_weight(adapter.base).shape for name, adapter in named_adapters(model)}
-        names = list(shapes)
+    spec, attached = files.spec, active_adapter(model)
+    problems = _base_problems(model, files.base, files.folder)
+    if attached is not None:
         for field in ("method", "rank", "alpha", "rslora"):
             stored, there = getattr(spec, field), getattr(attached, field)
             if stored != there:
-                rule = f"is what {folder.name} holds; the model's adapter has {there}"
+                rule = f"is what {files.folder.name} holds; the model's adapter has {there}"
                 problems.append(problem(field, stored, rule, "Attach the same kind"))
-    problems += _tensor_problems(tensors, shapes, names, spec)
+    problems += files.misfits(model)
     if problems:
         raise UserError(problems)
     if attached is None:
@@ -132,9 +189,81 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     with torch.no_grad():
         for name, parameter in named_parameters(model).items():
             module, part = name.rsplit(".", 1)
-            parameter.copy_(tensors[f"{PREFIX}{module}.{KEYS[part]}"])
+            parameter.copy_(files.tensors[f"{PREFIX}{module}.{KEYS[part]}"])
     forget_row_norms(model)
     return model
+
+
+def adapter_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with an adapter; None where there is none.
+
+    Raises:
+        UserError: its files are damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    with guard("adapter", folder, "its tokenizer cannot be loaded", "Use another copy of the adapter"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return tokenizer
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is a finite number; makes no tensor of its size."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    ends = (tensor if tensor.element_size() > 1 else tensor.float()).detach().aminmax()
+    return bool(torch.isfinite(ends.min) & torch.isfinite(ends.max))
+
+
+def _check_manifest(folder: Path) -> None:
+    """Refuse files of an adapter that are not what was written, and say where that cannot be known.
+
+    Raises:
+        UserError: a line for each.
+    """
+    training_only = ("optimizer.safetensors", "state.json")  # of a checkpoint
+    remedy = f"Use another copy of the adapter, or, if you changed it on purpose, remove {MANIFEST}"
+    problems = [problem("adapter", folder, what, remedy) for what in damages(folder, training_only)]
+    if not problems and (folder / OWN_CONFIG).is_file() and not (folder / MANIFEST).exists():
+        listed = read_json(folder / OWN_CONFIG).get("files")
+        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        missing = [name for name in names if name not in (MANIFEST, *FREE) and not (folder / name).exists()]
+        problems = [problem("adapter", folder, f"{name} is missing", "Use another copy") for name in missing]
+        said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
+        print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
+    if problems:
+        raise UserError(problems)
+
+
+def _key_problems(tensors: dict[str, Tensor], folder: Path) -> list[str]:
+    """A line for a file whose keys are none of PEFT's, as a whole."""
+    named = [re.search(r"\.lora_(?:A|B|magnitude_vector)\.(?!weight$)([^.]+)(?:\.weight)?$", key) for key in tensors]
+    names = sorted({found[1] for found in named if found})
+    name, remedy = folder / TENSORS, "Save it with save_pretrained of PEFT"
+    ends = tuple("." + end for end in KEYS.values())
+    if names:
+        return [problem("adapter", name, f"its keys carry an adapter name ({', '.join(names[:3])})", remedy)]
+    if not any(key.endswith(ends) for key in tensors):
+        return [problem("adapter", name, "holds no tensors of an adapter", "Use another copy of the adapter")]
+    bare = [key for key in tensors if key.endswith(ends) and not key.startswith(PREFIX)]
+    if bare:
+        rule = f"its keys do not begin with {PREFIX}, as in {shortened(bare[0], 100)}"
+        return [problem("adapter", name, rule, remedy)]
+    return []
+
+
+def _contradictions(own: dict[str, Any], spec: AdapterSpec, folder: Path) -> list[str]:
+    """A line for each value that adapter_config.json says, and qlora.json says otherwise."""
+    stated = own.get("adapter") or {}
+    found = []
+    for name in ("method", "rank", "alpha", "rslora"):
+        one, two = stated.get(name), getattr(spec, name)
+        if name in stated and one != two:
+            rule = f"is what {PEFT_CONFIG} says; {OWN_CONFIG} says {shortened(one, 100)}"
+            remedy = "Use another copy of the adapter"
+            found.append(problem(name, shortened(two, 100), f"{rule} (in {folder.name})", remedy))
+    return found
 
 
 def _adapter_folder(folder: str | Path) -> Path:
@@ -143,7 +272,7 @@ def _adapter_folder(folder: str | Path) -> Path:
     Raises:
         UserError: it holds no adapter, with what it holds instead.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if (folder / PEFT_CONFIG).is_file() and (folder / TENSORS).is_file():
         return folder
     if not folder.exists():
@@ -246,7 +375,10 @@ def _tensor_problems(
             problems.append(problem(key, "(missing)", f"the model needs it with shape {list(shape)}", remedy))
         elif tuple(tensors[key].shape) != shape:
             problems.append(problem(key, list(tensors[key].shape), f"the model needs shape {list(shape)}", remedy))
-        elif not tensors[key].is_floating_point() or not bool(tensors[key].isfinite().all()):
+        elif not tensors[key].is_floating_point():
+            rule = "must hold floating-point numbers"
+            problems.append(problem(key, tensors[key].dtype, rule, "Use another copy of the adapter"))
+        elif not is_finite(tensors[key]):
             rule = "holds values that are no finite numbers"
             problems.append(problem(key, tensors[key].dtype, rule, "Go back to an earlier checkpoint"))
     for key, tensor in tensors.items():

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from qlora import __version__
 from qlora.errors import UserError, problem
 from qlora.export.card import model_card
-from qlora.export.peft import CARD, KEYS, OWN_CONFIG, PEFT_CONFIG, PREFIX, TENSORS, named_parameters
+from qlora.export.peft import CARD, KEYS, OWN_CONFIG, PEFT_CONFIG, PREFIX, TENSORS, is_finite, named_parameters
 from qlora.files import read_json, whole_folder, write_json
 from qlora.layers.attach import active_adapter, named_adapters
+from qlora.manifest import MANIFEST, digest_of, versions, write_manifest
 from qlora.models.info import BaseInfo, info
 from qlora.models.transformers_seam import loaded_from
 from qlora.specs import AdapterSpec
@@ -35,17 +36,29 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     notes: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the adapter of `model` as a folder that PEFT loads too; returns it. `notes` go to qlora.json and the card.
+    """Write the adapter of `model` as a folder that PEFT loads too; returns it. The folder appears whole, and replaces
+    an adapter that was there.
 
-    The folder appears whole, and replaces an adapter that was there.
+    Args:
+        model: with adapters.
+        folder: new, or that of an adapter.
+        tokenizer: to be saved with it.
+        notes: for qlora.json and the card.
+        step: how many steps were taken, for the manifest.
+        run: what the run was, for the manifest.
 
     Raises:
-        UserError: no adapters are attached; the folder holds files that no adapter writes; the disk is full.
+        UserError: no adapters are attached; a value in them is not finite; something else was trained, which an adapter
+            does not hold; the folder holds files that no adapter writes; the disk is full.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     with whole_folder(folder) as part:
         write_adapter(model, part, tokenizer, notes)
+        device = next(iter(named_parameters(model).values())).device
+        write_manifest(part, "adapter", versions(device), step, None if run is None else digest_of(run))
         _refuse_foreign(folder, part)
     return folder
 
@@ -72,10 +85,12 @@ def write_adapter(
     """Write the files of an adapter into a folder that the caller makes whole.
 
     Raises:
-        UserError: no adapters are attached.
+        UserError: no adapters are attached; a value in them is not finite; something else was trained.
     """
     spec, base = _spec(model), info(model).base
-    save_file(_adapter_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    tensors = _adapter_tensors(model)
+    _refuse_what_is_lost(model, tensors)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     write_json(folder / PEFT_CONFIG, _peft_config(model, spec, base))
     (folder / CARD).write_text(model_card(_model_name(model, base), spec, base, notes or {}), encoding="utf-8")
     if tokenizer is not None:
@@ -86,7 +101,7 @@ def write_adapter(
         "adapter": dataclasses.asdict(spec),
         "versions": {"qlora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "notes": dict(notes or {}),
-        "files": [*sorted(path.name for path in folder.iterdir()), OWN_CONFIG],
+        "files": [*sorted(path.name for path in folder.iterdir()), OWN_CONFIG, MANIFEST],
     }
     write_json(folder / OWN_CONFIG, own)
 
@@ -110,6 +125,31 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         module, part = name.rsplit(".", 1)
         tensors[f"{PREFIX}{module}.{KEYS[part]}"] = parameter.detach().float().contiguous()
     return tensors
+
+
+def _refuse_what_is_lost(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """An adapter must hold what was learned, and nothing that nobody could use.
+
+    Raises:
+        UserError: a line for each value that is not finite, and each trainable parameter that is no adapter's.
+    """
+    remedy = "Train again with a smaller `learning_rate`; an earlier checkpoint, if there is one, is whole"
+    problems = [
+        problem(key, "(not finite)", "holds values that are no finite numbers", remedy)
+        for key, tensor in tensors.items()
+        if not is_finite(tensor)
+    ]
+    ours = {id(parameter) for parameter in named_parameters(model).values()}
+    problems += [
+        problem(name, list(parameter.shape), "is trained too, and an adapter does not hold it", _FREEZE)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in ours
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+_FREEZE = "Freeze it (requires_grad_(False)), or save the whole model yourself"
 
 
 def _peft_config(model: nn.Module, spec: AdapterSpec, base: BaseInfo | None) -> dict[str, Any]:

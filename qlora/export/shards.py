@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, problem
+from qlora.export.peft import is_finite
 from qlora.files import whole_folder
+from qlora.models.device import DTYPES
 from qlora.models.load import load_streaming
 from qlora.models.packed import STORED
-from qlora.models.source import Source, load_tokenizer
+from qlora.models.source import Source
 
 CPU = torch.device("cpu")
 NAMES = {dtype: name for name, dtype in STORED.items()}
@@ -112,11 +114,15 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_model` writes: `dtype` is stated in the config; tensors are read as `read_as` ("auto": as stored)."""
+    """What `write_model` writes: `dtype` is stated in the config; tensors are read as `read_as` ("auto": as stored).
+
+    `stops` are tokens that end an answer, beside those that the model's own generation_config names.
+    """
 
     dtype: torch.dtype
     read_as: torch.dtype | str
     shard_size: int  # bytes
+    stops: tuple[int, ...] = ()
 
 
 def write_model(
@@ -124,6 +130,7 @@ def write_model(
     folder: Path,
     transform: Callable[[str, Any], dict[str, Tensor]],
     form: Written,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     prepare: Callable[[nn.Module], None],
     finish: Callable[[PreTrainedModel], None],
@@ -134,14 +141,16 @@ def write_model(
         source: the model to read.
         folder: appears whole at the end, or not at all.
         transform: takes a parameter's name and tensor, returns the tensors to write in its place.
-        form: dtypes and file size.
+        form: dtypes, file size, tokens that end an answer.
+        tokenizer: is saved with the model.
         prepare: sees the empty model first.
         finish: sees it when all has passed, may raise, and may change its config before that is written.
 
     Raises:
-        UserError: what `load_streaming`, `transform` or `finish` found wrong; the disk is full.
+        UserError: what `load_streaming`, `transform` or `finish` found wrong; the disk is full; something else appeared
+            in the folder's place, and the result is beside it.
     """
-    with whole_folder(folder) as part:
+    with whole_folder(folder, replaces=False) as part:
         writer = ShardWriter(part, form.shard_size)
 
         def on_tensor(parameter: str, value: Any) -> dict[str, Tensor]:
@@ -153,9 +162,26 @@ def write_model(
         model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare)
         finish(model)
         writer.close()
-        _write_config(model, part, form.dtype)
-        load_tokenizer(source).save_pretrained(part)
+        _write_config(model, part, form)
+        tokenizer.save_pretrained(part)
     return folder
+
+
+def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, still finite.
+
+    Raises:
+        UserError: it is beyond the range of the dtype, or was not finite before.
+    """
+    result = value.to(dtype)
+    if is_finite(result):
+        return result
+    short = next(short for short, known in DTYPES.items() if known == dtype)
+    if dtype == torch.float16:
+        rule, remedy = f"{name} holds values beyond its range, or no finite numbers", "Use `dtype=bf16`"
+    else:
+        rule, remedy = f"{name} holds values that are no finite numbers", "Get the base or the adapter again"
+    raise UserError(problem("dtype", short, rule, remedy))
 
 
 def placeholder(value: Tensor) -> Tensor:
@@ -184,10 +210,15 @@ def check_new_folder(output: str | Path) -> Path:
     return folder
 
 
-def _write_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """config.json and generation_config.json."""
-    model.config.dtype = dtype
+def _write_config(model: PreTrainedModel, folder: Path, form: Written) -> None:
+    """config.json and generation_config.json, which ends answers where our own `generate` ends them."""
+    model.config.dtype = form.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        own = generation.eos_token_id
+        stops = {*form.stops, *([] if own is None else [own] if isinstance(own, int) else own)}
+        if form.stops and stops:
+            generation.eos_token_id = sorted(stops) if len(stops) > 1 else min(stops)
+        generation.save_pretrained(folder)

@@ -33,6 +33,8 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         return linear_names(model)
     modules = {name: module for name, module in model.named_modules() if name}
     names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
+    if not names:
+        raise UserError(problem("targets", "(none)", "names no layer", REMEDY))
     one_pattern = len(names) == 1 and not _NAME.fullmatch(names[0])
     if one_pattern or (isinstance(targets, str) and not all(map(_NAME.fullmatch, names))):
         found, problems = _by_pattern(model, modules, targets if isinstance(targets, str) else names[0])

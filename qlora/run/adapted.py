@@ -1,6 +1,6 @@
 """A model ready to generate or to be evaluated: an adapter on the base it was trained on, or a bare base.
 
-    qlora.json -> base (name, bits, block size, dtype) -> load_source -> load_adapter -> tokenizer of the adapter
+    qlora.json -> base (name, bits, block size, dtype) -> load_source -> put_adapter -> tokenizer of the adapter
 
 The alternative, to ask for the options of the training again, would load other weights where one is forgotten.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, problem
-from qlora.export.peft import load_adapter, read_adapter_info
+from qlora.export.peft import adapter_tokenizer, put_adapter, read_adapter
 from qlora.models.info import BaseInfo
 from qlora.models.load import load_source
 from qlora.models.source import load_tokenizer, resolve
@@ -35,7 +35,8 @@ def load_adapted(
     Raises:
         UserError: see `load_base` and `load_adapter`; an adapter that names no base, or was trained on other `bits`.
     """
-    trained = BaseInfo() if adapter is None else read_adapter_info(adapter)[0]
+    files = None if adapter is None else read_adapter(adapter)
+    trained = BaseInfo() if files is None else files.base
     if trained.bits is not None and bits not in (None, trained.bits):
         rule = f"the adapter was trained on {trained.bits} bits"
         remedy = "Leave `bits` out, or merge the adapter: qlora merge --base original"
@@ -48,9 +49,9 @@ def load_adapted(
     if trained.bits is not None:
         quantization = trained.quantization(source.packed)
         dtype = trained.dtype if dtype == "auto" and trained.dtype else dtype
+    tokenizer = None if files is None else adapter_tokenizer(files.folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     loaded = load_source(source, quantization, dtype=dtype, device=device)
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-        if (Path(adapter) / "tokenizer_config.json").is_file():
-            return loaded.eval(), AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)
-    return loaded.eval(), load_tokenizer(source)
+    if files is not None:
+        put_adapter(loaded, files)
+    return loaded.eval(), tokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 from qlora.config.commands import FinetuneConfig
 from qlora.config.options import to_yaml
 from qlora.errors import UserError, problem
-from qlora.files import disk_full, disk_problem, remove_partial
+from qlora.files import disk_failing, disk_full, disk_problem, remove_partial
 from qlora.train.checkpoint import latest_checkpoint
 from qlora.train.metrics import cut_back
 
@@ -57,7 +57,7 @@ def disk_full_as_problem(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if disk_full(error):
+        if disk_full(error) or disk_failing(error):
             raise UserError(disk_problem(output, error)) from error
         raise
 

@@ -96,7 +96,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             print(how_to_resume(stop.step, config.output), file=sys.stderr, flush=True)
             raise
         result = summarize(run.output, run.seconds, run.predicted_bytes)
-        save_adapter(model, result.adapter, inputs.tokenizer, notes=notes | result.losses())
+        done, notes = length["steps"], notes | result.losses()
+        save_adapter(model, result.adapter, inputs.tokenizer, notes=notes, step=done, run=identity)
     print(after(result, run.memory.peak(), config.memory), flush=True)
     return result
 

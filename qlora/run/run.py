@@ -25,7 +25,7 @@ from qlora.plan.fit import Plan
 from qlora.plan.report import table, within_budget
 from qlora.run.inputs import Inputs
 from qlora.run.output import begin_output, claimed, disk_full_as_problem
-from qlora.train.checkpoint import latest_checkpoint
+from qlora.train.checkpoint import whole_checkpoint
 from qlora.train.memory import PeakMemory
 from qlora.train.metrics import MetricsLog
 
@@ -86,7 +86,7 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None without `resume`."""
-        return latest_checkpoint(self.output) if self.requested.resume else None
+        return whole_checkpoint(self.output) if self.requested.resume else None
 
     def own(self, resource: Closes) -> Closes:
         """Close `resource` when the run ends."""

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from helpers import unsealed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -117,7 +118,7 @@ def test_load_into_adapters_that_have_been_used(tmp_path):
 
 def test_the_older_peft_key_for_magnitudes(tmp_path):
     model = tiny.adapted(tiny.llama())
-    folder = save_adapter(model, tmp_path / "adapter")
+    folder = unsealed(save_adapter(model, tmp_path / "adapter"))
     old = {
         key + ".weight" if key.endswith("magnitude_vector") else key: value
         for key, value in load_file(folder / "adapter_model.safetensors").items()
@@ -158,7 +159,7 @@ def test_target_modules_reach_exactly_what_is_adapted(tmp_path):
     ],
 )
 def test_what_we_do_not_do_is_refused_by_name(tmp_path, change, named):
-    folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
+    folder = unsealed(save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter"))
     path = folder / "adapter_config.json"
     path.write_text(
         json.dumps(json.loads(path.read_text()) | change | {"fan_in_fan_out": True, "layer_replication": [[0, 1]]})
@@ -181,7 +182,7 @@ def test_every_default_of_peft_passes(tmp_path):
 
 
 def test_all_mismatches_are_told_at_once(tmp_path):
-    folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
+    folder = unsealed(save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter"))
     path, prefix = folder / "adapter_model.safetensors", "base_model.model.model.layers."
     tensors, wide = load_file(path), tiny.llama().config.intermediate_size
     del tensors[f"{prefix}0.mlp.up_proj.lora_B.weight"]
@@ -310,7 +311,7 @@ def test_folders_that_hold_no_adapter(tmp_path):
 
 
 def test_damaged_json(tmp_path):
-    folder = save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter")
+    folder = unsealed(save_adapter(tiny.adapted(tiny.llama()), tmp_path / "adapter"))
     (folder / "adapter_config.json").write_text('{"r": 4,')
     with pytest.raises(UserError, match=r"adapter_config.json=.*cannot be read"):
         load_adapter(tiny.llama(), folder)

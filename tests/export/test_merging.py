@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from helpers import TOLERANCE, relative
+from helpers import TOLERANCE, relative, unsealed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import CONFIGS, adapted
@@ -110,7 +110,7 @@ def test_fitted_scales_come_back(saved_models, tmp_path):
             )
     assert relative(made["mse"], made["absmax"]) > 0.01
     assert "least squared error" in (tmp_path / "mse/adapter/README.md").read_text()
-    recipe = tmp_path / "absmax/adapter/qlora.json"
+    recipe = unsealed(tmp_path / "absmax/adapter") / "qlora.json"
     own = json.loads(recipe.read_text())
     del own["base"]["scales"]
     recipe.write_text(json.dumps(own))
@@ -295,7 +295,7 @@ def test_an_output_in_use_is_refused(saved_models, tmp_path):
 def test_an_adapter_without_our_recipe(saved_models, tmp_path):
     """A PEFT adapter does not say how its base was quantized: only the original is a base we know."""
     model, adapter = trained(saved_models("llama"), tmp_path, bits=16)
-    (adapter / "qlora.json").unlink()
+    (unsealed(adapter) / "qlora.json").unlink()
     assert read_adapter_info(adapter)[0].bits is None
     with pytest.raises(UserError, match="`base=original`"):
         merge(adapter, tmp_path / "merged")

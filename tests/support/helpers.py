@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -127,6 +128,12 @@ class Largest(TorchDispatchMode):
             if isinstance(out, torch.Tensor) and not out._is_view():
                 self.elements = max(self.elements, out.numel())
         return result
+
+
+def unsealed(folder: Path) -> Path:
+    """An adapter's folder without its manifest: what a test writes into it is looked at for itself."""
+    (folder / "manifest.json").unlink()
+    return folder
 
 
 def wait(child: int, seconds: float) -> int:

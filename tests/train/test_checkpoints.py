@@ -19,7 +19,7 @@ from qlora.errors import UserError
 from qlora.export.peft import load_adapter
 from qlora.files import remove_partial
 from qlora.layers.attach import adapter_parameters
-from qlora.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from qlora.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, whole_checkpoint
 from qlora.train.rng import random_states, set_random_states
 
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_optimizer(tmp_path):
     assert len(error.value.problems) == 2 and "AdamW, the run's SGD" in str(error.value)
 
 
-def test_only_whole_checkpoints_are_seen(tmp_path):
+def test_only_whole_checkpoints_are_used(tmp_path, capsys):
     assert latest_checkpoint(tmp_path) is None
     model, optimizer = training({}, seed=2)
     steps(model, optimizer, 1)
@@ -104,11 +104,13 @@ def test_only_whole_checkpoints_are_seen(tmp_path):
     shutil.copytree(tmp_path / "checkpoints/step-000010", tmp_path / "checkpoints/.step-000011.1.part")
     shutil.copytree(tmp_path / "checkpoints/step-000010", tmp_path / "checkpoints/step-000012")
     (tmp_path / "checkpoints/step-000012/state.json").unlink()
-    assert latest_checkpoint(tmp_path).name == "step-000010"
+    assert latest_checkpoint(tmp_path).name == "step-000012"
+    assert whole_checkpoint(tmp_path).name == "step-000010"
+    assert "step-000012 is damaged (" in capsys.readouterr().err
     remove_partial(tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints/.step-000011.1.part").exists()
     save_checkpoint(tmp_path, 12, model, optimizer, {})
-    assert latest_checkpoint(tmp_path).name == "step-000012"
+    assert whole_checkpoint(tmp_path).name == "step-000012"
 
 
 @pytest.mark.parametrize("room", [5_000, 60_000, 150_000])  # in the adapter, in the optimizer's state, in state.json
@@ -162,7 +164,7 @@ KILLED = """
             for step in range(last + 1, 10**6):
                 become(step)
                 save_checkpoint(output, step, model, optimizer, {})
-        time.sleep(0.05 + 0.1 * dice.random())
+        time.sleep(0.05 + 0.3 * dice.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         halves += len(list((output / "checkpoints").glob(".*.part")))
