@@ -56,7 +56,7 @@ def save_checkpoint(
         write_adapter(model, part, tokenizer, {**(notes or {}), "step": step})
         save_file(tensors, part / OPTIMIZER, metadata={"format": "pt"})
         kind = {"kind": type(optimizer).__name__, "groups": groups}
-        state = {"format": 1, "step": step, "run": dict(run), "optimizer": kind, "random": random_states()}
+        state = {"format": 1, "step": step, "run": dict(run), "optimizer": kind, "random": random_states(model)}
         write_json(part / STATE, state)
     return folder
 
@@ -120,7 +120,7 @@ def load_checkpoint(checkpoint: str | Path, model: nn.Module, optimizer: torch.o
     _refuse_other_optimizer(optimizer, names, state["optimizer"], checkpoint)
     tensors, groups = load_file(checkpoint / OPTIMIZER), state["optimizer"]["groups"]
     optimizer.load_state_dict(_positional_state(names, tensors, groups))
-    set_random_states(state["random"])
+    set_random_states(state["random"], model)
     return state
 
 
