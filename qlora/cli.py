@@ -120,7 +120,7 @@ def _argument(entry: Entry, kind: Any) -> dict[str, Any]:
 
 def overview() -> str:
     """The text of `qlora --help`."""
-    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<15}{command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: qlora COMMAND [--option VALUE ...]\n\nFine-tune a language model in 4 bits with LoRA or DoRA.\n\n"
         f"{lines}\n\n`qlora COMMAND --help` lists the options of a command; `qlora --version` tells the version.\n"

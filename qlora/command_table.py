@@ -25,6 +25,7 @@ from qlora.config.commands import (
     MergeConfig,
     PlanConfig,
     QuantizeConfig,
+    VerifyConfig,
 )
 from qlora.config.options import Options
 from qlora.streams import steady
@@ -58,6 +59,15 @@ def _finetune(config: FinetuneConfig) -> None:
             f"Merge it:  qlora merge --adapter {adapter} --output {merged}",
             flush=True,
         )
+
+
+def _verify_resume(config: VerifyConfig) -> int:
+    _quiet()
+    from qlora.run.verify import verify_resume
+
+    tally = verify_resume(config)
+    print(tally)
+    return 1 if tally.differences else 0
 
 
 def _merge(config: MergeConfig) -> None:
@@ -157,6 +167,13 @@ COMMANDS = {
         _plan,
         "predict the memory of a fine-tuning run, without its weights",
         "--model smollm2-135m --batch-size 8 --memory 2GB",
+        config_file=True,
+    ),
+    "verify-resume": Command(
+        VerifyConfig,
+        _verify_resume,
+        "kill a short run at random moments, resume it, and compare to the bit",
+        "--model smollm2-135m --data train.jsonl --output runs/verify --steps 8",
         config_file=True,
     ),
     "generate": Command(

@@ -246,6 +246,18 @@ class PlanConfig(Json, FinetuneConfig):
 
 
 @dataclass(kw_only=True)
+class VerifyConfig(FinetuneConfig):
+    """Options of `qlora verify-resume`: those of finetune, so that its config file serves; the run is cut short, and
+    saved after every step unless told otherwise.
+    """
+
+    trial_steps: int = option(
+        8, group=CHECKPOINTS, ge=1, le=10_000, help="optimizer steps of the run, in place of steps and epochs"
+    )
+    kills: int = option(5, group=CHECKPOINTS, ge=1, le=10_000, help="how often the run is killed")
+
+
+@dataclass(kw_only=True)
 class MergeConfig(Code, Shards, Output):
     """Options of `qlora merge`."""
 

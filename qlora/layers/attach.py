@@ -72,8 +72,8 @@ def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
 def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Draws | None = None) -> nn.Module:
     """Freeze `model` and put trainable adapters on the layers that `spec.targets` names, in place; returns the model.
 
-    A and dropout are drawn from `draws`, without them from torch's global random state: seed before. The fresh model computes exactly what the base computes.
-    An adapter that was active is set aside.
+    A and dropout are drawn from `draws`, without them from torch's global random state: seed before. The fresh model
+    computes exactly what the base computes. An adapter that was active is set aside.
 
     Raises:
         UserError: everything wrong with the spec at once; there is an adapter of this name.
