@@ -5,13 +5,15 @@ the YAML of `--config` (flags win). So an option is never declared here. Heavy i
 `qlora --help` answers in a fraction of a second. Alternative not taken: letting jsonargparse or tyro build the parser
 from the dataclasses. Both stop at the first bad value and say it in their own words; ours name them all, with a remedy.
 
-Exit codes: 0 done, 2 the user has to change something (each problem is one line on stderr), 130 interrupted, 141
-nobody reads the output any more. A traceback means a defect of ours.
+Exit codes: 0 done, 1 what was looked for was found (verify-resume: a difference), 2 the user has to change something
+(each problem is one line on stderr), 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP, 141 nobody reads the output
+any more (a finetune goes on then). A traceback means a defect of ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -26,6 +28,7 @@ from qlora.config.options import (
     MODEL,
     Entry,
     Options,
+    choices,
     entries,
     from_options,
     from_yaml,
@@ -35,7 +38,9 @@ from qlora.config.options import (
     nearest_option,
     shown_default,
 )
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
+from qlora.streams import drop, open_missing, steady
+from qlora.train.signals import as_interrupts, exit_code
 from qlora_kernels import BackendError
 
 
@@ -54,6 +59,20 @@ class _Parser(argparse.ArgumentParser):
         else:
             remedy = f"See `{self.prog} --help`."
         raise UserError(f"{flag}: {rule}. {remedy}")
+
+
+class _SwitchOrWord(argparse.Action):
+    """--resume (yes), --no-resume, or --resume auto: a switch that has a third position."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **about: Any):
+        strings = [*option_strings, *(f"--no-{text.removeprefix('--')}" for text in option_strings)]
+        super().__init__(strings, dest, nargs="?", const=True, **about)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        off = option_string is not None and option_string.startswith("--no-")
+        if off and values is not True:
+            parser.error(f"argument {option_string}: takes no value")
+        setattr(namespace, self.dest, False if off else values)
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -92,6 +111,8 @@ def _argument(entry: Entry, kind: Any) -> dict[str, Any]:
     default = shown_default(entry)
     note = " (required)" if entry.default is MISSING else f" (default {default})" if default else ""
     about: dict[str, Any] = {"dest": entry.name, "help": (entry.metadata["help"] + note).replace("%", "%%")}
+    if bool in (kind, *get_args(kind)) and choices(kind):
+        return about | {"action": _SwitchOrWord, "metavar": "|".join(map(str, choices(kind)))}
     if bool in (kind, *get_args(kind)):
         return about | {"action": argparse.BooleanOptionalAction}
     return about | {"metavar": metavar(entry, kind)}
@@ -99,7 +120,7 @@ def _argument(entry: Entry, kind: Any) -> dict[str, Any]:
 
 def overview() -> str:
     """The text of `qlora --help`."""
-    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<15}{command.summary}" for name, command in COMMANDS.items())
     return (
         "usage: qlora COMMAND [--option VALUE ...]\n\nFine-tune a language model in 4 bits with LoRA or DoRA.\n\n"
         f"{lines}\n\n`qlora COMMAND --help` lists the options of a command; `qlora --version` tells the version.\n"
@@ -155,7 +176,7 @@ def as_flags(line: str) -> str:
         name, value = match["name"], match["value"]
         if name not in known:
             return match[0]
-        if bool in (known[name], *get_args(known[name])):
+        if bool in (known[name], *get_args(known[name])) and value in (None, "True", "False"):
             return flag(f"no_{name}" if value == "False" else name)
         return flag(name) if value is None else f"{flag(name)} {value}"
 
@@ -174,16 +195,23 @@ def bound_kernel_caches() -> None:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
-def _disk_full(error: Exception, config: Options | None) -> str | None:
-    """The line for a full disk that nobody below has said, or None for any other error."""
+def _shortage(error: Exception, config: Options | None) -> str | None:
+    """The line for a full disk or for memory that ran out that nobody below has said, or None for any other error."""
     if isinstance(error, ImportError):
         return None
     from qlora.files import disk_full
 
     output = getattr(config, "output", getattr(error, "filename", None) or "(standard output)")
-    if not disk_full(error):
-        return None
-    return problem("output", output, "the disk is full", "Free space there, or write elsewhere")
+    if disk_full(error):
+        return problem("output", output, "the disk is full", "Free space there, or write elsewhere")
+    if isinstance(error, MemoryError) or "torch" in sys.modules:
+        from qlora.optim.memory_errors import out_of_memory
+
+        if out_of_memory(error):
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            remedy = "Use a smaller model or `batch_size`, or a machine with more of it"
+            return problem("memory", "(all used)", f"an allocation failed: {said}", remedy)
+    return None
 
 
 def _tell_routes() -> None:
@@ -193,59 +221,78 @@ def _tell_routes() -> None:
         print(f"\nKernels that ran, with their calls\n{kernels.routes_as_text(kernels.routes())}", file=sys.stderr)
 
 
-def _drop_stdout() -> None:
-    """What cannot be written any more must not be tried again when Python exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _run(argv: list[str]) -> int:
+    """Run one command line: what can be said is raised."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from qlora import __version__
+
+        print(f"qlora {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        meant = nearest(name.lstrip("-"), COMMANDS)
+        raise UserError(
+            f"{name}: not a command. " + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}.")
+        )
+    config = parse(name, argv[1:])
+    if config is None:
+        print(parser(name).format_help(), end="")
+        return 0
+    with guard("(working folder)", ".", "is gone", "Change to a folder that is there"):
+        os.getcwd()
+    try:
+        code = COMMANDS[name].run(config) or 0
+    except Exception as error:  # goes on as it is unless it only says that disk or memory ran out
+        line = None if isinstance(error, (UserError, BackendError, BrokenPipeError)) else _shortage(error, config)
+        if line is None:
+            raise
+        drop(sys.stdout)
+        raise UserError(line) from error
+    _tell_routes()
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and returns its exit code."""
-    bound_kernel_caches()
     argv = sys.argv[1:] if argv is None else list(argv)
-    config = None
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(overview(), file=sys.stdout if argv else sys.stderr)
-            return 0 if argv else 2
-        if argv[0] == "--version":
-            from qlora import __version__
-
-            print(f"qlora {__version__}")
-            return 0
-        name = argv[0]
-        if name not in COMMANDS:
-            meant = nearest(name.lstrip("-"), COMMANDS)
-            raise UserError(
-                f"{name}: not a command. "
-                + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}.")
-            )
-        config = parse(name, argv[1:])
-        if config is None:
-            print(parser(name).format_help(), end="")
-        else:
-            COMMANDS[name].run(config)
-            _tell_routes()
-        sys.stdout.flush()
-        return 0
+        open_missing()
+        bound_kernel_caches()
+        for stream in (sys.stdout, sys.stderr):  # letters that the encoding lacks are written as \\xNN
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        with as_interrupts():
+            code = _run(argv)
+            sys.stdout.flush()
+            return code
     except UserError as error:
-        print("\n".join(map(as_flags, error.problems)), file=sys.stderr)
+        _say("\n".join(map(as_flags, error.problems)))
         return 2
     except BackendError as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         return 2
-    except KeyboardInterrupt as error:  # finetune has said how to go on, and its exception says where it stopped
-        print(f"\nqlora {argv[0]}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # finetune has said how to go on, and its exception says where it stopped
+        _say(f"\nqlora {(argv or [''])[0]}: {str(stop) or 'interrupted'}")
+        return exit_code(stop)
     except BrokenPipeError:  # the reader, such as `head`, is gone; 141 is what a shell reports then
-        _drop_stdout()
+        drop(sys.stdout)
         return 141
-    except Exception as error:  # goes on as a traceback unless it only says that the disk is full
-        line = _disk_full(error, config)
+    except OSError as error:
+        line = _shortage(error, None)
         if line is None:
             raise
-        _drop_stdout()
-        print(as_flags(line), file=sys.stderr)
+        drop(sys.stdout)
+        _say(as_flags(line))
         return 2
+
+
+def _say(text: str) -> None:
+    """A last word on standard error, if anybody hears it."""
+    with steady():
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ from qlora.config.commands import (
     MergeConfig,
     PlanConfig,
     QuantizeConfig,
+    VerifyConfig,
 )
 from qlora.config.options import Options
+from qlora.streams import steady
 
 
 def _quiet() -> None:
@@ -48,12 +50,24 @@ def _finetune(config: FinetuneConfig) -> None:
     _quiet()
     from qlora.run.recipe import finetune
 
-    finetune(config)
-    adapter, merged = (shlex.quote(str(Path(config.output) / name)) for name in ("adapter", "merged"))
-    print(
-        f'\nTry it:    qlora generate --adapter {adapter} --prompt "..."\n'
-        f"Merge it:  qlora merge --adapter {adapter} --output {merged}"
-    )
+    folder = finetune(config).output
+    folder = folder if folder != Path(config.output).absolute() else Path(config.output)  # it may have been moved
+    adapter, merged = (shlex.quote(str(folder / name)) for name in ("adapter", "merged"))
+    with steady():  # the adapter is there, whoever reads of it
+        print(
+            f'\nTry it:    qlora generate --adapter {adapter} --prompt "..."\n'
+            f"Merge it:  qlora merge --adapter {adapter} --output {merged}",
+            flush=True,
+        )
+
+
+def _verify_resume(config: VerifyConfig) -> int:
+    _quiet()
+    from qlora.run.verify import verify_resume
+
+    tally = verify_resume(config)
+    print(tally)
+    return 1 if tally.differences else 0
 
 
 def _merge(config: MergeConfig) -> None:
@@ -128,10 +142,13 @@ def _doctor(config: DoctorConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A word after `qlora`: its options, what it does, and a line about it. `config_file`: it takes --config FILE."""
+    """A word after `qlora`: its options, what it does (an exit code, None: 0), and a line about it.
+
+    `config_file`: it takes --config FILE.
+    """
 
     options: type[Options]
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]
     summary: str
     example: str
     config_file: bool = False
@@ -150,6 +167,13 @@ COMMANDS = {
         _plan,
         "predict the memory of a fine-tuning run, without its weights",
         "--model smollm2-135m --batch-size 8 --memory 2GB",
+        config_file=True,
+    ),
+    "verify-resume": Command(
+        VerifyConfig,
+        _verify_resume,
+        "kill a short run at random moments, resume it, and compare to the bit",
+        "--model smollm2-135m --data train.jsonl --output runs/verify --steps 8",
         config_file=True,
     ),
     "generate": Command(

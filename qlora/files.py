@@ -245,6 +245,26 @@ def _sync(path: Path) -> None:
             raise
 
 
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file beside and rename it to `path`: whole or as it was, and a symbolic link is replaced, not followed.
+
+    Raises:
+        UserError: it cannot be written, or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(disk_problem(path, error)) from error
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object that people can read."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

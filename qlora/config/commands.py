@@ -148,6 +148,13 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
         resume="free",
         help="steps between checkpoints; 0: only at the end",
     )
+    save_minutes: float = option(
+        10.0,
+        group=CHECKPOINTS,
+        ge=0,
+        resume="free",
+        help="also save when so many minutes have passed since the last checkpoint (two of these stay); 0: never",
+    )
     keep_checkpoints: int = option(
         0,
         group=CHECKPOINTS,
@@ -156,12 +163,19 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
         resume="free",
         help="checkpoints to keep, the newest ones; 0: all",
     )
-    resume: bool = option(
+    resume: bool | Literal["auto"] = option(
         False,
         group=CHECKPOINTS,
         aka="resume_from_checkpoint",
         resume="free",
-        help="go on from the last checkpoint in the output folder",
+        rule="must be true, false or auto",
+        help="go on from the last checkpoint in the output folder; auto: if there is one, else start",
+    )
+    on_nan: Literal["stop", "skip"] = option(
+        "stop",
+        group=TRAINING,
+        resume="free",
+        help="what to do when a loss or gradient is no finite number: stop, or skip the update (10 in a row at most)",
     )
     tensorboard: bool = option(
         False, group=CHECKPOINTS, resume="free", help="write TensorBoard events beside metrics.jsonl"
@@ -202,6 +216,11 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
                     "Give eval_data, or eval_fraction such as 0.05",
                 )
             )
+        if 0 < given.get("clip", 1.0) < 1e-12:
+            rule = "leaves nothing of any gradient"
+            found.append(problem("clip", given["clip"], rule, "Give a number such as 1.0, or 0 for no clipping"))
+        if given.get("dropout", 0.0) > 0.99:
+            found.append(problem("dropout", given["dropout"], "drops all but nothing", "Give at most 0.99"))
         if "steps" in given and given.get("warmup", 0) > given["steps"]:
             found.append(
                 problem(
@@ -224,6 +243,18 @@ class PlanConfig(Json, FinetuneConfig):
     output: str | None = option(  # type: ignore[assignment]
         None, group=MODEL, min_length=1, help="not written to"
     )
+
+
+@dataclass(kw_only=True)
+class VerifyConfig(FinetuneConfig):
+    """Options of `qlora verify-resume`: those of finetune, so that its config file serves; the run is cut short, and
+    saved after every step unless told otherwise.
+    """
+
+    trial_steps: int = option(
+        8, group=CHECKPOINTS, ge=1, le=10_000, help="optimizer steps of the run, in place of steps and epochs"
+    )
+    kills: int = option(5, group=CHECKPOINTS, ge=1, le=10_000, help="how often the run is killed")
 
 
 @dataclass(kw_only=True)
@@ -267,6 +298,9 @@ class GenerateConfig(Seed, Adapted):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         found = Adapted.conflicts(values)
+        if 0 < values.get("temperature", 0.0) < 1e-4:
+            rule = "is so low that the likeliest token is always taken"
+            found.append(problem("temperature", values["temperature"], rule, "Give 0 for that, or at least 0.0001"))
         if values.get("top_p", 1.0) < 1.0 and values.get("temperature") == 0.0:
             found.append(
                 problem(

@@ -21,6 +21,9 @@ from qlora.errors import UserError, problem
 
 T = TypeVar("T")
 
+# More than anybody means: a step's examples are chosen before it begins.
+MOST_IN_A_STEP, MOST_STEPS = 1 << 20, 10**9
+
 
 def _permutation(count: int, *key: object) -> list[int]:
     """A permutation of range(count) from a generator of its own, seeded by a hash: (0, 1) and (1, 0) differ."""
@@ -53,8 +56,15 @@ def run_length(count: int, per_step: int, *, steps: int | None, epochs: float | 
     as `epochs`, which end with a short step.
 
     Raises:
-        UserError: `warmup` is longer than the epochs.
+        UserError: `warmup` is longer than the epochs, or a step or the run is longer than anything that ends.
     """
+    if per_step > MOST_IN_A_STEP:
+        rule = f"with `accumulate` a step has {per_step} examples, more than {MOST_IN_A_STEP}"
+        raise UserError(problem("batch_size", per_step, rule, "Give a smaller `batch_size` or `accumulate`"))
+    if (steps or 0) > MOST_STEPS or (epochs or 0.0) * count / per_step > MOST_STEPS:
+        name, value = ("steps", steps) if epochs is None else ("epochs", epochs)
+        rule = f"is more than {MOST_STEPS} steps"
+        raise UserError(problem(name, value, rule, "Give fewer: a constant `schedule` can be made longer by `resume`"))
     if steps is not None:
         return {"steps": steps, "examples": steps * per_step}
     epochs = 1.0 if epochs is None else epochs

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from qlora.data.batch import Example
 from qlora.data.chat import REFUSALS, Rendered, no_template, render_chat, render_plain, special_tokens, without_bos
 from qlora.data.formats import RecordReader, pick_format, source_of
-from qlora.data.records import raise_all
+from qlora.data.records import place_of, raise_all
 from qlora.errors import UserError, problem
 
 if TYPE_CHECKING:
@@ -79,14 +79,15 @@ def tokenize(
 
     dataset, longest = Dataset([], format, skipped_turns=sum(item.skipped for item in rendered)), 0
     shared: dict[int, int] = {}  # equal tokens share one int object: 16 bytes a token instead of 44
-    for input_ids, loss_mask in _masked(rendered, tokenizer, everything, add_special_tokens=not templated):
+    masked = _masked(rendered, tokenizer, everything, add_special_tokens=not templated)
+    for record, (input_ids, loss_mask) in zip(records, masked, strict=True):
         longest = max(longest, len(input_ids))
         too_long = len(input_ids) > max_tokens
         kept, mask = tuple(input_ids[:max_tokens]), tuple(loss_mask[:max_tokens])
         if not any(mask) or (too_long and truncate == "drop"):
             dataset.dropped += 1
             continue
-        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask))
+        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask, place_of(record)))
         dataset.truncated += too_long
         dataset.tokens += len(mask)
         dataset.target_tokens += sum(mask)

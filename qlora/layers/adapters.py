@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from qlora.layers.dropout import Draws, dropout
 from qlora.layers.linear import NF4Linear, autocast, frozen_weight
 from qlora.layers.norms import RowNormCache, Version, version_of
 from qlora.layers.weight import FrozenWeight, matmul
@@ -191,22 +192,24 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update. Input [..., in], output [..., out].
 
     `lora_A` [r, in] starts as `spec.init` says, `lora_B` [out, r] zero, `magnitude` [out] (DoRA only) at the row norms;
-    all float32.
+    all float32. A and dropout are drawn from `draws`, or from torch's global generators.
     """
 
-    def __init__(self, base: nn.Module, spec: AdapterSpec):
+    def __init__(self, base: nn.Module, spec: AdapterSpec, draws: Draws | None = None):
         super().__init__()
         weight = frozen_weight(base)
         dtype = torch.float64 if _dtype(base) == torch.float64 else torch.float32
         self.base = base
         self.scaling, self.dropout_p = spec.scaling, spec.dropout
         self.enabled = True
+        self.draws = draws
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
+        generator = None if draws is None else draws.on(weight.device)
         if spec.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / spec.rank)
+            nn.init.normal_(self.lora_A, std=1 / spec.rank, generator=generator)
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
         self.magnitude: nn.Parameter | None = None
         if spec.method == "dora":  # ||W_j||, computed as n is while B = 0, so that g is exactly 1
             norms = row_norms(weight, self.lora_A.detach(), self.lora_B.detach(), self.scaling)
@@ -268,7 +271,7 @@ class AdaptedLinear(nn.Module):
 
     def adapter_input(self, x: Tensor) -> Tensor:
         """x after dropout, or x itself."""
-        return torch.nn.functional.dropout(x, self.dropout_p) if self.training and self.dropout_p > 0 else x
+        return dropout(x, self.dropout_p, self.draws) if self.training and self.dropout_p > 0 else x
 
     def keep_row_norms(self, constants: Constants, factors: Tensor) -> None:
         """Keep the n that a fused product made on its way."""
@@ -304,7 +307,7 @@ class AdaptedLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "row_norms": RowNormCache()}
+        return {**super().__getstate__(), "row_norms": RowNormCache(), "draws": None}
 
     def extra_repr(self) -> str:
         method = "lora" if self.magnitude is None else "dora"

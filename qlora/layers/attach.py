@@ -24,6 +24,7 @@ from torch import nn
 
 from qlora.errors import UserError, problem
 from qlora.layers.adapters import AdaptedLinear
+from qlora.layers.dropout import Draws
 from qlora.layers.linear import NF4Linear
 from qlora.layers.norms import Version, count_optimizer_steps
 from qlora.layers.targets import match_targets
@@ -68,11 +69,11 @@ def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
     return attach(model, AdapterSpec(**options))
 
 
-def attach(model: nn.Module, spec: AdapterSpec, name: str = "default") -> nn.Module:
+def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Draws | None = None) -> nn.Module:
     """Freeze `model` and put trainable adapters on the layers that `spec.targets` names, in place; returns the model.
 
-    A is drawn from torch's global random state: seed before. The fresh model computes exactly what the base computes.
-    An adapter that was active is set aside.
+    A and dropout are drawn from `draws`, without them from torch's global random state: seed before. The fresh model
+    computes exactly what the base computes. An adapter that was active is set aside.
 
     Raises:
         UserError: everything wrong with the spec at once; there is an adapter of this name.
@@ -97,7 +98,7 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default") -> nn.Mod
     layers = {}
     for module in modules:
         layer = model.get_submodule(module)
-        layers[module] = AdaptedLinear(layer, spec).train(layer.training)
+        layers[module] = AdaptedLinear(layer, spec, draws).train(layer.training)
     adapters_of(model)[name] = Adapter(spec, layers)
     return activate(model, name)
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora.layers.attach import attach
+from qlora.layers.dropout import Draws
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
 from qlora.layers.fused import fuse
 from qlora.models.device import DTYPES
@@ -52,15 +53,17 @@ def assemble(
     Raises:
         UserError: see `load_base` and `attach`.
     """
+    draws = None
     if architecture is None:
         model = load_source(source, spec.quantization, dtype=spec.dtype, device=str(device))
         seed_generators(spec.seed)
+        draws = Draws(spec.seed, device, spec.adapter.dropout > 0)
     else:
         model = empty_base(source, spec, architecture)
         if device.type == "cpu" and backends.NATIVE is not None:
             fuse(model)
     with nullcontext() if architecture is None else torch.device("meta"):
-        attach(model, spec.adapter)
+        attach(model, spec.adapter, draws=draws)
     if spec.gradient_checkpointing:
         checkpoint_activations(model)
     if architecture is None:

@@ -142,10 +142,15 @@ def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -
     Args:
         limit: how many examples the run sees.
     """
-    per_step = config.batch_size * config.accumulate
+    examples_of = examples_of_step(config, examples, limit)
 
     def batches(step: int) -> list[Batch]:
-        chosen = [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]
-        return [pack(batch) for batch in by_length(chosen, config.batch_size)]
+        return [pack(batch) for batch in by_length(examples_of(step), config.batch_size)]
 
     return batches
+
+
+def examples_of_step(config: FinetuneConfig, examples: list[Example], limit: int) -> Callable[[int], list[Example]]:
+    """The examples of a step as a function of its number; `limit` as in `micro_batches`."""
+    per_step = config.batch_size * config.accumulate
+    return lambda step: [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]

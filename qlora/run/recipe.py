@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,32 +23,34 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Batch
+from qlora.data.batch import Batch, Example
 from qlora.data.order import run_length
+from qlora.errors import UserError
 from qlora.evaluate import evaluate
 from qlora.export.peft_write import save_adapter
 from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, run_identity
-from qlora.run.inputs import Inputs, micro_batches, read_inputs
+from qlora.run.inputs import Inputs, examples_of_step, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
-from qlora.run.report import FinetuneResult, after, before, how_to_resume, summarize
+from qlora.run.report import FinetuneResult, after, before, how_to_go_on, not_finite, outcome
 from qlora.run.run import Run
 from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from qlora.train.loop import Schedule, train
 from qlora.train.metrics import require_tensorboard
-from qlora.train.signals import Interrupted
-from qlora.train.step import learning_rate
+from qlora.train.step import NotFinite, learning_rate, refuse_infinite_parameters
 
 
 def finetune(config: FinetuneConfig) -> FinetuneResult:
     """Fine-tune as `config` says; `config.output` then holds adapter/, checkpoints/, metrics.jsonl and config.yaml.
 
+    What it prints cannot end it: a reader of stdout or stderr may go, a terminal may be closed.
+
     Raises:
         UserError: anything that is wrong with the options, the data, the model or the output folder.
-        Interrupted: after Ctrl-C, when a checkpoint is written; `resume` goes on from it.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when a checkpoint is written; `resume` goes on from it.
     """
     with Run(config) as run:
         inputs = read_inputs(config, cheap_checks(run))
@@ -73,33 +76,49 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         print(before(config, inputs, model, optimizer, first, length["steps"]), flush=True)
 
         def save(step: int) -> None:
+            refuse_infinite_parameters(model, step)
             log.sync()
-            saved = save_checkpoint(run.output, step, model, optimizer, identity, inputs.tokenizer, notes=notes)
+            saved = save_checkpoint(run.keep_place(), step, model, optimizer, identity, inputs.tokenizer, notes=notes)
+            run.saved(saved, passing=not parts.schedule.saves_after(step))
             drop_checkpoints(saved, config.keep_checkpoints)
 
         def held_out_loss() -> float:
             return evaluate(model, inputs.held_out, config.batch_size).loss
 
-        try:
-            with run.begin(first, length["steps"]) as log:
-                train(
-                    model,
-                    optimizer,
-                    parts.batches,
-                    dataclasses.replace(parts.schedule, first=first),
-                    log=log,
-                    evaluate=held_out_loss if inputs.held_out else None,
-                    save=save,
-                    memory=run.memory,
-                )
-        except Interrupted as stop:
-            print(how_to_resume(stop.step, config.output), file=sys.stderr, flush=True)
-            raise
-        result = summarize(run.output, run.seconds, run.predicted_bytes)
-        done, notes = length["steps"], notes | result.losses()
-        save_adapter(model, result.adapter, inputs.tokenizer, notes=notes, step=done, run=identity)
-    print(after(result, run.memory.peak(), config.memory), flush=True)
+        with stops_explained(run, parts), run.begin(first, length["steps"]) as log:
+            train(
+                model,
+                optimizer,
+                parts.batches,
+                dataclasses.replace(parts.schedule, first=first, skipped=log.totals.skipped_in_a_row),
+                log=log,
+                evaluate=held_out_loss if inputs.held_out else None,
+                save=save,
+                memory=run.memory,
+            )
+            result = outcome(run.keep_place(), log.totals, length["steps"], run.seconds, run.predicted_bytes)
+            done, notes = length["steps"], notes | result.losses()
+            save_adapter(model, result.adapter, inputs.tokenizer, notes=notes, step=done, run=identity)
+        print(after(result, run.memory.peak(), config.memory), flush=True)
     return result
+
+
+@contextmanager
+def stops_explained(run: Run, parts: Parts) -> Iterator[None]:
+    """Say how to go on when training is interrupted, or meets a number that is not finite.
+
+    Raises:
+        UserError: in place of NotFinite, with the examples of the step.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if run.begun:
+            print(how_to_go_on(run.output, run.requested.output, stop), file=sys.stderr, flush=True)
+        raise
+    except NotFinite as error:
+        examples = parts.examples(error.step - 1) if error.skippable else []
+        raise UserError(not_finite(error, examples, run.output, run.requested.output)) from error
 
 
 def cheap_checks(run: Run) -> list[Callable[[], Any]]:
@@ -119,6 +138,7 @@ class Parts:
     optimizer: PagedAdamW
     batches: Callable[[int], list[Batch]]
     schedule: Schedule
+    examples: Callable[[int], list[Example]]  # of a step
 
 
 def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device: torch.device, folder: Path) -> Parts:
@@ -137,11 +157,18 @@ def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device
     )
     model = assemble(inputs.source, spec, device)
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
+    examples = examples_of_step(config, inputs.train, length["examples"])
     batches = micro_batches(config, inputs.train, length["examples"])
     rate = functools.partial(
         learning_rate, steps=length["steps"], peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
     )
     schedule = Schedule(
-        length["steps"], rate, clip=config.clip, eval_every=config.eval_every, save_every=config.save_every
+        length["steps"],
+        rate,
+        clip=config.clip,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        save_seconds=60 * config.save_minutes,
+        skips=config.on_nan == "skip",
     )
-    return Parts(model, optimizer, batches, schedule)
+    return Parts(model, optimizer, batches, schedule, examples)

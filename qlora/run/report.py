@@ -1,14 +1,14 @@
 """What a run says: the summary before training, the one after it, and how to resume; and its result as an object.
 
-The result is read from metrics.jsonl, so a resumed run counts with all its parts. The alternative, sums that the loop
-keeps, would have to be saved with every checkpoint.
+The result comes from the totals of metrics.jsonl, which a resume reads, so a resumed run counts with all its parts. The
+alternative, to read the file at the end, fails where it was removed meanwhile, before the adapter is saved.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,34 +16,39 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qlora.config.commands import FinetuneConfig
+from qlora.data.batch import Example
 from qlora.data.tokenize import Dataset
+from qlora.errors import problem
 from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.forward_mode import forward_mode
 from qlora.models.info import BaseInfo, base_info
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.inputs import Inputs
 from qlora.train.checkpoint import latest_checkpoint
-from qlora.train.metrics import duration
+from qlora.train.metrics import Totals, duration
+from qlora.train.step import SMALLER, NotFinite
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
     """What a run came to.
 
-    `loss` is the last step's; evaluations are None without held-out data. `memory_bytes` is the measured peak of the
-    process, `predicted_bytes` the plan's, None without a memory budget.
+    `loss` is the last step's, None if its line was lost; evaluations are None without held-out data. `memory_bytes` is
+    the measured peak of the process, `predicted_bytes` the plan's, None without a memory budget. `skipped` steps had no
+    finite loss or gradient, and their update was left out.
     """
 
     output: Path
     adapter: Path
     steps: int
     tokens: int
-    loss: float
+    loss: float | None
     eval_loss_before: float | None
     eval_loss_after: float | None
     seconds: float
     memory_bytes: int
     predicted_bytes: int | None = None
+    skipped: int = 0
 
     def losses(self) -> dict[str, Any]:
         """What the adapter's card tells of it."""
@@ -72,6 +77,8 @@ def before(
         ("", f"{dataset.tokens:,} tokens, {dataset.target_tokens:,} of them count in the loss"),
         ("steps", f"{steps} of {config.batch_size * config.accumulate} examples, {batches}{resumed}"),
     ]
+    if config.learning_rate > 1:
+        lines.append(("note", f"a learning rate of {config.learning_rate:g} seldom teaches anything: 1e-4 is usual"))
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
@@ -100,6 +107,8 @@ def after(result: FinetuneResult, peak: int, budget: int | None) -> str:
     lines = []
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
         lines.append(("held out", f"loss {result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after"))
+    if result.skipped:
+        lines.append(("skipped", f"{result.skipped} updates, whose loss or gradient was no finite number"))
     lines.append(("time", f"{duration(result.seconds)}, peak memory {result.memory_bytes / 1e9:.2f} GB"))
     lines.append(("adapter", str(result.adapter)))
     if result.predicted_bytes is not None and budget is not None:
@@ -108,32 +117,69 @@ def after(result: FinetuneResult, peak: int, budget: int | None) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
-def how_to_resume(step: int, output: str) -> str:
-    """What to type after an interruption."""
-    command = f"qlora finetune --config {shlex.quote(os.path.join(output, 'config.yaml'))}"
-    if latest_checkpoint(output) is None:
-        return f"Stopped before the first step; nothing was lost. Start again:\n    {command}"
-    return f"Stopped after step {step}, with a checkpoint. Continue:\n    {command} --resume"
+def how_to_go_on(run_output: Path, asked: str, stop: KeyboardInterrupt) -> str:
+    """What to type after an interruption, on one line under what happened.
+
+    Args:
+        run_output: where the folder is.
+        asked: the folder as the option names it.
+    """
+    moved = run_output != Path(asked).absolute()
+    folder = str(run_output) if moved else asked
+    command = f"qlora finetune --config {shlex.quote(os.path.join(folder, 'config.yaml'))}"
+    command += f" --output {shlex.quote(folder)}" if moved else ""
+    checkpoint = latest_checkpoint(run_output)
+    if checkpoint is None:
+        step = getattr(stop, "step", None)
+        what = (
+            "Stopped before the first step; nothing was lost." if step == 0 else "Stopped before the first checkpoint."
+        )
+        return f"{what} Start again:\n    {command}"
+    saved = int(checkpoint.name.removeprefix("step-"))
+    if getattr(stop, "step", None) == saved:
+        return f"Stopped after step {saved}, with a checkpoint. Continue:\n    {command} --resume"
+    return f"Stopped; the last checkpoint is that of step {saved}. Continue:\n    {command} --resume"
 
 
-def summarize(output: Path, seconds: float, predicted: int | None) -> FinetuneResult:
-    """The result, from metrics.jsonl: a resumed run counts with all its parts (but for the time).
+def not_finite(error: NotFinite, examples: Sequence[Example], output: Path, asked: str) -> str:
+    """The line for a run that met a number that is not finite: where, at which examples, and what can be done."""
+    checkpoint = latest_checkpoint(output)
+    remedy = f"Its examples: {_places(examples)}. " if examples else ""
+    remedy += f"The last checkpoint is {checkpoint.name}. " if checkpoint else "No checkpoint was saved before it. "
+    remedy += f"{SMALLER}, or leave such examples out"
+    if error.skippable:
+        config = shlex.quote(os.path.join(asked, "config.yaml"))
+        resume = " --resume" if checkpoint else ""
+        remedy += f", or go on without such updates: qlora finetune --config {config}{resume} --on-nan skip"
+    return problem(error.name, error.value, error.rule, remedy)
+
+
+def _places(examples: Sequence[Example], most: int = 8) -> str:
+    """Where examples stand: "train.jsonl line 3, line 17", file by file."""
+    files: dict[str, list[str]] = {}
+    for example in examples[:most]:
+        source, place = example.place or ("data", "a record")
+        files.setdefault(source, []).append(place)
+    more = f" and {len(examples) - most} more" if len(examples) > most else ""
+    return "; ".join(f"{source} {', '.join(places)}" for source, places in files.items()) + more
+
+
+def outcome(output: Path, totals: Totals, steps: int, seconds: float, predicted: int | None) -> FinetuneResult:
+    """The result, from the totals of the metrics: a resumed run counts with all its parts (but for the time).
 
     Args:
         predicted: the plan's peak (bytes).
     """
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if line["step"] > 0]
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return FinetuneResult(
         output=output,
         adapter=output / "adapter",
-        steps=steps[-1]["step"],
-        tokens=sum(line["tokens"] for line in steps),
-        loss=steps[-1]["loss"],
-        eval_loss_before=lines[0].get("eval_loss") if lines[0]["step"] == 0 else None,
-        eval_loss_after=evaluations[-1] if evaluations else None,
+        steps=steps,
+        tokens=totals.tokens,
+        loss=totals.loss,
+        eval_loss_before=totals.eval_loss_before,
+        eval_loss_after=totals.eval_loss_after,
         seconds=seconds,
-        memory_bytes=max(line["memory_bytes"] for line in lines),
+        memory_bytes=totals.memory_bytes,
         predicted_bytes=predicted,
+        skipped=totals.skipped,
     )

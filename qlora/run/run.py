@@ -1,6 +1,6 @@
 """What a run owns while it goes on: its output folder, its memory meter, its log, what was asked and what was decided.
 
-    with Run(config) as run:            the folder is locked; a full disk is one line, wherever it is met
+    with Run(config) as run:            the folder is locked; a full disk is one line, and what is printed cannot fail
         run.keep_memory(inputs)         settings that keep `memory` (config.memory), and the meter that watches it
         run.own(optimizer)              closed with the run
         with run.begin(...) as log      config.yaml and metrics.jsonl
@@ -20,11 +20,13 @@ from typing import Protocol, TypeVar
 import torch
 
 from qlora.config.commands import FinetuneConfig
+from qlora.errors import guard
 from qlora.models.device import resolve_device
 from qlora.plan.fit import Plan
 from qlora.plan.report import table, within_budget
 from qlora.run.inputs import Inputs
-from qlora.run.output import begin_output, claimed, disk_full_as_problem
+from qlora.run.output import Claim, begin_output, claimed, drop_checkpoint, shortage_as_problem, write_config
+from qlora.streams import steady
 from qlora.train.checkpoint import whole_checkpoint
 from qlora.train.memory import PeakMemory
 from qlora.train.metrics import MetricsLog
@@ -42,7 +44,7 @@ class Run:
 
     Attributes:
         requested: the options as they were given; `config`: with settings that keep the memory budget.
-        output: the absolute output folder.
+        output: the absolute output folder, wherever it was moved to when `keep_place` looked last.
         plan: of a run with a budget; `baseline` is what the process held before (bytes).
         memory: the meter, once `keep_memory` was called.
 
@@ -54,19 +56,37 @@ class Run:
 
     def __init__(self, config: FinetuneConfig):
         self.requested = self.config = config
-        self.output = Path(config.output).absolute()
+        with guard("output", config.output, "the working folder is gone", "Change to a folder that is there"):
+            self.asked = Path(config.output).absolute()
         self.plan: Plan | None = None
         self.baseline = 0
         self._began = time.monotonic()
         self._owned = ExitStack()
+        self._claim: Claim | None = None
+        self._passing: list[Path] = []
+        self.begun = False
 
     def __enter__(self) -> Run:
-        self._owned.enter_context(claimed(self.output))
-        self._owned.enter_context(disk_full_as_problem(self.output))
+        self._owned.enter_context(steady())
+        self._claim = self._owned.enter_context(claimed(self.asked))
+        self._owned.enter_context(shortage_as_problem(self.asked))
         return self
 
     def __exit__(self, *error) -> bool | None:
         return self._owned.__exit__(*error)
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return self.asked if self._claim is None else self._claim.path
+
+    def keep_place(self) -> Path:
+        """The output folder where it is now, moved or made anew: asked before anything is written to it."""
+        assert self._claim is not None
+        output = self._claim.follow()
+        if self.begun and not (output / "config.yaml").exists():
+            write_config(self.requested, output)
+        return output
 
     @property
     def seconds(self) -> float:
@@ -85,8 +105,14 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint to go on from; None without `resume`."""
+        """The checkpoint to go on from; None where the run begins."""
         return whole_checkpoint(self.output) if self.requested.resume else None
+
+    def saved(self, checkpoint: Path, passing: bool) -> None:
+        """Note a checkpoint that was written; of `passing` ones, saved because time had passed, two stay."""
+        self._passing += [checkpoint] if passing else []
+        while len(self._passing) > 2:
+            drop_checkpoint(self._passing.pop(0), checkpoint)
 
     def own(self, resource: Closes) -> Closes:
         """Close `resource` when the run ends."""
@@ -117,6 +143,8 @@ class Run:
         Raises:
             UserError: the folder cannot be written.
         """
-        begin_output(self.requested, self.output, first)
-        path, tensorboard = self.output / "metrics.jsonl", self.requested.tensorboard
-        return MetricsLog(path, steps=steps, first=first, tensorboard=tensorboard)
+        output = self.keep_place()
+        kept = begin_output(self.requested, output, first)
+        self.begun = True
+        path, tensorboard = output / "metrics.jsonl", self.requested.tensorboard
+        return MetricsLog(path, steps=steps, first=first, tensorboard=tensorboard, kept=kept)

@@ -66,7 +66,7 @@ def save_checkpoint(
         write_adapter(model, part, tokenizer, {**(notes or {}), "step": step})
         save_file(tensors, part / OPTIMIZER, metadata={"format": "pt"})
         kind = {"kind": type(optimizer).__name__, "groups": groups, "state": sorted(tensors)}
-        state = {"format": 1, "step": step, "run": dict(run), "optimizer": kind, "random": random_states()}
+        state = {"format": 1, "step": step, "run": dict(run), "optimizer": kind, "random": random_states(model)}
         write_json(part / STATE, state)
         write_manifest(part, "checkpoint", versions(_device(model)), step, digest_of(run))
         _keep_foreign(folder, {path.name for path in part.iterdir()})
@@ -201,7 +201,7 @@ def load_checkpoint(checkpoint: str | Path, model: nn.Module, optimizer: torch.o
     put_adapter(model, read_adapter(checkpoint, checked=True))
     with guard("checkpoint", checkpoint, "is damaged", remedy):
         optimizer.load_state_dict(_positional_state(names, tensors, saved["groups"]))
-        set_random_states(state["random"])
+        set_random_states(state["random"], model)
     _note_other_versions(checkpoint, _device(model))
     return state
 

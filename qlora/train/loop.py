@@ -7,11 +7,13 @@ iterator state. The alternative, a loader with a state of its own, has to be sav
 files and terminals are the caller's: `evaluate`, `save` and `log` are functions.
 
 `log` gets one object per step, a line of metrics.jsonl. `tokens` are those of the step, without padding;
-`tokens_per_second` leaves evaluation and saving out; `memory_bytes` is the peak so far (`PeakMemory`).
+`tokens_per_second` leaves evaluation and saving out; `memory_bytes` is the peak so far (`PeakMemory`). A step whose
+update was left out (`Schedule.skips`) has `skipped: true` and no loss.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,10 +24,13 @@ import torch
 from torch import nn
 
 from qlora.data.batch import Batch
+from qlora.errors import UserError
 from qlora.train.memory import PeakMemory
 from qlora.train.metrics import Metrics
 from qlora.train.signals import Interrupted, StopRequest
-from qlora.train.step import optimizer_step
+from qlora.train.step import NotFinite, optimizer_step
+
+MOST_SKIPPED = 10  # steps in a row: more of them are no accident
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,11 @@ class Schedule:
     """When a run does what. Steps are counted from 0, and `first` is the one to begin with.
 
     `rate(step)` is the learning rate of a step; gradients are clipped to norm `clip` (0: not). The model is evaluated
-    after every `eval_every` steps and saved after every `save_every` (0: only after the last).
+    after every `eval_every` steps and saved after every `save_every` (0: only after the last), and whenever
+    `save_seconds` have passed since it was last saved (0: not by time).
+
+    `skips`: a step whose loss or gradient is not finite is left out, unless more than `MOST_SKIPPED` come in a row
+    (`skipped` of them before step `first`). Otherwise it ends the run.
     """
 
     steps: int
@@ -42,6 +51,9 @@ class Schedule:
     clip: float = 1.0
     eval_every: int = 0
     save_every: int = 0
+    save_seconds: float = 0.0
+    skips: bool = False
+    skipped: int = 0
 
     def evaluates_after(self, done: int) -> bool:
         """Whether an evaluation follows when `done` steps have been taken."""
@@ -73,27 +85,41 @@ def train(
         memory: a peak that is being taken already; None to take it from here on.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM, when the checkpoint is written.
-        UserError: a loss or gradient that is not finite, or memory ran out.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the checkpoint is written.
+        NotFinite: a loss or gradient is not finite and may not be skipped.
+        UserError: memory ran out, or the evaluation failed; the steps before it are saved then.
     """
     watched = nullcontext(memory) if memory else PeakMemory(next(model.parameters()).device)
+    skipped = schedule.skipped
     with StopRequest() as stop, watched as peak:
         if evaluate is not None and schedule.first == 0:
             log({"step": 0, "tokens": 0, "eval_loss": evaluate(), "memory_bytes": peak.peak()})
         model.train()
+        saved_at = time.monotonic()
         for done in range(schedule.first + 1, schedule.steps + 1):
             if stop.requested:  # during the first evaluation, or before any step
-                raise Interrupted(done - 1)
+                raise Interrupted(done - 1, stop.number)
             line = {"step": done, **_timed_step(model, optimizer, batches, schedule, done - 1)}
+            skipped = skipped + 1 if "skipped" in line else 0
+            if skipped > MOST_SKIPPED:
+                raise NotFinite("loss", math.nan, done, skippable=False)
             line["memory_bytes"] = peak.peak()
+            failed = None
             if evaluate is not None and schedule.evaluates_after(done):
-                line["eval_loss"] = evaluate()
+                try:
+                    line["eval_loss"] = evaluate()
+                except UserError as error:
+                    failed = error
             log(line)
             interrupted = stop.requested and done < schedule.steps
-            if save is not None and (interrupted or schedule.saves_after(done)):
+            by_time = bool(schedule.save_seconds) and time.monotonic() - saved_at >= schedule.save_seconds
+            if save is not None and (failed or interrupted or by_time or schedule.saves_after(done)):
                 save(done)
+                saved_at = time.monotonic()
+            if failed is not None:
+                raise failed
             if interrupted:
-                raise Interrupted(done)
+                raise Interrupted(done, stop.number)
 
 
 def _timed_step(
@@ -105,7 +131,13 @@ def _timed_step(
 ) -> Metrics:
     began, rate = time.perf_counter(), schedule.rate(step)
     micro = batches(step)
-    found = optimizer_step(model, optimizer, micro, rate, schedule.clip, step)
     tokens = sum(batch.tokens for batch in micro)
-    line = {"loss": found["loss"], "tokens": tokens, "learning_rate": rate, "grad_norm": found["grad_norm"]}
+    line: Metrics = {"loss": None, "tokens": tokens, "learning_rate": rate, "grad_norm": None}
+    try:
+        line |= optimizer_step(model, optimizer, micro, rate, schedule.clip, step)
+    except NotFinite:
+        if not schedule.skips:
+            raise
+        optimizer.zero_grad(set_to_none=True)
+        line["skipped"] = True
     return {**line, "tokens_per_second": tokens / (time.perf_counter() - began)}

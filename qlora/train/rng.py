@@ -1,4 +1,5 @@
-"""The states of every random generator that a run draws from, as JSON: torch (all devices), Python, numpy.
+"""The states of every random generator that a run draws from, as JSON: torch (all devices), Python, numpy, and the
+model's own, from which its adapters draw (`layers.dropout`).
 
 A step that is taken again, an evaluation, and a resumed run put them back, so each draws what an undisturbed run draws.
 The alternative, seeding from the number of the step, would change the masks of dropout with how a step is cut.
@@ -13,7 +14,10 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qlora.errors import UserError, problem
+from qlora.layers.dropout import draws_of
 
 
 def seed_generators(seed: int) -> None:
@@ -26,17 +30,26 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_states() -> dict[str, Any]:
-    """The states of torch's generators (all devices), Python's and numpy's, as JSON."""
+def random_states(model: nn.Module | None = None) -> dict[str, Any]:
+    """The states of torch's generators (all devices), Python's, numpy's, and those of `model`, as JSON."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     array = numpy.random.get_state(legacy=False)
     array["state"]["key"] = array["state"]["key"].tolist()
     here = {"torch": _text(torch.get_rng_state()), "cuda": [_text(state) for state in cuda]}
-    return here | {"python": random.getstate(), "numpy": array}
+    draws = None if model is None else draws_of(model)
+    own = {} if draws is None else {"adapters": {name: _text(state) for name, state in draws.states().items()}}
+    return here | {"python": random.getstate(), "numpy": array} | own
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` returned; a device that is no longer there is passed over."""
+def set_random_states(states: Mapping[str, Any], model: nn.Module | None = None) -> None:
+    """Put back what `random_states` returned; a device that is no longer there is passed over.
+
+    States from before adapters had generators of their own: on a CPU these drew the numbers that theirs draw, unless
+    the base has dropout too.
+
+    Raises:
+        UserError: these are such states, and dropout would draw other numbers from here on.
+    """
     torch.set_rng_state(_bytes(states["torch"]))
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_bytes(state), device)
@@ -45,6 +58,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     array = {**states["numpy"], "state": dict(states["numpy"]["state"])}
     array["state"]["key"] = numpy.array(array["state"]["key"], dtype=numpy.uint32)
     numpy.random.set_state(array)
+    draws = None if model is None else draws_of(model)
+    if model is None or draws is None:
+        return
+    base_drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if "adapters" not in states and draws.dropout and (draws.device.type != "cpu" or base_drops):
+        rule = "was written by a version whose dropout drew other numbers"
+        raise UserError(problem("checkpoint", "(older)", rule, "Resume with the version it began with, or start anew"))
+    draws.set_states({name: _bytes(state) for name, state in states.get("adapters", {"cpu": states["torch"]}).items()})
 
 
 def _text(state: Tensor) -> str:

@@ -8,12 +8,15 @@ means, weighs a token by the size of its micro-batch). The division is applied t
 the loss: the numbers that flow back through a 16-bit model are then larger by the number of tokens, which is the loss
 scaling that float16 needs. Division and clipping are one factor, which PagedAdamW applies as it reads the gradients.
 
+A step whose loss or gradient is no finite number is not taken (`NotFinite`); the loop decides what then.
+
 A step asks the device for a number once, when loss and norm decide whether it counts: between micro-batches a GPU never
 waits.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -23,10 +26,26 @@ from torch import Tensor, nn
 
 from qlora.data.batch import Batch
 from qlora.errors import UserError, problem
+from qlora.layers.dropout import draws_of, recomputation
 from qlora.optim.memory_errors import ALLOCATION_ERRORS, out_of_memory
 from qlora.train.metrics import Metrics
 from qlora.train.rng import random_states, set_random_states
 from qlora_kernels import ops
+
+
+class NotFinite(UserError):
+    """`name` (loss, grad_norm, ...) is no finite number at `step` (from 1), and nothing was updated.
+
+    `rule` is its line without the remedy, for a caller that knows a better one; `skippable`: the step can be left out.
+    """
+
+    def __init__(self, name: str, value: float, step: int, skippable: bool = True):
+        self.name, self.value, self.step, self.skippable = name, value, step, skippable
+        self.rule = f"is no finite number at step {step}"
+        super().__init__(problem(name, value, self.rule, SMALLER))
+
+
+SMALLER = "Begin again with a smaller `learning_rate`, or with `dtype=bf16` or `dtype=fp32` if this is fp16"
 
 
 @runtime_checkable
@@ -101,10 +120,11 @@ def optimizer_step(
         step: its number (from 0), for messages.
 
     Raises:
-        UserError: the loss or the norm of the gradient is not finite, or memory ran out; nothing has been updated then.
+        NotFinite: the loss or the norm of the gradient; nothing has been updated then.
+        UserError: memory ran out; the same.
     """
     while True:
-        before = random_states()
+        before = random_states(model)
         try:
             return _optimizer_step(model, optimizer, batches, rate, clip, step)
         except ALLOCATION_ERRORS as error:
@@ -115,7 +135,7 @@ def optimizer_step(
         optimizer.zero_grad(set_to_none=True)
         if not (isinstance(optimizer, SupportsPaging) and optimizer.make_room()):
             raise UserError(_out_of_memory(optimizer, step, reason))
-        set_random_states(before)
+        set_random_states(before, model)
 
 
 def _out_of_memory(optimizer: torch.optim.Optimizer, step: int, reason: str) -> str:
@@ -152,16 +172,28 @@ def _optimizer_step(
 def _refuse_infinite(loss: float, grad_norm: float, step: int) -> None:
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
-            remedy = "Begin again with a smaller `learning_rate`, or with `dtype=bf16` or `dtype=fp32` if this is fp16"
-            raise UserError(problem(name, value, f"is no finite number at step {step + 1}", remedy))
+            raise NotFinite(name, value, step + 1)
+
+
+def refuse_infinite_parameters(model: nn.Module, step: int) -> None:
+    """Check what `step` steps have made of the trainable parameters: the update of a finite gradient can overflow.
+
+    Raises:
+        NotFinite: the first that holds a number that is not finite.
+    """
+    learning = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in learning.items():
+        if not bool(torch.isfinite(p).all()):
+            raise NotFinite(name, p[~torch.isfinite(p)][0].item(), step, skippable=False)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each layer in the backward pass instead of keeping what is in it (arXiv:1604.06174).
 
-    Non-reentrant: the inputs of the layers need no gradient of their own, and dropout draws the same mask again.
+    Non-reentrant: the inputs of the layers need no gradient of their own. Dropout draws the same mask again, from
+    torch's generators, which torch puts back, and from the adapters' own (`dropout.recomputation`).
     """
     enable: Any = getattr(model, "activation_checkpointing_enable", None)  # transformers is renaming it;
     if enable is None:
         enable = model.gradient_checkpointing_enable  # the old name warns
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": functools.partial(recomputation, draws_of(model))})

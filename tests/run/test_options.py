@@ -62,6 +62,8 @@ TESTED_ELSEWHERE = {
     "eval_data",
     "eval_every",
     "save_every",
+    "save_minutes",
+    "on_nan",  # test_unbroken.py, as that above it
     "keep_checkpoints",
     "resume",
     "gradient_checkpointing",

@@ -31,8 +31,8 @@ from qlora.layers.forward_mode import choose_forward_mode
 from qlora.layers.loss import loss_sum
 from qlora.train.loop import Schedule, train
 from qlora.train.memory import PeakMemory, anonymous_memory
-from qlora.train.metrics import MetricsLog, cut_back, duration
-from qlora.train.signals import Interrupted
+from qlora.train.metrics import MetricsLog, Totals, cut_back, duration
+from qlora.train.signals import Interrupted, exit_code
 from qlora.train.step import accumulate, checkpoint_activations, learning_rate, optimizer_step
 
 
@@ -219,7 +219,18 @@ def test_when_checkpoints_are_saved(tmp_path, every, saved):
     assert steps == saved
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_checkpoints_by_time(tmp_path):
+    """As soon as time has passed since the last one, whoever asked for that; 0 is never."""
+    model, saved = tiny.adapted(tiny.llama()), []
+    schedule = dataclasses.replace(NINE, save_every=4)
+    for seconds, expected in ((1e-9, [1, 2, 3, 4, 5, 6, 7, 8, 9]), (3600.0, [4, 8, 9]), (0.0, [4, 8, 9])):
+        saved.clear()
+        timed = dataclasses.replace(schedule, save_seconds=seconds)
+        train(model, sgd(model), lambda step: [pack(examples((9, 2)))], timed, log=lambda line: None, save=saved.append)
+        assert saved == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     model, saved = tiny.adapted(tiny.llama()), []
 
@@ -233,7 +244,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     with pytest.raises(Interrupted) as stop:
         train(model, sgd(model), batches, NINE, log=lines.append, save=saved.append)
     assert stop.value.step == 3 and saved == [3] and [line["step"] for line in lines] == [1, 2, 3]
-    assert isinstance(stop.value, KeyboardInterrupt)
+    assert isinstance(stop.value, KeyboardInterrupt) and exit_code(stop.value) == 128 + number
     assert signal.getsignal(number) == before
 
 
@@ -313,12 +324,47 @@ def test_tensorboard(tmp_path):
 
 def test_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert cut_back(path, 3) == []
-    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(6)) + '{"step": 6, "lo')
-    assert [line["step"] for line in cut_back(path, 5)] == [0, 1, 2, 3, 4, 5]
+    assert cut_back(path, 3) == Totals() and not path.exists()
+    path.write_text("".join(json.dumps({"step": step, "tokens": 2}) + "\n" for step in range(6)) + '{"step": 6, "lo')
+    assert cut_back(path, 5) == Totals(tokens=10)
     assert path.read_text().count("\n") == 6 and path.read_text().endswith("\n")
-    assert [line["step"] for line in cut_back(path, 2)] == [0, 1, 2]
-    assert cut_back(path, -1) == [] and path.read_text() == ""
+    assert cut_back(path, 2) == Totals(tokens=4) and path.read_text().count("\n") == 3
+    assert cut_back(path, -1) == Totals() and path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 2, "lo{"step": 3}', "[]", "7", '{"step": true}', '{"loss": 1.0}', "[" * 9999]
+)
+def test_a_torn_line_in_the_middle_is_put_aside_and_said(tmp_path, capsys, torn):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "tokens": 2, "loss": float(step)}) for step in range(6)]
+    path.write_text("\n".join([*lines[:2], torn, *lines[3:]]) + "\n")
+    assert cut_back(path, 4) == Totals(tokens=6, loss=4.0)
+    assert path.read_text().splitlines() == [*lines[:2], *lines[3:5]]
+    assert (tmp_path / "metrics.torn").read_text() == torn + "\n"
+    assert "1 of 6 lines could not be read" in capsys.readouterr().err
+
+
+def test_metrics_never_follow_a_link(tmp_path):
+    foreign, path = tmp_path / "foreign.txt", tmp_path / "metrics.jsonl"
+    foreign.write_text("mine\n")
+    for target in (foreign, tmp_path / "nowhere"):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        cut_back(path, -1)
+        with MetricsLog(path, steps=2) as log:
+            log({"step": 1, "memory_bytes": 1})
+            path.unlink()
+            path.symlink_to(target)  # in mid-run
+            log({"step": 2, "memory_bytes": 1})
+    assert foreign.read_text() == "mine\n" and not (tmp_path / "nowhere").exists()
+
+
+def test_metrics_have_no_nan(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl", steps=1) as log:
+        log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "memory_bytes": 1})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "loss": None, "grad_norm": None, "memory_bytes": 1}
 
 
 def test_duration():
