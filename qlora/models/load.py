@@ -99,13 +99,13 @@ def load_streaming(
 
     place = source.gguf or source.folder
     try:
-        rule, remedy = "cannot be loaded", "Check that the folder is whole"
-        if is_pickled(source):
-            rule, remedy = "its weights are a pickle that is damaged or would run code", "Get it as safetensors"
-        with guard("model", place, rule, remedy):
+        with guard("model", place, "cannot be loaded", "Check that the folder is whole"):
             model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
-    except UserError:
+    except UserError as error:
         watched.raise_ours()
+        if error.__cause__ is not None and is_pickled(source):  # torch's own words explain how to run such code
+            rule = "its weights are a pickle that is damaged, or would run code"
+            raise UserError(problem("model", place, rule, "Get them as safetensors")) from error
         raise
     problems = watched.problems + _misfits(model, loading, shapes)
     if problems:
