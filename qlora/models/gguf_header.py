@@ -170,6 +170,14 @@ def rope_parameters(header: Header, path: Path, config: PretrainedConfig) -> dic
     raise UserError(problem("model", path, rule, "Use the safetensors original"))
 
 
+def rope_scale(header: Header) -> float:
+    """By how much the context is longer than context_length says: in files with a linear or yarn factor it may be the
+    original one.
+    """
+    factor = header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0
+    return float(factor) if isinstance(factor, (int, float)) and factor > 1 else 1.0
+
+
 def _factors(header: Header, path: Path) -> torch.Tensor:
     """rope_freqs.weight [pairs], float32."""
     kind, start = header.tensors["rope_freqs.weight"]
