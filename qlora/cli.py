@@ -35,7 +35,7 @@ from qlora.config.options import (
     nearest_option,
     shown_default,
 )
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, problem, shortened
 from qlora_kernels import BackendError
 
 
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
             rule, remedy = "needs a value", f"One that begins with a dash is given as {flag}=VALUE."
         else:
             remedy = f"See `{self.prog} --help`."
-        raise UserError(f"{flag}: {rule}. {remedy}")
+        raise UserError(f"{shortened(flag)}: {shortened(rule)}. {remedy}")
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -122,7 +122,7 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
     if rest:
         raise UserError(
             [_unknown_flag(name, word) for word in unknown]
-            or [f"{rest[0]}: not expected here. Options begin with --, see `qlora {name} --help`."]
+            or [f"{shortened(rest[0])}: not expected here. Options begin with --, see `qlora {name} --help`."]
         )
     path = values.pop("config", None)
     return from_options(options, values) if path is None else from_yaml(options, path, values)
@@ -130,7 +130,7 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
 
 def _unknown_flag(name: str, word: str) -> str:
     """The line for a flag that the command does not have."""
-    given = word.partition("=")[0]
+    given = shortened(word.partition("=")[0], 100)
     bare = given.lstrip("-").replace("-", "_")
     meant = nearest_option(COMMANDS[name].options, bare)
     if COMMANDS[name].config_file and nearest(bare, ["config"]):
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             meant = nearest(name.lstrip("-"), COMMANDS)
             raise UserError(
-                f"{name}: not a command. "
+                f"{shortened(name)}: not a command. "
                 + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}.")
             )
         config = parse(name, argv[1:])

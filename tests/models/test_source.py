@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,31 @@ def test_folders_that_may_not_be_entered(whole, tmp_path, capfd):
     assert wait(child, 60) == 0
     said = capfd.readouterr().err
     assert said.count("Permission denied") == 6 and "Traceback" not in said
+
+
+def test_what_comes_from_the_hub_is_said(monkeypatch, capfd):
+    """A base that an adapter names was typed by nobody. The hub here knows the model and has none of its files."""
+    from huggingface_hub import constants
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path.startswith("/api/models/owner/name")
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            if known:
+                self.wfile.write(json.dumps({"id": "owner/name", "sha": "0" * 40, "siblings": []}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        refused("owner/name", resolve)
+        server.shutdown()
+    assert "Fetching owner/name from http://127.0.0.1" in capfd.readouterr().err
 
 
 def test_the_config_of_a_command_expands_home(monkeypatch, whole):
