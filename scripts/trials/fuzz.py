@@ -41,8 +41,8 @@ import tiny
 import torch
 import transformers
 import yaml
-from damage import WRONG, damage_bytes, damage_folder, damage_value
 from ggufs import write_gguf
+from mutations import WRONG, damage_bytes, damage_folder, damage_value
 from safetensors.torch import load_file
 
 import qlora
