@@ -38,7 +38,7 @@ from qlora.config.options import (
     nearest_option,
     shown_default,
 )
-from qlora.errors import UserError, guard, problem
+from qlora.errors import UserError, guard, problem, shortened
 from qlora.streams import drop, open_missing, steady
 from qlora.train.signals import as_interrupts, exit_code
 from qlora_kernels import BackendError
@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
             rule, remedy = "needs a value", f"One that begins with a dash is given as {flag}=VALUE."
         else:
             remedy = f"See `{self.prog} --help`."
-        raise UserError(f"{flag}: {rule}. {remedy}")
+        raise UserError(f"{shortened(flag)}: {shortened(rule)}. {remedy}")
 
 
 class _SwitchOrWord(argparse.Action):
@@ -143,7 +143,7 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
     if rest:
         raise UserError(
             [_unknown_flag(name, word) for word in unknown]
-            or [f"{rest[0]}: not expected here. Options begin with --, see `qlora {name} --help`."]
+            or [f"{shortened(rest[0])}: not expected here. Options begin with --, see `qlora {name} --help`."]
         )
     path = values.pop("config", None)
     return from_options(options, values) if path is None else from_yaml(options, path, values)
@@ -151,7 +151,7 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
 
 def _unknown_flag(name: str, word: str) -> str:
     """The line for a flag that the command does not have."""
-    given = word.partition("=")[0]
+    given = shortened(word.partition("=")[0], 100)
     bare = given.lstrip("-").replace("-", "_")
     meant = nearest_option(COMMANDS[name].options, bare)
     if COMMANDS[name].config_file and nearest(bare, ["config"]):

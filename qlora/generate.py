@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora.data.chat import prompt_ids, stop_ids
 from qlora.errors import UserError, problem
+from qlora.models.limits import Limits, model_limits, token_problems
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def generate_batch(
         UserError: an empty prompt, one the chat template refuses, or one longer than the model's positions.
     """
     rows = [prompt_ids(prompt, tokenizer, system=system, raw=raw) for prompt in prompts]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    _check(prompts, rows, positions)
+    limits = model_limits(model)
+    positions = limits.positions
+    _check(prompts, rows, limits, tokenizer)
     width = max(map(len, rows))
     if positions is not None:
         max_new_tokens = min(max_new_tokens, positions - width)
@@ -94,19 +96,21 @@ def generate_batch(
     return answers if raw else [answer.strip() for answer in answers]
 
 
-def _check(prompts: Sequence[str], rows: list[list[int]], positions: int | None) -> None:
+def _check(prompts: Sequence[str], rows: list[list[int]], limits: Limits, tokenizer: PreTrainedTokenizerBase) -> None:
     """Nothing, if every prompt can be answered.
 
     Raises:
-        UserError: all prompts without tokens, or with more than the model has positions.
+        UserError: all prompts without tokens, with tokens that the model has not, or with as many as it has positions.
     """
     problems = []
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             problems.append(problem("prompt", repr(prompt), "has no tokens", "Write a prompt"))
-        elif positions is not None and len(row) >= positions:
-            rule = f"has {len(row)} tokens, and the model {positions} positions"
+        elif limits.positions is not None and len(row) >= limits.positions:
+            rule = f"has {len(row)} tokens, and the model {limits.positions} positions"
             problems.append(problem("prompt", repr(prompt)[:60], rule, "Shorten it"))
+        else:
+            problems += token_problems("prompt", repr(prompt)[:60], row, limits, tokenizer)
     if problems:
         raise UserError(problems)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+LARGEST = 2**63  # bytes: what a file or an address space can have
+
 
 def parse_memory(value: object) -> int | str:
     """A budget of the optimizer's state: "auto", "all", "none", or bytes, also as "200MB".
@@ -14,7 +16,7 @@ def parse_memory(value: object) -> int | str:
     value = parse_size(value)
     if isinstance(value, str) and value in ("auto", "all", "none"):
         return value
-    if isinstance(value, (int, float)) and value >= 0 and value == int(value):  # a bool was refused by `parse_size`
+    if isinstance(value, (int, float)) and 0 <= value < LARGEST and value == int(value):  # `parse_size` refused a bool
         return int(value)
     raise ValueError("must be auto, all, none or a size such as 200MB")
 
@@ -23,12 +25,15 @@ def parse_size(value: object) -> object:
     """ "1GB", "500 MB", "2GiB" -> bytes.
 
     Raises:
-        ValueError: true or false.
+        ValueError: true or false, or 2^63 bytes and more.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()) if isinstance(value, str) else None
-    if not match:
-        return number(value)
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    size = number(value)
+    if match:
+        size = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ")
+    if isinstance(size, (int, float)) and size >= LARGEST:
+        raise ValueError("must be less than 2^63 bytes")
+    return int(size) if match and isinstance(size, float) else size
 
 
 def number(value: object) -> object:

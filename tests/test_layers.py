@@ -18,10 +18,10 @@ HOUSE = Path(__file__).resolve().parents[1]
 
 FLOORS = (
     ("data.batch", "errors", "layers.attention", "layers.dropout", "layers.norms", "layers.transformers_code", "models.transformers_seam", "optim.memory_errors", "sizes", "streams", "train.memory"),
-    ("config.options", "data.chat", "data.order", "data.records", "files", "layers.forward", "models.device", "models.gguf", "models.hub", "specs", "train.rng", "train.signals"),
-    ("config.shared", "data.formats", "doctor", "generate", "layers.nf4", "manifest", "models.info", "models.source", "optim.disk_tier", "train.metrics"),
-    ("config.commands", "data.tokenize", "export.card", "layers.forward_mode", "layers.weight", "models.packed", "optim.pinned_tier"),
-    ("layers.linear", "layers.loss", "optim.pager"),
+    ("data.chat", "data.order", "data.records", "files", "layers.forward", "models.device", "models.gguf_header", "models.hub", "paths", "specs", "train.rng", "train.signals"),
+    ("config.options", "data.formats", "doctor", "layers.nf4", "manifest", "models.gguf", "models.info", "models.source", "optim.disk_tier", "train.metrics"),
+    ("config.shared", "data.tokenize", "export.card", "layers.forward_mode", "layers.weight", "models.limits", "models.packed", "optim.pinned_tier"),
+    ("config.commands", "generate", "layers.linear", "layers.loss", "optim.pager"),
     ("evaluate", "layers.adapters", "layers.targets", "models.quantize", "optim.pages", "train.step"),
     ("layers.attach", "layers.fused", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
     ("export.peft", "models.load", "optim.state_dict", "optim.update"),

@@ -126,6 +126,7 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
         None,
         group=CHECKPOINTS,
         min_length=1,
+        path=True,
         resume="free",
         help="held-out data to evaluate on; excludes eval_fraction",
     )
@@ -238,10 +239,14 @@ class PlanConfig(Json, FinetuneConfig):
     """Options of `qlora plan`: those of finetune, so that its config file serves."""
 
     data: str | None = option(  # type: ignore[assignment]  # a plan can do without
-        None, group=MODEL, min_length=1, help="plan for the batches of this data; without it for examples of max_tokens"
+        None,
+        group=MODEL,
+        min_length=1,
+        path=True,
+        help="plan for the batches of this data; without it for examples of max_tokens",
     )
     output: str | None = option(  # type: ignore[assignment]
-        None, group=MODEL, min_length=1, help="not written to"
+        None, group=MODEL, min_length=1, path=True, help="not written to"
     )
 
 
@@ -261,9 +266,9 @@ class VerifyConfig(FinetuneConfig):
 class MergeConfig(Code, Shards, Output):
     """Options of `qlora merge`."""
 
-    adapter: str = option(group=MODEL, min_length=1, help="the adapter folder")
+    adapter: str = option(group=MODEL, min_length=1, path=True, help="the adapter folder")
     model: str | None = option(
-        None, group=MODEL, min_length=1, help="where the base model lies now, if not where the adapter says"
+        None, group=MODEL, min_length=1, path=True, help="where the base model lies now, if not where the adapter says"
     )
     base: Literal["dequantized", "original"] = option(
         "dequantized", group=OUTPUT, help="merge into the NF4 values that training saw, or into the original weights"

@@ -23,7 +23,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, brief, guard, problem, shortened
+from qlora.paths import expanded, local_path
 from qlora.sizes import number, show_size
 
 GROUPS = (
@@ -48,11 +49,12 @@ def option(default: Any = MISSING, *, group: str, help: str, **about: Any) -> An
         group: one of GROUPS.
         help: begins with a noun where the option is required (it also reads after "Give ...").
         **about: `rule` replaces the sentence made from the limits; `aka` holds names that other trainers use, so that
-            an unknown one leads here; `size` parses text such as 200MB into bytes; `excludes` names an option that
-            cannot be given beside this one; `resume="free"` lets it change between the parts of a run. All others are
-            pydantic's limits (ge, lt, min_length, pattern, ...).
+            an unknown one leads here; `size` parses text such as 200MB into bytes; `path` says that text names a file
+            or folder, or may; `excludes` names an option that cannot be given beside this one; `resume="free"` lets it
+            change between the parts of a run. All others are pydantic's limits (ge, lt, min_length, pattern, ...).
     """
-    known = {"help": help, "group": group, "rule": "", "aka": "", "size": None, "excludes": None, "resume": "same"}
+    known = {"help": help, "group": group, "rule": "", "aka": "", "size": None, "path": False}
+    known |= {"excludes": None, "resume": "same"}
     metadata = known | {name: value for name, value in about.items() if name in known}
     metadata["aka"] = metadata["aka"].split()
     metadata["limits"] = {name: value for name, value in about.items() if name not in known}
@@ -130,9 +132,9 @@ def metavar(entry: Entry, kind: Any) -> str:
 
 def show(value: object) -> str:
     """A value on one line of an error message."""
-    text = str(value)
-    if isinstance(value, str) and (not text.strip() or not text.isprintable()):
-        text = repr(text)
+    if isinstance(value, str) and (not value.strip() or not value[:200].isprintable()):
+        value = repr(value[:200])
+    text = shortened(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
@@ -151,6 +153,7 @@ def nearest_option(cls: type[Options], name: str) -> str | None:
 
 # Checking.
 
+_LARGEST = 2**31 - 1  # of a count: steps, examples, tokens, ranks
 _CHECKERS: dict[type[Options], dict[str, Any]] = {}  # pydantic's, by option, made at the first use of a command
 
 
@@ -168,7 +171,10 @@ def _checker(entry: Entry, kind: Any) -> Any:
     """pydantic's checker of one option. Imported here, as `--help` does not need it."""
     from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
-    marks: list[Any] = [Field(**entry.metadata["limits"])]
+    limits = entry.metadata["limits"]
+    if int in {kind, *get_args(kind)} and not entry.metadata["size"] and not {"le", "lt"} & set(limits):
+        limits = limits | {"le": _LARGEST}
+    marks: list[Any] = [Field(**limits)]
     if entry.metadata["size"]:
         marks.append(BeforeValidator(entry.metadata["size"]))
     elif isinstance((choices(kind) or [""])[0], int):
@@ -191,7 +197,9 @@ def _problem(entry: Entry, kind: Any, value: object, error: Mapping[str, Any]) -
     words = [choice for choice in choices(kind) if isinstance(choice, str)]
     meant = nearest(value, words) if isinstance(value, str) else None
     what, _, how = error["type"].partition("_")
-    if how in ("parsing", "type", "from_float", "parsing_size") and what in _TYPE_RULES:
+    if error["type"] == "string_unicode":
+        rule = "must be UTF-8 text"
+    elif how in ("parsing", "type", "from_float", "parsing_size") and what in _TYPE_RULES:
         rule = _TYPE_RULES[what]
     else:
         rule = error["msg"].replace("Value error, ", "").replace("Input should", "must").replace("'", "")
@@ -234,9 +242,12 @@ def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = values.get(name, entry.default)
         try:
-            good[name] = _CHECKERS[cls][name].validate_python(value)
+            checked = _CHECKERS[cls][name].validate_python(value)
+            good[name] = expanded(name, checked) if entry.metadata["path"] and checked else checked
         except ValidationError as error:
-            problems.append(_problem(entry, kinds(cls)[name], value, error.errors()[0]))
+            problems.append(_problem(entry, kinds(cls)[name], value, error.errors(include_url=False)[0]))
+        except UserError as error:
+            problems += error.problems
     problems += _exclusions(cls, good) + cls.conflicts(good)
     if problems:
         raise UserError(problems)
@@ -286,6 +297,9 @@ def to_yaml(config: Options) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+_MOST_BYTES, _MOST_NODES = 1 << 20, 20_000  # of an options file; ours have 2 kB
+
+
 class _Loader(yaml.BaseLoader):
     """Scalars stay text, but for a plain null."""
 
@@ -298,37 +312,45 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     """The file's options, as text or None or lists of text.
 
     Raises:
-        UserError: no such file, not YAML of that kind, a key twice.
+        UserError: no such file, not YAML of that kind, too large, a key twice.
     """
 
     def failure(rule: str, remedy: str) -> UserError:
         return UserError(problem("config", show(str(path)), rule, remedy))
 
+    with guard("config", show(str(path)), "cannot be read", "Give the path of a YAML file"):
+        with local_path("config", path).open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+    if len(raw) > _MOST_BYTES:
+        raise failure(f"has more than {_MOST_BYTES} bytes", "Give a file of options")
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(raw.decode())
         node = loader.get_single_node()
-        values = loader.construct_document(node) if node else None
-    except OSError as error:
-        raise failure(f"cannot be read ({error.strerror})", "Give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise failure("is not UTF-8 text", "Give the path of a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        said = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        said = getattr(error, "problem", None) or getattr(error, "reason", None) or brief(error)
         raise failure(f"is not valid YAML{where}: {said}", "Correct that place") from error
-    if values is None:
+    if node is None or node.tag.endswith(":null"):
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise failure("must hold one `option: value` a line", "Write for example `rank: 16`")
+    if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        raise failure("is not valid YAML: a key is no text", "Write for example `rank: 16`")
+    if _nodes(node, {}) > _MOST_NODES:
+        raise failure(f"holds more than {_MOST_NODES} values, its aliases written out", "Write them without aliases")
+    with guard("config", show(str(path)), "is not valid YAML", "Write one `option: value` a line"):
+        values = loader.construct_document(node)
     lines: dict[str, list[int]] = {}
     for key, _ in node.value:
         lines.setdefault(key.value, []).append(key.start_mark.line + 1)
     twice = [
         problem(
-            name,
+            show(name),
             show(values.get(name)),
-            f"given {len(at)} times in {path}, lines {', '.join(map(str, at))}",
+            f"given {len(at)} times in {path}, lines {', '.join(map(str, at[:10]))}",
             "Keep one of them",
         )
         for name, at in lines.items()
@@ -337,3 +359,14 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if twice:
         raise UserError(twice)
     return {str(name): value for name, value in values.items()}
+
+
+def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:
+    """How many values there are with aliases written out: each anchor is counted once, and multiplied."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in seen:
+        seen[id(node)] = _MOST_NODES + 1  # what an alias inside its own anchor comes to
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        seen[id(node)] = 1 + sum(_nodes(part, seen) for part in parts)
+    return seen[id(node)]

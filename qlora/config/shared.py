@@ -24,6 +24,7 @@ class NamedModel(Options):
     model: str = option(
         group=MODEL,
         min_length=1,
+        path=True,
         resume="free",
         help="the base model: a folder, a hub id, a .gguf file, or smollm2-135m",
     )
@@ -34,7 +35,7 @@ class NamedModel(Options):
 
 @dataclass(kw_only=True)
 class Output(Options):
-    output: str = option(group=MODEL, min_length=1, resume="free", help="the folder to write to")
+    output: str = option(group=MODEL, min_length=1, path=True, resume="free", help="the folder to write to")
 
 
 @dataclass(kw_only=True)
@@ -88,6 +89,7 @@ class Records(Options):
         group=MODEL,
         resume="free",
         min_length=1,
+        path=True,
         help="the data: a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set",
     )
     format: Format | None = option(None, group=DATA, help="the data format, where its columns do not tell")
@@ -130,9 +132,13 @@ class Adapted(Compute):
         help="bits of the frozen weights: what the adapter was trained on, else 4 (NF4); or 16",
     )
     model: str | None = option(
-        None, group=MODEL, min_length=1, help="the base model; only needed without an adapter, which names its own"
+        None,
+        group=MODEL,
+        min_length=1,
+        path=True,
+        help="the base model; only needed without an adapter, which names its own",
     )
-    adapter: str | None = option(None, group=MODEL, min_length=1, help="the adapter folder")
+    adapter: str | None = option(None, group=MODEL, min_length=1, path=True, help="the adapter folder")
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
+from qlora.models.gguf_header import read_header
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
@@ -33,19 +34,20 @@ class GGUFTensor:
         self.tensor, self.dtype, self.undo = tensor, dtype, undo
 
     def __getitem__(self, _: object) -> Tensor:
-        import gguf
-
         shape = tuple(int(d) for d in reversed(self.tensor.shape))
-        data = self.tensor.data
-        out = torch.empty(shape, dtype=self.dtype)
         if len(shape) == 1:
-            return self.undo(torch.from_numpy(gguf.dequantize(data, self.tensor.tensor_type).copy())).to(self.dtype)
+            return self.undo(self._decoded(slice(None))).to(self.dtype)
+        out = torch.empty(shape, dtype=self.dtype)
         step = max(1, CHUNK // shape[-1])
         for start in range(0, shape[0], step):
-            out[start : start + step] = torch.from_numpy(
-                gguf.dequantize(data[start : start + step], self.tensor.tensor_type)
-            )
+            out[start : start + step] = self._decoded(slice(start, start + step))
         return self.undo(out)
+
+    def _decoded(self, rows: slice) -> Tensor:
+        """Some rows in float32; a copy, as what is float32 already lies in the file."""
+        import gguf
+
+        return torch.from_numpy(gguf.dequantize(self.tensor.data[rows], self.tensor.tensor_type).copy())
 
 
 def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> dict[str, object]:
@@ -56,8 +58,7 @@ def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str)
     """
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    architecture = str(reader.fields["general.architecture"].contents())
+    architecture = read_header(path).architecture
     if architecture not in GGUF_ARCHITECTURES:
         raise UserError(
             problem(
@@ -69,7 +70,8 @@ def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str)
         )
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    with guard("model", path, "cannot be read as GGUF", "Check that the file is whole, or get it again"):
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     made = dtype if isinstance(dtype, torch.dtype) else torch.float32
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -79,7 +81,7 @@ def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str)
         tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
         if tensor is not None:
             tensors[name] = GGUFTensor(tensor, made, _undo(architecture, name, skeleton.get_submodule(stem), config))
-    leftover = sorted(set(stored) - {"rope_freqs.weight"})
+    leftover = sorted(set(stored) - {"rope_freqs.weight"})  # those are in the config: `gguf_header.rope_parameters`
     if leftover:
         raise UserError(
             problem(

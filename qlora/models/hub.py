@@ -6,9 +6,10 @@ trying; then what the cache holds serves. The alternative, to read the cache alo
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from qlora.errors import UserError, problem
+from qlora.errors import guard
 
 
 def download(model: str, revision: str | None, weights: bool = True) -> Path:
@@ -27,7 +28,8 @@ def download(model: str, revision: str | None, weights: bool = True) -> Path:
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     offline = constants.HF_HUB_OFFLINE
     no_network: Exception | None = None
-    try:
+    rule = "is no local folder and could not be had from the hub"
+    with guard("model", model, rule, "Check the name and the network, or give a local folder"):
         if weights and not offline:
             try:  # fails at once, where a download goes on trying for half a minute
                 files = [s.rfilename for s in HfApi().model_info(model, revision=revision, timeout=10).siblings or []]
@@ -36,19 +38,14 @@ def download(model: str, revision: str | None, weights: bool = True) -> Path:
                 raise
             except http_error as error:
                 offline, no_network = True, error
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
+        if not offline:  # an adapter may have named it, and nobody typed it
+            where = f"{constants.ENDPOINT}/{model}"
+            print(f"Fetching {model} from {where}, unless the cache has it", file=sys.stderr, flush=True)
+        try:
+            return Path(
+                snapshot_download(
+                    model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
+                )
             )
-        )
-    except (OSError, ValueError, http_error) as error:
-        cause = no_network or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(
-            problem(
-                "model",
-                model,
-                f"is no local folder and could not be had from the hub ({reason})",
-                "Check the name and the network, or give a local folder",
-            )
-        ) from None
+        except Exception as error:
+            raise (no_network or error) from None

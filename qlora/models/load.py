@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
 from qlora.layers.fused import fuse
 from qlora.models.device import DTYPES, resolve_device, resolve_dtype
 from qlora.models.gguf import gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
 from qlora.models.quantize import QuantizePass
-from qlora.models.source import Source, load_config, resolve
+from qlora.models.source import Source, is_pickled, load_config, resolve
 from qlora.models.transformers_seam import forget_quantizer, stream_config
 from qlora.specs import Quantization
 from qlora_kernels import backends
@@ -47,7 +47,7 @@ class _Watched:
 
     on_tensor: OnTensor
     problems: list[str] = field(default_factory=list)
-    unwritten: list[OSError] = field(default_factory=list)
+    raised: list[Exception] = field(default_factory=list)
 
     def __call__(self, name: str, value: Any) -> dict[str, Tensor]:
         try:
@@ -55,16 +55,16 @@ class _Watched:
         except UserError as error:
             self.problems.extend(error.problems)
             raise
-        except OSError as error:
-            self.unwritten.append(error)
+        except Exception as error:  # a disk that is full, or a defect of ours: neither is a fault of the model's
+            self.raised.append(error)
             raise
 
-    def raise_ours(self, error: Exception) -> None:
-        """Raise what `on_tensor` raised, if that is why loading stopped with `error`."""
+    def raise_ours(self) -> None:
+        """Raise what `on_tensor` raised, if that is why loading stopped."""
         if self.problems:
             raise UserError(self.problems) from None
-        if self.unwritten:
-            raise self.unwritten[0] from None
+        if self.raised:
+            raise self.raised[0] from None
 
 
 def load_streaming(
@@ -97,20 +97,21 @@ def load_streaming(
         prepare(model)
         shapes.update((name, parameter.shape) for name, parameter in model.named_parameters())
 
+    place = source.gguf or source.folder
     try:
-        model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
-    except (RuntimeError, OSError, ValueError) as error:
-        watched.raise_ours(error)
-        if isinstance(error, (RuntimeError, UserError)):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        rule, remedy = f"cannot be loaded ({reason})", "Check that the folder is whole"
-        raise UserError(problem("model", source.gguf or source.folder, rule, remedy)) from error
+        with guard("model", place, "cannot be loaded", "Check that the folder is whole"):
+            model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
+    except UserError as error:
+        watched.raise_ours()
+        if error.__cause__ is not None and is_pickled(source):  # torch's own words explain how to run such code
+            rule = "its weights are a pickle that is damaged, or would run code"
+            raise UserError(problem("model", place, rule, "Get them as safetensors")) from error
+        raise
     problems = watched.problems + _misfits(model, loading, shapes)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         rule = f"the checkpoint does not fit its config ({shown})"
-        raise UserError(problem("model", source.gguf or source.folder, rule, "Get the whole checkpoint again"))
+        raise UserError(problem("model", place, rule, "Get the whole checkpoint again"))
     forget_quantizer(model)
     return model
 

@@ -19,6 +19,7 @@ from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
 from qlora.generate import Sampling, generate_batch
 from qlora.models.info import base_info
+from qlora.models.limits import model_limits, refuse_length, refuse_tokens, source_limits
 from qlora.plan.report import describe
 from qlora.run.adapted import load_adapted
 from qlora.run.inputs import find_model, read_inputs
@@ -31,7 +32,9 @@ def plan_command(config: PlanConfig) -> dict[str, Any]:
         UserError: all that is wrong with model and data; the model's type or its targets are.
     """
     if config.data is None:
-        return describe(config, find_model(config, weights=False))
+        source = find_model(config, weights=False)
+        refuse_length(source_limits(source), config.max_tokens)
+        return describe(config, source)
     inputs = read_inputs(config, weights=False)
     return describe(config, inputs.source, inputs.train, inputs.held_out)
 
@@ -50,6 +53,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     data = tokenize(
         records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
     )
+    refuse_tokens(model_limits(model), data.examples, tokenizer)
     result = evaluate(model, data.examples, config.batch_size)
     base = base_info(model)
     about = {"model": base.model, "adapter": config.adapter, "data": config.data, "format": data.format}

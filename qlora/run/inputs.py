@@ -20,6 +20,7 @@ from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
 from qlora.errors import UserError
+from qlora.models.limits import refuse_tokens, source_limits
 from qlora.models.quantize import resolve_quantization
 from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.specs import Quantization
@@ -110,6 +111,9 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
         records, held_out = split(records, config.eval_fraction, config.seed)
     train = problems.gather(lambda: tokens(config, tokenizer.value, records))
     held = problems.gather(lambda: tokens(config, tokenizer.value, held_out).examples if held_out else [])
+    limits = problems.gather(lambda: source_limits(source.value))
+    problems.gather(lambda: refuse_tokens(limits.value, train.value.examples, tokenizer.value))
+    problems.gather(lambda: refuse_tokens(limits.value, held.value, tokenizer.value, "eval_data"))
     problems.refuse()
     return Inputs(train.value.examples, held.value, train.value, source.value, tokenizer.value, quantization.value)
 
