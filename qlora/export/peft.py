@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qlora.errors import UserError, problem
 from qlora.files import read_json
 from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_adapters
-from qlora.layers.linear import LINEAR, frozen_weight
+from qlora.layers.linear import frozen_weight, is_linear
 from qlora.models.info import BaseInfo, info
 from qlora.specs import AdapterSpec
 
@@ -113,7 +113,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     problems = _base_problems(model, base, folder)
     attached = active_adapter(model)
     if attached is None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
+        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
         shapes = {name: frozen_weight(layers[name]).shape for name in spec.modules if name in layers}
         names = list(layers)
     else:
