@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora.errors import guard
 from qlora.layers.attach import attach
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
 from qlora.layers.fused import fuse
@@ -26,6 +27,7 @@ from qlora.models.source import Source
 from qlora.specs import AdapterSpec, Quantization
 from qlora.train.rng import seed_generators
 from qlora.train.step import checkpoint_activations
+from qlora.train.trial import trial_step
 from qlora_kernels import backends
 
 
@@ -50,7 +52,7 @@ def assemble(
         architecture: given, the model is empty, on the meta device and of this config, and nothing is read or drawn.
 
     Raises:
-        UserError: see `load_base` and `attach`.
+        UserError: see `load_base`, `attach`, `choose_forward_mode` and `trial_step`.
     """
     if architecture is None:
         model = load_source(source, spec.quantization, dtype=spec.dtype, device=str(device))
@@ -62,9 +64,11 @@ def assemble(
     with nullcontext() if architecture is None else torch.device("meta"):
         attach(model, spec.adapter)
     if spec.gradient_checkpointing:
-        checkpoint_activations(model)
+        with guard("gradient_checkpointing", True, f"{model.config.model_type} cannot recompute", "Leave it out"):
+            checkpoint_activations(model)
     if architecture is None:
         choose_forward_mode(model, spec.packing)
+        trial_step(model)
     else:
         expected_forward_mode(model)  # there are no numbers to compare
     return model
