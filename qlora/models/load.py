@@ -25,9 +25,9 @@ from qlora.models.device import DTYPES, resolve_device, resolve_dtype
 from qlora.models.gguf import gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
-from qlora.models.quantize import QuantizePass
+from qlora.models.quantize import QuantizePass, check_finite
 from qlora.models.source import Source, load_config, resolve
-from qlora.models.transformers_seam import forget_quantizer, stream_config
+from qlora.models.transformers_seam import LOADING, forget_quantizer, stream_config
 from qlora.specs import Quantization
 from qlora_kernels import backends
 
@@ -98,7 +98,8 @@ def load_streaming(
         shapes.update((name, parameter.shape) for name, parameter in model.named_parameters())
 
     try:
-        model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
+        with LOADING:
+            model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
     except (RuntimeError, OSError, ValueError) as error:
         watched.raise_ours(error)
         if isinstance(error, (RuntimeError, UserError)):
@@ -191,6 +192,7 @@ def load_source(
     loaded = load_streaming(
         source, layers.on_tensor, dtype=DTYPES[dtype], device=place, prepare=layers.prepare, wants=layers.wants
     )
+    check_finite(loaded)
     loaded.requires_grad_(False)
     made, prints = layers.quantization, layers.fingerprint.digest()
     info(loaded).base = BaseInfo(

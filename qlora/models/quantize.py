@@ -179,13 +179,40 @@ class QuantizePass:
         layer = name.removesuffix(".weight")
         if isinstance(value, PackedTensor):
             weight = value.load()
+            self._check_shape(name, weight.shape)
             step = nf4.row_chunk(weight, 1)
             self.fingerprint.add(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
             return weight
         oriented = value.t().contiguous() if layer in self.transposed else value
-        if oriented.shape != self.shapes[layer]:
-            rule, remedy = f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"
-            raise UserError(problem(name, tuple(oriented.shape), rule, remedy))
+        self._check_shape(name, oriented.shape)
         self.fingerprint.add(layer, oriented)
         made = self.quantization
         return nf4.quantize(oriented, made.blocksize, made.double_quant, name, made.scales or "absmax")
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        needed = self.shapes[name.removesuffix(".weight")]
+        if tuple(shape) != needed:
+            rule, remedy = f"the model needs {needed}", "Get the checkpoint that belongs to this config"
+            raise UserError(problem(name, tuple(shape), rule, remedy))
+
+
+def check_finite(model: nn.Module) -> None:
+    """Look at every weight that stayed in 16 or 32 bits; those that were quantized have been looked at.
+
+    Raises:
+        UserError: NaN or inf in one of them, by name.
+    """
+    bad = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    if bad:
+        rule, remedy = (
+            "a weight must be finite, and holds NaN or inf",
+            "The checkpoint is damaged or diverged; load another",
+        )
+        raise UserError([problem("model", name, rule, remedy) for name in bad])
+
+
+def _finite(values: Tensor) -> bool:
+    """By the smallest and the largest, which NaN reaches too: one pass, and nothing allocated."""
+    if values.numel() == 0 or values.is_meta or not values.is_floating_point():
+        return True
+    return all(bool(end.isfinite()) for end in values.detach().aminmax())

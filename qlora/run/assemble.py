@@ -24,6 +24,7 @@ from qlora.models.device import DTYPES
 from qlora.models.load import load_source
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import Source
+from qlora.models.transformers_seam import LOADING
 from qlora.specs import AdapterSpec, Quantization
 from qlora.train.rng import seed_generators
 from qlora.train.step import checkpoint_activations
@@ -77,7 +78,7 @@ def assemble(
 def empty_base(source: Source, spec: ModelSpec, architecture: PretrainedConfig) -> PreTrainedModel:
     """The frozen base on the meta device, its layers quantized as `spec` says but for what only weights can tell."""
     dtype = DTYPES[spec.dtype]
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=dtype, trust_remote_code=source.trust_remote_code
         )
