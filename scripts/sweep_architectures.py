@@ -1,4 +1,4 @@
-"""Every type of `AutoModelForCausalLM`, tiny and random, through the product: what is right, refused, wrong, or crashes.
+"""Every type of `AutoModelForCausalLM`, tiny and random, through the product: right, refused, wrong, or a crash.
 
     python scripts/sweep_architectures.py --out sweep.jsonl [--only bert,falcon] [--seconds 120] [--table table.md]
 

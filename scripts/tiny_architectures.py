@@ -1,6 +1,6 @@
 """A tiny random model of any type of `AutoModelForCausalLM`: its default config with every size made small.
 
-    default config -> sizes by the names of its fields (SIZES) -> what one type needs beyond that (EXTRA) -> random model
+    default config -> sizes by the names of its fields (SIZES) -> what a type needs beyond that (EXTRA) -> random model
 
 Used by sweep_architectures.py. A config class of its own for each of 189 types, as transformers' tests have them, would
 have to be kept up with every release; names of fields are few, because architectures copy each other.
@@ -54,7 +54,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in ("full_attention", "sliding_attention")}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROPE)},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "qwen4_exp_text": {

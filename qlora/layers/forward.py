@@ -16,12 +16,13 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.data.batch import IGNORE_INDEX, Batch
+from qlora.data.batch import IGNORE_INDEX, Batch, PaddedBatch
 from qlora.layers import attention
 
 # On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
@@ -84,9 +85,15 @@ def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -
     """States [b * t, width] and labels [b * t] of the rectangle."""
     rows = batch.padded()
     states = model.get_decoder()(
-        input_ids=_sent(rows.input_ids, device), attention_mask=_sent(rows.attention_mask, device), use_cache=False
+        input_ids=_sent(rows.input_ids, device), attention_mask=_mask(rows, device), use_cache=False
     ).last_hidden_state
     return states.flatten(0, 1), rows.labels.flatten()
+
+
+def _mask(rows: PaddedBatch, device: torch.device) -> Tensor | None:
+    """The mask of the padding. On the meta device None without any, since nobody can look at its values there."""
+    full = device.type == "meta" and bool(rows.attention_mask.all())
+    return None if full else _sent(rows.attention_mask, device)
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
@@ -108,7 +115,7 @@ def target_logits(model: nn.Module, batch: Batch, apart: bool = False) -> tuple[
     rows, device = batch.padded(), next(model.parameters()).device
     positions = (rows.labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     labels = rows.labels[:, positions].to(device)
-    inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids.to(device), "attention_mask": _mask(rows, device)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=positions.to(device)).logits
     else:

@@ -43,6 +43,7 @@ _NO_PARTS = "its decoder and its head cannot be told apart"
 _OTHER_LOGITS = "its decoder and its head, run apart, give other logits"
 _REFUSED = "its layers do not keep packed examples apart"
 _ALONE = "it sees the padding of a batch"
+RECURRENT = ("conv", "linear_attention", "mamba", "recurrent")  # layer types of transformers that are no attention
 WINDOW = 8  # tokens, while examples are compared
 # What transformers makes masks of, and what layers pass on to attention.
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -88,7 +89,9 @@ def expected_forward_mode(model: PreTrainedModel) -> ForwardMode:
     """
     if not _has_parts(model):
         return _keep(model, ForwardMode(False, False, _NO_PARTS))
-    reason = _obstacle(model)
+    with copied_outputs(model):
+        _tried(model, pack([_example([1] * LENGTHS[0])]), ForwardMode(True, False))
+    reason = _obstacle(model) or (_REFUSED if _looks_along_the_row(model) else "")
     if not reason:
         model.set_attn_implementation(attention.NAME)
         packed = ForwardMode(True, True)
@@ -96,6 +99,13 @@ def expected_forward_mode(model: PreTrainedModel) -> ForwardMode:
             return _keep(model, packed)
         model.set_attn_implementation("sdpa")
     return _keep(model, ForwardMode(True, False, reason or _REFUSED))
+
+
+def _looks_along_the_row(model: PreTrainedModel) -> bool:
+    """Whether a decoder's layers mix tokens by other means than attention: convolutions, or states of a recurrence."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    convolves = any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
+    return convolves or any(str(kind) in RECURRENT for kind in kinds)
 
 
 @torch.no_grad()
