@@ -28,8 +28,10 @@ def untouched(model: PreTrainedModel) -> list[str]:
     """A line for each kind of what is there; none for most models."""
     lines = []
     reasons: dict[str, list[str]] = {}
+    head = model.get_output_embeddings()
     for name, reason in left_alone(model).items():
-        reasons.setdefault(reason, []).append(name)
+        if model.get_submodule(name) is not head:  # which nobody expects in 4 bits
+            reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         lines.append(f"{len(names)} linear layers stay dense without an adapter, {_alike(names)}: {reason}")
     tensors = other_tensors(model)
