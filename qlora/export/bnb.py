@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from qlora.errors import UserError, problem
 from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_model
 from qlora.layers import nf4
-from qlora.layers.linear import LINEAR
+from qlora.layers.linear import is_linear
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import load_tokenizer, resolve
@@ -56,7 +56,7 @@ def quantize_checkpoint(
 
     def prepare(empty: nn.Module) -> None:
         layers.note(empty)
-        linear = [name for name, module in empty.named_modules() if isinstance(module, LINEAR)]
+        linear = [name for name, module in empty.named_modules() if is_linear(module)]
         skipped.extend(name for name in linear if name not in layers.shapes)
 
     def transform(parameter: str, value: Any) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
 from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_adapters
-from qlora.layers.linear import LINEAR, frozen_weight
+from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
 from qlora.specs import AdapterSpec
@@ -94,7 +94,7 @@ class AdapterFiles:
         (meta), and may have adapters.
         """
         if active_adapter(model) is None:
-            layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
+            layers = {name: module for name, module in model.named_modules() if is_linear(module)}
             ends = tuple(f".{target}" for target in self.targets)
             meant = [name for name in layers if name in self.spec.modules or f".{name}".endswith(ends)]
             shapes = {name: frozen_weight(layers[name]).shape for name in meant}

@@ -19,6 +19,7 @@ of a base result and corrections, keeps three [tokens, out] tensors and decodes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -203,6 +204,7 @@ class AdaptedLinear(nn.Module):
         self.scaling, self.dropout_p = spec.scaling, spec.dropout
         self.enabled = True
         self.draws = draws
+        self.copies_output = False  # the model writes into what this layer returns, and the backward pass needs that
         self.lora_A = nn.Parameter(torch.empty(spec.rank, weight.shape[1], device=weight.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], spec.rank, device=weight.device, dtype=dtype))
         generator = None if draws is None else draws.on(weight.device)
@@ -217,7 +219,7 @@ class AdaptedLinear(nn.Module):
         self.row_norms = RowNormCache()
         if self.magnitude is not None:
             self.row_norms.put_base(self.version(), self.magnitude.detach().clone())
-        self.register_load_state_dict_post_hook(lambda module, keys: module.forget_row_norms())
+        self.register_load_state_dict_post_hook(_forget_row_norms)
 
     def version(self) -> Version:
         """What n was or would be computed from. Asked for each layer twice a step, so it goes past
@@ -293,16 +295,20 @@ class AdaptedLinear(nn.Module):
         y, factors = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants)
         self.keep_row_norms(constants, factors)
         y = y if bias is None else y + bias.to(y.dtype)
+        y = y.clone() if self.copies_output else y
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):
-        # `model.to(bfloat16)` must not round the trainable parameters, so they are cast back to what they were.
-        kept = {name: p.dtype for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        # `model.to(bfloat16)` must not round what was trained, so A, B and m pass through as bytes.
+        own = {name: p for name, p in self._parameters.items() if p is not None}
+        for name in own:
+            self._parameters[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(own)
+        for name, parameter in own.items():
+            self._parameters[name] = _moved(parameter, fn)
         self.forget_row_norms()
         return self
 
@@ -315,9 +321,29 @@ class AdaptedLinear(nn.Module):
         return f"method={method}, {sizes}"
 
 
+def _forget_row_norms(layer: AdaptedLinear, keys: object) -> None:  # by its name, so that a layer can be pickled
+    layer.forget_row_norms()
+
+
 # A graph ends before an adapted layer and goes on behind it: what version its n is of changes with every step, and a
 # compiler would compile anew for each.
 _not_compiled = torch.compiler.disable(AdaptedLinear._adapted)
+
+
+def _moved(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """`fn` applied to a parameter and its gradient, but never a cast: the same object wherever torch allows it."""
+    data = _as_bytes(parameter.data, fn)
+    if data.is_meta == parameter.is_meta:
+        parameter.data = data
+    else:
+        parameter = nn.Parameter(data, parameter.requires_grad)
+    if parameter.grad is not None:
+        parameter.grad.data = _as_bytes(parameter.grad.data, fn)
+    return parameter
+
+
+def _as_bytes(values: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    return fn(values.reshape(-1).view(torch.uint8)).view(values.dtype).view(values.shape)
 
 
 def _dtype(base: nn.Module) -> torch.dtype:

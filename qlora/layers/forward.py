@@ -3,6 +3,7 @@
     packed    decoder(input_ids [1, T], position_ids, cu_seq_lens_q, ...) -> states [n, width], tokens [n]
     padded    decoder(input_ids [b, t], attention_mask)                   -> the same
     whole     model(input_ids [b, t], attention_mask)                     -> logits [n, vocabulary], tokens [n]
+    apart     model(input_ids [1, t]) of each example                     -> the same
 
 In the first two the decoder and the head run apart, so that the head runs only where a label counts. The alternative,
 the model's own forward on everything, computes logits that nobody asks for; it is left to models without such parts.
@@ -12,13 +13,16 @@ the model's own forward on everything, computes logits that nobody asks for; it 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora.data.batch import IGNORE_INDEX, Batch
+from qlora.data.batch import IGNORE_INDEX, Batch, PaddedBatch
 from qlora.layers import attention
 
 # On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
@@ -29,16 +33,25 @@ ROUND = 64
 @dataclass(frozen=True)
 class ForwardMode:
     """How a model runs in training. `split`: its decoder and its head apart; `packed` (then also split): the examples
-    in one row without padding; `reason`: why it is not packed.
+    in one row without padding; `apart`: each example by itself, because the model sees padding; `reason`: why it is
+    not packed.
     """
 
     split: bool
     packed: bool
+    apart: bool = field(default=False, kw_only=True)
     reason: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
-        return f"{'packed without padding' if self.packed else 'padded to one length'}{why}"
+        return f"{self.batches}{why}"
+
+    @property
+    def batches(self) -> str:
+        """What a batch is, in words."""
+        if self.packed:
+            return "packed without padding"
+        return "one at a time" if self.apart else "padded to one length"
 
 
 def target_states(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> tuple[Tensor, Tensor]:
@@ -72,9 +85,15 @@ def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -
     """States [b * t, width] and labels [b * t] of the rectangle."""
     rows = batch.padded()
     states = model.get_decoder()(
-        input_ids=_sent(rows.input_ids, device), attention_mask=_sent(rows.attention_mask, device), use_cache=False
+        input_ids=_sent(rows.input_ids, device), attention_mask=_mask(rows, device), use_cache=False
     ).last_hidden_state
     return states.flatten(0, 1), rows.labels.flatten()
+
+
+def _mask(rows: PaddedBatch, device: torch.device) -> Tensor | None:
+    """The mask of the padding. On the meta device None without any, since nobody can look at its values there."""
+    full = device.type == "meta" and bool(rows.attention_mask.all())
+    return None if full else _sent(rows.attention_mask, device)
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
@@ -84,22 +103,35 @@ def _sent(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run the model's own forward.
+def target_logits(model: nn.Module, batch: Batch, apart: bool = False) -> tuple[Tensor, Tensor]:
+    """Run the model's own forward, on the padded examples or `apart`, on each by itself.
 
     Returns:
         Logits [n, vocabulary] at the n positions whose label counts, and these labels [n].
     """
+    if apart:
+        parts = [target_logits(model, one) for one in _each(batch)]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
     rows, device = batch.padded(), next(model.parameters()).device
     positions = (rows.labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
     labels = rows.labels[:, positions].to(device)
-    inputs = {"input_ids": rows.input_ids.to(device), "attention_mask": rows.attention_mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids.to(device), "attention_mask": _mask(rows, device)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         logits = model(**inputs, use_cache=False, logits_to_keep=positions.to(device)).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, positions.to(device)]
     counted = labels != IGNORE_INDEX
     return logits[counted], labels[counted]
+
+
+def _each(batch: Batch) -> Iterator[Batch]:
+    """The examples of a batch, each as a batch of one."""
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
+        input_ids, positions, labels = (
+            row[:, start:end] for row in (batch.input_ids, batch.position_ids, batch.labels)
+        )
+        borders = torch.tensor([0, end - start], dtype=torch.int32)
+        yield Batch(input_ids, positions, borders, labels, int((labels != IGNORE_INDEX).sum()), end - start)
 
 
 def final_scaling(model: PreTrainedModel) -> tuple[float, float | None]:

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from qlora.layers import nf4
+from qlora.layers import nf4, transformers_code
 from qlora.layers.weight import FrozenWeight
 from qlora.specs import Quantization
 from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
@@ -126,7 +127,22 @@ def _differ(one: Tensor | None, two: Tensor | None) -> bool:
     return one is not two
 
 
-LINEAR = (nn.Linear, NF4Linear, Conv1D)  # the layers that can be quantized or adapted
+LINEAR = (nn.Linear, NF4Linear, Conv1D)  # the layers that can be quantized or adapted, see `is_linear`
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this module computes x Wt + bias and no more: one of LINEAR, or a subclass whose forward is its own.
+
+    Routers of transformers are subclasses that return more; the output layer of torch's attention is one whose weight
+    is read past its forward.
+    """
+    kind: Any = type(module)
+    if kind in LINEAR:
+        return True
+    if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, LINEAR):
+        return False
+    own = kind.forward in (nn.Linear.forward, NF4Linear.forward, Conv1D.forward)
+    return own or transformers_code.is_linear_code(kind)
 
 
 def frozen_weight(layer: nn.Module) -> FrozenWeight:
@@ -138,10 +154,40 @@ def frozen_weight(layer: nn.Module) -> FrozenWeight:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer but the output head."""
+    """Every linear layer but the output head and what is `left_alone`."""
     find: Any = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    return [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    head, alone = None if find is None else find(), left_alone(model)
+    return [
+        name for name, module in model.named_modules() if is_linear(module) and module is not head and name not in alone
+    ]
+
+
+READ = "the model's own code reads its weight"
+TIED = "it shares its weight with another layer"
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """The linear layers that are neither quantized nor adapted, by name, and why.
+
+    Code that reads `layer.weight` would find codes in it, and go past the adapter (Mamba's mixers, the indexers of
+    DeepSeek-V3.2). transformers ties parameters, and codes are none (Zamba's shared block).
+    """
+    modules = dict(model.named_modules())
+    found = {name for name, module in modules.items() if is_linear(module)}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    embeddings = {name for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    ends = [{layer.removesuffix(".weight") for layer in pair} for pair in tied.items()]
+    reasons = {layer: TIED for pair in ends for layer in pair if layer in found and not pair & embeddings}
+    for name, module in modules.items():
+        for path, whole in transformers_code.weights_read(type(module)):
+            inner = f"{name}." if name else ""
+            if whole:
+                reasons |= {layer: READ for layer in (inner + path,) if layer in found}
+            else:
+                reasons |= {
+                    layer: READ for layer in found if layer.startswith(inner) and f".{layer}".endswith(f".{path}")
+                }
+    return reasons
 
 
 def quantize_(module: nn.Module, quantization: Quantization = DEFAULT) -> nn.Module:

@@ -40,7 +40,7 @@ def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tenso
     """(logits [k, vocabulary], labels [k]) of a batch, CHUNK labels at a time."""
     mode = forward_mode(model)
     if not (mode.split and isinstance(model, PreTrainedModel)):
-        yield target_logits(model, batch)
+        yield target_logits(model, batch, mode.apart)
         return
     states, labels = target_states(model, batch, mode)
     for part in _chunks(states):
@@ -91,7 +91,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     """The summed token loss of a batch, a float32 scalar with a graph (0 without one if no label counts)."""
     mode = forward_mode(model)
     if not (mode.split and isinstance(model, PreTrainedModel)):
-        logits, labels = target_logits(model, batch)
+        logits, labels = target_logits(model, batch, mode.apart)
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     states, labels = target_states(model, batch, mode)
     head = model.get_output_embeddings()

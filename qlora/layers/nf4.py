@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
 from qlora.specs import Quantization
 from qlora_kernels import ops, reference
 from qlora_kernels.weight import FORMATS, NESTED_BLOCKSIZE, QuantizedWeight, levels_of
@@ -140,36 +141,99 @@ def to_bitsandbytes(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Te
     return parts
 
 
-def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight") -> QuantizedWeight:
-    """The reverse of `to_bitsandbytes`; also takes what bitsandbytes itself wrote.
+def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight", file: str = "the checkpoint") -> QuantizedWeight:
+    """The reverse of `to_bitsandbytes`; also takes what bitsandbytes itself wrote. `file` holds the weight `name`.
 
     Raises:
-        UserError: not NF4 (FP4, say), a part is missing, or a map differs from the one this format defines.
+        UserError: not NF4 (FP4, say), a part is missing or has another size than the others ask for, a scale is not
+            finite, or a map differs from the one this format defines.
     """
-    original = "Use the 16-bit original"
-    missing = [key for key in ("", ".absmax", ".quant_map", "." + STATE_KEY) if key not in parts]
+    original = f"Use the 16-bit original, or get {file} again"
+    nested = parts.get(".nested_absmax")
+    needed = ["", ".absmax", ".quant_map", "." + STATE_KEY, *([".nested_quant_map"] if nested is not None else [])]
+    missing = [name + key for key in needed if key not in parts]
     if missing:
-        rule = f"a 4-bit weight needs the tensors {', '.join(name + k for k in missing)}"
+        rule = f"a 4-bit weight needs the tensors {', '.join(missing)}"
         remedy = "Only NF4 checkpoints of bitsandbytes load; use the 16-bit original for anything else"
         raise UserError(problem(name, "incomplete", rule, remedy))
-    state = json.loads(bytes(parts["." + STATE_KEY].tolist()))
-    nested = parts.get(".nested_absmax")
+    state = packed_state(parts["." + STATE_KEY], name, file)
     cpu = torch.device("cpu")
     problems = []
-    if state["quant_type"] != "nf4" or not torch.equal(parts[".quant_map"].cpu(), levels_of(FORMAT, cpu)):
-        problems.append(problem(name, state["quant_type"], "only the NF4 levels are supported", original))
+    if state.quant_type != "nf4" or not torch.equal(parts[".quant_map"].cpu(), levels_of(FORMAT, cpu)):
+        problems.append(problem(name, state.quant_type, "only the NF4 levels are supported", original))
     if nested is not None and not torch.equal(parts[".nested_quant_map"].cpu(), reference.dynamic_map(cpu)):
         problems.append(problem(name, "nested_quant_map", "is not the signed dynamic map", original))
-    if parts[""].dtype != torch.uint8:
-        problems.append(problem(name, parts[""].dtype, "codes must be stored as uint8", original))
-    nested_blocksize = state.get("nested_blocksize", NESTED_BLOCKSIZE)
-    if nested_blocksize != NESTED_BLOCKSIZE:
+    if state.nested_blocksize != NESTED_BLOCKSIZE:
         rule = f"scales are double-quantized in blocks of {NESTED_BLOCKSIZE}"
-        problems.append(problem(name, nested_blocksize, rule, original))
+        problems.append(problem(name, state.nested_blocksize, rule, original))
+    problems += _part_problems(parts, state, name, original)
     if problems:
         raise UserError(problems)
     constants: tuple[Tensor, ...] = (parts[".absmax"],)
     if nested is not None:
-        constants += (nested, torch.tensor(state["nested_offset"], dtype=torch.float32, device=nested.device))
-    out, columns = state["shape"]
-    return QuantizedWeight.of(parts[""], constants, (out, columns), state["blocksize"], nested_blocksize)
+        constants += (nested, torch.tensor(state.nested_offset, dtype=torch.float32, device=nested.device))
+    return QuantizedWeight.of(parts[""], constants, state.shape, state.blocksize, state.nested_blocksize)
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """What the JSON object of a 4-bit weight says; `double_quant`: its scales are in 8 bits."""
+
+    quant_type: str
+    blocksize: int
+    shape: tuple[int, int]
+    nested_blocksize: int
+    nested_offset: float
+    double_quant: bool
+
+
+def packed_state(raw: Tensor, name: str, file: str) -> PackedState:
+    """The state of the weight `name` in `file`, read from its bytes.
+
+    Raises:
+        UserError: it is no JSON object, or does not describe a matrix in blocks.
+    """
+    with guard(name, STATE_KEY, f"does not describe a 4-bit weight in {file}", f"Get {file} again"):
+        state = json.loads(bytes(raw.tolist()))
+        out, columns = (_whole(size) for size in state["shape"])
+        made = PackedState(
+            str(state["quant_type"]),
+            _whole(state["blocksize"]),
+            (out, columns),
+            _whole(state.get("nested_blocksize", NESTED_BLOCKSIZE)),
+            float(state["nested_offset"] if "nested_blocksize" in state else 0.0),
+            "nested_blocksize" in state,
+        )
+        if made.blocksize < 2:
+            raise ValueError(f"blocksize {made.blocksize}")
+    return made
+
+
+def _whole(size: object) -> int:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{size!r} is no size")
+    return size
+
+
+def _part_problems(parts: dict[str, Tensor], state: PackedState, name: str, remedy: str) -> list[str]:
+    """A line for each part that has another type or size than the state asks for, or a scale that is not finite."""
+    elements = state.shape[0] * state.shape[1]
+    blocks = -(-elements // state.blocksize)
+    scales = torch.uint8 if state.double_quant else torch.float32
+    expected = {"": (torch.uint8, (elements + 1) // 2), ".absmax": (scales, blocks)}
+    if state.double_quant:
+        expected[".nested_absmax"] = (torch.float32, -(-blocks // state.nested_blocksize))
+    problems = []
+    for key, (dtype, count) in expected.items():
+        part = parts.get(key)
+        if part is None or part.dtype != dtype or part.numel() != count:
+            found = "missing" if part is None else f"{part.numel()} of {part.dtype}".replace("torch.", "")
+            rule = f"a weight {state.shape} in blocks of {state.blocksize} needs {count} of {dtype}"
+            problems.append(problem(name + key, found, rule.replace("torch.", ""), remedy))
+        elif part.is_floating_point() and not bool(part.isfinite().all()):
+            problems.append(problem(name + key, "NaN or inf", "a scale must be finite", remedy))
+    if not math.isfinite(state.nested_offset):
+        problems.append(problem(name, state.nested_offset, "nested_offset must be finite", remedy))
+    if (parts.get(".nested_absmax") is not None) != state.double_quant:
+        problems.append(problem(name, "nested_absmax", "the state and the tensors disagree on it", remedy))
+    return problems

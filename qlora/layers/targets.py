@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qlora.errors import UserError, problem
-from qlora.layers.linear import LINEAR, linear_names
+from qlora.errors import UserError, problem, shortened
+from qlora.layers.linear import is_linear, left_alone, linear_names
 
 REMEDY = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
 _NAME = re.compile(r"[\w.]+")
@@ -27,7 +27,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
     Raises:
         UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a
-            head tied to the embedding, whose merge would change the embedding as well.
+            head tied to the embedding, whose merge would change the embedding as well; a layer that is `left_alone`.
     """
     if targets == "all-linear":
         return linear_names(model)
@@ -40,7 +40,7 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         found, problems = _by_pattern(model, modules, targets if isinstance(targets, str) else names[0])
     else:
         found, problems = _by_names(model, modules, names)
-    problems += _tied_head(model, modules, found)
+    problems += _tied_head(model, modules, found) + _left_alone(model, found)
     if problems:
         raise UserError(problems)
     return [name for name in modules if name in found]
@@ -51,7 +51,7 @@ def _by_pattern(model: nn.Module, modules: dict[str, nn.Module], text: str) -> t
         pattern = re.compile(text)
     except re.error as error:
         raise UserError(problem("targets", text, f"is no valid regular expression ({error})", REMEDY)) from None
-    found = {name for name, module in modules.items() if pattern.fullmatch(name) and isinstance(module, LINEAR)}
+    found = {name for name, module in modules.items() if pattern.fullmatch(name) and is_linear(module)}
     if found:
         return found, []
     return found, [problem("targets", text, "matches no linear layer", f"{REMEDY}. Layers: {_examples(model)}")]
@@ -68,7 +68,7 @@ def _by_names(model: nn.Module, modules: dict[str, nn.Module], names: list[str])
             rule = f"matches no layer; the nearest names are {', '.join(near)}"
             problems.append(problem("targets", target, rule, REMEDY))
         for name in matches:
-            if not isinstance(modules[name], LINEAR):
+            if not is_linear(modules[name]):
                 rule = f"{name} is a {type(modules[name]).__name__}, not a linear layer"
                 problems.append(problem("targets", target, rule, REMEDY))
                 break
@@ -86,6 +86,18 @@ def _tied_head(model: nn.Module, modules: dict[str, nn.Module], found: set[str])
         problem("targets", name, rule, "Leave the head out")
         for name in modules
         if name in found and modules[name] is head
+    ]
+
+
+def _left_alone(model: nn.Module, found: set[str]) -> list[str]:
+    """A line for each reason why a layer that was named takes no adapter."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_alone(model).items():
+        if name in found:
+            reasons.setdefault(reason, []).append(name)
+    return [
+        problem("targets", shortened(",".join(names)), f"takes no adapter: {reason}", "Leave it out")
+        for reason, names in reasons.items()
     ]
 
 

@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,13 @@ ATTENTION = {
 }
 
 
+LINEAR = {"fe6484dafa54"}  # FalconLinear: x Wt, then + bias
+
+# Methods that read weights before training, or not at all in it.
+_BEFORE = ("init", "tie", "resize", "load", "reset", "prune")
+_NEVER = "slow_but_exact"  # Bloom's switch for reading weights in slices, off; where it is on, the trial step refuses
+
+
 def digest_of(function: Callable | None) -> str:
     """A digest of the text of a function without what does not run; empty where its source cannot be had."""
     if function is None:
@@ -69,6 +76,73 @@ def digest_of(function: Callable | None) -> str:
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         tree.body = tree.body[1:]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:12]
+
+
+def is_linear_code(kind: Any) -> bool:
+    """Whether the forward of this subclass of nn.Linear is known to compute what nn.Linear does."""
+    return _forward_digest(kind) in LINEAR
+
+
+@functools.cache
+def weights_read(kind: Any) -> frozenset[tuple[str, bool]]:
+    """The layers whose `.weight` or `.bias` the methods of a model's class read: (path, whether it starts at `self`).
+
+        self.out_proj.weight                  ("out_proj", True)
+        block.attention.output.weight         ("attention.output", False): of whatever module it is a part
+
+    Found in the syntax tree, so what runs on a GPU only, or in training only, is found too.
+    """
+    found: set[tuple[str, bool]] = set()
+    for each in kind.__mro__:
+        if _belongs_to_a_model(each.__module__):
+            found |= _weights_read_in(each.__module__).get(each.__qualname__, set())
+    return frozenset(found)
+
+
+def _belongs_to_a_model(home: str) -> bool:
+    of_libraries = ("torch.", "qlora.", "builtins", "peft.", "bitsandbytes.")
+    return not (home.startswith(of_libraries) or (home.startswith("transformers.") and ".models." not in home))
+
+
+@functools.cache
+def _weights_read_in(home: str) -> dict[str, set[tuple[str, bool]]]:
+    """`weights_read` of every class of a file; empty where its source cannot be had."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[home]))
+    except (OSError, TypeError, SyntaxError, KeyError):
+        return {}
+    return {
+        owner.name: {path for method in _methods(owner) for path in _paths(method)}
+        for owner in tree.body
+        if isinstance(owner, ast.ClassDef)
+    }
+
+
+def _methods(owner: ast.ClassDef) -> list[ast.FunctionDef]:
+    functions = (node for node in owner.body if isinstance(node, ast.FunctionDef))
+    return [function for function in functions if not any(word in function.name for word in _BEFORE)]
+
+
+def _paths(method: ast.AST) -> set[tuple[str, bool]]:
+    found = set()
+    for node in _walked(method):
+        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias"):
+            names: list[str] = []
+            inner = node.value
+            while isinstance(inner, ast.Attribute):
+                names.insert(0, inner.attr)
+                inner = inner.value
+            if names:
+                found.add((".".join(names), isinstance(inner, ast.Name) and inner.id == "self"))
+    return found
+
+
+def _walked(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree but for what stands under a switch that is off."""
+    yield node
+    off = isinstance(node, ast.If) and _NEVER in ast.unparse(node.test)
+    for child in node.orelse if off and isinstance(node, ast.If) else ast.iter_child_nodes(node):
+        yield from _walked(child)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
     info(model).base      how its frozen weights were made, for adapter files and their checks
     info(model).adapters  the adapters on it (`layers.attach`)
     info(model).mode      how it runs in training (`layers.forward_mode`)
+    info(model).unreached the adapters that got no gradient in a trial step (`train.trial`)
 
 The alternative, a table of weak references beside the models, loses the record when a model is copied or pickled.
 """
@@ -44,13 +45,14 @@ class BaseInfo:
 
 @dataclass
 class ModelInfo:
-    """The attribute `qlora` of a model. `adapters` belongs to `layers.attach` and `mode` to `layers.forward_mode`,
-    which alone read and write them.
+    """The attribute `qlora` of a model. `adapters` belongs to `layers.attach`, `mode` to `layers.forward_mode` and
+    `unreached` to `train.trial`, which alone write them.
     """
 
     base: BaseInfo | None = None
     adapters: Any = None
     mode: Any = None
+    unreached: tuple[str, ...] = ()
 
 
 def info(model: nn.Module) -> ModelInfo:

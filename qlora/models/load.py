@@ -25,9 +25,9 @@ from qlora.models.device import DTYPES, resolve_device, resolve_dtype
 from qlora.models.gguf import gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
-from qlora.models.quantize import QuantizePass
+from qlora.models.quantize import QuantizePass, check_finite
 from qlora.models.source import Source, is_pickled, load_config, resolve
-from qlora.models.transformers_seam import forget_quantizer, stream_config
+from qlora.models.transformers_seam import LOADING, forget_quantizer, stream_config
 from qlora.specs import Quantization
 from qlora_kernels import backends
 
@@ -99,7 +99,7 @@ def load_streaming(
 
     place = source.gguf or source.folder
     try:
-        with guard("model", place, "cannot be loaded", "Check that the folder is whole"):
+        with guard("model", place, "cannot be loaded", "Check that the folder is whole"), LOADING:
             model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
     except UserError as error:
         watched.raise_ours()
@@ -192,6 +192,7 @@ def load_source(
     loaded = load_streaming(
         source, layers.on_tensor, dtype=DTYPES[dtype], device=place, prepare=layers.prepare, wants=layers.wants
     )
+    check_finite(loaded)
     loaded.requires_grad_(False)
     made, prints = layers.quantization, layers.fingerprint.digest()
     info(loaded).base = BaseInfo(

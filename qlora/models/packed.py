@@ -10,11 +10,14 @@ would not give the same codes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora.errors import UserError, guard, problem
 from qlora.layers import nf4
 from qlora.models.source import Source
 from qlora_kernels.weight import QuantizedWeight
@@ -36,8 +39,17 @@ STORED = {  # the types of safetensors files
 def _safetensors(folder: Path) -> list[Path]:
     """The safetensors files that a folder should hold: those of its index, or the one of a model without an index."""
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = {"model.safetensors"}
+    if index.is_file():
+        with guard("model", index, "is no index of safetensors files", "Get the model's folder again"):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [folder / name for name in sorted(names)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    with guard("model", path, "cannot be read", "Get the file again"):
+        yield
 
 
 def stored_types(source: Source) -> dict[str, torch.dtype | None]:
@@ -49,7 +61,7 @@ def stored_types(source: Source) -> dict[str, torch.dtype | None]:
     types: dict[str, torch.dtype | None] = {}
     for path in _safetensors(source.folder):
         if path.is_file():
-            with safe_open(path, "pt") as file:
+            with _reading(path), safe_open(path, "pt") as file:
                 types |= {key: STORED.get(file.get_slice(key).get_dtype()) for key in file.keys()}
     return types
 
@@ -57,25 +69,32 @@ def stored_types(source: Source) -> dict[str, torch.dtype | None]:
 def packed_layers(source: Source) -> dict[str, tuple[int, bool]]:
     """Layers that a bitsandbytes checkpoint holds in 4 bits: their block sizes, and whether the scales are
     double-quantized.
+
+    Raises:
+        UserError: a file cannot be read, a state makes no sense, or nothing is in 4 bits.
     """
     from safetensors import safe_open
 
     layers: dict[str, tuple[int, bool]] = {}
     for path in _safetensors(source.folder):
-        with safe_open(path, "pt") as file:
+        with _reading(path), safe_open(path, "pt") as file:
             for key in file.keys():
                 name, found, _ = key.partition(".weight.quant_state.")
                 if found:
-                    state = json.loads(bytes(file.get_tensor(key).tolist()))
-                    layers[name] = (state["blocksize"], "nested_blocksize" in state)
+                    state = nf4.packed_state(file.get_tensor(key), f"{name}.weight", path.name)
+                    layers[name] = (state.blocksize, state.double_quant)
+    if not layers:
+        rule = "its config says that it is quantized, its files hold no 4-bit weight"
+        remedy = "Take quantization_config out of config.json if the weights are 16-bit, or get the checkpoint again"
+        raise UserError(problem("model", source.folder, rule, remedy))
     return dict(sorted(layers.items()))
 
 
 class PackedTensor:
     """A 4-bit weight in a bitsandbytes checkpoint. Passes through transformers' cast unchanged; `load` reads it."""
 
-    def __init__(self, name: str, parts: dict[str, Any], device: torch.device | None = None):
-        self.name, self.parts, self.device = name, parts, device
+    def __init__(self, name: str, parts: dict[str, Any], file: Path, device: torch.device | None = None):
+        self.name, self.parts, self.file, self.device = name, parts, file, device
 
     def __getitem__(self, _: object) -> PackedTensor:
         """Itself: the loader reads every tensor so."""
@@ -83,13 +102,17 @@ class PackedTensor:
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> PackedTensor:
         """The same on another device; codes have no other dtype."""
-        return PackedTensor(self.name, self.parts, device)
+        return PackedTensor(self.name, self.parts, self.file, device)
 
     def load(self) -> QuantizedWeight:
-        """Read the parts from the file."""
-        return nf4.from_bitsandbytes(
-            {key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}, self.name
-        )
+        """Read the parts from the file.
+
+        Raises:
+            UserError: they do not fit each other (`nf4.from_bitsandbytes`).
+        """
+        with _reading(self.file):
+            parts = {key: part[...].to(self.device or "cpu") for key, part in self.parts.items()}
+        return nf4.from_bitsandbytes(parts, self.name, self.file.name)
 
 
 def packed_tensors(source: Source) -> dict[str, object]:
@@ -97,15 +120,18 @@ def packed_tensors(source: Source) -> dict[str, object]:
     from safetensors import safe_open
 
     slices: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     for path in _safetensors(source.folder):
-        file = safe_open(path, "pt")  # stays open as long as its slices live
-        slices |= {key: file.get_slice(key) for key in file.keys()}
+        with _reading(path):
+            file = safe_open(path, "pt")  # stays open as long as its slices live
+            slices |= {key: file.get_slice(key) for key in file.keys()}
+        files |= dict.fromkeys(slices.keys() - files.keys(), path)
     tensors: dict[str, object] = {}
     for name in packed_layers(source):
         weight = f"{name}.weight"
-        parts = {"": slices.pop(weight)}
+        parts = {"": slices.pop(weight)} if weight in slices else {}
         parts |= {
             key.removeprefix(weight): slices.pop(key) for key in [k for k in slices if k.startswith(weight + ".")]
         }
-        tensors[weight] = PackedTensor(weight, parts)
+        tensors[weight] = PackedTensor(weight, parts, files[f"{weight}.{nf4.STATE_KEY}"])
     return tensors | slices

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, problem
 from qlora.layers import nf4
-from qlora.layers.linear import LINEAR, NF4Linear, linear_names
+from qlora.layers.linear import NF4Linear, is_linear, left_alone, linear_names
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
 from qlora.specs import Quantization, ResolvedQuantization
@@ -112,18 +113,24 @@ class QuantizePass:
         """Note the linear layers of the empty model.
 
         Raises:
-            UserError: the checkpoint quantizes a layer that is not linear.
+            UserError: the checkpoint quantizes a layer that is not linear, or that must stay dense.
         """
+        modules, alone = dict(model.named_modules()), {} if self.packed is None else left_alone(model)
+        problems = []
         for name in linear_names(model) if self.packed is None else self.packed:
-            layer = model.get_submodule(name)
-            if not isinstance(layer, LINEAR):
-                rule = "is quantized in the checkpoint but is no linear layer of the model"
-                raise UserError(problem("model", name, rule, "Use the 16-bit original"))
+            layer: Any = modules.get(name)
+            if layer is None or not is_linear(layer) or name in alone:
+                why = f"which must stay dense: {alone[name]}" if name in alone else "which is no linear layer of it"
+                rule = f"the checkpoint quantizes {name}, {why}"
+                problems.append(problem("model", type(model).__name__, rule, "Use the 16-bit original"))
+                continue
             rows, columns = layer.weight.shape
             if isinstance(layer, Conv1D):
                 self.transposed.add(name)
                 rows, columns = columns, rows
             self.shapes[name] = (rows, columns)
+        if problems:
+            raise UserError(problems)
 
     def prepare(self, model: nn.Module) -> None:
         """Note them and, with 4 bits, put NF4Linear in their places."""
@@ -172,13 +179,40 @@ class QuantizePass:
         layer = name.removesuffix(".weight")
         if isinstance(value, PackedTensor):
             weight = value.load()
+            self._check_shape(name, weight.shape)
             step = nf4.row_chunk(weight, 1)
             self.fingerprint.add(layer, nf4.dequantize(nf4.rows(weight, 0, step)))
             return weight
         oriented = value.t().contiguous() if layer in self.transposed else value
-        if oriented.shape != self.shapes[layer]:
-            rule, remedy = f"the model needs {self.shapes[layer]}", "Get the checkpoint that belongs to this config"
-            raise UserError(problem(name, tuple(oriented.shape), rule, remedy))
+        self._check_shape(name, oriented.shape)
         self.fingerprint.add(layer, oriented)
         made = self.quantization
         return nf4.quantize(oriented, made.blocksize, made.double_quant, name, made.scales or "absmax")
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        needed = self.shapes[name.removesuffix(".weight")]
+        if tuple(shape) != needed:
+            rule, remedy = f"the model needs {needed}", "Get the checkpoint that belongs to this config"
+            raise UserError(problem(name, tuple(shape), rule, remedy))
+
+
+def check_finite(model: nn.Module) -> None:
+    """Look at every weight that stayed in 16 or 32 bits; those that were quantized have been looked at.
+
+    Raises:
+        UserError: NaN or inf in one of them, by name.
+    """
+    bad = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    if bad:
+        rule, remedy = (
+            "a weight must be finite, and holds NaN or inf",
+            "The checkpoint is damaged or diverged; load another",
+        )
+        raise UserError([problem("model", name, rule, remedy) for name in bad])
+
+
+def _finite(values: Tensor) -> bool:
+    """By the smallest and the largest, which NaN reaches too: one pass, and nothing allocated."""
+    if values.numel() == 0 or values.is_meta or not values.is_floating_point():
+        return True
+    return all(bool(end.isfinite()) for end in values.detach().aminmax())

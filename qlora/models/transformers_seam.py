@@ -3,6 +3,7 @@
     stream_config(...)         a quantizer that quantizes nothing: it shows each checkpoint tensor to a function of ours
     forget_quantizer           takes the marks of that quantizer off the loaded model
     attention_implementation   which attention a model runs, and whether it lets another be chosen
+    LOADING                    a lock: transformers makes one model at a time
     loaded_from                the name that a model was loaded by
 
 Each was tried with transformers 5.17 and 5.23, and each has a test in tests/models/test_transformers_seam.py. The
@@ -13,6 +14,7 @@ alternative, a loader of our own, would know each architecture's renamed, sharde
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "qlora_stream"
+
+# Held while transformers makes a model: it sets torch's default dtype and replaces torch's initializers meanwhile, for
+# the whole process. 5.17, 5.23
+LOADING = threading.RLock()
 
 
 def stream_config(

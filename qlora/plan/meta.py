@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, pack
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
@@ -128,9 +128,10 @@ class MetaRun:
             if not self.stack.alike:
                 return run_on_meta(self.model(count, checkpointing), batch)
             three, two = (dataclasses.astuple(run_on_meta(self.model(n, checkpointing), batch)) for n in (3, 2))
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            rule = f"its steps cannot be followed without its weights ({reason})"
+        except UserError:
+            raise
+        except Exception as error:  # whatever an architecture's code raises without numbers
+            rule = f"its steps cannot be followed without its weights ({brief(error)})"
             raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
         return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
 
@@ -139,7 +140,8 @@ class MetaRun:
         key = count, checkpointing
         if key not in self._models:
             short = copy.deepcopy(self.architecture)
-            short.get_text_config().num_hidden_layers = count
+            if count != self.stack.count:
+                short.get_text_config().num_hidden_layers = count
             targets = tuple(name for name in self.targets if not self.stack.beyond(name, count))
             adapter = dataclasses.replace(self.spec.adapter, targets=targets)
             spec = dataclasses.replace(self.spec, adapter=adapter, gradient_checkpointing=checkpointing)

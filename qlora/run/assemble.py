@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from qlora.errors import guard
 from qlora.layers.attach import attach
 from qlora.layers.dropout import Draws
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
@@ -24,9 +25,11 @@ from qlora.models.device import DTYPES
 from qlora.models.load import load_source
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import Source
+from qlora.models.transformers_seam import LOADING
 from qlora.specs import AdapterSpec, Quantization
 from qlora.train.rng import seed_generators
 from qlora.train.step import checkpoint_activations
+from qlora.train.trial import trial_step
 from qlora_kernels import backends
 
 
@@ -51,7 +54,7 @@ def assemble(
         architecture: given, the model is empty, on the meta device and of this config, and nothing is read or drawn.
 
     Raises:
-        UserError: see `load_base` and `attach`.
+        UserError: see `load_base`, `attach`, `choose_forward_mode` and `trial_step`.
     """
     draws = None
     if architecture is None:
@@ -65,9 +68,11 @@ def assemble(
     with nullcontext() if architecture is None else torch.device("meta"):
         attach(model, spec.adapter, draws=draws)
     if spec.gradient_checkpointing:
-        checkpoint_activations(model)
+        with guard("gradient_checkpointing", True, f"{model.config.model_type} cannot recompute", "Leave it out"):
+            checkpoint_activations(model)
     if architecture is None:
         choose_forward_mode(model, spec.packing)
+        trial_step(model)
     else:
         expected_forward_mode(model)  # there are no numbers to compare
     return model
@@ -76,7 +81,7 @@ def assemble(
 def empty_base(source: Source, spec: ModelSpec, architecture: PretrainedConfig) -> PreTrainedModel:
     """The frozen base on the meta device, its layers quantized as `spec` says but for what only weights can tell."""
     dtype = DTYPES[spec.dtype]
-    with torch.device("meta"):
+    with LOADING, torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             architecture, dtype=dtype, trust_remote_code=source.trust_remote_code
         )

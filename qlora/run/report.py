@@ -24,6 +24,7 @@ from qlora.layers.forward_mode import forward_mode
 from qlora.models.info import BaseInfo, base_info
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.inputs import Inputs
+from qlora.run.untouched import untouched
 from qlora.train.checkpoint import latest_checkpoint
 from qlora.train.metrics import Totals, duration
 from qlora.train.step import SMALLER, NotFinite
@@ -68,17 +69,20 @@ def before(
     held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
     dataset, base = inputs.dataset, base_info(model)
     resumed = f", resumed at step {first}" if first else ""
-    batches = "packed without padding" if forward_mode(model).packed else "padded to one length"
     lines = [
         ("model", f"{config.model}: {_kind(base)}, {frozen / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
         ("adapter", f"{config.method} of rank {config.rank} on {adapters} layers, {trained:,} trainable parameters"),
         ("state", f"AdamW in {config.optimizer_state}, {state}"),
         ("data", f"{config.data} ({dataset.format}): {len(inputs.train)} examples{held_out}{_losses(config, dataset)}"),
         ("", f"{dataset.tokens:,} tokens, {dataset.target_tokens:,} of them count in the loss"),
-        ("steps", f"{steps} of {config.batch_size * config.accumulate} examples, {batches}{resumed}"),
+        (
+            "steps",
+            f"{steps} of {config.batch_size * config.accumulate} examples, {forward_mode(model).batches}{resumed}",
+        ),
     ]
     if config.learning_rate > 1:
         lines.append(("note", f"a learning rate of {config.learning_rate:g} seldom teaches anything: 1e-4 is usual"))
+    lines[2:2] = [("", line) for line in untouched(model)]
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
