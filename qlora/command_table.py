@@ -26,6 +26,7 @@ from qlora.config.commands import (
     PlanConfig,
     QuantizeConfig,
 )
+from qlora.config.data_command import DataConfig
 from qlora.config.options import Options
 
 
@@ -114,6 +115,13 @@ def _plan(config: PlanConfig) -> None:
     print(json.dumps(found, indent=2) if config.json else text)
 
 
+def _data(config: DataConfig) -> None:
+    _quiet()
+    from qlora.run.data_command import data_command
+
+    print(data_command(config))
+
+
 def _doctor(config: DoctorConfig) -> None:
     from qlora import doctor
 
@@ -135,6 +143,7 @@ class Command:
     summary: str
     example: str
     config_file: bool = False
+    word: str = ""  # the option that a word without a flag is
 
 
 COMMANDS = {
@@ -151,6 +160,14 @@ COMMANDS = {
         "predict the memory of a fine-tuning run, without its weights",
         "--model smollm2-135m --batch-size 8 --memory 2GB",
         config_file=True,
+    ),
+    "data": Command(
+        DataConfig,
+        _data,
+        "show what a fine-tuning run would learn from data, token by token",
+        "train.jsonl --model smollm2-135m --html data.html",
+        config_file=True,
+        word="data",
     ),
     "generate": Command(
         GenerateConfig,

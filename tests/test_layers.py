@@ -19,6 +19,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 FLOORS = (
     (
         "data.batch",
+        "data.doctor_page",
         "errors",
         "layers.attention",
         "layers.norms",
@@ -63,10 +64,10 @@ FLOORS = (
         "models.packed",
         "optim.pinned_tier",
     ),
-    ("layers.linear", "layers.loss", "optim.pager"),
+    ("config.data_command", "data.doctor", "layers.linear", "layers.loss", "optim.pager"),
     ("evaluate", "layers.adapters", "layers.targets", "models.quantize", "optim.pages", "train.step"),
     ("layers.attach", "layers.fused", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
-    ("export.peft", "models.load", "optim.state_dict", "optim.update"),
+    ("export.peft", "models.load", "optim.state_dict", "optim.update", "run.data_command"),
     ("export.peft_write", "export.shards", "optim.adamw", "run.adapted", "run.assemble"),
     ("export.bnb", "export.merge", "plan.meta", "run.optimizer", "run.trace", "train.checkpoint"),
     ("plan.fit", "run.identity", "run.output", "run.report"),

@@ -16,7 +16,7 @@ The alternative, a rectangle padded to the longest example, computes the padding
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
 import torch
@@ -29,11 +29,12 @@ IGNORE_INDEX = -100  # the label that does not count, as in torch.nn.functional.
 @dataclass(frozen=True)
 class Example:
     """The tokens of one example. `loss_mask[i]`: token i is predicted from those before it, and counts in the loss;
-    the first token has nothing before it and never counts.
+    the first token has nothing before it and never counts. `place`: its file, and where it stands there, if known.
     """
 
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+    place: tuple[str, str] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,14 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
             return fitting[0]
     needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items())
     lower = {name.strip().lower(): name for name in names}
-    for format, columns in COLUMNS.items():
-        if lower.keys() >= set(columns):
-            renamed = " and ".join(f"{lower[column]} to {column}" for column in columns if lower[column] != column)
+    for meant, needed in COLUMNS.items():
+        if lower.keys() >= set(needed):
+            renamed = " and ".join(f"{lower[column]} to {column}" for column in needed if lower[column] != column)
             raise UserError(
                 problem(
                     "data",
                     source_of(records),
-                    f"{shown}, which fit {format} but for their spelling",
+                    f"{shown}, which fit {meant} but for their spelling",
                     f"Rename {renamed}",
                 )
             )
@@ -177,7 +177,7 @@ class RecordReader:
                 f'Write [{{"{role_key}": "user", "{text_key}": "..."}}, ...]',
             )
             return []
-        messages = []
+        messages: list[dict] = []
         for number, turn in enumerate(turns, 1):
             role = turn.get(role_key)
             if not isinstance(role, str) or role not in roles:
@@ -221,7 +221,7 @@ class RecordReader:
             self.wrong(f"turn {number}: `tool_calls` is not a list of objects", 'Write [{"function": {...}}, ...]')
             turn.pop("tool_calls")
             return
-        for function in functions:
+        for function in filter(None, functions):
             arguments = function.get("arguments")
             if isinstance(arguments, str):
                 try:

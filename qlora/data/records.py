@@ -45,6 +45,11 @@ class Record(dict):
         self.source, self.place = source, place
 
 
+def place_of(record: dict) -> tuple[str, str] | None:
+    """(file, place in it) of a record that was read from one."""
+    return (record.source, record.place) if isinstance(record, Record) else None
+
+
 class _Decimal(float):
     """A JSON number that still knows its own text: 1.50 stays "1.50". Inside tool calls it is an ordinary float."""
 

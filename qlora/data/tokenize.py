@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from qlora.data.batch import Example
 from qlora.data.chat import Chat, Rendered, no_template, render_plain, without_bos
 from qlora.data.formats import RecordReader, is_empty, pick_format, source_of, unused_columns
-from qlora.data.records import Gathered
+from qlora.data.records import Gathered, place_of
 from qlora.data.template import Refusal
 from qlora.errors import UserError, problem
 
@@ -38,7 +38,6 @@ class Dataset:
 
     examples: list[Example]
     format: str
-    places: list[str] = field(default_factory=list)  # of each example: its file and line
     prints: list[bytes] = field(default_factory=list)  # of each example: a hash of its text without case and spacing
     truncated: int = 0  # examples cut at max_tokens and kept
     dropped: int = 0  # examples left out: no token in them counts, or too long with truncate="drop"
@@ -66,7 +65,7 @@ class _Item:
     """A record as text, and where it stands."""
 
     rendered: Rendered
-    place: str
+    place: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ def tokenize(
         if not any(mask) or (too_long and truncate == "drop"):
             dataset.dropped += 1
             continue
-        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask))
-        dataset.places.append(item.place)
+        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask, item.place))
         dataset.prints.append(print_of(item.rendered.text))
         dataset.truncated += too_long
         dataset.tokens += len(mask)
@@ -183,7 +181,7 @@ class _Renderer:
             if not found.text.isascii() and any("\ud800" <= char <= "\udfff" for char in found.text):
                 reader.wrong("it holds half a surrogate pair", "Repair its \\u escapes")
                 continue
-            items.append(_Item(found, f"{reader.source}, {reader.place}"))
+            items.append(_Item(found, place_of(record)))
             dataset.skipped_turns += 0 if self.everything else found.skipped
             dataset.changed_turns += found.changed
         self.problems.refuse()

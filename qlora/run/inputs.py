@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch, Example, by_length, pack
+from qlora.data.doctor import refuse_endless
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.template import writes_date
@@ -126,6 +127,7 @@ def read_inputs(
         records, held_out = split(records, config.eval_fraction, config.seed)
     train = problems.gather(lambda: tokens(config, tokenizer.value, records, moment))
     held = problems.gather(lambda: tokens(config, tokenizer.value, held_out, moment) if held_out else None)
+    problems.gather(lambda: refuse_endless(train.value, config.data, allowed=config.allow_endless))
     problems.refuse()
     examples, dataset, held_dataset = train.value.examples, train.value, held.value
     return Inputs(
@@ -171,10 +173,15 @@ def micro_batches(config: FinetuneConfig, examples: list[Example], limit: int) -
     Args:
         limit: how many examples the run sees.
     """
-    per_step = config.batch_size * config.accumulate
+    examples_of = examples_of_step(config, examples, limit)
 
     def batches(step: int) -> list[Batch]:
-        chosen = [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]
-        return [pack(batch) for batch in by_length(chosen, config.batch_size)]
+        return [pack(batch) for batch in by_length(examples_of(step), config.batch_size)]
 
     return batches
+
+
+def examples_of_step(config: FinetuneConfig, examples: list[Example], limit: int) -> Callable[[int], list[Example]]:
+    """The examples of a step as a function of its number; `limit` as in `micro_batches`."""
+    per_step = config.batch_size * config.accumulate
+    return lambda step: [examples[i] for i in step_indices(len(examples), per_step, config.seed, step, limit)]
