@@ -139,6 +139,8 @@ def parse(name: str, argv: Sequence[str]) -> Options | None:
     values = vars(flags)
     if values.pop("help", False):
         return None
+    if COMMANDS[name].word and rest and not rest[0].startswith("-"):
+        values.setdefault(COMMANDS[name].word, rest.pop(0))
     unknown = [word for word in rest if word.startswith("-")]
     if rest:
         raise UserError(

@@ -27,6 +27,7 @@ from qlora.config.commands import (
     QuantizeConfig,
     VerifyConfig,
 )
+from qlora.config.data_command import DataConfig
 from qlora.config.options import Options
 from qlora.streams import steady
 
@@ -128,6 +129,13 @@ def _plan(config: PlanConfig) -> None:
     print(json.dumps(found, indent=2) if config.json else text)
 
 
+def _data(config: DataConfig) -> None:
+    _quiet()
+    from qlora.run.data_command import data_command
+
+    print(data_command(config))
+
+
 def _doctor(config: DoctorConfig) -> None:
     from qlora import doctor
 
@@ -152,6 +160,7 @@ class Command:
     summary: str
     example: str
     config_file: bool = False
+    word: str = ""  # the option that a word without a flag is
 
 
 COMMANDS = {
@@ -175,6 +184,14 @@ COMMANDS = {
         "kill a short run at random moments, resume it, and compare to the bit",
         "--model smollm2-135m --data train.jsonl --output runs/verify --steps 8",
         config_file=True,
+    ),
+    "data": Command(
+        DataConfig,
+        _data,
+        "show what a fine-tuning run would learn from data, token by token",
+        "train.jsonl --model smollm2-135m --html data.html",
+        config_file=True,
+        word="data",
     ),
     "generate": Command(
         GenerateConfig,

@@ -68,7 +68,7 @@ def generate_batch(
     width = max(map(len, rows))
     if positions is not None:
         max_new_tokens = min(max_new_tokens, positions - width)
-    stops = sorted({*stop_ids(tokenizer), *_stops_of(model)})
+    stops = sorted({*stop_ids(tokenizer, system=system, raw=raw), *_stops_of(model)})
     pad = stops[0] if stops else 0  # masked, so any token will do
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None, **_choice(sampling)

@@ -122,6 +122,13 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
 
     truncate: Literal["end", "drop"] = option("end", group=DATA, help="a longer example loses its end, or is dropped")
 
+    allow_endless: bool = option(
+        False,
+        group=DATA,
+        resume="free",
+        help="train although no example keeps the end of its answer, so that the model does not learn to stop",
+    )
+
     eval_data: str | None = option(
         None,
         group=CHECKPOINTS,

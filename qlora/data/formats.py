@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from qlora.data.records import kind_of, text_of
-from qlora.errors import UserError, problem
+from qlora.data.records import Gathered, kind_of, text_of
+from qlora.errors import UserError, brief, problem, shortened
 
-# format -> the columns it needs. Others are ignored, but for `system` (not in text) and `tools` (chat and sharegpt).
+_SHOWN = 20  # columns that a message names
+
+# format -> the columns it needs. Others are not used, but for those in OPTIONAL, and are named before training.
 COLUMNS = {
     "chat": ("messages",),  # [{"role": "user", "content": "..."}, ...]
     "sharegpt": ("conversations",),  # [{"from": "human", "value": "..."}, ...]
@@ -23,6 +25,14 @@ COLUMNS = {
     "prompt-completion": ("prompt", "completion"),
     "question-answer": ("question", "answer"),
     "text": ("text",),
+}
+OPTIONAL = {
+    "chat": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("system", "input"),
+    "prompt-completion": ("system",),
+    "question-answer": ("system",),
+    "text": (),
 }
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 SHAREGPT_ROLES = {
@@ -47,7 +57,9 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
         UserError: no format fits, or several do.
     """
     everywhere, anywhere = set(records[0]).intersection(*records), set().union(*records)
-    shown = f"the columns are {', '.join(sorted(map(str, anywhere))) or 'none'}"
+    names = sorted(map(str, anywhere))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = f"the columns are {', '.join(shortened(name, 60) for name in names[:_SHOWN]) or 'none'}{more}"
     if format is not None:
         if format not in COLUMNS:
             raise UserError(problem("format", format, f"must be one of {', '.join(COLUMNS)}", "Choose one of them"))
@@ -64,7 +76,37 @@ def pick_format(records: Sequence[dict], format: str | None = None) -> str:
         if fitting:
             return fitting[0]
     needs = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items())
+    lower = {name.strip().lower(): name for name in names}
+    for meant, needed in COLUMNS.items():
+        if lower.keys() >= set(needed):
+            renamed = " and ".join(f"{lower[column]} to {column}" for column in needed if lower[column] != column)
+            raise UserError(
+                problem(
+                    "data",
+                    source_of(records),
+                    f"{shown}, which fit {meant} but for their spelling",
+                    f"Rename {renamed}",
+                )
+            )
     raise UserError(problem("data", source_of(records), f"{shown}, which fit no format", f"Rename them: {needs}"))
+
+
+def is_empty(record: dict) -> bool:
+    """Whether no column holds a value: the last rows of a spreadsheet."""
+    return all(value is None or (isinstance(value, str) and not value.strip()) for value in record.values())
+
+
+def unused_columns(records: Sequence[dict], format: str) -> list[str]:
+    """The columns with values that a format does not read."""
+    used = {*COLUMNS[format], *OPTIONAL[format]}
+    return sorted(
+        {
+            str(name)
+            for record in records
+            for name, value in record.items()
+            if name not in used and value not in (None, "", [], {})
+        }
+    )
 
 
 def source_of(records: Sequence[dict]) -> str:
@@ -73,16 +115,25 @@ def source_of(records: Sequence[dict]) -> str:
 
 
 class RecordReader:
-    """One record read as a format; what is wrong with it gathers in `problems`, under the record's own name."""
+    """One record read as a format; what is wrong with it is gathered in `problems`, under the record's own name.
 
-    def __init__(self, record: dict, number: int):
+    Attributes:
+        muted: the numbers of the messages whose `weight` is 0.
+        ignored: keys of turns that the format does not know.
+    """
+
+    def __init__(self, record: dict, number: int, problems: Gathered | None = None):
         self.record = record
-        self.problems: list[str] = []
+        self.problems = Gathered() if problems is None else problems
+        self.good = True
+        self.muted: set[int] = set()
+        self.ignored: set[str] = set()
         self.source, self.place = getattr(record, "source", "records"), getattr(record, "place", f"record {number}")
 
     def wrong(self, rule: str, remedy: str) -> None:
         """Add a problem of this record."""
-        self.problems.append(problem("data", self.source, f"{self.place}: {rule}", remedy))
+        self.good = False
+        self.problems.add("data", self.source, f"{self.place}: {rule}", remedy)
 
     def text(self, column: str, values: dict | None = None, of: str = "", required: bool = True) -> str:
         """The text of a column, of the record or of the `values` of a turn (`of`: its name); "" with a problem."""
@@ -104,6 +155,7 @@ class RecordReader:
             turns = self.turns(format)
             if head and turns and turns[0]["role"] == "system":
                 self.wrong("there is a system turn, and a column `system` too", "Leave one of them out")
+            self.muted = {number + len(head) for number in self.muted}
             return head + turns
         asked, answered = COLUMNS[format]
         prompt, answer = self.text(asked), self.text(answered)
@@ -125,19 +177,62 @@ class RecordReader:
                 f'Write [{{"{role_key}": "user", "{text_key}": "..."}}, ...]',
             )
             return []
-        messages = []
+        messages: list[dict] = []
         for number, turn in enumerate(turns, 1):
             role = turn.get(role_key)
             if not isinstance(role, str) or role not in roles:
-                self.wrong(f"turn {number} has {role_key}={role!r}", f"Write one of {', '.join(roles)}")
-            elif chat and turn.get(text_key) is None and turn.get("tool_calls"):
-                messages.append(turn)  # tool calls, names, reasoning: all that is the template's business
+                self.wrong(
+                    f"turn {number} has {role_key}={shortened(repr(role), 60)}", f"Write one of {', '.join(roles)}"
+                )
+                continue
+            if not self.weight(turn, number):
+                self.muted.add(len(messages))
+            if chat:  # tool calls, names, reasoning: all that is the template's business
+                rest = {key: value for key, value in turn.items() if key not in ("role", "content", "weight")}
             else:
-                text = self.text(text_key, turn, f"turn {number}: ")
-                messages.append({**(turn if chat else {}), "role": roles[role], "content": text})
-        if not self.problems and not any(message["role"] == "assistant" for message in messages):
+                rest = {}
+                self.ignored |= {key for key, value in turn.items() if value} - {"from", "value", "weight"}
+            self.check_calls(rest, number)
+            content = turn.get(text_key)
+            if content is not None or not rest.get("tool_calls"):
+                content = self.text(text_key, turn, f"turn {number}: ")
+            elif text_key not in turn:
+                messages.append({"role": roles[role], **rest})
+                continue
+            messages.append({"role": roles[role], "content": content, **rest})
+        if self.good and not any(message["role"] == "assistant" for message in messages):
             self.wrong("no assistant turn, so there is nothing to learn", "Leave the record out")
         return messages
+
+    def weight(self, turn: dict, number: int) -> bool:
+        """Whether a turn counts: its `weight` is 1 or missing, and not 0."""
+        value = turn.get("weight")
+        if value is None or str(value) in ("1", "1.0", "True"):
+            return True
+        if str(value) not in ("0", "0.0", "False"):
+            self.wrong(f"turn {number} has weight={shortened(value, 40)}", "Write 1, or 0 for a turn not to learn")
+        return False
+
+    def check_calls(self, turn: dict, number: int) -> None:
+        """See that `tool_calls` are objects, and arguments that are text are the text of a JSON object."""
+        calls = turn.get("tool_calls") or []
+        functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
+        if not isinstance(calls, list) or not all(isinstance(function, dict) for function in functions):
+            self.wrong(f"turn {number}: `tool_calls` is not a list of objects", 'Write [{"function": {...}}, ...]')
+            turn.pop("tool_calls")
+            return
+        for function in filter(None, functions):
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments)
+                except (ValueError, RecursionError) as error:
+                    rule = f"turn {number}: the `arguments` of a tool call are text that is no JSON ({brief(error)})"
+                    self.wrong(rule, "Write an object, or its JSON text")
+                    continue
+            if arguments is not None and not isinstance(arguments, dict):
+                rule = f"turn {number}: the `arguments` of a tool call are {kind_of(arguments)}"
+                self.wrong(rule, "Write an object, or its JSON text")
 
     def tools(self) -> list | None:
         """The column `tools`: a list of JSON schemas, or its JSON text."""
@@ -145,9 +240,11 @@ class RecordReader:
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
-            except ValueError as error:
-                self.wrong(f"`tools` is not JSON ({error})", "Write a list of JSON schemas")
+            except (ValueError, RecursionError) as error:
+                self.wrong(f"`tools` is not JSON ({brief(error)})", "Write a list of JSON schemas")
                 return None
         if tools is not None and not isinstance(tools, list):
             self.wrong(f"`tools` is {kind_of(tools)}, where a list is needed", "Write a list of JSON schemas")
+        elif tools is not None and not all(isinstance(tool, dict) for tool in tools):
+            self.wrong("`tools` holds what is no object", "Write a list of JSON schemas")
         return tools

@@ -17,9 +17,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, brief, guard, problem, shortened
 
 _SHOWN = 10  # problems a person still reads
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_UTF8 = "Save the file as UTF-8 (from Windows: iconv -f cp1252 -t utf-8 OLD > NEW)"
+_CONVERT = {
+    ".gz": "Unpack it: gunzip FILE",
+    ".zip": "Unpack it",
+    ".zst": "Unpack it: unzstd FILE",
+    ".ndjson": "Rename it to .jsonl",
+    ".jsonlines": "Rename it to .jsonl",
+    ".tsv": "Save it with commas between the values, as .csv",
+    ".xlsx": "Save it as CSV (UTF-8)",
+    ".txt": 'Write each text as a line {"text": "..."} of a .jsonl file',
+    ".md": 'Write each text as a line {"text": "..."} of a .jsonl file',
+}
 
 
 class Record(dict):
@@ -78,16 +91,33 @@ def kind_of(value: object) -> str:
     return words.get(type(value), f"a {type(value).__name__}")
 
 
-def raise_all(problems: list[str]) -> None:
-    """Nothing, if there are no problems.
+class Gathered:
+    """Problems of a source: the first ten as lines, the others only counted, for there may be millions."""
 
-    Raises:
-        UserError: the first ten, and how many more.
-    """
-    if len(problems) > _SHOWN:
-        problems = [*problems[:_SHOWN], f"data: and {len(problems) - _SHOWN} more problems like these."]
-    if problems:
-        raise UserError(problems)
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.count = 0
+
+    def add(self, name: str, value: object, rule: str, remedy: str) -> None:
+        """One more problem."""
+        self.count += 1
+        if self.count <= _SHOWN:
+            self.lines.append(problem(name, shortened(value), shortened(rule, 500), remedy))
+
+    def take(self, error: UserError) -> None:
+        """The problems of an error."""
+        self.count += len(error.problems)
+        self.lines += error.problems[: max(0, _SHOWN - len(self.lines))]
+
+    def refuse(self) -> None:
+        """Nothing, if there are no problems.
+
+        Raises:
+            UserError: the first ten, and how many more.
+        """
+        more = self.count - len(self.lines)
+        if self.count:
+            raise UserError([*self.lines, *([f"data: and {more} more problems like these."] if more else [])])
 
 
 def read_records(source: str) -> list[dict]:
@@ -126,48 +156,46 @@ def _read_folder(folder: Path) -> list[dict]:
     )
     if not files:
         raise UserError(problem("data", folder, f"the folder holds no {_ENDINGS} file", "Name the file, or its folder"))
-    records, problems, columns = [], [], {}
+    records: list[dict] = []
+    problems, columns = Gathered(), {}
     for file in files:
         try:
             found = _read_file(file)
         except UserError as error:
-            problems += error.problems
+            problems.take(error)
         else:
             columns[file.name] = sorted({column for record in found for column in record})
             records += found
     first, expected = next(iter(columns.items()), ("", []))
-    problems += [
-        problem(
-            "data",
-            folder,
-            f"{name} has the columns {', '.join(own)} where {first} has {', '.join(expected)}",
-            "Give every file of the folder the same columns, or name one file",
-        )
-        for name, own in columns.items()
-        if own != expected
-    ]
-    raise_all(problems)
+    for name, own in columns.items():
+        if own != expected:
+            rule = f"{name} has the columns {', '.join(own)} where {first} has {', '.join(expected)}"
+            remedy = "Give every file of the folder the same columns, or name one file"
+            problems.add("data", folder, rule, remedy)
+    problems.refuse()
     return records
 
 
 def _read_file(path: Path) -> list[dict]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(problem("data", path, f"its ending is none of {_ENDINGS}", "Convert or rename the file"))
-    problems: list[str] = []
-    try:
+        remedy = _CONVERT.get(path.suffix.lower(), "Convert or rename the file")
+        raise UserError(problem("data", path, f"its ending is none of {_ENDINGS}", remedy))
+    problems = Gathered()
+    with guard("data", path, "cannot be read", "Check the file, or write it again"):
         if path.stat().st_size == 0:
             raise UserError(problem("data", path, "the file is empty", "Write at least one record into it"))
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise UserError(problem("data", path, "is a pointer of Git LFS, not the data", "Run: git lfs pull"))
         records = reader(path, problems)
-    except OSError as error:
-        raise UserError(problem("data", path, f"cannot be read ({error.strerror})", "Check the file")) from error
-    raise_all(problems)
+    problems.refuse()
     if not records:
         raise UserError(problem("data", path, "the file holds no records", "Write at least one record into it"))
     return records
 
 
-def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, problems: Gathered) -> Iterator[tuple[int, str]]:
     """(number, text) of every line; a byte order mark is dropped, a line that is not UTF-8 becomes a problem."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -175,21 +203,24 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 rule = f"line {number} is not UTF-8 (byte {error.start + 1} of the line)"
-                problems.append(problem("data", path, rule, "Save the file as UTF-8"))
+                problems.add("data", path, rule, _UTF8)
 
 
 def _parse(text: str) -> object:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a JSON number")
 
-    return json.loads(text, parse_float=_Decimal, parse_constant=refuse)
+    try:
+        return json.loads(text, parse_float=_Decimal, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 def _why(error: ValueError) -> str:
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else brief(error)
 
 
-def _json_record(value: object, path: Path, place: str, problems: list[str]) -> list[dict]:
+def _json_record(value: object, path: Path, place: str, problems: Gathered) -> list[dict]:
     if isinstance(value, dict):
         return [
             Record(
@@ -202,11 +233,11 @@ def _json_record(value: object, path: Path, place: str, problems: list[str]) -> 
             )
         ]
     rule = f"{place} is {kind_of(value)}, not an object with columns"
-    problems.append(problem("data", path, rule, 'Write {"column": "text", ...}'))
+    problems.add("data", path, rule, 'Write {"column": "text", ...}')
     return []
 
 
-def _read_jsonl(path: Path, problems: list[str]) -> list[dict]:
+def _read_jsonl(path: Path, problems: Gathered) -> list[dict]:
     records = []
     for number, line in _lines(path, problems):
         if not line.strip():
@@ -215,15 +246,17 @@ def _read_jsonl(path: Path, problems: list[str]) -> list[dict]:
             value = _parse(line.rstrip("\r\n"))
         except ValueError as error:
             rule = f"line {number} is not JSON ({_why(error)})"
-            problems.append(problem("data", path, rule, "Write one complete object on each line"))
+            listed = number == 1 and line.lstrip().startswith("[")
+            remedy = "Rename the file to .json" if listed else "Write one complete object on each line"
+            problems.add("data", path, rule, remedy)
         else:
             records += _json_record(value, path, f"line {number}", problems)
     return records
 
 
-def _read_json(path: Path, problems: list[str]) -> list[dict]:
+def _read_json(path: Path, problems: Gathered) -> list[dict]:
     lines = list(_lines(path, problems))
-    if problems:
+    if problems.count:
         return []
     try:
         value = _parse("".join(line for _, line in lines))
@@ -232,19 +265,13 @@ def _read_json(path: Path, problems: list[str]) -> list[dict]:
         if first.startswith("{") and first.endswith("}"):
             return _read_jsonl(path, problems)  # many .json files hold one object a line
         where = f"line {error.lineno} " if isinstance(error, json.JSONDecodeError) else ""
-        problems.append(problem("data", path, f"{where}is not JSON ({_why(error)})", "Repair that line"))
+        problems.add("data", path, f"{where}is not JSON ({_why(error)})", "Repair that line")
         return []
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
-        problems.append(
-            problem(
-                "data",
-                path,
-                f"the file is {kind_of(value)}, where a list of records is needed",
-                "Put the records between [ and ], or one on each line of a .jsonl file",
-            )
-        )
+        rule = f"the file is {kind_of(value)}, where a list of records is needed"
+        problems.add("data", path, rule, "Put the records between [ and ], or one on each line of a .jsonl file")
         return []
     return [
         record
@@ -253,42 +280,67 @@ def _read_json(path: Path, problems: list[str]) -> list[dict]:
     ]
 
 
-def _read_csv(path: Path, problems: list[str]) -> list[dict]:
+def _read_csv(path: Path, problems: Gathered) -> list[dict]:
     limit = csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, less than a long document
     reader = csv.reader((line for _, line in _lines(path, problems)), strict=True)
     records: list[dict] = []
+    begin = 1
     try:
         header = next(reader, [])
-        if header and (not all(header) or len(set(header)) < len(header)):
-            rule = f"line 1 names no column, or one twice ({','.join(header)})"
-            problems.append(problem("data", path, rule, "Write a header such as prompt,completion"))
+        if wrong := _header_problem(header):
+            problems.add("data", path, *wrong)
             return []
+        begin = reader.line_num + 1
         for row in reader:
-            place = f"line {reader.line_num}"  # for a row over several lines it is the last of them
             if len(row) == len(header):
-                records.append(Record(dict(zip(header, row, strict=True)), str(path), place))
+                records.append(Record(dict(zip(header, row, strict=True)), str(path), f"line {begin}"))
             elif row:
-                rule = f"{place} has {len(row)} values where the header has {len(header)}"
-                problems.append(problem("data", path, rule, "Quote values that hold a comma or a line end"))
+                rule = f"line {begin} has {len(row)} values where the header has {len(header)}"
+                problems.add("data", path, rule, "Quote values that hold a comma or a line end")
+            begin = reader.line_num + 1
     except csv.Error as error:
-        problems.append(problem("data", path, f"line {reader.line_num} is not CSV ({error})", "Repair that line"))
+        said = "a quote in the row that begins here is not closed" if "unexpected end" in str(error) else error
+        problems.add("data", path, f"line {begin} is not CSV ({said})", "Repair that row")
     finally:
         csv.field_size_limit(limit)
     return records
 
 
-def _read_parquet(path: Path, problems: list[str]) -> list[dict]:
-    import pyarrow
+def _header_problem(header: list[str]) -> tuple[str, str] | None:
+    """(rule, remedy) of a first line that does not name the columns of a CSV file."""
+    other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+    if other:
+        shown = "tabs" if other == "\t" else other
+        return f"its columns are separated by {shown}", "Save it with commas between the values"
+    if nameless := [number for number, name in enumerate(header, 1) if not name.strip()]:
+        which = f"column {', '.join(map(str, nameless[:5]))} has no name"
+        return f"line 1: {which} ({','.join(header)})", "Name it, or leave it out (pandas: to_csv(index=False))"
+    if len(set(header)) < len(header):
+        return f"line 1 names a column twice ({','.join(header)})", "Rename one of them"
+    return None
+
+
+def _read_parquet(path: Path, problems: Gathered) -> list[dict]:
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as file:
-            rows = file.read().to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        problems.append(problem("data", path, f"the file is not Parquet ({reason})", "Write it again"))
-        return []
-    return [Record(row, str(path), f"row {number}") for number, row in enumerate(rows, 1)]
+    with guard("data", path, "the file is not Parquet", "Write it again"), ParquetFile(path) as file:
+        rows = file.read().to_pylist()
+    return [Record(_without_filling(row), str(path), f"row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _without_filling(row: dict) -> dict:
+    """A row without the nulls inside its columns that only fill up a struct: there every object has the keys of all.
+
+    `content` of a turn stays, for templates ask whether it is null; and nulls in lists stay.
+    """
+
+    def stripped(value: Any) -> Any:
+        if isinstance(value, dict):
+            keeps = "content" if "role" in value else None
+            return {key: stripped(item) for key, item in value.items() if item is not None or key == keeps}
+        return [stripped(item) for item in value] if isinstance(value, list) else value
+
+    return {column: stripped(value) for column, value in row.items()}
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -296,29 +348,19 @@ _ENDINGS = ", ".join(_READERS)
 
 
 def _read_hub(source: str, nearby: str) -> list[dict]:
-    from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
-    http_error: type[Any] = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of the hub speaks with
     name, *rest = source.split(":")
     config, split = rest if len(rest) == 2 else (None, rest[0] if rest else "train")
-    try:
+    rule = "there is no such file, and no hub dataset could be read"
+    with (
+        guard("data", source, rule, f"{nearby}. If it is a hub dataset, check name, split and network"),
+        tempfile.TemporaryDirectory(prefix="qlora-data-") as cache,
+    ):
         if not constants.HF_HUB_OFFLINE:  # offline, a dataset that was read before is still in the hub's own cache
             HfApi().dataset_info(name, timeout=10)  # fails at once, where `datasets` goes on trying for half a minute
-        with tempfile.TemporaryDirectory(prefix="qlora-data-") as cache:
-            rows = load_with_datasets(name, config, split, cache)
-            return [Record(row, source, f"row {number}") for number, row in enumerate(rows, 1)]
-    except (OSError, ValueError, RuntimeError, DatasetsError, http_error) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            problem(
-                "data",
-                source,
-                f"there is no such file, and no hub dataset could be read ({reason})",
-                f"{nearby}. If it is a hub dataset, check name, split and network",
-            )
-        ) from error
+        rows = load_with_datasets(name, config, split, cache)
+        return [Record(_without_filling(row), source, f"row {number}") for number, row in enumerate(rows, 1)]
 
 
 def load_with_datasets(name: str, config: str | None, split: str, cache: str) -> Iterable[dict]:

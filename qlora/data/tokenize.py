@@ -10,35 +10,72 @@ meet.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from qlora.data.batch import Example
-from qlora.data.chat import REFUSALS, Rendered, no_template, render_chat, render_plain, special_tokens, without_bos
-from qlora.data.formats import RecordReader, pick_format, source_of
-from qlora.data.records import place_of, raise_all
+from qlora.data.chat import Chat, Rendered, no_template, render_plain, without_bos
+from qlora.data.formats import RecordReader, is_empty, pick_format, source_of, unused_columns
+from qlora.data.records import Gathered, place_of
+from qlora.data.template import Refusal
 from qlora.errors import UserError, problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1000  # texts given to the tokenizer's threads at once
+_MARGIN = 16  # tokens at a cut that are not believed
 
 
 @dataclass
 class Dataset:
-    """Tokenized examples, and what became of the others."""
+    """Tokenized examples, where they come from, and what became of the rest."""
 
     examples: list[Example]
     format: str
+    prints: list[bytes] = field(default_factory=list)  # of each example: a hash of its text without case and spacing
     truncated: int = 0  # examples cut at max_tokens and kept
     dropped: int = 0  # examples left out: no token in them counts, or too long with truncate="drop"
+    empty: int = 0  # records without any value, passed over
     tokens: int = 0
     target_tokens: int = 0
+    ends: int = 0  # answers in the examples
+    learned_ends: int = 0  # of these, those whose end of turn is trained
+    doubled_bos: int = 0
+    empty_answers: int = 0
     skipped_turns: int = 0  # assistant turns not trained on, because the template writes them differently later
+    muted_turns: int = 0  # assistant turns with weight 0
+    changed_turns: int = 0  # answers that the template does not write as they stand in the record
+    with_controls: int = 0  # records whose text holds a control token of the template
+    unused: list[str] = field(default_factory=list)  # columns, and keys of turns, that nobody reads
+
+    @property
+    def endless(self) -> bool:
+        """Whether no example teaches where an answer ends."""
+        return self.learned_ends == 0
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A record as text, and where it stands."""
+
+    rendered: Rendered
+    place: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The tokens of a text, or of its beginning; `longer`: it has more than an example may have."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    learned_ends: int
+    longer: bool
 
 
 def tokenize(
@@ -49,12 +86,14 @@ def tokenize(
     max_tokens: int = 1024,
     train_on_prompt: bool = False,
     truncate: str = "end",
+    moment: datetime | None = None,
 ) -> Dataset:
     """Records -> input_ids and loss mask.
 
     The tokens of every assistant turn with its end-of-turn token count; for `text`, and with `train_on_prompt`, every
     token but the first. The tokens of a chat equal `tokenizer.apply_chat_template(messages)`, except that EOS follows
-    where a template closes its last answer with no special token.
+    where a template closes its last answer with no special token, and that the last answer is the user's own text where
+    the generation prompt opens a thought which the template would leave out.
 
     Args:
         records: as `read_records` gives them.
@@ -64,126 +103,228 @@ def tokenize(
         train_on_prompt: learn everything, not only the answers.
         truncate: a longer example loses its tail ("end") or is dropped ("drop"); one in which no token counts any more
             is always dropped.
+        moment: what a template that writes the date takes for now.
 
     Raises:
         UserError: every record that does not fit (the first ten), or no example is left.
     """
     if not records:
         raise UserError("data: there are no records. Give at least one.")
-    format = pick_format(records, format)
+    numbered = [(number, record) for number, record in enumerate(records, 1) if not is_empty(record)]
+    if not numbered:
+        rule = f"none of its {len(records)} records holds a value"
+        raise UserError(problem("data", source_of(records), rule, "Give at least one that does"))
+    format = pick_format([record for _, record in numbered], format)
     if format in ("chat", "sharegpt") and not tokenizer.chat_template:
         raise UserError(no_template("data", source_of(records)))
     everything = train_on_prompt or format == "text"
-    rendered = _render(records, format, tokenizer, need_spans=not everything)
+    dataset, longest = Dataset([], format, empty=len(records) - len(numbered)), 0
+    dataset.unused = unused_columns([record for _, record in numbered], format)
+    items = _Renderer(tokenizer, format, everything, moment).render(numbered, dataset)
     templated = format != "text" and bool(tokenizer.chat_template)  # and then BOS and EOS are the template's business
 
-    dataset, longest = Dataset([], format, skipped_turns=sum(item.skipped for item in rendered)), 0
     shared: dict[int, int] = {}  # equal tokens share one int object: 16 bytes a token instead of 44
-    masked = _masked(rendered, tokenizer, everything, add_special_tokens=not templated)
-    for record, (input_ids, loss_mask) in zip(records, masked, strict=True):
-        longest = max(longest, len(input_ids))
-        too_long = len(input_ids) > max_tokens
-        kept, mask = tuple(input_ids[:max_tokens]), tuple(loss_mask[:max_tokens])
+    encoder = _Encoder(tokenizer, everything, max_tokens, add_special_tokens=not templated)
+    for item, found in zip(items, encoder.encode(items), strict=True):
+        longest = max(longest, len(found.input_ids))
+        too_long = found.longer
+        kept, mask = tuple(found.input_ids[:max_tokens]), tuple(found.loss_mask[:max_tokens])
         if not any(mask) or (too_long and truncate == "drop"):
             dataset.dropped += 1
             continue
-        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask, place_of(record)))
+        dataset.examples.append(Example(tuple(map(shared.setdefault, kept, kept)), mask, item.place))
+        dataset.prints.append(print_of(item.rendered.text))
         dataset.truncated += too_long
         dataset.tokens += len(mask)
         dataset.target_tokens += sum(mask)
+        dataset.ends += 1 if everything else len(item.rendered.spans)
+        dataset.learned_ends += found.learned_ends
+        dataset.doubled_bos += tokenizer.bos_token_id is not None and kept[:2] == (tokenizer.bos_token_id,) * 2
     if not dataset.examples:
         rule = f"no example of {source_of(records)} keeps a token to learn (the longest has {longest} tokens)"
         raise UserError(problem("max_tokens", max_tokens, rule, f"Raise it to {max(longest, 2)}, or check the data"))
     return dataset
 
 
-def _render(
-    records: Sequence[dict], format: str, tokenizer: PreTrainedTokenizerBase, *, need_spans: bool
-) -> list[Rendered]:
-    """Every record as text with its answers' spans.
+def print_of(text: str) -> bytes:
+    """A hash that is equal for texts which differ in case and white space only."""
+    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
-    Raises:
-        UserError: the problems of all records.
+
+class _Renderer:
+    """Records -> text and spans; all their problems at once.
+
+    Args:
+        everything: every token counts, so no spans are needed.
     """
-    endings = tuple(special_tokens(tokenizer))
-    rendered: list[Rendered] = []
-    problems: list[str] = []
-    for number, record in enumerate(records, 1):
-        reader = RecordReader(record, number)
-        if format == "text":
-            found: Rendered | None = Rendered(without_bos(reader.text("text"), tokenizer), eos=True)
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, format: str, everything: bool, moment: datetime | None
+    ) -> None:
+        self.tokenizer, self.format, self.everything = tokenizer, format, everything
+        self.chat = Chat(tokenizer, moment) if tokenizer.chat_template and format != "text" else None
+        self._control = self.chat.own_controls() if self.chat else None
+        self.problems = Gathered()
+
+    def render(self, records: Sequence[tuple[int, dict]], dataset: Dataset) -> list[_Item]:
+        """Every record (with its number) as text; what was seen on the way is counted in `dataset`.
+
+        Raises:
+            UserError: the problems of all records.
+        """
+        items: list[_Item] = []
+        for number, record in records:
+            reader = RecordReader(record, number, self.problems)
+            found = self._text(reader) if self.format == "text" else self._conversation(reader, dataset)
+            if found is None or not reader.good:
+                continue
+            if not found.text.isascii() and any("\ud800" <= char <= "\udfff" for char in found.text):
+                reader.wrong("it holds half a surrogate pair", "Repair its \\u escapes")
+                continue
+            items.append(_Item(found, place_of(record)))
+            dataset.skipped_turns += 0 if self.everything else found.skipped
+            dataset.changed_turns += found.changed
+        self.problems.refuse()
+        if self.tokenizer.eos_token_id is None and any(item.rendered.eos for item in items):
+            raise UserError("model: its tokenizer has no EOS token, so no answer would end. Take another model.")
+        return items
+
+    def _text(self, reader: RecordReader) -> Rendered:
+        return Rendered(without_bos(reader.text("text"), self.tokenizer), eos=True)
+
+    def _conversation(self, reader: RecordReader, dataset: Dataset) -> Rendered | None:
+        """A record as rendered messages, or None with a problem in its reader."""
+        messages = reader.messages(self.format)
+        tools = reader.tools() if self.format in ("chat", "sharegpt") else None
+        if reader.muted and self.everything:
+            reader.wrong("a turn has weight 0, and `train_on_prompt` counts every token", "Leave one of them out")
+        if not reader.good:
+            return None
+        answers = {n for n, message in enumerate(messages) if message["role"] == "assistant"}
+        silent = [messages[n] for n in answers if not str(messages[n].get("content") or "").strip()]
+        dataset.empty_answers += sum(not message.get("tool_calls") for message in silent)
+        dataset.muted_turns += len(answers & reader.muted)
+        dataset.unused = sorted({*dataset.unused, *reader.ignored})
+        if self.chat is None:
+            return render_plain(messages)
+        try:
+            rendered = self.chat.render(messages, tools, reader.muted)
+            unused = self.chat.unused(messages, tools)
+        except Refusal as refusal:
+            reader.wrong(f"the chat template refuses it ({refusal})", "Change its turns, or leave it out")
+            return None
+        dataset.unused = sorted({*dataset.unused, *unused}) if unused else dataset.unused
+        dataset.with_controls += self._holds_control(messages)
+        if "tool_calls" in unused:
+            reader.wrong(
+                "the chat template does not write its `tool_calls`, so the answer would be empty",
+                "Write the call as text into `content`, or take a model that calls tools",
+            )
+        elif not self.everything and not rendered.spans and answers - reader.muted:
+            self._no_span(reader, rendered)
+        return rendered
+
+    def _holds_control(self, messages: list[dict]) -> bool:
+        return self._control is not None and any(
+            isinstance(message.get("content"), str) and self._control.search(message["content"]) for message in messages
+        )
+
+    def _no_span(self, reader: RecordReader, rendered: Rendered) -> None:
+        """The problem of a record whose answers are not where the model will write them."""
+        rule = "the chat template does not write the answer behind its own generation prompt, so "
+        rule += "the answer's tokens are unknown"
+        if rendered.opening:
+            rule += f" (the prompt opens with {rendered.opening!r}, and the answer does not)"
+            reader.wrong(rule, f"Begin the answer with {rendered.opening}, or use `train_on_prompt`")
         else:
-            found = _conversation(reader, format, tokenizer, endings)
-            if found and need_spans and not found.spans:
-                reader.wrong(
-                    "the chat template does not write the answer behind its own generation prompt, so "
-                    "the answer's tokens are unknown",
-                    "Use `train_on_prompt`, or another model",
-                )
-        if found:
-            rendered.append(found)
-        problems += reader.problems
-    raise_all(problems)
-    if tokenizer.eos_token_id is None and any(item.eos for item in rendered):
-        raise UserError("model: its tokenizer has no EOS token, so no answer would end. Take another model.")
-    return rendered
+            reader.wrong(rule, "Use `train_on_prompt`, or another model")
 
 
-def _conversation(
-    reader: RecordReader, format: str, tokenizer: PreTrainedTokenizerBase, endings: tuple[str, ...]
-) -> Rendered | None:
-    """A record as rendered messages, or None with a problem in its reader."""
-    messages = reader.messages(format)
-    tools = reader.tools() if format in ("chat", "sharegpt") else None
-    if reader.problems:
-        return None
-    if not tokenizer.chat_template:
-        return render_plain(messages)
-    try:
-        return render_chat(messages, tokenizer, tools, endings)
-    except REFUSALS as error:
-        reader.wrong(f"the chat template refuses it ({error})", "Change its turns, or leave it out")
-        return None
+class _Encoder:
+    """Texts -> tokens and masks, no more of them than an example may have.
 
+    A long text is cut before it is tokenized: its first max_tokens tokens are taken from a beginning of it, when two
+    beginnings of different length agree in them; else from more of it, and at last from all. Tokenizers look a word or
+    a few merges ahead, never over thousands of characters, and what they do is compared and not assumed.
+    """
 
-def _masked(
-    rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase, everything: bool, *, add_special_tokens: bool
-) -> Iterator[tuple[list[int], list[bool]]]:
-    """(input_ids, loss_mask) of each text, with the EOS that has to follow it."""
-    special, eos = set(tokenizer.all_special_ids), tokenizer.eos_token_id
-    encoded = _encode(rendered, tokenizer, add_special_tokens=add_special_tokens, offsets=not everything)
-    for number, (item, (input_ids, offsets)) in enumerate(zip(rendered, encoded, strict=True), 1):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, everything: bool, max_tokens: int, *, add_special_tokens: bool
+    ) -> None:
+        self.tokenizer, self.everything, self.max_tokens = tokenizer, everything, max_tokens
+        self.options = {
+            "add_special_tokens": add_special_tokens,
+            "return_attention_mask": False,
+            "return_token_type_ids": False,
+            "return_offsets_mapping": tokenizer.is_fast and not everything,
+            "verbose": False,
+        }
+        self.special = set(tokenizer.all_special_ids)
+
+    def encode(self, items: Sequence[_Item]) -> Iterator[_Encoded]:
+        """The tokens of each text, with the EOS that has to follow it."""
+        for start in range(0, len(items), _CHUNK):
+            chunk = [(item.rendered, self._beginning(item.rendered.text)) for item in items[start : start + _CHUNK]]
+            found = self.tokenizer([text for _, text in chunk], **self.options)
+            offsets = found.get("offset_mapping") or [None] * len(chunk)
+            for number, (item, text) in enumerate(chunk):
+                yield self._masked(item, text, found["input_ids"][number], offsets[number], start + number + 1)
+
+    def _beginning(self, text: str) -> str:
+        """The part of a text whose first max_tokens tokens are those of the whole."""
+        length, most = max(4096, 16 * self.max_tokens), self.max_tokens + 1
+        while 2 * length < len(text):
+            longer = text[: _border(text, length + length // 8)]
+            first, second = self._ids(text[:length]), self._ids(longer)
+            if len(first) > most + _MARGIN and first[:most] == second[:most]:
+                return longer
+            length *= 4
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        options = {"add_special_tokens": self.options["add_special_tokens"], "verbose": False}
+        return list(self.tokenizer(text, **options).input_ids)
+
+    def _masked(
+        self, item: Rendered, text: str, input_ids: list[int], offsets: list[tuple[int, int]] | None, number: int
+    ) -> _Encoded:
+        """The mask of the tokens of `text`, which is all of an item's or its beginning."""
+        eos, cut = self.tokenizer.eos_token_id, len(text) < len(item.text)
+        if cut:
+            spans = tuple((start, min(end, len(text))) for start, end in item.spans if start < len(text))
+            item = replace(item, text=text, spans=spans, closed=item.closed[: len(spans)], eos=False)
         if item.eos:  # the tokenizer's or the text's own; one comes back below
             while input_ids and input_ids[-1] == eos:
                 input_ids = input_ids[:-1]
-        if everything:
+        if self.everything:
             mask = [True] * len(input_ids)
         elif offsets is not None:
-            mask = mask_by_offsets(input_ids, item.spans, offsets[: len(input_ids)], special)
+            mask = mask_by_offsets(input_ids, item.spans, offsets[: len(input_ids)], self.special)
         else:
-            mask = mask_by_prefixes(input_ids, item, tokenizer, add_special_tokens=add_special_tokens, record=number)
+            known = self.options["add_special_tokens"]
+            mask = mask_by_prefixes(input_ids, item, self.tokenizer, add_special_tokens=known, record=number)
         if item.eos:
             input_ids, mask = [*input_ids, eos], [*mask, True]
         mask[:1] = [False]
-        yield input_ids, mask
+        longer = cut or len(input_ids) > self.max_tokens
+        return _Encoded(input_ids, mask, self._learned_ends(item, offsets, longer), longer)
+
+    def _learned_ends(self, item: Rendered, offsets: list[tuple[int, int]] | None, longer: bool) -> int:
+        """How many answers end with a token that is trained, of those that an example keeps."""
+        if self.everything:
+            return not longer
+        if not longer:
+            return sum(item.closed) + item.eos
+        if offsets is None:
+            return 0
+        reach = max((end for _, end in offsets[: self.max_tokens]), default=0)
+        return sum(closed and end <= reach for closed, (_, end) in zip(item.closed, item.spans, strict=True))
 
 
-def _encode(
-    rendered: list[Rendered], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool, offsets: bool
-) -> Iterator[tuple[list[int], list[tuple[int, int]] | None]]:
-    """(input_ids, offsets or None) of each text, many texts at a time."""
-    offsets = offsets and tokenizer.is_fast
-    for start in range(0, len(rendered), _CHUNK):
-        texts = [item.text for item in rendered[start : start + _CHUNK]]
-        found = tokenizer(
-            texts,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=offsets,
-            verbose=False,
-        )
-        yield from zip(found["input_ids"], found["offset_mapping"] if offsets else [None] * len(texts), strict=True)
+def _border(text: str, length: int) -> int:
+    """The last place before `length` where a word ends and white space begins, if there is one near; else `length`."""
+    near = max(text.rfind(space, length - 256, length) for space in (" ", "\n"))
+    return length if near < 1 else near
 
 
 def mask_by_offsets(

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import struct
 from array import array
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,15 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     for example in inputs.train:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
         digest.update(bytes(map(bool, example.loss_mask)))
-    return {"options": options, "length": length, "data": {"examples": len(inputs.train), "sha256": digest.hexdigest()}}
+    data = {"examples": len(inputs.train), "sha256": digest.hexdigest()}
+    moment = {} if inputs.moment is None else {"moment": inputs.moment.isoformat()}
+    return {"options": options, "length": length, "data": data, **moment}
+
+
+def moment_of(checkpoint: Path | None) -> datetime | None:
+    """What a template that writes the date took for now in the run that wrote `checkpoint`: a resume takes the same."""
+    moment = None if checkpoint is None else read_state(checkpoint)["run"].get("moment")
+    return None if moment is None else datetime.fromisoformat(moment)
 
 
 def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch, Example, by_length, pack
+from qlora.data.doctor import refuse_endless
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
+from qlora.data.template import writes_date
 from qlora.data.tokenize import Dataset, tokenize
 from qlora.errors import UserError
 from qlora.models.limits import refuse_tokens, source_limits
@@ -76,23 +79,35 @@ class Problems:
 class Inputs:
     """The tokenized examples of a run, where they came from, and the model that they are for.
 
-    `quantization` is how the base is quantized, resolved: what an option that was not given means for this model.
+    Attributes:
+        dataset: what became of the training data; `held_dataset`: of the held-out data, None without any.
+        quantization: how the base is quantized, resolved: what an option that was not given means for this model.
+        moment: what the chat template took for now; None where it writes no date.
     """
 
     train: list[Example]
     held_out: list[Example]
     dataset: Dataset
+    held_dataset: Dataset | None
     source: Source
     tokenizer: PreTrainedTokenizerBase
     quantization: Quantization
+    moment: datetime | None = None
 
 
-def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] = (), *, weights: bool = True) -> Inputs:
+def read_inputs(
+    config: FinetuneConfig,
+    checks: Sequence[Callable[[], object]] = (),
+    *,
+    weights: bool = True,
+    began: Callable[[], datetime | None] | None = None,
+) -> Inputs:
     """Read everything that a run needs but the weights.
 
     Args:
         checks: functions that raise a UserError; what they find is told with the rest, and before it.
         weights: False if they need not be there.
+        began: gives the moment whose date a template is to write, of a run that goes on; None: now.
 
     Raises:
         UserError: all that is wrong.
@@ -105,17 +120,31 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
     more = problems.gather(lambda: read_records(config.eval_data) if config.eval_data else [])
+    first = problems.gather(began or (lambda: None))
     problems.refuse()
+    moment = (first.value or datetime.now().replace(microsecond=0)) if writes_date(tokenizer.value) else None
     records, held_out = found.value, more.value
     if config.eval_fraction > 0:
         records, held_out = split(records, config.eval_fraction, config.seed)
-    train = problems.gather(lambda: tokens(config, tokenizer.value, records))
-    held = problems.gather(lambda: tokens(config, tokenizer.value, held_out).examples if held_out else [])
+    train = problems.gather(lambda: tokens(config, tokenizer.value, records, moment))
+    held = problems.gather(lambda: tokens(config, tokenizer.value, held_out, moment) if held_out else None)
+    problems.gather(lambda: refuse_endless(train.value, config.data, allowed=config.allow_endless))
     limits = problems.gather(lambda: source_limits(source.value))
     problems.gather(lambda: refuse_tokens(limits.value, train.value.examples, tokenizer.value))
-    problems.gather(lambda: refuse_tokens(limits.value, held.value, tokenizer.value, "eval_data"))
+    if held_out:
+        problems.gather(lambda: refuse_tokens(limits.value, held.value.examples, tokenizer.value, "eval_data"))
     problems.refuse()
-    return Inputs(train.value.examples, held.value, train.value, source.value, tokenizer.value, quantization.value)
+    examples, dataset, held_dataset = train.value.examples, train.value, held.value
+    return Inputs(
+        train=examples,
+        held_out=held_dataset.examples if held_dataset else [],
+        dataset=dataset,
+        held_dataset=held_dataset,
+        source=source.value,
+        tokenizer=tokenizer.value,
+        quantization=quantization.value,
+        moment=moment,
+    )
 
 
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
@@ -128,7 +157,9 @@ def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quan
     return resolve_quantization(source, quantization) if weights else quantization
 
 
-def tokens(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> Dataset:
+def tokens(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict], moment: datetime | None = None
+) -> Dataset:
     """The examples of records, as the options say."""
     return tokenize(
         records,
@@ -137,6 +168,7 @@ def tokens(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: 
         max_tokens=config.max_tokens,
         train_on_prompt=config.train_on_prompt,
         truncate=config.truncate,
+        moment=moment,
     )
 
 

@@ -31,7 +31,7 @@ from qlora.export.peft_write import save_adapter
 from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
-from qlora.run.identity import check_same_run, run_identity
+from qlora.run.identity import check_same_run, moment_of, run_identity
 from qlora.run.inputs import Inputs, examples_of_step, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
@@ -53,7 +53,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when a checkpoint is written; `resume` goes on from it.
     """
     with Run(config) as run:
-        inputs = read_inputs(config, cheap_checks(run))
+        inputs = read_inputs(config, cheap_checks(run), began=lambda: moment_of(run.checkpoint))
         length = run_length(
             len(inputs.train),
             config.batch_size * config.accumulate,

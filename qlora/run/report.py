@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example
-from qlora.data.tokenize import Dataset
+from qlora.data.doctor import summary
 from qlora.errors import problem
 from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.forward_mode import forward_mode
@@ -66,15 +66,13 @@ def before(
     parameters, adapters = adapter_parameters(model), sum(1 for _ in named_adapters(model))
     trained = sum(p.numel() for p in parameters)
     frozen = model.get_memory_footprint() - sum(p.numel() * p.element_size() for p in parameters)
-    held_out = f", {len(inputs.held_out)} held out" if inputs.held_out else ""
-    dataset, base = inputs.dataset, base_info(model)
+    base = base_info(model)
     resumed = f", resumed at step {first}" if first else ""
     lines = [
         ("model", f"{config.model}: {_kind(base)}, {frozen / 1e6:.0f} MB, computed in {base.dtype} on {model.device}"),
         ("adapter", f"{config.method} of rank {config.rank} on {adapters} layers, {trained:,} trainable parameters"),
         ("state", f"AdamW in {config.optimizer_state}, {state}"),
-        ("data", f"{config.data} ({dataset.format}): {len(inputs.train)} examples{held_out}{_losses(config, dataset)}"),
-        ("", f"{dataset.tokens:,} tokens, {dataset.target_tokens:,} of them count in the loss"),
+        *summary(inputs.dataset, inputs.held_dataset, inputs.tokenizer, config.data, config.max_tokens),
         (
             "steps",
             f"{steps} of {config.batch_size * config.accumulate} examples, {forward_mode(model).batches}{resumed}",
@@ -89,16 +87,6 @@ def before(
 def _kind(base: BaseInfo) -> str:
     fitted = " with mse scales" if base.scales == "mse" else ""
     return f"NF4 in blocks of {base.blocksize}{fitted}" if base.bits == 4 else str(base.dtype)
-
-
-def _losses(config: FinetuneConfig, dataset: Dataset) -> str:
-    """What of the data is not trained on."""
-    parts = [
-        (dataset.truncated, f"cut to {config.max_tokens} tokens"),
-        (dataset.dropped, "dropped"),
-        (dataset.skipped_turns, "assistant turns not trained on"),
-    ]
-    return "".join(f", {count} {what}" for count, what in parts if count)
 
 
 def after(result: FinetuneResult, peak: int, budget: int | None) -> str:

@@ -103,7 +103,7 @@ class Run:
         """Where the run computes."""
         return resolve_device(self.requested.device)
 
-    @property
+    @functools.cached_property
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from; None where the run begins."""
         return whole_checkpoint(self.output) if self.requested.resume else None

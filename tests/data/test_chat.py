@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from qlora.data.chat import PLAIN_PROMPT, prompt_ids, render_chat, render_plain, render_prompt, stop_ids, to_end_of_turn
+from qlora.data.chat import PLAIN_PROMPT, Chat, prompt_ids, render_plain, render_prompt, stop_ids
 from qlora.errors import UserError
 
 TURNS = [
@@ -63,55 +63,45 @@ def answers(rendered):
 @pytest.mark.parametrize("template", ["own", GENERATION])
 def test_every_turn_with_its_end_token_and_nothing_else(tokenizer, templated, template):
     own = tokenizer if template == "own" else templated(template)
-    rendered = render_chat(TURNS, own)
+    rendered = Chat(own).render(TURNS)
     assert rendered.text == own.apply_chat_template(TURNS, tokenize=False)
     assert answers(rendered) == ["4<|im_end|>", " 6\n<|im_end|>"]
     assert not rendered.eos and rendered.skipped == 0
 
 
 def test_a_turn_that_the_template_rewrites_later_is_skipped_not_guessed(templated):
-    rendered = render_chat(TURNS, templated(THOUGHTS))
+    rendered = Chat(templated(THOUGHTS)).render(TURNS)
     assert answers(rendered) == ["<think>\n\n</think>\n\n 6\n<|im_end|>"] and rendered.skipped == 1
 
 
 def test_a_template_that_closes_the_conversation_too(templated):
-    rendered = render_chat(TURNS, templated(CLOSED))
+    rendered = Chat(templated(CLOSED)).render(TURNS)
     assert rendered.text.endswith(" 6\n<|im_end|>\n<|endoftext|>")
     assert answers(rendered) == ["4<|im_end|>", " 6\n<|im_end|>"] and not rendered.eos
 
 
 def test_a_template_without_end_tokens_needs_eos_behind_its_last_answer(templated):
-    rendered = render_chat(TURNS, templated(BARE))
+    rendered = Chat(templated(BARE)).render(TURNS)
     assert answers(rendered) == ["4\n", " 6\n\n"] and rendered.eos
-    assert not render_chat(TURNS[:3], templated(BARE)).eos  # the user has the last word
+    assert not Chat(templated(BARE)).render(TURNS[:3]).eos  # the user has the last word
 
 
 def test_an_assistant_that_opens_the_conversation(tokenizer, templated):
     opening = [{"role": "assistant", "content": "Hello!"}, *TURNS]
-    rendered = render_chat(opening, tokenizer)
+    rendered = Chat(tokenizer).render(opening)
     assert answers(rendered) == ["4<|im_end|>", " 6\n<|im_end|>"] and rendered.skipped == 1
     with pytest.raises(Exception, match="roles must alternate"):
-        render_chat(opening, templated(ALTERNATING))
-    assert answers(render_chat(TURNS, templated(ALTERNATING))) == ["4<|im_end|>", " 6\n<|im_end|>"]
+        Chat(templated(ALTERNATING)).render(opening)
+    assert answers(Chat(templated(ALTERNATING)).render(TURNS)) == ["4<|im_end|>", " 6\n<|im_end|>"]
 
 
 def test_an_answer_that_is_not_behind_the_generation_prompt_has_no_span(templated):
-    rendered = render_chat(TURNS, templated(FORCED))
+    rendered = Chat(templated(FORCED)).render(TURNS)
     assert rendered.spans == () and rendered.skipped == 2
 
 
-def test_to_end_of_turn():
-    endings = ("<e>", "<eos>", "<ee>")
-    assert to_end_of_turn("a<e>\n", endings) == ("a<e>", True)
-    assert to_end_of_turn("a <e>\n<eos> ", endings) == ("a <e>", True)
-    assert to_end_of_turn("<e>", endings) == ("<e>", True)
-    assert to_end_of_turn("a<e>b\n", endings) == ("a<e>b\n", False)
-    assert to_end_of_turn("", endings) == ("", False)
-    assert to_end_of_turn("a<e>", ()) == ("a<e>", False)
-
-
 def test_prompts_are_what_training_wrote(tokenizer, templated):
-    whole = render_chat(TURNS[:2], tokenizer)
+    whole = Chat(tokenizer).render(TURNS[:2])
     before = whole.text[: whole.spans[0][0]]
     assert render_prompt("What is 2+2?", tokenizer) == before
     assert render_prompt(TURNS[:1], tokenizer) == before

@@ -172,7 +172,7 @@ def test_text_learns_every_token_and_eos(tokenizer, base_tokenizer):
         assert own.decode(example.input_ids) == "Once upon a time<|im_end|>"
         assert example.loss_mask == (False,) + (True,) * (len(example.input_ids) - 1)
     assert tokenize([{"text": "a<|im_end|>"}], tokenizer).examples == tokenize([{"text": "a"}], tokenizer).examples
-    assert tokenize([{"text": ""}, {"text": "a"}], tokenizer).dropped == 1
+    assert tokenize([{"text": ""}, {"text": "a"}], tokenizer).empty == 1
 
 
 def test_train_on_prompt_learns_everything_but_the_first_token(tokenizer):
@@ -342,7 +342,7 @@ def test_every_record_that_does_not_fit_is_named(tokenizer):
     ]
     good = tokenize([records[0], records[-1]], tokenizer).examples[1]
     assert targets(good, tokenizer) == "1.50<|im_end|>"
-    many = problems([{"text": None}] * 30, tokenizer)
+    many = problems([{"text": ["a"]}] * 30, tokenizer)
     assert len(many) == 11 and "record 10" in many[9] and "and 20 more" in many[10]
     (found,) = problems([{"text": 0.5}], tokenizer)  # from Parquet: 0.5, .5 or 0.50?
     assert "record 1: `text` is a float, which has no text of its own" in found

@@ -1,4 +1,4 @@
-"""Architectures that are not like Llama: what their own code does with layers, masks and outputs, and what we refuse."""
+"""Architectures unlike Llama: what their own code does with layers, masks and outputs, and what we refuse."""
 
 from __future__ import annotations
 
