@@ -123,8 +123,8 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
         (["finetun"], "finetun: not a command. Did you mean finetune?"),
         (
             ["train-it"],
-            "train-it: not a command. Choose from finetune, plan, verify-resume, data, generate, eval, merge, quantize, "
-            "doctor.",
+            "train-it: not a command. Choose from finetune, plan, verify-resume, data, generate, eval, merge, "
+            "quantize, doctor.",
         ),
         (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
         (

@@ -131,13 +131,12 @@ def read_inputs(
     problems.gather(lambda: refuse_endless(train.value, config.data, allowed=config.allow_endless))
     limits = problems.gather(lambda: source_limits(source.value))
     problems.gather(lambda: refuse_tokens(limits.value, train.value.examples, tokenizer.value))
-    if held_out:
-        problems.gather(lambda: refuse_tokens(limits.value, held.value.examples, tokenizer.value, "eval_data"))
+    problems.gather(lambda: refuse_tokens(limits.value, _examples(held.value), tokenizer.value, "eval_data"))
     problems.refuse()
     examples, dataset, held_dataset = train.value.examples, train.value, held.value
     return Inputs(
         train=examples,
-        held_out=held_dataset.examples if held_dataset else [],
+        held_out=_examples(held_dataset),
         dataset=dataset,
         held_dataset=held_dataset,
         source=source.value,
@@ -145,6 +144,10 @@ def read_inputs(
         quantization=quantization.value,
         moment=moment,
     )
+
+
+def _examples(dataset: Dataset | None) -> list[Example]:
+    return [] if dataset is None else dataset.examples
 
 
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
