@@ -121,10 +121,7 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
     "argv, said",
     [
         (["finetun"], "finetun: not a command. Did you mean finetune?"),
-        (
-            ["train-it"],
-            "train-it: not a command. Choose from finetune, plan, verify-resume, generate, eval, merge, quantize, doctor.",
-        ),
+        (["train-it"], f"train-it: not a command. Choose from {', '.join(COMMANDS)}."),
         (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
         (
             ["finetune", "--batch_size", "3"],
@@ -147,6 +144,59 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
 def test_mistyped_words(argv, said, capsys):
     assert main(argv) == 2
     assert capsys.readouterr().err.splitlines() == [said]
+
+
+def test_resume_is_a_switch_with_a_third_position(capsys):
+    around = NEEDED["finetune"]
+    given = {(): False, ("--resume",): True, ("--no-resume",): False, ("--resume", "auto"): "auto"}
+    for flags, value in given.items():
+        assert parse("finetune", [*flags, *around]).resume is value or value == "auto"
+        assert parse("finetune", [*around, *flags]).resume == value
+    for flags in (["--resume", "no way"], ["--no-resume", "auto"]):
+        assert main(["finetune", *around, *flags]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "resume=no way: must be true, false or auto. Correct it or leave it out for the default, no.",
+        "--no-resume: takes no value. See `qlora finetune --help`.",
+    ]
+    assert as_flags("or `resume=auto`, `resume`, `resume=False`") == "or --resume auto, --resume, --no-resume"
+
+
+def test_a_temperature_that_divides_by_nothing(capsys):
+    assert main(["generate", *NEEDED["generate"], "--temperature", "1e-320"]) == 2
+    assert capsys.readouterr().err.startswith("temperature=1e-320: is so low that the likeliest token is always taken")
+
+
+def test_the_working_folder_is_gone(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["finetune", *NEEDED["finetune"]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is gone" in line or "no longer" in line
+
+
+def test_control_c_while_the_command_line_is_imported(tmp_path):
+    """The first tenth of a second: one line, and no traceback."""
+    (tmp_path / "argparse.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\nfrom qlora.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (130, "\nqlora: interrupted\n")
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_streams_that_are_closed_or_lack_letters(stream):
+    """As by cron; nothing that is opened later gets the number of a standard stream."""
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m qlora.cli --version {stream}>&-"], env=ENVIRONMENT, capture_output=True
+    )
+    assert done.returncode == 0 and done.stderr == b""
+    code = "from qlora.cli import main; main(['--version']); print('\\ud55c')"
+    ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0 and done.stdout.endswith("\\ud55c\n")
 
 
 def test_several_unknown_flags_are_all_named(capsys):

@@ -70,12 +70,13 @@ FLOORS = (
     ("export.peft", "models.load", "optim.state_dict", "optim.update"),
     ("export.peft_write", "export.shards", "optim.adamw", "run.adapted", "run.assemble"),
     ("export.bnb", "export.merge", "plan.meta", "run.optimizer", "run.trace", "train.checkpoint"),
-    ("plan.fit", "run.identity", "run.output", "run.report"),
+    ("plan.fit", "run.identity", "run.output", "run.report", "run.verify"),
     ("plan.report",),
     ("run.commands", "run.run"),
     ("run.recipe",),
     ("command_table",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(
