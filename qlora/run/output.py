@@ -135,8 +135,10 @@ def shortage_as_problem(output: Path) -> Iterator[None]:
             rule = f"an allocation failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
             remedy = "Use a smaller model, `rank`, `batch_size` or `max_tokens`"
             raise UserError(problem("memory", "(all used)", rule, remedy)) from error
-        if disk_full(error) or (isinstance(error, OSError) and error.errno in UNWRITABLE):
-            raise UserError(disk_problem(Path(getattr(error, "filename", None) or output), error)) from error
+        name = getattr(error, "filename", None) or output
+        ours = isinstance(error, OSError) and error.errno in UNWRITABLE and Path(str(name)).is_relative_to(output)
+        if disk_full(error) or ours:
+            raise UserError(disk_problem(Path(str(name)), error)) from error
         raise
 
 
