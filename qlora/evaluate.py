@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4)
     """Evaluate `model` on `examples`.
 
     Raises:
-        UserError: there is nothing to evaluate on.
+        UserError: there is nothing to evaluate on, or the loss is no finite number.
     """
     if not any(any(example.loss_mask) for example in examples):
         raise UserError(
@@ -61,6 +61,10 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4)
         model.train(training)
         set_random_states(states)
     mean = loss.item() / targets
+    if not math.isfinite(mean):
+        rule = "is no finite number over the data to evaluate on"
+        remedy = "Look for damaged weights or adapters, or compute in another `dtype` (fp16 overflows early)"
+        raise UserError(problem("loss", mean, rule, remedy))
     return EvalResult(mean, math.exp(mean) if mean < 700 else math.inf, right.item() / targets, targets)
 
 

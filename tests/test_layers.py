@@ -97,6 +97,7 @@ FLOORS = (
     ("run.recipe",),
     ("command_table",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {module: level for level, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(

@@ -57,7 +57,7 @@ class MappedFile:
     def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder or tempfile.gettempdir())
         self.moved = self.stalls = 0
-        self._handle, self._length = -1, 0
+        self._handle, self._length, self._owner = -1, 0, 0
         self._kept: mmap.mmap | None = None
         self._keep = True
 
@@ -65,10 +65,11 @@ class MappedFile:
         """Offsets of new pages of zeros, of these sizes in bytes.
 
         Raises:
-            UserError: the disk has no room, or the folder lies in memory.
+            UserError: the disk has no room, the folder lies in memory, or the file is that of a parent process.
         """
+        self._refuse_fork()
         if self._handle < 0:
-            self._handle = open_unlinked(self.folder)
+            self._handle, self._owner = open_unlinked(self.folder), os.getpid()
             self._finalizer = weakref.finalize(self, os.close, self._handle)
         offsets, end = [], self._length
         for size in sizes:
@@ -90,7 +91,15 @@ class MappedFile:
         window = torch.frombuffer(self._map(), dtype=torch.uint8)
         return [window[place : place + size] for place, size in places]
 
+    def _refuse_fork(self) -> None:
+        """A child that was forked shares the file: what it writes there, its parent reads."""
+        if self._handle >= 0 and self._owner != os.getpid():
+            rule = f"its spilled state belongs to process {self._owner}, of which this one is a forked child"
+            remedy = "Make an optimizer of its own in the child, or fork before the first step"
+            raise UserError(problem("optimizer", "PagedAdamW", rule, remedy))
+
     def _map(self) -> mmap.mmap:
+        self._refuse_fork()
         if self._kept is not None and len(self._kept) == self._length:
             return self._kept
         mapping = mmap.mmap(self._handle, self._length)

@@ -135,9 +135,10 @@ def shortage_as_problem(output: Path) -> Iterator[None]:
             rule = f"an allocation failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
             remedy = "Use a smaller model, `rank`, `batch_size` or `max_tokens`"
             raise UserError(problem("memory", "(all used)", rule, remedy)) from error
-        unwritable = isinstance(error, OSError) and error.errno in UNWRITABLE
-        if unwritable or disk_full(error) or disk_failing(error):
-            raise UserError(disk_problem(Path(getattr(error, "filename", None) or output), error)) from error
+        name = getattr(error, "filename", None) or output
+        ours = isinstance(error, OSError) and error.errno in UNWRITABLE and Path(str(name)).is_relative_to(output)
+        if ours or disk_full(error) or disk_failing(error):
+            raise UserError(disk_problem(Path(str(name)), error)) from error
         raise
 
 

@@ -120,7 +120,7 @@ def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """What differs between two finished runs: tensors bit by bit, what a resume needs, the numbers of the metrics."""
+    """What differs between two finished runs: tensors by their bits, the state of a resume, the metrics' numbers."""
     one, two = latest_checkpoint(whole), latest_checkpoint(cut)
     if one is None or two is None or one.name != two.name:
         return [f"the last checkpoint is {one and one.name} in {whole}, and {two and two.name} in {cut}"]

@@ -1,6 +1,6 @@
 """Kill a tiny training run again and again, resume it, and compare with an undisturbed one, to the bit.
 
-    python scripts/trials/kills.py --kills 1000 [--seed 0] [--folder DIR]
+    PYTHONPATH=.:kernels:tests/support python scripts/trials/kills.py --kills 1000 [--seed 0] [--folder DIR]
 
 Each run is a forked child that is ended by SIGKILL: at a random moment of its whole time, in its first second, within
 an evaluation, or while a checkpoint or the adapter is being written (the child says through a pipe when it enters
@@ -22,10 +22,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-HOUSE = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "tests" / "support")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
 import torch

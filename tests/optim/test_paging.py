@@ -226,3 +226,34 @@ def test_failed_allocations_are_known():
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not out_of_memory(
         ValueError("memory")
     )
+
+
+def test_a_forked_child_cannot_touch_the_pages_of_its_parent(tmp_path):
+    """The file is shared: a step of the child would change the parent's moments. What is resident is a copy."""
+    import os
+
+    from qlora.errors import UserError
+
+    pager, resident = Pager(budget=0, folder=tmp_path), Pager(folder=tmp_path)
+    pager.add([MB] * 2), resident.add([MB])
+
+    def touches() -> bool:
+        refused = 0
+        for act in (lambda: pager.sequence([0]).__enter__(), pager.pages, lambda: pager.add([MB])):
+            try:
+                act()
+            except UserError as error:
+                refused += "of which this one is a forked child" in str(error)
+        with resident.sequence([0]) as pages:
+            next(pages).fill_(7)
+        return refused == 3
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if touches() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with resident.sequence([0]) as pages:
+        assert int(next(pages).sum()) == 0
+    with pager.sequence([0, 1]) as pages:
+        assert sum(int(page.sum()) for page in pages) == 0
+    pager.close(), resident.close()
