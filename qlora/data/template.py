@@ -12,6 +12,7 @@ whatever comes next; a process for every conversation costs more than the tokens
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,14 +24,15 @@ from qlora.errors import brief
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECONDS = 4  # of the processor, for a conversation that takes less than a millisecond
-BYTES = 2**30  # of memory beyond what the process has
+SECONDS = 2  # of the processor, for a conversation that takes less than a millisecond
+BYTES = 2**28  # of memory beyond what the process has, and 16 for each character of the conversation
 _GROWTH = 2**20, 16  # the longest text: so many characters, and so many for each one of the conversation
 _WAIT = 60  # seconds on the clock, where the processor is busy with others
 _OUT_OF_MEMORY = 3
 
 # (template, with tools) -> [(kinds of turns, characters)] of what need not be tried
 _tried: dict[tuple[str, bool], list[tuple[frozenset[str], int]]] = {}
+_stopped: dict[str, str] = {}  # template -> why it is not asked again
 
 
 class Refusal(Exception):
@@ -58,10 +60,14 @@ def write(
         Refusal: the template raised, was stopped, or wrote more than makes sense.
     """
     size, kinds = _size(messages, tools), frozenset(kinds_of(messages))
-    tried = _tried.setdefault((str(tokenizer.chat_template), bool(tools)), [])
-    if not any(kinds <= known and size <= most for known, most in tried):
-        _try(messages, tokenizer, tools)
+    template = str(tokenizer.chat_template)
+    tried = _tried.setdefault((template, bool(tools)), [])
+    if template not in _stopped and not any(kinds <= known and size <= most for known, most in tried):
+        if why := _too_much(messages, tokenizer, tools):
+            _stopped[template] = why
         tried.append((kinds, 4 * size + 1000))
+    if template in _stopped:
+        raise Refusal(_stopped[template])
     return _write(messages, tokenizer, tools, prompt, moment)
 
 
@@ -73,6 +79,18 @@ def kinds_of(messages: Sequence[dict]) -> list[str]:
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template asks for the time of day: its text is another one tomorrow."""
     return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _dated(template: str, moment: datetime) -> str:
+    """A template with the date of `moment` in place of its calls of the clock (transformers passes data on, and no
+    functions).
+    """
+    return re.sub(
+        r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+        lambda call: repr(moment.strftime(call[2])),
+        template,
+        flags=re.DOTALL,
+    )
 
 
 def _size(messages: Sequence[dict], tools: list | None) -> int:
@@ -94,8 +112,10 @@ def _write(
     moment: datetime | None = None,
 ) -> str:
     """`write` without the trial."""
-    own: dict[str, Any] = {"strftime_now": moment.strftime} if moment and writes_date(tokenizer) else {}
+    own: dict[str, Any] = {}
     try:
+        if moment and writes_date(tokenizer):
+            own["chat_template"] = _dated(tokenizer.get_chat_template(None, tools), moment)
         text = str(
             tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **own
@@ -109,22 +129,19 @@ def _write(
     return text
 
 
-def _try(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: list | None) -> None:
-    """Nothing, if a child with little time and memory writes the conversation and its beginnings with a prompt, or the
-    template refuses them.
-
-    Raises:
-        Refusal: it needs more.
+def _too_much(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: list | None) -> str:
+    """Why a child with little time and memory did not write the conversation and its beginnings with a prompt; "" if it
+    did, or the template refused them.
     """
     if not hasattr(os, "fork"):
-        return
+        return ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that other threads do not live on in the child, which needs none
         child = os.fork()
     if child == 0:
         code = _OUT_OF_MEMORY
         try:
-            _limit()
+            _limit(BYTES + _GROWTH[1] * _size(messages, tools))
             beginnings = [(messages[:k], True) for k in (1, 2, len(messages))]
             fits = [_fits(part, tokenizer, tools, prompt) for part, prompt in [(messages, False), *beginnings]]
             code = 0 if all(fits) else _OUT_OF_MEMORY
@@ -132,9 +149,8 @@ def _try(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: li
             os._exit(code)
     status = _status(child)
     if status == _OUT_OF_MEMORY:
-        raise Refusal(f"it needs more than {BYTES >> 30} GB for one conversation")
-    if status != 0:
-        raise Refusal(f"it was stopped after {SECONDS} s of one conversation")
+        return f"it needs more than {BYTES >> 20} MB for one conversation"
+    return f"it was stopped after {SECONDS} s of one conversation" if status else ""
 
 
 def _fits(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: list | None, prompt: bool) -> bool:
@@ -146,8 +162,8 @@ def _fits(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: l
     return True
 
 
-def _limit() -> None:
-    """Give this process, a child, little time and memory."""
+def _limit(memory: int) -> None:
+    """Give this process, a child, little time and memory (bytes)."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -158,7 +174,7 @@ def _limit() -> None:
     except OSError:  # no Linux
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = held + BYTES
+    most = held + memory
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
