@@ -158,13 +158,16 @@ def rope_parameters(header: Header, path: Path, config: PretrainedConfig) -> dic
     factor = header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0
     kind = header.get("rope.scaling.type", "linear")  # the oldest files have the factor alone
     original = header.get("rope.scaling.original_context_length") or header.get("context_length")
+    attention = header.get("rope.scaling.attn_factor", 1.0)
+    betas = {name: header.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    given = {name: beta for name, beta in betas.items() if beta is not None}
+    numbers = (factor, original, attention, *given.values())
+    known = all(isinstance(value, (int, float)) and 0 < value < 1e9 for value in numbers)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return {}
-    if kind == "linear":
+    if known and kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
-    if kind == "yarn" and original and header.get("rope.scaling.attn_factor", 1.0) == 1.0:
-        betas = {name: header.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-        given = {name: float(beta) for name, beta in betas.items() if beta is not None}
+    if known and kind == "yarn" and attention == 1.0:
         return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original} | given
     rule = f"its positions are scaled ({str(kind)[:40]}) in a way that cannot be read"
     raise UserError(problem("model", path, rule, "Use the safetensors original"))

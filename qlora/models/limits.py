@@ -78,17 +78,20 @@ def _positions(config: Any) -> int | None:
 
 
 def refuse_tokens(
-    limits: Limits, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None = None, name: str = "data"
+    limits: Limits,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str = "data",
+    places: Sequence[str] = (),
 ) -> None:
-    """Nothing, if the model can take all `examples`.
+    """Nothing, if the model can take all `examples`, which stand at `places`.
 
     Raises:
         UserError: the first few that it cannot: the record, and its token or its length.
     """
-    problems = []
-    for number, example in enumerate(examples, 1):
-        place = getattr(example, "place", None)
-        where = ", ".join(map(str, place)) if place else f"example {number}"
+    problems: list[str] = []
+    for number, example in enumerate(examples):
+        where = places[number] if places else f"example {number + 1}"
         problems += token_problems(name, where, example.input_ids, limits, tokenizer)
         if len(problems) >= _SHOWN:
             break

@@ -26,7 +26,7 @@ from qlora.models.gguf import gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
 from qlora.models.quantize import QuantizePass, check_finite
-from qlora.models.source import Source, is_pickled, load_config, resolve
+from qlora.models.source import Source, is_pickled, load_config, refuse_size, resolve
 from qlora.models.transformers_seam import LOADING, forget_quantizer, stream_config
 from qlora.specs import Quantization
 from qlora_kernels import backends
@@ -94,6 +94,7 @@ def load_streaming(
     shapes: dict[str, torch.Size] = {}
 
     def prepared(model: nn.Module) -> None:
+        refuse_size(source, sum(parameter.numel() for parameter in model.parameters()))
         prepare(model)
         shapes.update((name, parameter.shape) for name, parameter in model.named_parameters())
 

@@ -175,6 +175,21 @@ def is_pickled(source: Source) -> bool:
     return source.gguf is None and not any(source.folder.glob("*.safetensors"))
 
 
+def refuse_size(source: Source, weights: int) -> None:
+    """Nothing, if the model's files can hold its `weights`, as many as its config describes.
+
+    What a config says is allocated before a tensor is seen not to fit it, so a lie there takes all memory first.
+
+    Raises:
+        UserError: they have less than a bit for each.
+    """
+    files = [source.gguf] if source.gguf else [*source.folder.glob("*.safetensors"), *source.folder.glob("*.bin")]
+    stored = sum(file.stat().st_size for file in files)
+    if weights > 8 * stored:
+        rule = f"its config describes {weights:,} weights, and its files have {stored:,} bytes"
+        raise UserError(problem("model", source.gguf or source.folder, rule, "Get the whole checkpoint again"))
+
+
 def _json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model.
 

@@ -86,7 +86,7 @@ class Wholes:
         tiny.write_data(make / "data.jsonl")
         quantize_checkpoint(str(make / "model"), make / "packed", quantization=Quantization(), dtype="fp32")
         write_gguf(make / "model.gguf", tiny.llama())
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(open(os.devnull, "w")):
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             finetune(
                 from_options(
                     FinetuneConfig, self.options() | {"output": str(make / "run"), "steps": 2, "save_every": 1}

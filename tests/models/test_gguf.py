@@ -6,13 +6,15 @@ import random
 import struct
 
 import pytest
+import tiny
 import torch
 import transformers
 from ggufs import write_gguf
 from helpers import relative
 
 from qlora import UserError, load_base, load_tokenizer
-from qlora.models.gguf_header import read_header
+from qlora.models.gguf_header import read_header, with_rope
+from qlora.models.limits import config_limits
 from qlora.models.source import load_config, resolve
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -91,6 +93,9 @@ def test_scaled_positions(tmp_path, case):
     [
         ({"rope.scaling.type": "su"}, None, "its positions are scaled (su)"),
         ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 0.5}, None, "its positions are scaled (yarn)"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": "four"}, None, "its positions are scaled (linear)"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": -4.0}, None, "its positions are scaled (linear)"),
+        ({"rope.scaling.type": 3}, None, "its positions are scaled (3)"),
         ({}, torch.ones(7) * 2, "holds 7 rotary factors for 32 pairs"),
         ({}, torch.tensor([float("nan")] * 32), "must be positive numbers"),
     ],
@@ -100,6 +105,14 @@ def test_a_scaling_that_is_not_understood(tmp_path, keys, factors, said):
     with pytest.raises(UserError) as caught:
         load_base(str(path))
     assert said in str(caught.value) and len(caught.value.problems) == 1
+
+
+def test_windows_keep_their_own_rotation():
+    """Gemma 3 has two: llama.cpp scales that of full attention alone."""
+    config = with_rope(tiny.CONFIGS["gemma3"](), {"rope_type": "linear", "factor": 8.0})
+    assert config.rope_parameters["full_attention"]["factor"] == 8.0
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
+    assert config_limits(config).positions == 8 * config.max_position_embeddings
 
 
 def test_damaged_files_are_one_line(tmp_path):

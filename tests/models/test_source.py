@@ -68,6 +68,8 @@ def test_a_config_that_is_no_object(model, text):
         {"num_attention_heads": 0},
         {"num_hidden_layers": 1_000_000},
         {"vocab_size": 10**9},
+        {"vocab_size": 10**7},
+        {"intermediate_size": 10**7},
         {"text_config": {"num_hidden_layers": 10**12}},
         {"attn_implementation": "someone/kernel"},
         {"_attn_implementation": {"text_config": "someone/kernel"}},
