@@ -34,6 +34,7 @@ from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_
 from qlora.layers.linear import LINEAR, frozen_weight
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
+from qlora.models.quantize import same_weights
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
@@ -340,7 +341,7 @@ def _base_problems(model: nn.Module, trained: BaseInfo, folder: Path) -> list[st
     base = info(model).base
     if base is None or base.fingerprint is None or trained.fingerprint is None:
         return []
-    if trained.fingerprint != base.fingerprint:
+    if not same_weights(trained, base):
         where = f"was trained on {trained.model} ({_made(trained)}, fingerprint {trained.fingerprint[:12]})"
         rule = f"{where}; this model is {base.model} ({_made(base)}, fingerprint {base.fingerprint[:12]})"
         return [problem("adapter", folder, rule, "Load the base it was trained on")]

@@ -238,6 +238,34 @@ def test_what_else_was_trained_is_named(tmp_path):
     assert line.startswith("model.norm.weight=[64]: is trained too")
 
 
+def test_another_vocabulary_than_the_bases_is_named(base, tmp_path):
+    model = tiny.adapted(load_base(str(base), bits=16, dtype="fp32", device="cpu"))
+    model.resize_token_embeddings(330)
+    found = lines(save_adapter, model.requires_grad_(False), tmp_path / "adapter")
+    assert found[0].startswith("vocabulary=330: the embedding had 320 rows")
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_base_with_another_embedding_or_norm_is_another_base(adapter, base, tmp_path, part, older):
+    """The linear layers are the same; an adapter from before embedding and norms were looked at is loaded."""
+    other = tiny.llama()
+    with torch.no_grad():
+        other.get_parameter(part)[..., 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    named = {"model": str(tmp_path / "other")}
+    if older:
+        about = json.loads((adapter / "qlora.json").read_text())["base"]
+        edit(unsealed(adapter) / "qlora.json", base=about | {"fingerprint": about["fingerprint"].split("-")[0]})
+        load_adapted(adapter, device="cpu", **named)
+        merge(adapter, tmp_path / "merged", **named)
+    else:
+        assert "was trained on" in lines(load_adapted, adapter, device="cpu", **named)[0]
+        assert "not those the adapter was trained on" in lines(merge, adapter, tmp_path / "merged", **named)[0]
+        merge(adapter, tmp_path / "merged", model=str(base), dtype="fp32", base="original")
+
+
 def test_no_targets_are_refused():
     for targets in ([], "", ()):
         assert lines(attach_adapters, tiny.llama(), targets=targets)[0].startswith("targets=")
