@@ -273,18 +273,21 @@ def _adapter_folder(folder: str | Path) -> Path:
     Raises:
         UserError: it holds no adapter, with what it holds instead.
     """
-    folder = Path(folder).expanduser()
-    if (folder / PEFT_CONFIG).is_file() and (folder / TENSORS).is_file():
+    remedy = "Give the adapter folder that finetune wrote"
+    with guard("adapter", repr(str(folder)), "cannot be read", remedy):
+        folder = Path(folder).expanduser()
+        held = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    if held >= {PEFT_CONFIG, TENSORS}:
         return folder
     if not folder.exists():
-        raise UserError(problem("adapter", folder, "no such folder", "Give the adapter folder that finetune wrote"))
+        raise UserError(problem("adapter", folder, "no such folder", remedy))
     if (folder / "adapter" / PEFT_CONFIG).is_file():
         raise UserError(problem("adapter", folder, "holds a run, not an adapter", f"Give {folder / 'adapter'}"))
-    if (folder / PEFT_CONFIG).is_file() and (folder / "adapter_model.bin").is_file():
-        remedy = "Save it again with safe_serialization=True in PEFT"
-        raise UserError(problem("adapter", folder, "its tensors are a pickle, which may run code", remedy))
-    missing = " and ".join(name for name in (PEFT_CONFIG, TENSORS) if not (folder / name).is_file())
-    raise UserError(problem("adapter", folder, f"has no {missing}", "Give the adapter folder that finetune wrote"))
+    if held >= {PEFT_CONFIG, "adapter_model.bin"}:
+        again = "Save it again with safe_serialization=True in PEFT"
+        raise UserError(problem("adapter", folder, "its tensors are a pickle, which may run code", again))
+    missing = " and ".join(name for name in (PEFT_CONFIG, TENSORS) if name not in held)
+    raise UserError(problem("adapter", folder, f"has no {missing}", remedy))
 
 
 def _read_peft(folder: Path) -> dict[str, Any]:

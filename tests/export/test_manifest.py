@@ -266,6 +266,17 @@ def test_a_base_with_another_embedding_or_norm_is_another_base(adapter, base, tm
         merge(adapter, tmp_path / "merged", model=str(base), dtype="fp32", base="original")
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "file/below"])
+def test_paths_that_cannot_be(adapter, tmp_path, path):
+    (tmp_path / "file").touch()
+    for work in (
+        lambda: load_adapter(tiny.llama(), tmp_path / path),
+        lambda: merge(adapter, tmp_path / path),
+        lambda: save_adapter(tiny.adapted(tiny.llama()), tmp_path / path),
+    ):
+        assert len(lines(work)) == 1
+
+
 def test_no_targets_are_refused():
     for targets in ([], "", ()):
         assert lines(attach_adapters, tiny.llama(), targets=targets)[0].startswith("targets=")
