@@ -43,7 +43,8 @@ def whole_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
         UserError: the place cannot be written, another process writes to it, something that is not replaced is in the
             way, or the disk is full; `final` is then what it was before.
     """
-    final = Path(os.path.realpath(final))
+    with guard("output", repr(str(final)), "is no path", "Choose another folder"):
+        final = Path(os.path.realpath(final))
     before = _identity(final)
     try:
         _make(final.parent)

@@ -24,7 +24,7 @@ from qlora.layers.adapters import merged_weight
 from qlora.layers.weight import FrozenWeight
 from qlora.models.device import DTYPES
 from qlora.models.info import BaseInfo
-from qlora.models.quantize import QuantizePass
+from qlora.models.quantize import QuantizePass, same_weights
 from qlora.models.source import load_tokenizer, resolve
 from qlora.specs import Quantization
 
@@ -86,7 +86,7 @@ def merge(
         ),
         tokenizer,
         prepare=transform.prepare,
-        finish=lambda merged: transform.check_all(name, trained),
+        finish=lambda merged: transform.check_all(merged, name),
     )
 
 
@@ -126,6 +126,8 @@ class _Merge:
 
     def __call__(self, parameter: str, value: Any) -> dict[str, Tensor]:
         layer = parameter.removesuffix(".weight")
+        if parameter == layer or layer not in self.layers.shapes:
+            self.layers.fingerprint.add_other(parameter, value)
         if parameter == layer or not (layer in self.layers.shapes or layer in self.spec.modules):
             return {parameter: in_dtype(parameter, value, self.dtype)}
         weight = self._base_weight(parameter, layer, value)
@@ -149,7 +151,7 @@ class _Merge:
         m = tensors[f"{PREFIX}{layer}.{KEYS['magnitude']}"].float() if self.spec.method == "dora" else None
         return merged_weight(weight, A, B, m, self.spec.scaling, self.dtype)
 
-    def check_all(self, name: str, trained: BaseInfo) -> None:
+    def check_all(self, merged: nn.Module, name: str) -> None:
         """Once every tensor has passed.
 
         Raises:
@@ -159,7 +161,9 @@ class _Merge:
         if self.unmerged:
             rule = f"is no layer of {name}"
             raise UserError([problem("adapter", layer, rule, remedy) for layer in sorted(self.unmerged)])
-        if trained.fingerprint is not None and self.layers.fingerprint.digest() != trained.fingerprint:
+        trained = self.files.base
+        prints = self.layers.fingerprint.digest([parameter for parameter, _ in merged.named_parameters()])
+        if trained.fingerprint is not None and not same_weights(trained, BaseInfo(fingerprint=prints)):
             rule = "its weights are not those the adapter was trained on"
             remedy = f"Give the base of the training ({trained.model}) with `model`"
             raise UserError(problem("model", name, rule, remedy))

@@ -34,6 +34,7 @@ from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_
 from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
+from qlora.models.quantize import same_weights
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
@@ -272,18 +273,21 @@ def _adapter_folder(folder: str | Path) -> Path:
     Raises:
         UserError: it holds no adapter, with what it holds instead.
     """
-    folder = Path(folder).expanduser()
-    if (folder / PEFT_CONFIG).is_file() and (folder / TENSORS).is_file():
+    remedy = "Give the adapter folder that finetune wrote"
+    with guard("adapter", repr(str(folder)), "cannot be read", remedy):
+        folder = Path(folder).expanduser()
+        held = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    if held >= {PEFT_CONFIG, TENSORS}:
         return folder
     if not folder.exists():
-        raise UserError(problem("adapter", folder, "no such folder", "Give the adapter folder that finetune wrote"))
+        raise UserError(problem("adapter", folder, "no such folder", remedy))
     if (folder / "adapter" / PEFT_CONFIG).is_file():
         raise UserError(problem("adapter", folder, "holds a run, not an adapter", f"Give {folder / 'adapter'}"))
-    if (folder / PEFT_CONFIG).is_file() and (folder / "adapter_model.bin").is_file():
-        remedy = "Save it again with safe_serialization=True in PEFT"
-        raise UserError(problem("adapter", folder, "its tensors are a pickle, which may run code", remedy))
-    missing = " and ".join(name for name in (PEFT_CONFIG, TENSORS) if not (folder / name).is_file())
-    raise UserError(problem("adapter", folder, f"has no {missing}", "Give the adapter folder that finetune wrote"))
+    if held >= {PEFT_CONFIG, "adapter_model.bin"}:
+        again = "Save it again with safe_serialization=True in PEFT"
+        raise UserError(problem("adapter", folder, "its tensors are a pickle, which may run code", again))
+    missing = " and ".join(name for name in (PEFT_CONFIG, TENSORS) if name not in held)
+    raise UserError(problem("adapter", folder, f"has no {missing}", remedy))
 
 
 def _read_peft(folder: Path) -> dict[str, Any]:
@@ -340,7 +344,7 @@ def _base_problems(model: nn.Module, trained: BaseInfo, folder: Path) -> list[st
     base = info(model).base
     if base is None or base.fingerprint is None or trained.fingerprint is None:
         return []
-    if trained.fingerprint != base.fingerprint:
+    if not same_weights(trained, base):
         where = f"was trained on {trained.model} ({_made(trained)}, fingerprint {trained.fingerprint[:12]})"
         rule = f"{where}; this model is {base.model} ({_made(base)}, fingerprint {base.fingerprint[:12]})"
         return [problem("adapter", folder, rule, "Load the base it was trained on")]

@@ -26,6 +26,7 @@ from qlora.files import read_json, whole_folder, write_json
 from qlora.layers.attach import active_adapter, named_adapters
 from qlora.manifest import MANIFEST, digest_of, versions, write_manifest
 from qlora.models.info import BaseInfo, info
+from qlora.models.load import embedding_rows
 from qlora.models.transformers_seam import loaded_from
 from qlora.specs import AdapterSpec
 
@@ -131,7 +132,8 @@ def _refuse_what_is_lost(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     """An adapter must hold what was learned, and nothing that nobody could use.
 
     Raises:
-        UserError: a line for each value that is not finite, and each trainable parameter that is no adapter's.
+        UserError: a line for each value that is not finite, each trainable parameter that is no adapter's, and a
+            vocabulary that is not the base's.
     """
     remedy = "Train again with a smaller `learning_rate`; an earlier checkpoint, if there is one, is whole"
     problems = [
@@ -145,6 +147,12 @@ def _refuse_what_is_lost(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in ours
     ]
+    base = info(model).base
+    was, rows = (base.vocabulary if base else None), embedding_rows(model)
+    if was is not None and rows != was:
+        rule = f"the embedding had {was} rows when the base was loaded, and an adapter does not hold the others"
+        remedy = "Resize the embedding in a copy of the base, and train on that"
+        problems.append(problem("vocabulary", rows, rule, remedy))
     if problems:
         raise UserError(problems)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
 from qlora.export.peft import is_finite
 from qlora.files import whole_folder
 from qlora.models.device import DTYPES
@@ -204,8 +205,12 @@ def check_new_folder(output: str | Path) -> Path:
     Raises:
         UserError: it exists and is not an empty folder.
     """
-    folder = Path(output).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with guard("output", repr(str(output)), "cannot be looked at", "Choose another folder"):
+        folder = Path(output).expanduser().absolute()
+        if "\0" in str(folder):
+            raise ValueError("it holds a zero byte")
+        taken = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
         raise UserError(problem("output", output, "exists and is not an empty folder", "Choose a new folder"))
     return folder
 

@@ -21,7 +21,8 @@ from qlora.specs import Quantization
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights.
+    """Where a base came from and how it was made: enough to make it again. `fingerprint` identifies the weights (see
+    `models.quantize.Fingerprint`), `vocabulary` is the number of rows of the embedding.
 
     `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had
     absmax. An adapter that PEFT wrote names only the model: then all other fields are None.
@@ -35,6 +36,7 @@ class BaseInfo:
     dtype: str | None = None
     fingerprint: str | None = None
     scales: str | None = "absmax"
+    vocabulary: int | None = None
 
     def quantization(self, packed: bool) -> Quantization:
         """What makes these weights again from a checkpoint; `packed`: one that is NF4 already."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,14 @@ def _misfits(model: nn.Module, loading: dict[str, Any], shapes: dict[str, torch.
     ]
 
 
+def embedding_rows(model: nn.Module) -> int | None:
+    """The size of the vocabulary that a model has room for; None where it has no embedding that transformers knows."""
+    try:
+        return len(cast(Any, model).get_input_embeddings().weight)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
 def load_base(
     model: str,
     *,
@@ -195,9 +203,19 @@ def load_source(
     )
     check_finite(loaded)
     loaded.requires_grad_(False)
-    made, prints = layers.quantization, layers.fingerprint.digest()
+    made, names = layers.quantization, [name for name, _ in loaded.named_parameters() if not layers.wants(name)]
+    for name in names:
+        layers.fingerprint.add_other(name, loaded.get_parameter(name))
     info(loaded).base = BaseInfo(
-        source.name, source.revision, made.bits, made.blocksize, made.double_quant, dtype, prints, made.scales
+        source.name,
+        source.revision,
+        made.bits,
+        made.blocksize,
+        made.double_quant,
+        dtype,
+        layers.fingerprint.digest(names),
+        made.scales,
+        embedding_rows(loaded),
     )
     if backends.has_fused_elementwise(place):
         fuse(loaded)

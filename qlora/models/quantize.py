@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import UserError, problem
 from qlora.layers import nf4
 from qlora.layers.linear import NF4Linear, is_linear, left_alone, linear_names
+from qlora.models.info import BaseInfo
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
 from qlora.specs import Quantization, ResolvedQuantization
@@ -71,22 +73,55 @@ def _contradiction(name: str, value: object, held: list[int | bool | None]) -> l
 
 
 class Fingerprint:
-    """A hash over names, widths and first values of every linear weight: tells bases apart, not every byte of them."""
+    """Hashes over samples of the weights: tells bases apart, not every byte of them.
+
+    "<linear>-<others>": of every linear weight its name, width and first 256 values, and likewise of what is not
+    quantized or adapted (embedding with its vocabulary, head, norms, biases). Adapters from before the second have the
+    first alone.
+    """
 
     def __init__(self) -> None:
         self._samples: dict[str, bytes] = {}
+        self._others: dict[str, bytes] = {}
 
     def add(self, layer: str, weight: Tensor) -> None:
         """Remember the width and the first 256 values of `weight` [out, in]."""
-        values = weight[0, :256].to(torch.bfloat16).contiguous().cpu()
-        self._samples[layer] = str(tuple(weight.shape[1:])).encode() + values.view(torch.uint8).numpy().tobytes()
+        self._samples[layer] = str(tuple(weight.shape[1:])).encode() + _first(weight[0])
 
-    def digest(self) -> str:
-        """32 hexadecimal digits, the same in whatever order the weights came."""
-        digest = hashlib.sha256()
-        for name in sorted(self._samples):
-            digest.update(name.encode() + self._samples[name])
-        return digest.hexdigest()[:32]
+    def add_other(self, name: str, value: Tensor) -> None:
+        """Remember the shape and the first 256 values of another parameter."""
+        row = value[(0,) * (value.dim() - 1)] if value.dim() > 1 else value.reshape(-1)
+        self._others[name] = str(tuple(value.shape)).encode() + _first(row)
+
+    def digest(self, parameters: Iterable[str]) -> str:
+        """32 and 32 hexadecimal digits, the same in whatever order the weights came; without the second where another
+        parameter of the model (`parameters`: all their names) did not come.
+        """
+        layers = {f"{name}.weight" for name in self._samples}
+        others = [name for name in parameters if name not in layers]
+        linear = _digest(self._samples)
+        if not all(name in self._others for name in others):
+            return linear
+        return f"{linear}-{_digest({name: self._others[name] for name in others})}"
+
+
+def _first(row: Tensor) -> bytes:
+    values = row[:256].to(torch.bfloat16).contiguous().cpu()
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def _digest(samples: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()[:32]
+
+
+def same_weights(one: BaseInfo, two: BaseInfo) -> bool:
+    """Whether two fingerprints are of the same base, as far as both tell. What fp16 rounded is not compared in full."""
+    first, second = (str(base.fingerprint).split("-") for base in (one, two))
+    rounded = "fp16" in (one.dtype, two.dtype)
+    return all(a == b for a, b in zip(first[: 1 if rounded else 2], second, strict=False))
 
 
 class QuantizePass:

@@ -271,6 +271,7 @@ def test_another_base_is_refused(saved_models, tmp_path):
     _, adapter = trained(saved_models("llama"), tmp_path)
     other = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     other.save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="not those the adapter was trained on"):
         merge(adapter, tmp_path / "merged", model=str(tmp_path / "other"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "other"]

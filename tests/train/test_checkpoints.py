@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora.errors import UserError
 from qlora.export.peft import load_adapter
@@ -113,6 +113,130 @@ def test_only_whole_checkpoints_are_used(tmp_path, capsys):
     assert whole_checkpoint(tmp_path).name == "step-000012"
 
 
+def rewritten(checkpoint: Path, **changes) -> None:
+    """state.json with other values, and no manifest that would tell."""
+    (checkpoint / "manifest.json").unlink(missing_ok=True)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | changes))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(model, optimizer, their checkpoint of step 1)."""
+    model, optimizer = training({}, seed=2)
+    steps(model, optimizer, 1)
+    return model, optimizer, save_checkpoint(tmp_path, 1, model, optimizer, {"name": "a run"})
+
+
+@pytest.mark.parametrize("change", [{"betas": [0.1, 0.95]}, {"eps": 1.0}, {"weight_decay": 0.5}])
+def test_the_optimizer_is_that_of_the_run(trained, change):
+    model, optimizer, folder = trained
+    kind = json.loads((folder / "state.json").read_text())["optimizer"]
+    kind["groups"][1] |= change
+    rewritten(folder, optimizer=kind)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(folder, model, optimizer)
+    (name,) = change
+    assert [line.startswith(f"{name}=") for line in error.value.problems] == [True]
+
+
+def zeros(tensors):
+    return {}
+
+
+def half(tensors):
+    return {key: value for key, value in tensors.items() if "q_proj" not in key}
+
+
+def no_v(tensors):
+    return {key: value for key, value in tensors.items() if not key.endswith("exp_avg_sq")}
+
+
+def nan(tensors):
+    next(value for key, value in tensors.items() if key.endswith("exp_avg"))[0] = torch.nan
+    return tensors
+
+
+@pytest.mark.parametrize("change", [zeros, half, no_v, nan])
+@pytest.mark.parametrize("listed", [True, False])  # False: of an earlier version, without the list of its state
+def test_moments_that_are_missing_or_not_finite_are_refused(trained, change, listed):
+    model, optimizer, folder = trained
+    save_file(change(load_file(folder / "optimizer.safetensors")), folder / "optimizer.safetensors")
+    kind = json.loads((folder / "state.json").read_text())["optimizer"]
+    if not listed:
+        del kind["state"]
+    rewritten(folder, optimizer=kind)
+    if not listed and change is no_v:
+        return  # nothing tells which optimizer it was but its own load_state_dict
+    before = tiny.tensors(model)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(folder, model, optimizer)
+    assert all("exp_avg" in line or "step" in line for line in error.value.problems)
+    assert all(torch.equal(value, before[name]) for name, value in tiny.tensors(model).items())
+
+
+def test_a_parameter_that_never_had_a_gradient_needs_no_moments(tmp_path):
+    model, optimizer = training({}, seed=2)
+    model(IDS, labels=IDS).loss.backward()
+    adapter_parameters(model)[0].grad = None
+    optimizer.step()
+    assert load_checkpoint(save_checkpoint(tmp_path, 1, model, optimizer, {}), model, optimizer)["step"] == 1
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_renamed_checkpoint_is_refused(trained, manifest):
+    model, optimizer, folder = trained
+    if not manifest:
+        rewritten(folder)
+    moved = folder.rename(folder.with_name("step-000099"))
+    with pytest.raises(UserError, match="step 1"):
+        load_checkpoint(moved, model, optimizer)
+    load_checkpoint(moved.rename(folder.with_name("best")), model, optimizer)
+
+
+def test_what_is_not_finite_is_not_saved(trained, tmp_path):
+    model, optimizer, _ = trained
+    optimizer.state[adapter_parameters(model)[0]]["exp_avg_sq"][0] = torch.inf
+    with pytest.raises(UserError, match=r"exp_avg_sq=\(not finite\)"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_the_newest_whole_checkpoint_is_used_and_the_others_named(trained, tmp_path, capsys):
+    model, optimizer, first = trained
+    second, third = (save_checkpoint(tmp_path, step, model, optimizer, {"name": "a run"}) for step in (2, 3))
+    shutil.copy(second / "optimizer.safetensors", third / "optimizer.safetensors")
+    shutil.copy(second / "state.json", third / "state.json")
+    (second / "tokenizer.json").write_text("{}")
+    assert whole_checkpoint(tmp_path) == first
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("note: step-000003 is damaged (state.json is not what was written")
+    assert said[1] == "note: step-000002 is damaged (tokenizer.json was added); going on from step-000001"
+    (first / "optimizer.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        whole_checkpoint(tmp_path)
+    assert len(error.value.problems) == 3 and "optimizer.safetensors is missing" in str(error.value)
+
+
+def test_other_versions_are_noted(trained, capsys):
+    model, optimizer, folder = trained
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 1 and set(manifest["versions"]) == {"qlora", "torch", "transformers", "backend"}
+    manifest["versions"] |= {"torch": "1.0", "backend": "reference"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    load_checkpoint(folder, model, optimizer)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"torch 1.0 (now {torch.__version__}), backend reference (now native)" in line
+
+
+def test_a_folder_with_more_than_a_checkpoint_is_set_aside(trained, tmp_path):
+    model, optimizer, folder = trained
+    (folder / "notes.txt").write_text("the best of all")
+    save_checkpoint(tmp_path, 1, model, optimizer, {})
+    assert (tmp_path / "checkpoints/step-000001-2/notes.txt").read_text() == "the best of all"
+    assert whole_checkpoint(tmp_path) == folder
+
+
 @pytest.mark.parametrize("room", [5_000, 60_000, 150_000])  # in the adapter, in the optimizer's state, in state.json
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, room):
     """RLIMIT_FSIZE refuses to let a file grow past it, as a full disk does."""
@@ -164,7 +288,10 @@ KILLED = """
             for step in range(last + 1, 10**6):
                 become(step)
                 save_checkpoint(output, step, model, optimizer, {})
-        time.sleep(0.05 + 0.3 * dice.random())
+        enough, limit = last + dice.randint(0, 2), time.monotonic() + 20
+        while int(latest_checkpoint(output).name.removeprefix("step-")) < enough and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(0.05 * dice.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         halves += len(list((output / "checkpoints").glob(".*.part")))
