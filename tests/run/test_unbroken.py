@@ -325,10 +325,11 @@ def test_many_skipped_in_a_row_stop_also_across_a_resume(config, tmp_path):
     assert len(metrics(tmp_path / "run")) == len(lines)
 
 
-def test_what_the_last_update_made_is_looked_at(config, tmp_path):
+def test_what_the_last_update_made_is_looked_at(config, tmp_path, capsys):
     (line,) = refused(config(steps=1, learning_rate=1e39, clip=0.0))
     assert "is no finite number at step 1. No checkpoint was saved before it" in line
     assert names(tmp_path / "run") == ["config.yaml", "metrics.jsonl"]
+    assert "a learning rate of 1e+39 seldom teaches anything" in capsys.readouterr().out
 
 
 def test_a_held_out_loss_that_is_no_number_keeps_the_steps(config, poisoned, tmp_path):
