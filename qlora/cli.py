@@ -239,12 +239,12 @@ def _run(argv: list[str]) -> int:
         raise UserError(
             f"{name}: not a command. " + (f"Did you mean {meant}?" if meant else f"Choose from {', '.join(COMMANDS)}.")
         )
+    with guard("(working folder)", ".", "is gone", "Change to a folder that is there"):
+        os.getcwd()
     config = parse(name, argv[1:])
     if config is None:
         print(parser(name).format_help(), end="")
         return 0
-    with guard("(working folder)", ".", "is gone", "Change to a folder that is there"):
-        os.getcwd()
     try:
         code = COMMANDS[name].run(config) or 0
     except Exception as error:  # goes on as it is unless it only says that disk or memory ran out

@@ -75,12 +75,14 @@ def _merge(config: MergeConfig) -> None:
     _quiet()
     from qlora.export.merge import merge
 
-    merge(**asdict(config))
     folder = shlex.quote(config.output)
-    print(
-        f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
-        f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."'
-    )
+    with steady():  # a reader that goes ends no work
+        merge(**asdict(config))
+        print(
+            f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
+            f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."',
+            flush=True,
+        )
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -108,16 +110,17 @@ def _quantize(config: QuantizeConfig) -> None:
     _quiet()
     from qlora.export.bnb import quantize_checkpoint
 
-    quantize_checkpoint(
-        config.model,
-        config.output,
-        quantization=config.quantization(),
-        dtype=config.dtype,
-        shard_size=config.shard_size,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-    )
-    print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."')
+    with steady():
+        quantize_checkpoint(
+            config.model,
+            config.output,
+            quantization=config.quantization(),
+            dtype=config.dtype,
+            shard_size=config.shard_size,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
+        print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."', flush=True)
 
 
 def _plan(config: PlanConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from qlora.streams import tell_now
 
 HOUSE = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(HOUSE / "kernels")])}
@@ -59,3 +62,23 @@ def test_streams_that_are_closed_or_lack_letters(stream):
     ascii_only = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ascii_only)
     assert done.returncode == 0 and done.stdout.endswith("\\ud55c\n")
+
+
+def test_a_signal_handler_neither_blocks_nor_raises():
+    """Its word goes into a pipe that is full, or that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    before = os.dup(2)
+    try:
+        os.dup2(writer, 2)
+        tell_now("stopping")
+        os.close(reader)
+        tell_now("stopping")
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(writer)

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -158,9 +159,10 @@ def check_output(resume: bool | str, output: Path) -> None:
     if not os.access(output, os.W_OK):
         raise UserError(problem("output", output, "cannot be written", "Choose a folder you may write to"))
     remove_partial(output)
-    for part in output.glob(".*.part"):  # files, which `remove_partial` leaves
-        if part.is_file() or part.is_symlink():
-            part.unlink(missing_ok=True)
+    for name in ("config.yaml", "metrics.jsonl", "metrics.torn"):  # files, which `remove_partial` leaves
+        for part in output.glob(f".{name}.*.part"):
+            if re.fullmatch(r"\.\d+\.part", part.name.removeprefix(f".{name}")) and part.is_file():
+                part.unlink(missing_ok=True)
     remove_partial(output / "checkpoints")
     held = sorted(path.name for path in output.iterdir())
     checkpoint = latest_checkpoint(output)

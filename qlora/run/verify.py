@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,16 +58,17 @@ def verify_resume(config: VerifyConfig) -> Tally:
     folder.mkdir(parents=True, exist_ok=True)
     whole, cut = folder / "undisturbed", folder / "killed"
     began = time.monotonic()
-    code, said = _ended(_start(config, whole))
+    with _running(config, whole) as process:
+        code, said = _ended(process)
     if code != 0:
         raise UserError(said.strip().splitlines() or problem("output", whole, "the run failed", "See its folder"))
     spans = time.monotonic() - began, _training_seconds(whole)
     dice, tally = random.Random(config.seed), Tally()
     while tally.kills < config.kills and not tally.differences:
         went_on = latest_checkpoint(cut) is not None
-        process = _start(config, cut)
-        tally.kills += _killed(process, cut, dice, spans)
-        code, said = _ended(process)
+        with _running(config, cut) as process:
+            tally.kills += _killed(process, cut, dice, spans)
+            code, said = _ended(process)
         tally.resumed += went_on
         if code == 0:  # it came through: the kills left come in a run of their own
             tally.differences += differences(whole, cut)
@@ -73,7 +76,8 @@ def verify_resume(config: VerifyConfig) -> Tally:
         elif code != -signal.SIGKILL:
             tally.differences.append(f"after {tally.kills} kills the run failed: {said.strip()}")
     if not tally.differences:
-        code, said = _ended(_start(config, cut))
+        with _running(config, cut) as process:
+            code, said = _ended(process)
         tally.differences += differences(whole, cut) if code == 0 else [f"the last resume failed: {said.strip()}"]
     return tally
 
@@ -102,15 +106,20 @@ def _killed(process: subprocess.Popen[str], output: Path, dice: random.Random, s
     return False
 
 
-def _start(config: VerifyConfig, output: Path) -> subprocess.Popen[str]:
-    """The run in a process of its own, which goes on where its folder has a checkpoint."""
+@contextmanager
+def _running(config: VerifyConfig, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """The run in a process of its own, going on where its folder has a checkpoint; it does not outlive the block."""
     options = {entry.name: getattr(config, entry.name) for entry in entries(FinetuneConfig)}
     options |= {"steps": config.trial_steps, "epochs": None, "warmup": min(config.warmup, config.trial_steps)}
     options |= {"output": str(output), "resume": "auto", "save_every": config.save_every or 1}
     file = output.with_name(f"{output.name}.yaml")
     file.write_text(to_yaml(FinetuneConfig(**options)), encoding="utf-8")
     command = [sys.executable, "-m", "qlora.cli", "finetune", "--config", str(file)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:

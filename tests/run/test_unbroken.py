@@ -92,6 +92,16 @@ def test_the_command_with_closed_streams_ends_well(config, tmp_path):
     assert len(metrics(tmp_path / "run")) == 2  # nothing was printed into it, as the lowest free descriptor
 
 
+def test_a_lost_reader_does_not_end_a_quantization(place, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        assert main(["quantize", "--model", str(place / "model"), "--output", str(tmp_path / "out")]) == 0
+        sys.stdout.close()
+    assert (tmp_path / "out/config.json").is_file()
+
+
 # ---------------------------------------------------------------- who stops it
 
 
@@ -191,8 +201,11 @@ def test_files_of_a_run_replace_links(config, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("metrics.jsonl", "config.yaml"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    for name in (".config.yaml.123.part", ".metrics.jsonl.7.part"):  # left by a kill
+        (tmp_path / "run" / name).touch()
     finetune(config())
     assert (tmp_path / "mine").read_text() == "mine" and len(metrics(tmp_path / "run")) == 4
+    assert names(tmp_path / "run") == ["adapter", "checkpoints", "config.yaml", "metrics.jsonl"]
 
 
 def test_a_full_disk_keeps_the_config(config, tmp_path):
@@ -325,10 +338,11 @@ def test_many_skipped_in_a_row_stop_also_across_a_resume(config, tmp_path):
     assert len(metrics(tmp_path / "run")) == len(lines)
 
 
-def test_what_the_last_update_made_is_looked_at(config, tmp_path):
+def test_what_the_last_update_made_is_looked_at(config, tmp_path, capsys):
     (line,) = refused(config(steps=1, learning_rate=1e39, clip=0.0))
     assert "is no finite number at step 1. No checkpoint was saved before it" in line
     assert names(tmp_path / "run") == ["config.yaml", "metrics.jsonl"]
+    assert "a learning rate of 1e+39 seldom teaches anything" in capsys.readouterr().out
 
 
 def test_a_held_out_loss_that_is_no_number_keeps_the_steps(config, poisoned, tmp_path):

@@ -404,3 +404,11 @@ def test_evaluate_is_the_plain_definition(size):
 def test_evaluate_needs_targets():
     with pytest.raises(UserError, match="no token counts in the loss"):
         evaluate(tiny.llama(), [Example((1, 2), (False, False))])
+
+
+def test_an_evaluation_that_is_no_number_is_said():
+    model = tiny.adapted(tiny.llama())
+    model.model.norm.weight.data[3] = math.nan
+    with pytest.raises(UserError, match="loss=nan: is no finite number over the data to evaluate on"):
+        evaluate(model, examples(*UNEVEN))
+    assert not model.training
