@@ -57,7 +57,7 @@ FLOORS = (
     ("layers.linear", "optim.pager"),
     ("layers.adapters", "layers.targets", "models.quantize", "optim.pages"),
     ("layers.attach", "layers.forward_mode", "layers.fused", "optim.moments", "run.inputs"),
-    ("export.peft", "layers.loss", "models.load", "optim.state_dict", "optim.update"),
+    ("export.peft", "layers.loss", "models.load", "optim.state_dict", "optim.update", "run.untouched"),
     ("evaluate", "export.peft_write", "export.shards", "optim.adamw", "run.adapted", "train.step", "train.trial"),
     (
         "export.bnb",

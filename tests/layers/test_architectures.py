@@ -1,4 +1,4 @@
-"""Architectures that are not like Llama: what their own code does with layers, masks and outputs, and what we refuse."""
+"""Architectures that are not like Llama: what their own code does with layers, masks and outputs."""
 
 from __future__ import annotations
 
