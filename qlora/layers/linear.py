@@ -179,7 +179,8 @@ def left_alone(model: nn.Module) -> dict[str, str]:
     ends = [{layer.removesuffix(".weight") for layer in pair} for pair in tied.items()]
     reasons = {layer: TIED for pair in ends for layer in pair if layer in found and not pair & embeddings}
     for name, module in modules.items():
-        for path, whole in transformers_code.weights_read(type(module)):
+        kind: Any = type(module)
+        for path, whole in transformers_code.weights_read(kind):
             inner = f"{name}." if name else ""
             if whole:
                 reasons |= {layer: READ for layer in (inner + path,) if layer in found}
