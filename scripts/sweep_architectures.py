@@ -51,6 +51,7 @@ from qlora.models.source import resolve
 from qlora.plan.report import describe
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.specs import AdapterSpec, Quantization
+from qlora.train.step import checkpoint_activations
 
 LENGTHS = (40, 23)  # tokens of the two examples; longer than any tiny window
 LOGITS, GRADIENTS = 1e-4, 2e-3  # allowed differences, of the largest value
@@ -213,14 +214,14 @@ def examine(kind: str, folder: Path, row: dict[str, Any]) -> None:
         if part in named and parameter.grad is not None
     }
     same_gradients("gradients", found, wanted, row)
-    row["stage"] = "recomputation"
-    recomputed(model, batch, found, row)
     row["stage"] = "steps"
     take_steps(model, batch)
     row["stage"] = "save, load, merge"
     save_and_merge(model, folder, first, row)
     row["stage"] = "plan"
     planned(folder / "model", row)
+    row["stage"] = "recomputation"
+    recomputed(model, batch, row)
 
 
 def shares(model: nn.Module) -> dict[str, Any]:
@@ -235,21 +236,19 @@ def shares(model: nn.Module) -> dict[str, Any]:
     return {"nf4": packed / max(1, whole), "experts": experts / max(1, whole)}
 
 
-def recomputed(model: Any, batch: Any, expected: dict[str, Tensor], row: dict[str, Any]) -> None:
-    from qlora.train.step import checkpoint_activations
-
-    if not model.supports_gradient_checkpointing:
-        row["recomputation"] = "unsupported"
-        return
-    checkpoint_activations(model)
+def recomputed(model: Any, batch: Any, row: dict[str, Any]) -> None:
+    """The gradients with recomputation are those without; what cannot is refused by a run's trial step."""
+    model.zero_grad()
+    loss_sum(model.train(), batch).backward()
+    expected = gradients(model)
     model.zero_grad()
     try:
+        checkpoint_activations(model)
         loss_sum(model.train(), batch).backward()
-    except RuntimeError as error:  # a run is refused by its trial step
+    except (RuntimeError, ValueError) as error:
         row["recomputation"] = str(error).splitlines()[0][:100]
     else:
         same_gradients("recomputed", gradients(model), expected, row)
-    model.gradient_checkpointing_disable()
 
 
 def take_steps(model: nn.Module, batch: Any) -> None:

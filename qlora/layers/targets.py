@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qlora.errors import UserError, problem, shortened
 from qlora.layers.linear import is_linear, left_alone, linear_names
@@ -27,10 +28,13 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
     Raises:
         UserError: every name that matches nothing, with the nearest names there are; a match that is no linear layer; a
-            head tied to the embedding, whose merge would change the embedding as well; a layer that is `left_alone`.
+            head tied to the embedding, whose merge would change the embedding as well; a layer that is `left_alone`;
+            "all-linear" on a model with a head of its own.
     """
     if targets == "all-linear":
-        return linear_names(model)
+        names = linear_names(model)
+        _refuse_heads(model, names)
+        return names
     modules = {name: module for name, module in model.named_modules() if name}
     names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     if not names:
@@ -87,6 +91,22 @@ def _tied_head(model: nn.Module, modules: dict[str, nn.Module], found: set[str])
         for name in modules
         if name in found and modules[name] is head
     ]
+
+
+def _refuse_heads(model: nn.Module, names: list[str]) -> None:
+    """Raises:
+    UserError: layers of a head that is no language model's (a classifier, often new and random): an adapter file does
+        not hold what they hold, so an adapter on them would be loaded over another draw.
+    """
+    if not isinstance(model, PreTrainedModel) or model.base_model is model or model.get_output_embeddings() is not None:
+        return
+    heads = [name for name in names if not name.startswith(f"{model.base_model_prefix}.")]
+    if heads:
+        rule = (
+            f"{shortened(', '.join(heads))} belongs to a head outside the base model, and adapter files do not hold it"
+        )
+        remedy = "Name the targets within the base model, and keep the head's weights beside the adapter"
+        raise UserError(problem("targets", "all-linear", rule, remedy))
 
 
 def _left_alone(model: nn.Module, found: set[str]) -> list[str]:

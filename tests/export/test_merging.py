@@ -179,19 +179,8 @@ def test_nothing_is_kept(tmp_path, saved_models):
 
     scripts/benchmarks/measure_memory.py shows a 1B model.
     """
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=8,
-        vocab_size=2048,
-        num_attention_heads=8,
-        dtype="bfloat16",
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dense = sum(p.numel() * 2 for p in model.parameters())
-    model.save_pretrained(tmp_path / "model")
+    _, dense = tiny.eight_layers(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    del model
     save_adapter(attach_adapters(load_base(str(tmp_path / "model"), dtype="bf16"), rank=4), tmp_path / "adapter")
     where = [str(path) for path in (saved_models("llama"), tmp_path / "adapter", tmp_path / "model", tmp_path)]
     done = subprocess.run([sys.executable, "-c", MEASURE, *where], capture_output=True, text=True, check=True)

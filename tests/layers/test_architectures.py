@@ -1,4 +1,4 @@
-"""Architectures unlike Llama: what their own code does with layers, masks and outputs, and what we refuse."""
+"""Architectures that are not like Llama: what their own code does with layers, masks and outputs."""
 
 from __future__ import annotations
 
@@ -219,3 +219,13 @@ def test_a_gated_mlp_with_a_limit_is_not_replaced():
         x = size * torch.randn(50, 64)
         expected = box(x)
         assert torch.equal(fuse(box)(x), expected)
+
+
+def test_a_new_head_is_not_adapted_in_silence():
+    """An adapter file does not hold it: loaded over another draw it would be another model."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**ENCODER))
+    with pytest.raises(UserError, match="targets=all-linear: classifier belongs to a head outside the base model"):
+        attach_adapters(model)
+    names = {name for name, _ in named_adapters(attach_adapters(model, targets=["query", "value"]))}
+    assert names and all(name.startswith("bert.") for name in names)
+    attach_adapters(transformers.BertModel(transformers.BertConfig(**ENCODER)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from helpers import TOLERANCE, relative
-from tiny import adapted, disturb, random_model
+from tiny import adapted, disturb, random_model, tensors
 
 from qlora import (
     AdapterSpec,
@@ -22,6 +23,7 @@ from qlora import (
     quantize_,
 )
 from qlora.layers.attach import active_adapter, adapters_of
+from qlora.layers.fused import fuse
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -77,6 +79,38 @@ def test_only_the_adapters_train_and_stay_float32():
     model.to(torch.bfloat16)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter_parameters(model)}
     assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
+
+
+CASTS = {
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "double": lambda model: model.double(),
+    "device and dtype": lambda model: model.to("cpu", torch.float16),
+    "float": lambda model: model.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_cast_leaves_what_was_trained_to_the_bit(cast, quantized):
+    base = random_model("llama")
+    model = adapted(quantize_(base) if quantized else base)
+    before = tensors(model)
+    parameters = {id(p) for p in adapter_parameters(model)}
+    for parameter in adapter_parameters(model):
+        parameter.grad = torch.rand_like(parameter)
+    CASTS[cast](model)
+    assert {id(p) for p in adapter_parameters(model)} == parameters
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in adapter_parameters(model))
+
+
+def test_adapters_move_to_another_device():
+    model = adapted(quantize_(random_model("llama")))
+    model.to("meta")
+    assert all(p.is_meta and p.dtype == torch.float32 and p.requires_grad for p in adapter_parameters(model))
+    assert len(adapter_parameters(model)) == 42
+    assert all(not p.is_meta for p in adapter_parameters(model.to_empty(device="cpu")))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -167,3 +201,13 @@ def test_a_copy_has_adapters_of_its_own():
             parameter.mul_(2)
     assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
     assert not torch.equal(logits(detach(twin)), logits(model)) and torch.equal(logits(twin), logits(detach(model)))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapted_model_can_be_pickled(method):
+    model = adapted(fuse(quantize_(random_model("llama"))), method)
+    before = logits(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin), before)
+    twin.load_state_dict({name: tensor * 1 for name, tensor in model.state_dict().items()})
+    assert torch.equal(logits(twin), before) and active_adapter(twin) == active_adapter(model)

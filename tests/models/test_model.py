@@ -14,7 +14,7 @@ import torch
 import transformers
 from helpers import TOLERANCE, relative, without_quantized_gemm
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, random_model
+from tiny import CONFIGS, eight_layers, random_model
 from transformers.pytorch_utils import Conv1D
 
 from qlora import UserError, attach_adapters, load_base
@@ -221,19 +221,7 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, saved_models):
     """Peak RssAnon over the baseline: the quantized model and about two of its largest tensors. 1B:
     scripts/benchmarks/measure_memory.py.
     """
-    config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=8,
-        vocab_size=2048,
-        num_attention_heads=8,
-        dtype="bfloat16",
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    largest = max(p.numel() * 2 for p in model.parameters())
-    dense = sum(p.numel() * 2 for p in model.parameters())
-    model.save_pretrained(tmp_path)
-    del model
+    largest, dense = eight_layers(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), str(saved_models("llama"))],
         capture_output=True,

@@ -113,6 +113,24 @@ def gpt2(seed: int = 1) -> nn.Module:
     return random_model("gpt2", seed)
 
 
+def eight_layers(folder: Path) -> tuple[int, int]:
+    """Write a random bf16 Llama of eight layers, large enough for memory to be measured; (bytes of its largest tensor,
+    of all).
+    """
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        vocab_size=2048,
+        num_attention_heads=8,
+        dtype="bfloat16",
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    sizes = [parameter.numel() * 2 for parameter in model.parameters()]
+    return max(sizes), sum(sizes)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, two special tokens, a chat template; pad is eos."""
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
