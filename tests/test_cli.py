@@ -30,6 +30,7 @@ NEEDED = {
     "quantize": ["--model", "m", "--output", "o"],
     "doctor": [],
     "plan": ["--model", "m"],
+    "data": ["--model", "m", "--data", "d"],
 }
 # What another flag needs beside it to make sense.
 COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"], "warmup": ["--steps", "100"]}
@@ -120,7 +121,10 @@ def test_mistakes_end_in_one_line_each_and_code_2(argv, said):
     "argv, said",
     [
         (["finetun"], "finetun: not a command. Did you mean finetune?"),
-        (["train-it"], "train-it: not a command. Choose from finetune, plan, generate, eval, merge, quantize, doctor."),
+        (
+            ["train-it"],
+            "train-it: not a command. Choose from finetune, plan, data, generate, eval, merge, quantize, doctor.",
+        ),
         (["finetune", "--rank"], "--rank: needs a value. One that begins with a dash is given as --rank=VALUE."),
         (
             ["finetune", "--batch_size", "3"],
