@@ -30,6 +30,7 @@ NEEDED = {
     "doctor": [],
     "plan": ["--model", "m"],
     "verify-resume": ["--model", "m", "--data", "d", "--output", "o"],
+    "data": ["--model", "m", "--data", "d"],
 }
 # What another flag needs beside it to make sense.
 COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"], "warmup": ["--steps", "100"]}

@@ -233,7 +233,8 @@ def _json_record(value: object, path: Path, place: str, problems: Gathered) -> l
             )
         ]
     rule = f"{place} is {kind_of(value)}, not an object with columns"
-    problems.add("data", path, rule, 'Write {"column": "text", ...}')
+    listed = place == "line 1" and isinstance(value, list)
+    problems.add("data", path, rule, "Rename the file to .json" if listed else 'Write {"column": "text", ...}')
     return []
 
 

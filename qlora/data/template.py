@@ -123,8 +123,7 @@ def _write(
         )
     except Exception as error:  # whatever a program of a stranger can raise
         raise Refusal(brief(error)) from error
-    most = _GROWTH[0] + _GROWTH[1] * _size(messages, tools)
-    if len(text) > most:
+    if len(text) > _GROWTH[0] and len(text) > _GROWTH[0] + _GROWTH[1] * _size(messages, tools):
         raise Refusal(f"it writes {len(text)} characters for a conversation of {_size(messages, tools)}")
     return text
 

@@ -148,7 +148,7 @@ def tokenize(
 
 def print_of(text: str) -> bytes:
     """A hash that is equal for texts which differ in case and white space only."""
-    return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
+    return hashlib.blake2b("".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
 class _Renderer:

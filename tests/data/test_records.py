@@ -186,3 +186,37 @@ def test_what_datasets_reads_stays_text(tmp_path):
         {"question": "007", "answer": "NA", "when": "2020-01-31"},
         {"question": "x", "answer": "1.50", "when": ""},
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "question;answer\na;b\n", "its columns are separated by ;. Save it with commas"),
+        ("a.csv", "question\tanswer\na\tb\n", "its columns are separated by tabs"),
+        ("a.csv", ",question,answer\n0,a,b\n", "column 1 has no name (,question,answer). Name it, or leave it out"),
+        (
+            "a.csv",
+            b"question,answer\nf\xfcr,b\n",
+            "line 2 is not UTF-8 (byte 2 of the line). Save the file as UTF-8 (from",
+        ),
+        ("a.jsonl", '[{"text": "a"}]', "Rename the file to .json"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1 is not JSON (its values are nested too deeply)"),
+        ("a.json", "[" * 100_000, "is not JSON (its values are nested too deeply)"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 is not JSON (Exceeds the limit"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS, not the data"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        ("a.parquet", b"PAR1 and no more PAR1", "the file is not Parquet"),
+        ("a.ndjson", "{}", "Rename it to .jsonl"),
+        ("a.tsv", "a", "Save it with commas between the values, as .csv"),
+        ("a.jsonl.gz", "a", "Unpack it: gunzip FILE"),
+        ("a.txt", "a", 'Write each text as a line {"text": "..."}'),
+    ],
+)
+def test_what_other_programs_write_is_refused_with_the_remedy(tmp_path, name, content, said):
+    (line,) = problems(write(tmp_path, name, content))
+    assert said in line and len(line) < 500 and "\n" not in line
+
+
+def test_a_row_over_several_lines_is_known_by_where_it_begins(tmp_path):
+    source = write(tmp_path, "a.csv", 'text\n"a\nb"\nc\n')
+    assert [record.place for record in read_records(source)] == ["line 2", "line 4"]

@@ -74,6 +74,7 @@ TESTED_ELSEWHERE = {
     "revision",
     "tensorboard",  # below
     "memory",  # test_plan.py, test_optim_memory.py
+    "allow_endless",  # below
 }
 
 
@@ -170,6 +171,13 @@ def test_options_about_the_input_are_passed_on(config, tmp_path):
         assert any(line.startswith("device=cuda") for line in refused(config(device="cuda")))
     finetune(config(revision="v9"))
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["revision"] == "v9"
+
+
+def test_a_run_that_never_learns_to_stop_has_to_be_asked_for(config):
+    cut = {"max_tokens": 27, "steps": 1}  # behind the first tokens of every answer
+    (line,) = refused(config(**cut))
+    assert "no example keeps the end of its answer" in line and "`allow_endless`" in line
+    assert finetune(config(allow_endless=True, **cut)).steps == 1
 
 
 def test_code_of_a_model_runs_only_if_asked_for(config, place, tmp_path):
