@@ -98,6 +98,8 @@ def damage_folder(dice: random.Random, whole: Path, folder: Path, names: list[st
     """A copy of `whole` at `folder` with one file damaged, sometimes gone or another's; returns what was done."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
+    if dice.random() < 0.5:  # it tells any change at once; without it what reads the files must
+        (folder / "manifest.json").unlink(missing_ok=True)
     files = sorted(path for path in folder.iterdir() if path.is_file() and (names is None or path.name in names))
     path = dice.choice(files)
     if dice.random() < 0.03:

@@ -119,6 +119,7 @@ def test_damaged_files_are_one_line(tmp_path):
     """Cut, flipped, lying about a length: nothing loops, nothing grows."""
     whole = write_gguf(tmp_path / "whole.gguf", llama()).read_bytes()
     path, dice = tmp_path / "model.gguf", random.Random(0)
+    assert load_tokenizer(str(tmp_path / "whole.gguf"))("1+1").input_ids
     assert read_header(tmp_path / "whole.gguf").get("block_count") == 2
     block = whole.index(b"llama.block_count") + len("llama.block_count") + 4
     cases = [b"", b"GGUF", b"hello", whole[:10], whole[:1000], whole[: len(whole) // 2], whole[:-9]]

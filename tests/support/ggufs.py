@@ -80,11 +80,11 @@ def _stored(name: str, value: Tensor, config: Any) -> Tensor:
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     vocabulary = tiny.tokenizer().get_vocab()
     tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
-    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
+    tokens += ["ab", *(f"<unused{i}>" for i in range(size - len(tokens) - 1))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * (size - 256))
+    writer.add_token_types([1] * 256 + [3, 3, 1] + [3] * (size - 259))
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
