@@ -35,10 +35,14 @@ from qlora_kernels.weight import QuantizedWeight
 
 @dataclass
 class Adapter:
-    """An adapter of a model: its spec, with the names of its modules, and its layers by these names."""
+    """An adapter of a model: its spec, with the names of its modules, and its layers by these names.
+
+    `start`: its parameters by name (<module>.lora_A) before training, where they did not leave the base as it is.
+    """
 
     spec: AdapterSpec
     layers: dict[str, AdaptedLinear]
+    start: dict[str, torch.Tensor] | None = None
     hook: Any = None  # computes n before a forward pass on a GPU
 
 

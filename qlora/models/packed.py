@@ -92,14 +92,21 @@ class PackedTensor:
         )
 
 
-def packed_tensors(source: Source) -> dict[str, object]:
-    """{name in the checkpoint: tensor that is read when it is looked at}, the parts of a 4-bit weight as one."""
+def stored_slices(source: Source) -> dict[str, Any]:
+    """{name in the checkpoint: slice that is read when it is looked at} of a folder's safetensors files."""
     from safetensors import safe_open
 
     slices: dict[str, Any] = {}
     for path in _safetensors(source.folder):
-        file = safe_open(path, "pt")  # stays open as long as its slices live
-        slices |= {key: file.get_slice(key) for key in file.keys()}
+        if path.is_file():
+            file = safe_open(path, "pt")  # stays open as long as its slices live
+            slices |= {key: file.get_slice(key) for key in file.keys()}
+    return slices
+
+
+def packed_tensors(source: Source) -> dict[str, object]:
+    """{name in the checkpoint: tensor that is read when it is looked at}, the parts of a 4-bit weight as one."""
+    slices = stored_slices(source)
     tensors: dict[str, object] = {}
     for name in packed_layers(source):
         weight = f"{name}.weight"

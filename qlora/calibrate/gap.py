@@ -1,0 +1,99 @@
+"""How far a quantized model is from its 16-bit original: loss and KL on a few records, without loading the original.
+
+    KL = mean over target tokens of sum p16 (log p16 - log p)      gap = loss - loss16
+
+The 16-bit model is the same model with each quantized layer reading its weight from the checkpoint when it is called:
+one tensor at a time, all records in one batch, so that the checkpoint is read once. The KL tells what a loss does not:
+damage can lower a loss. The alternative, to load the original too, takes four times the memory of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora.data.batch import Example, pack
+from qlora.layers.attach import disabled, named_adapters
+from qlora.layers.forward import target_logits
+from qlora.layers.linear import NF4Linear
+from qlora.models.originals import Originals
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Mean loss over `target_tokens` tokens of the 16-bit model, of the quantized base, and of the base with its
+    adapter; `kl_*` their divergence from the 16-bit model.
+    """
+
+    loss16: float
+    loss_base: float
+    loss: float
+    kl_base: float
+    kl: float
+    target_tokens: int
+
+
+class _FromFile(nn.Module):
+    """y = x Wt + bias with W read anew at every call."""
+
+    def __init__(self, layer: NF4Linear, name: str, weights: Originals):
+        super().__init__()
+        self.bias, self.name, self.weights = layer.bias, name, weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weights.weight(self.name, x.device).to(x.dtype), bias)
+
+
+@contextmanager
+def unquantized(model: nn.Module, weights: Originals) -> Iterator[None]:
+    """The model with 16-bit weights in the place of its quantized layers, and without their adapters, while entered."""
+    replaced: dict[str, nn.Module] = {}
+    try:
+        for name, layer in _quantized(model).items():
+            replaced[name] = model.get_submodule(name)
+            model.set_submodule(name, _FromFile(layer, name, weights))
+        yield
+    finally:
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+
+
+def can_measure(model: nn.Module, weights: Originals) -> bool:
+    """Whether every quantized layer has its 16-bit weight."""
+    return _quantized(model).keys() <= weights.there
+
+
+def _quantized(model: nn.Module) -> dict[str, NF4Linear]:
+    """The quantized layers by the names they have without adapters."""
+    bases = {name: module.base for name, module in named_adapters(model)}
+    inside = set(bases.values())
+    layers = bases | {name: module for name, module in model.named_modules() if module not in inside}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, NF4Linear)}
+
+
+@torch.no_grad()
+def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example]) -> Gap:
+    """The gap of a model in evaluation mode on these examples, which are run as one batch."""
+    batch = pack(examples)
+    with unquantized(model, weights):
+        logits, labels = target_logits(model, batch)
+    exact = logits.float().log_softmax(-1)
+    del logits
+    with disabled(model):
+        base = _against(exact, *target_logits(model, batch))
+    own = _against(exact, *target_logits(model, batch))
+    loss16 = F.nll_loss(exact, labels).item()
+    return Gap(loss16, base[0], own[0], base[1], own[1], len(labels))
+
+
+def _against(exact: Tensor, logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """(loss, divergence from log-probabilities `exact` [n, vocabulary])."""
+    logs = logits.float().log_softmax(-1)
+    divergence = F.kl_div(logs, exact, log_target=True, reduction="sum") / len(labels)
+    return F.nll_loss(logs, labels).item(), divergence.item()
