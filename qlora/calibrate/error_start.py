@@ -73,11 +73,10 @@ def error_factors(E: Tensor, H: Tensor, drawn: Tensor, scaling: float, rounds: i
     return A, B
 
 
-def row_gains(V: Tensor, left: Tensor, H: Tensor) -> Tensor:
-    """g [out] = <w_j, v_j>_H / <v_j, v_j>_H of V [out, in] and what is `left` of the error, W - V; 1 for a row that H
-    does not see.
+def row_gains(V: Tensor, VH: Tensor, left: Tensor) -> Tensor:
+    """g [out] = <w_j, v_j>_H / <v_j, v_j>_H of V [out, in], V H, and what is `left` of the error, W - V; 1 for a row that
+    H does not see.
     """
-    weighted = V @ H
-    size = (weighted * V).sum(1)
+    size = (VH * V).sum(1)
     seen = size > 0
-    return torch.where(seen, 1 + (weighted * left).sum(1) / torch.where(seen, size, 1), 1)
+    return torch.where(seen, 1 + (VH * left).sum(1) / torch.where(seen, size, 1), 1)

@@ -9,6 +9,7 @@ damage can lower a loss. The alternative, to load the original too, takes four t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from qlora.data.batch import Example, pack
 from qlora.layers.attach import disabled, named_adapters
-from qlora.layers.forward import target_logits
 from qlora.layers.linear import NF4Linear
+from qlora.layers.loss import logit_chunks
 from qlora.models.originals import Originals
+
+Chunk = tuple[Tensor, Tensor]  # logits [k, vocabulary], labels [k]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def _quantized(model: nn.Module) -> dict[str, NF4Linear]:
     """The quantized layers by the names they have without adapters."""
     bases = {name: module.base for name, module in named_adapters(model)}
     inside = set(bases.values())
-    layers = bases | {name: module for name, module in model.named_modules() if module not in inside}
+    layers = {name: module for name, module in model.named_modules() if module not in inside} | bases
     return {name: layer for name, layer in layers.items() if isinstance(layer, NF4Linear)}
 
 
@@ -82,18 +85,24 @@ def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example
     """The gap of a model in evaluation mode on these examples, which are run as one batch."""
     batch = pack(examples)
     with unquantized(model, weights):
-        logits, labels = target_logits(model, batch)
-    exact = logits.float().log_softmax(-1)
-    del logits
+        exact = _begun(logit_chunks(model, batch))
     with disabled(model):
-        base = _against(exact, *target_logits(model, batch))
-    own = _against(exact, *target_logits(model, batch))
-    loss16 = F.nll_loss(exact, labels).item()
-    return Gap(loss16, base[0], own[0], base[1], own[1], len(labels))
+        base = _begun(logit_chunks(model, batch))
+    own = logit_chunks(model, batch)
+    sums, count = torch.zeros(5, dtype=torch.float64), 0
+    for (logits16, labels), (logits_base, _), (logits, _) in zip(exact, base, own, strict=True):
+        logs16 = logits16.float().log_softmax(-1)
+        found = [F.nll_loss(logs16, labels, reduction="sum")]
+        for other in (logits_base, logits):
+            logs = other.float().log_softmax(-1)
+            found.append(F.nll_loss(logs, labels, reduction="sum"))
+            found.append(F.kl_div(logs, logs16, log_target=True, reduction="sum"))
+        sums += torch.stack(found).double().cpu()
+        count += len(labels)
+    loss16, loss_base, kl_base, loss, kl = (sums / count).tolist()
+    return Gap(loss16, loss_base, loss, kl_base, kl, count)
 
 
-def _against(exact: Tensor, logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(loss, divergence from log-probabilities `exact` [n, vocabulary])."""
-    logs = logits.float().log_softmax(-1)
-    divergence = F.kl_div(logs, exact, log_target=True, reduction="sum") / len(labels)
-    return F.nll_loss(logs, labels).item(), divergence.item()
+def _begun(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The same, with the first made already: with it the decoder has run, and what is left is the head."""
+    return itertools.chain([next(chunks)], chunks)

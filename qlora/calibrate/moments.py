@@ -11,7 +11,6 @@ by layer on stored hidden states (GPTQ), runs the text once but must know how ea
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,31 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data.batch import Example, by_length
+from qlora.data.order import epoch_order
 
 BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it is
-TOKENS = 2048  # of a batch, about
+TOKENS = 1024  # of a batch, about
 
 
 def rectangles(examples: Sequence[Example], tokens: int, seed: int) -> list[Tensor]:
-    """About `tokens` tokens of a draw of `examples` as batches [b, t] without padding.
+    """About `tokens` tokens of `examples`, those that a run with this seed sees first, as batches [b, t] without padding.
 
-    Examples of like length share a batch and are cut to its shortest; at least two tokens of each.
+    Examples of like length share a batch and are cut to its shortest.
     """
-    order = [example for example in examples if len(example.input_ids) > 1]
-    random.Random(seed).shuffle(order)
     chosen: list[Example] = []
     left = tokens
-    for example in order:
-        if left <= 1:
-            break
-        ids = example.input_ids[:left]
-        chosen.append(Example(ids, (False,) * len(ids)))
-        left -= len(ids)
+    for i in epoch_order(len(examples), seed, 0):
+        example = Example(examples[i].input_ids[:left], examples[i].loss_mask[:left])
+        if len(example.input_ids) > 1:
+            chosen.append(example)
+            left -= len(example.input_ids)
     if not chosen:
         return []
-    size = max(1, TOKENS * len(chosen) // max(1, tokens - left))
+    size = max(1, TOKENS * len(chosen) // (tokens - left))
     batches = []
-    for group in by_length([e for e in chosen if len(e.input_ids) > 1], size):
+    for group in by_length(chosen, size):
         shortest = min(len(example.input_ids) for example in group)
         batches.append(torch.tensor([example.input_ids[:shortest] for example in group]))
     return batches

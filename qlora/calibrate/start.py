@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import damped, error_factors, row_gains, weighted_error
+from qlora.calibrate.error_start import damped, error_factors, row_gains
 from qlora.calibrate.moments import BUDGET, input_moments
 from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.attach import adapters_of, named_adapters
@@ -59,33 +59,31 @@ def start_by_error(
     for moments in input_moments(model, widths, batches, budget):
         H = moments.mean
         for name in moments.layers:
-            W = weights.weight(name, H.device).float()
-            found[name] = start_layer(layers[name], W, H)
+            found[name] = start_layer(layers[name], weights.weight(name, H.device), H)
     keep_start(model)
     return found
 
 
 @torch.no_grad()
 def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
-    """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
-
-    W is used up.
-    """
-    size = weighted_error(W, H)
+    """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better."""
     Q = frozen_weight(layer.base).dense(torch.float32)
-    E = W.sub_(Q)
-    before = weighted_error(E, H)
+    E = W.float() - Q  # not in place: W is the file's own memory
+    QH, EH = Q @ H, E @ H  # all else is thin
+    size, before = _trace(QH + EH, Q + E), _trace(EH, E)
     if not EXACT * size < before < math.inf:  # nothing to undo, no inputs, or no numbers
         return LayerStart(0.0, 0.0)
     A, B = error_factors(E, damped(H, DAMPING), layer.lora_A, layer.scaling)
-    update = (B @ A).mul_(layer.scaling)
-    left = E.sub_(update)
+    scaled = B * layer.scaling
+    update, updateH = scaled @ A, scaled @ (A @ H)
+    left, leftH = E.sub_(update), EH.sub_(updateH)
     gains = None
     if layer.magnitude is not None:
-        V = Q.add_(update)
-        gains = row_gains(V, left, H)
-        left = left.sub_(V.mul_((gains - 1).unsqueeze(1)))
-    after = weighted_error(left, H)
+        V, VH = Q.add_(update), QH.add_(updateH)
+        gains = row_gains(V, VH, left)
+        left.sub_(V.mul_((gains - 1).unsqueeze(1)))
+        leftH.sub_(VH.mul_((gains - 1).unsqueeze(1)))
+    after = _trace(leftH, left)
     if not after < before:
         return LayerStart(before / size, before / size)
     layer.lora_A.copy_(A)
@@ -94,6 +92,11 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
     if layer.magnitude is not None and gains is not None:
         layer.magnitude.copy_(layer.current_row_norms() * gains)
     return LayerStart(before / size, after / size)
+
+
+def _trace(one: Tensor, two: Tensor) -> float:
+    """tr(one twot)."""
+    return float((one * two).sum(dtype=torch.float64))
 
 
 def keep_start(model: torch.nn.Module) -> None:

@@ -4,7 +4,12 @@
 
 Nothing is kept: each tensor is written as it comes, and peak memory is about two tensors. W is by default the
 dequantized NF4 weight, because the adapter was trained on that; `base="original"` merges onto the checkpoint's own
-weight instead. The result is written in float32 arithmetic with one rounding to the output dtype. Merging and
+weight instead; of an adapter that began by undoing the quantization error (`start`) that beginning is taken off first,
+since these weights have no such error:
+
+    W + s (B A - B0 A0),   m ||W_j|| / m0_j in the place of m        so that an untrained adapter changes nothing
+
+The result is written in float32 arithmetic with one rounding to the output dtype. Merging and
 quantizing again, as others offer, is not: it rounds the update onto the 4-bit grid again.
 """
 
@@ -18,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora.errors import UserError, problem
-from qlora.export.peft import KEYS, PREFIX, TENSORS, read_adapter_info
+from qlora.export.peft import KEYS, PREFIX, TENSORS, read_adapter_info, read_start
 from qlora.export.shards import Written, check_new_folder, write_model
 from qlora.layers.adapters import merged_weight
 from qlora.layers.weight import FrozenWeight
@@ -69,7 +74,8 @@ def merge(
         raise UserError(problem("base", base, rule, "Use `base=dequantized`, or `model` with the original"))
     quantized = base == "dequantized" and (trained.bits == 4 or source.packed)
     layers = QuantizePass(source, trained.quantization(source.packed) if quantized else Quantization(16))
-    transform = _Merge(layers, spec, load_file(Path(adapter).expanduser() / TENSORS), DTYPES[dtype])
+    start = None if quantized else read_start(adapter)
+    transform = _Merge(layers, spec, load_file(Path(adapter).expanduser() / TENSORS), DTYPES[dtype], start)
     return write_model(
         source,
         folder,
@@ -100,11 +106,23 @@ def _option_problems(name: str | None, base: str, dtype: str, trained: BaseInfo)
     return problems
 
 
+def _parts(tensors: dict[str, Tensor], layer: str) -> list[Tensor | None]:
+    """A, B and m of a layer."""
+    return [tensors.get(f"{PREFIX}{layer}.{KEYS[part]}") for part in ("lora_A", "lora_B", "magnitude")]
+
+
 class _Merge:
     """transform(name, tensor) -> what to write: linear weights merged, everything else in the output dtype."""
 
-    def __init__(self, layers: QuantizePass, spec: AdapterSpec, tensors: dict[str, Tensor], target: torch.dtype):
-        self.layers, self.spec, self.tensors, self.dtype = layers, spec, tensors, target
+    def __init__(
+        self,
+        layers: QuantizePass,
+        spec: AdapterSpec,
+        tensors: dict[str, Tensor],
+        target: torch.dtype,
+        start: dict[str, Tensor] | None = None,
+    ):
+        self.layers, self.spec, self.tensors, self.dtype, self.start = layers, spec, tensors, target, start
         self.unmerged = set(spec.modules)
 
     def __call__(self, parameter: str, value: Any) -> dict[str, Tensor]:
@@ -126,15 +144,26 @@ class _Merge:
     def _merged(self, layer: str, weight: FrozenWeight) -> Tensor:
         """W with its adapter [out, in], in the output dtype."""
         self.unmerged.discard(layer)
-        A, B, m = (self.tensors.get(f"{PREFIX}{layer}.{KEYS[part]}") for part in ("lora_A", "lora_B", "magnitude"))
+        A, B, m = _parts(self.tensors, layer)
         if A is None or B is None:
             rule = "the adapter file holds only a part of its tensors"
             raise UserError(problem("adapter", layer, rule, "Use another copy of the adapter"))
         if weight.shape != (B.shape[0], A.shape[1]):
             rule = f"fits a weight of {(B.shape[0], A.shape[1])}, the base has {weight.shape}"
             raise UserError(problem("adapter", layer, rule, "Name the base it was trained on"))
-        magnitude = None if m is None else m.float()
-        return merged_weight(weight, A.float(), B.float(), magnitude, self.spec.scaling, self.dtype)
+        A, B, magnitude = A.float(), B.float(), None if m is None else m.float()
+        if self.start is not None:
+            weight, magnitude = self._without_start(layer, weight, magnitude)
+        return merged_weight(weight, A, B, magnitude, self.spec.scaling, self.dtype)
+
+    def _without_start(self, layer: str, weight: FrozenWeight, m: Tensor | None) -> tuple[FrozenWeight, Tensor | None]:
+        """The original weight without what the start will add to it, in float32, and m as it would be there."""
+        A, B, m_start = _parts(self.start or {}, layer)
+        assert A is not None and B is not None  # `read_start` looked
+        dense = weight.dense(torch.float32)
+        if m is not None and m_start is not None:
+            m = m * dense.norm(dim=1) / m_start.where(m_start != 0, torch.ones_like(m_start))
+        return FrozenWeight(torch.addmm(dense, B, A, alpha=-self.spec.scaling)), m
 
     def check_all(self, name: str, trained: BaseInfo) -> None:
         """Once every tensor has passed.

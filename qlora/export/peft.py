@@ -3,6 +3,7 @@
     adapter_model.safetensors   float32: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r],
                                 .lora_magnitude_vector [out] (DoRA)
     adapter_config.json         PEFT's LoraConfig
+    start.safetensors           the same tensors before training, where the adapter began by undoing an error of the base
     qlora.json                  what PEFT has no key for: the base's bits and fingerprint, versions, notes
     README.md, tokenizer files
 
@@ -24,14 +25,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora.errors import UserError, problem
+from qlora.errors import UserError, guard, problem
 from qlora.files import read_json
-from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_adapters
+from qlora.layers.attach import active_adapter, adapters_of, attach, forget_row_norms, named_adapters
 from qlora.layers.linear import LINEAR, frozen_weight
 from qlora.models.info import BaseInfo, info
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
+START = "start.safetensors"
 PREFIX = "base_model.model."
 # Our parameter name: the end of its key in an adapter file.
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -45,6 +47,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for module, adapter in named_adapters(model)
         for part, parameter in adapter.named_parameters(recurse=False)
     }
+
+
+def file_key(name: str) -> str:
+    """The key in an adapter file of a parameter named as by `named_parameters`."""
+    module, part = name.rsplit(".", 1)
+    return f"{PREFIX}{module}.{KEYS[part]}"
 
 
 # What a PEFT configuration may say besides the values read in `_read_peft`: it says nothing about the result.
@@ -110,6 +118,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = _adapter_folder(folder)
     base, spec = read_adapter_info(folder)
     tensors = {_current(key): value for key, value in load_file(folder / TENSORS).items()}
+    start = read_start(folder)
     problems = _base_problems(model, base, folder)
     attached = active_adapter(model)
     if attached is None:
@@ -131,10 +140,31 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         attach(model, dataclasses.replace(spec, targets=spec.modules))
     with torch.no_grad():
         for name, parameter in named_parameters(model).items():
-            module, part = name.rsplit(".", 1)
-            parameter.copy_(tensors[f"{PREFIX}{module}.{KEYS[part]}"])
+            parameter.copy_(tensors[file_key(name)])
     forget_row_norms(model)
+    adapters = adapters_of(model)
+    if adapters.active is not None:
+        adapters[adapters.active].start = start and {name: start[file_key(name)] for name in named_parameters(model)}
     return model
+
+
+def read_start(folder: str | Path) -> dict[str, Tensor] | None:
+    """An adapter's tensors before training by their keys in its file; None for one that began as its base.
+
+    Raises:
+        UserError: the adapter had such a start, and its file is gone or is not of these tensors.
+    """
+    folder = Path(folder).expanduser()
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    if START not in own.get("files", ()):
+        return None
+    with guard("adapter", folder / START, "the adapter's start cannot be read", "Use another copy of the adapter"):
+        start = load_file(folder / START)
+        with safetensors.safe_open(folder / TENSORS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        if {key: list(value.shape) for key, value in start.items()} != shapes:
+            raise ValueError("it holds other tensors than the adapter")
+    return start
 
 
 def _adapter_folder(folder: str | Path) -> Path:

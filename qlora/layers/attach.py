@@ -67,6 +67,12 @@ def active_adapter(model: nn.Module) -> AdapterSpec | None:
     return None if adapters.active is None else adapters[adapters.active].spec
 
 
+def adapter_start(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The parameters of the active adapter before training by name, or None where it began as its base."""
+    adapters = adapters_of(model)
+    return None if adapters.active is None else adapters[adapters.active].start
+
+
 def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:
     """`attach` with the fields of `specs.AdapterSpec` as keywords, such as method, rank, alpha, targets."""
     return attach(model, AdapterSpec(**options))

@@ -19,6 +19,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.config.options import changeable, defaults
 from qlora.errors import UserError, problem
 from qlora.run.inputs import Inputs
+from qlora.run.start import begins_by_error
 from qlora.train.checkpoint import read_state
 
 
@@ -32,8 +33,9 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
     options["dtype"] = dtype
+    options["adapter_init"] = "error" if begins_by_error(config, inputs.source) else "zero"
     digest = hashlib.sha256()
-    for example in inputs.train:
+    for example in [*inputs.train, *(inputs.calibration if config.calibrate else ())]:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
         digest.update(bytes(map(bool, example.loss_mask)))
     return {"options": options, "length": length, "data": {"examples": len(inputs.train), "sha256": digest.hexdigest()}}
@@ -50,7 +52,7 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     now = identity["options"]
     # Checkpoints from before an option do not name it: it had what is its default now.
     before = {name: value for name, value in defaults(FinetuneConfig).items() if name in now}
-    was = before | {"scales": now["scales"] and "absmax"} | began["options"]
+    was = before | {"scales": now["scales"] and "absmax", "adapter_init": "zero"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")

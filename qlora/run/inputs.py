@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.commands import FinetuneConfig
+from qlora.config.shared import calibration_text
 from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
@@ -76,6 +77,7 @@ class Inputs:
     """The tokenized examples of a run, where they came from, and the model that they are for.
 
     `quantization` is how the base is quantized, resolved: what an option that was not given means for this model.
+    `calibration` is the text of `calibrate`, or that of the training.
     """
 
     train: list[Example]
@@ -84,6 +86,7 @@ class Inputs:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     quantization: Quantization
+    calibration: list[Example]
 
 
 def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] = (), *, weights: bool = True) -> Inputs:
@@ -97,12 +100,14 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
         UserError: all that is wrong.
     """
     problems = Problems()
+    calibrating, _ = calibration_text(config.calibrate)
     for check in checks:
         problems.gather(check)
     source = problems.gather(lambda: find_model(config, weights=weights))
     quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
+    shown = problems.gather(lambda: read_records(calibrating) if calibrating else [])
     more = problems.gather(lambda: read_records(config.eval_data) if config.eval_data else [])
     problems.refuse()
     records, held_out = found.value, more.value
@@ -110,8 +115,23 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
         records, held_out = split(records, config.eval_fraction, config.seed)
     train = problems.gather(lambda: tokens(config, tokenizer.value, records))
     held = problems.gather(lambda: tokens(config, tokenizer.value, held_out).examples if held_out else [])
+    text = problems.gather(lambda: _calibration(config, tokenizer.value, shown.value))
     problems.refuse()
-    return Inputs(train.value.examples, held.value, train.value, source.value, tokenizer.value, quantization.value)
+    dataset, calibration = train.value, text.value or train.value.examples
+    return Inputs(
+        dataset.examples, held.value, dataset, source.value, tokenizer.value, quantization.value, calibration
+    )
+
+
+def _calibration(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]
+) -> list[Example]:
+    """The examples of calibration data, whose format need not be that of the training; none without records.
+
+    Raises:
+        UserError: the option with what is wrong.
+    """
+    return tokenize(records, tokenizer, max_tokens=config.max_tokens).examples if records else []
 
 
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:

@@ -35,6 +35,7 @@ from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
 from qlora.run.report import FinetuneResult, after, before, how_to_resume, summarize
 from qlora.run.run import Run
+from qlora.run.start import Beginning, begin, begins_by_error
 from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from qlora.train.loop import Schedule, train
 from qlora.train.metrics import require_tensorboard
@@ -65,12 +66,16 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         run.keep_memory(inputs)
         config = run.config  # with settings that keep the budget
 
-        parts = build(config, inputs, length, run.device, run.output)
+        parts = build(config, inputs, length, run.device, run.output, fresh=checkpoint is None)
         model, optimizer = parts.model, run.own(parts.optimizer)
         first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)["step"]
         notes = {"data": config.data, "examples": len(inputs.train), "steps": length["steps"]}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
         print(before(config, inputs, model, optimizer, first, length["steps"]), flush=True)
+        started = {} if parts.beginning is None else parts.beginning.metrics()
+        if parts.beginning is not None:
+            notes |= parts.beginning.notes()
+            print(parts.beginning, flush=True)
 
         def save(step: int) -> None:
             log.sync()
@@ -82,6 +87,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
         try:
             with run.begin(first, length["steps"]) as log:
+                if started:
+                    log({"step": 0, "tokens": 0, **started, "memory_bytes": run.memory.peak()})
                 train(
                     model,
                     optimizer,
@@ -118,14 +125,24 @@ class Parts:
     optimizer: PagedAdamW
     batches: Callable[[int], list[Batch]]
     schedule: Schedule
+    beginning: Beginning | None = None  # of adapters that undo the error of the base
 
 
-def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device: torch.device, folder: Path) -> Parts:
+def build(
+    config: FinetuneConfig,
+    inputs: Inputs,
+    length: dict[str, int],
+    device: torch.device,
+    folder: Path,
+    *,
+    fresh: bool = True,
+) -> Parts:
     """Everything that the options decide about training, before its first step.
 
     Args:
         length: see `run_length`.
         folder: where optimizer state may spill to.
+        fresh: no checkpoint will tell the adapters how they began.
 
     Raises:
         UserError: see `assemble` and `PagedAdamW`.
@@ -135,6 +152,7 @@ def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device
         config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed
     )
     model = assemble(inputs.source, spec, device)
+    beginning = begin(model, config, inputs) if fresh and begins_by_error(config, inputs.source) else None
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
     batches = micro_batches(config, inputs.train, length["examples"])
     rate = functools.partial(
@@ -143,4 +161,4 @@ def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device
     schedule = Schedule(
         length["steps"], rate, clip=config.clip, eval_every=config.eval_every, save_every=config.save_every
     )
-    return Parts(model, optimizer, batches, schedule)
+    return Parts(model, optimizer, batches, schedule, beginning)

@@ -76,7 +76,7 @@ def test_gains_are_the_best_factor_of_each_row():
     W, H, _ = drawn()
     V = W + torch.randn_like(W) / 100
     V[0] = 0
-    g = row_gains(V, W - V, H)
+    g = row_gains(V, V @ H, W - V)
     assert g[0] == 1
     wanted = torch.stack([(w @ H @ v) / (v @ H @ v) for w, v in zip(W[1:], V[1:], strict=True)])
     assert torch.allclose(g[1:], wanted)
