@@ -3,7 +3,7 @@
     KL = mean over target tokens of sum p16 (log p16 - log p)      gap = loss - loss16
 
 The 16-bit model is the same model with each quantized layer reading its weight from the checkpoint when it is called:
-one tensor at a time, all records in one batch, so that the checkpoint is read once. The KL tells what a loss does not:
+one tensor at a time. The KL tells what a loss does not:
 damage can lower a loss. The alternative, to load the original too, takes four times the memory of the run.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora.data.batch import Example, pack
+from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.layers.attach import disabled, named_adapters
 from qlora.layers.linear import NF4Linear
 from qlora.layers.loss import logit_chunks
@@ -81,15 +81,24 @@ def _quantized(model: nn.Module) -> dict[str, NF4Linear]:
 
 
 @torch.no_grad()
-def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example]) -> Gap:
-    """The gap of a model in evaluation mode on these examples, which are run as one batch."""
-    batch = pack(examples)
+def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example], batch_size: int) -> Gap:
+    """The gap of a model in evaluation mode on these examples; the checkpoint is read once for each batch."""
+    sums, count = torch.zeros(5, dtype=torch.float64), 0
+    for group in by_length(examples, batch_size):
+        for found, tokens in _differences(model, weights, pack(group)):
+            sums += found.double().cpu()
+            count += tokens
+    loss16, loss_base, kl_base, loss, kl = (sums / count).tolist()
+    return Gap(loss16, loss_base, loss, kl_base, kl, count)
+
+
+def _differences(model: nn.Module, weights: Originals, batch: Batch) -> Iterator[tuple[Tensor, int]]:
+    """Sums over some target tokens at a time of: loss16, then loss and KL of the base, and of base with adapter."""
     with unquantized(model, weights):
         exact = _begun(logit_chunks(model, batch))
     with disabled(model):
         base = _begun(logit_chunks(model, batch))
     own = logit_chunks(model, batch)
-    sums, count = torch.zeros(5, dtype=torch.float64), 0
     for (logits16, labels), (logits_base, _), (logits, _) in zip(exact, base, own, strict=True):
         logs16 = logits16.float().log_softmax(-1)
         found = [F.nll_loss(logs16, labels, reduction="sum")]
@@ -97,10 +106,7 @@ def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example
             logs = other.float().log_softmax(-1)
             found.append(F.nll_loss(logs, labels, reduction="sum"))
             found.append(F.kl_div(logs, logs16, log_target=True, reduction="sum"))
-        sums += torch.stack(found).double().cpu()
-        count += len(labels)
-    loss16, loss_base, kl_base, loss, kl = (sums / count).tolist()
-    return Gap(loss16, loss_base, loss, kl_base, kl, count)
+        yield torch.stack(found), len(labels)
 
 
 def _begun(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

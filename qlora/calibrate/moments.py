@@ -23,10 +23,9 @@ from qlora.data.batch import Example, by_length
 from qlora.data.order import epoch_order
 
 BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it is
-TOKENS = 1024  # of a batch, about
 
 
-def rectangles(examples: Sequence[Example], tokens: int, seed: int) -> list[Tensor]:
+def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: int) -> list[Tensor]:
     """About `tokens` tokens of `examples`, those that a run with this seed sees first, as batches [b, t] without padding.
 
     Examples of like length share a batch and are cut to its shortest.
@@ -38,11 +37,8 @@ def rectangles(examples: Sequence[Example], tokens: int, seed: int) -> list[Tens
         if len(example.input_ids) > 1:
             chosen.append(example)
             left -= len(example.input_ids)
-    if not chosen:
-        return []
-    size = max(1, TOKENS * len(chosen) // (tokens - left))
     batches = []
-    for group in by_length(chosen, size):
+    for group in by_length(chosen, batch_size):
         shortest = min(len(example.input_ids) for example in group)
         batches.append(torch.tensor([example.input_ids[:shortest] for example in group]))
     return batches

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import damped, error_factors, row_gains
+from qlora.calibrate.error_start import damped, error_factors, row_gains, weighted_error
 from qlora.calibrate.moments import BUDGET, input_moments
 from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.attach import adapters_of, named_adapters
@@ -24,6 +24,7 @@ from qlora.layers.linear import NF4Linear, frozen_weight
 from qlora.models.originals import Originals
 
 DAMPING = 0.03  # of the moments: what the text did not show counts so much of the mean
+ROWS = 1 << 20  # values of a weight that are looked at together, about
 EXACT = 1e-10  # a share of error that is rounding in float32
 
 
@@ -66,24 +67,30 @@ def start_by_error(
 
 @torch.no_grad()
 def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
-    """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better."""
-    Q = frozen_weight(layer.base).dense(torch.float32)
-    E = W.float() - Q  # not in place: W is the file's own memory
-    QH, EH = Q @ H, E @ H  # all else is thin
-    size, before = _trace(QH + EH, Q + E), _trace(EH, E)
+    """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
+
+    In memory are E [out, in] in float32 and a few rows of all else.
+    """
+    quantized = frozen_weight(layer.base)
+    E = torch.empty(quantized.shape, device=H.device)
+    size = before = after = 0.0
+    for part, Q in quantized.chunks(elements=ROWS):
+        dense = W[part].float()
+        E[part] = dense - Q
+        size += weighted_error(dense, H)
+        before += weighted_error(E[part], H)
     if not EXACT * size < before < math.inf:  # nothing to undo, no inputs, or no numbers
         return LayerStart(0.0, 0.0)
     A, B = error_factors(E, damped(H, DAMPING), layer.lora_A, layer.scaling)
-    scaled = B * layer.scaling
-    update, updateH = scaled @ A, scaled @ (A @ H)
-    left, leftH = E.sub_(update), EH.sub_(updateH)
-    gains = None
-    if layer.magnitude is not None:
-        V, VH = Q.add_(update), QH.add_(updateH)
-        gains = row_gains(V, VH, left)
-        left.sub_(V.mul_((gains - 1).unsqueeze(1)))
-        leftH.sub_(VH.mul_((gains - 1).unsqueeze(1)))
-    after = _trace(leftH, left)
+    gains = None if layer.magnitude is None else torch.ones_like(layer.magnitude)
+    for part, Q in quantized.chunks(elements=ROWS):
+        update = (B[part] @ A).mul_(layer.scaling)
+        left = E[part].sub_(update)
+        if gains is not None:
+            V = Q.add_(update)
+            gains[part] = row_gains(V, V @ H, left)
+            left -= V.mul_((gains[part] - 1).unsqueeze(1))
+        after += weighted_error(left, H)
     if not after < before:
         return LayerStart(before / size, before / size)
     layer.lora_A.copy_(A)
@@ -92,11 +99,6 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
     if layer.magnitude is not None and gains is not None:
         layer.magnitude.copy_(layer.current_row_norms() * gains)
     return LayerStart(before / size, after / size)
-
-
-def _trace(one: Tensor, two: Tensor) -> float:
-    """tr(one twot)."""
-    return float((one * two).sum(dtype=torch.float64))
 
 
 def keep_start(model: torch.nn.Module) -> None:

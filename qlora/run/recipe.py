@@ -87,14 +87,14 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
         try:
             with run.begin(first, length["steps"]) as log:
-                if started:
-                    log({"step": 0, "tokens": 0, **started, "memory_bytes": run.memory.peak()})
+                if started and not inputs.held_out:
+                    log({"step": 0, "tokens": 0, "memory_bytes": run.memory.peak()} | started)
                 train(
                     model,
                     optimizer,
                     parts.batches,
                     dataclasses.replace(parts.schedule, first=first),
-                    log=log,
+                    log=lambda line: log(line | started if line["step"] == 0 else line),
                     evaluate=held_out_loss if inputs.held_out else None,
                     save=save,
                     memory=run.memory,

@@ -125,14 +125,13 @@ def summarize(output: Path, seconds: float, predicted: int | None) -> FinetuneRe
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if line["step"] > 0]
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    before = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"] == 0]
     return FinetuneResult(
         output=output,
         adapter=output / "adapter",
         steps=steps[-1]["step"],
         tokens=sum(line["tokens"] for line in steps),
         loss=steps[-1]["loss"],
-        eval_loss_before=before[0] if before else None,
+        eval_loss_before=lines[0].get("eval_loss") if lines[0]["step"] == 0 else None,
         eval_loss_after=evaluations[-1] if evaluations else None,
         seconds=seconds,
         memory_bytes=max(line["memory_bytes"] for line in lines),

@@ -29,7 +29,7 @@ from qlora.models.originals import originals
 from qlora.models.source import Source
 from qlora.run.inputs import Inputs
 
-RECORDS, MOST = 16, 4096  # records and tokens that the gap is measured on, at most
+RECORDS = 16  # that the gap is measured on, at most
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,16 @@ def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
 def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beginning:
     """Give the fresh adapters of `model` the start that undoes the quantization error, in place."""
     began = time.monotonic()
-    batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed)
+    batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed, config.batch_size)
     weights = originals(inputs.source)
     layers = start_by_error(model, weights, batches)
     records = _records(inputs, config.seed)
-    gap = measure_gap(model, weights, records) if can_measure(model, weights) else None
+    gap = measure_gap(model, weights, records, config.batch_size) if can_measure(model, weights) else None
     adapted = sum(1 for _ in named_adapters(model))
     return Beginning(layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began)
 
 
 def _records(inputs: Inputs, seed: int) -> list[Example]:
     """A few held-out records; where there are none, those of the training data that come last."""
-    order = reversed(epoch_order(len(inputs.train), seed, 0))
-    candidates = inputs.held_out or [inputs.train[i] for i in order]
-    chosen: list[Example] = []
-    for example in candidates[:RECORDS]:
-        if chosen and sum(len(e.input_ids) for e in chosen) + len(example.input_ids) > MOST:
-            break
-        chosen.append(example)
-    return chosen
+    order = epoch_order(len(inputs.train), seed, 0)[-RECORDS:]
+    return inputs.held_out[:RECORDS] or [inputs.train[i] for i in order]
