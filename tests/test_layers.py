@@ -18,6 +18,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 
 FLOORS = (
     (
+        "calibrate.error_start",
         "data.batch",
         "errors",
         "layers.attention",
@@ -31,6 +32,7 @@ FLOORS = (
         "train.signals",
     ),
     (
+        "calibrate.gptq",
         "config.options",
         "data.chat",
         "data.order",
@@ -44,6 +46,7 @@ FLOORS = (
         "train.metrics",
     ),
     (
+        "calibrate.moments",
         "config.shared",
         "data.formats",
         "doctor",
@@ -64,9 +67,9 @@ FLOORS = (
     ),
     ("layers.linear", "layers.loss", "optim.pager"),
     ("evaluate", "layers.adapters", "layers.targets", "models.quantize", "optim.pages", "train.step"),
-    ("layers.attach", "layers.fused", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
-    ("export.peft", "models.load", "optim.state_dict", "optim.update"),
-    ("export.peft_write", "export.shards", "optim.adamw", "run.adapted", "run.assemble"),
+    ("layers.attach", "layers.fused", "models.originals", "optim.moments", "plan.tracker", "run.inputs", "train.loop"),
+    ("calibrate.gap", "calibrate.start", "export.peft", "models.load", "optim.state_dict", "optim.update"),
+    ("export.peft_write", "export.shards", "optim.adamw", "run.adapted", "run.assemble", "run.start"),
     ("export.bnb", "export.merge", "plan.meta", "run.optimizer", "run.trace", "train.checkpoint"),
     ("plan.fit", "run.identity", "run.output", "run.report"),
     ("plan.report",),

@@ -7,8 +7,8 @@
                 size of training's first steps, stay those of LoRA
     DoRA        m_j = n_j <w_j, v_j>_H / <v_j, v_j>_H,   v = Q + s B A,   n_j = ||v_j||: the best factor of each row
 
-The published form takes H^(1/2) and its inverse; none is needed: with F = E H^(1/2) the best F' of rank r is U Ut F, and
-U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- E (H (Et Y)), three thin products a round. The
+The published form takes H^(1/2) and its inverse; none is needed: with F = E H^(1/2), the best F' of rank r is U Ut F,
+and U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- E (H (Et Y)), three thin products a round. The
 alternatives not taken: a plain SVD of E (LoftQ), which does not know which inputs are large and gains next to nothing
 (NF4's error is white), and all eigenvectors of a matrix of size out.
 """
@@ -74,8 +74,8 @@ def error_factors(E: Tensor, H: Tensor, drawn: Tensor, scaling: float, rounds: i
 
 
 def row_gains(V: Tensor, VH: Tensor, left: Tensor) -> Tensor:
-    """g [out] = <w_j, v_j>_H / <v_j, v_j>_H of V [out, in], V H, and what is `left` of the error, W - V; 1 for a row that
-    H does not see.
+    """g [out] = <w_j, v_j>_H / <v_j, v_j>_H of V [out, in], V H, and what is `left` of the error, W - V; 1 for a row
+    that H does not see.
     """
     size = (VH * V).sum(1)
     seen = size > 0

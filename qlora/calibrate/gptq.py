@@ -1,4 +1,4 @@
-"""NF4 codes chosen by error feedback (GPTQ, arXiv:2210.17323) under scales that are fixed: another file of the same kind.
+"""NF4 codes chosen by error feedback (GPTQ, arXiv:2210.17323) under fixed scales: another file of the same kind.
 
     columns by falling H_jj;  U = upper Cholesky factor of (H + damping)^-1
     column j:   q_j = nearest level to w_j under its block's scale,   W[:, k > j] -= (w_j - q_j) / U_jj  U_jk

@@ -1,6 +1,6 @@
 """What the linear layers of a model are fed: H = mean of x xt over calibration text, [in, in] for each input.
 
-    rows of text -> model, its own forward -> a hook on each layer -> H, shared by layers that get the same tensor (q, k, v)
+    rows of text -> model, its own forward -> a hook on each layer -> H, shared by layers of the same input (q, k, v)
 
 The model runs as it is, whatever its architecture; all H together can be larger than the model, so they are taken for
 as many layers at a time as `budget` bytes hold, with the text run once for each such group, no further than its last
@@ -26,7 +26,8 @@ BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it 
 
 
 def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: int) -> list[Tensor]:
-    """About `tokens` tokens of `examples`, those that a run with this seed sees first, as batches [b, t] without padding.
+    """About `tokens` tokens of `examples`, those that a run with this seed sees first, as batches [b, t]
+    without padding.
 
     Examples of like length share a batch and are cut to its shortest.
     """

@@ -59,8 +59,8 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
     adapter_init: Literal["error", "zero"] | None = option(
         None,
         group=ADAPTER,
-        help="what the adapter does at the start: undo the error of a 4-bit base, or nothing (default error with 4 bits "
-        "where the 16-bit weights are at hand)",
+        help="what the adapter does at the start: undo the error of a 4-bit base, or nothing (default error with 4 "
+        "bits where the 16-bit weights are at hand)",
     )
     targets: str | list[str] = option(
         **declared(AdapterSpec, "targets"),

@@ -3,7 +3,7 @@
     adapter_model.safetensors   float32: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r],
                                 .lora_magnitude_vector [out] (DoRA)
     adapter_config.json         PEFT's LoraConfig
-    start.safetensors           the same tensors before training, where the adapter began by undoing an error of the base
+    start.safetensors           the same tensors before training, where it began by undoing the base's error
     qlora.json                  what PEFT has no key for: the base's bits and fingerprint, versions, notes
     README.md, tokenizer files
 

@@ -118,14 +118,10 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
     text = problems.gather(lambda: _calibration(config, tokenizer.value, shown.value))
     problems.refuse()
     dataset, calibration = train.value, text.value or train.value.examples
-    return Inputs(
-        dataset.examples, held.value, dataset, source.value, tokenizer.value, quantization.value, calibration
-    )
+    return Inputs(dataset.examples, held.value, dataset, source.value, tokenizer.value, quantization.value, calibration)
 
 
-def _calibration(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]
-) -> list[Example]:
+def _calibration(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> list[Example]:
     """The examples of calibration data, whose format need not be that of the training; none without records.
 
     Raises:

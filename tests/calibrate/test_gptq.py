@@ -19,7 +19,7 @@ def problem(out=24, columns=192, seed=0):
 
 
 def by_definition(W, scales, H, levels, blocksize, damping):
-    """Column by column in float64, with the inverse of what is left of H taken anew each time (OBQ, arXiv:2208.11580)."""
+    """Column by column in float64, the inverse of what is left of H taken anew each time (OBQ, arXiv:2208.11580)."""
     W, H = W.double().clone(), H.double()
     H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     left = H.diagonal().argsort(descending=True).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import peft
 import pytest
 import tiny
 import torch
@@ -153,6 +154,21 @@ def test_trained_it_merges_onto_the_original_as_what_was_learned(folders, tmp_pa
         if m is not None:
             V = V / V.norm(dim=1, keepdim=True) * (m / start[name][2] * W.norm(dim=1)).unsqueeze(1)
         assert relative(merged.get_submodule(name).weight, V.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_computes_the_same_on_the_same_base(folders, tmp_path, method):
+    """On a base whose weights are the dequantized ones, as bitsandbytes decodes them too (test_nf4.py)."""
+    model, _, _ = started(folders("llama"), method=method)
+    save_adapter(model, tmp_path)
+    plain = tiny.build("llama")
+    with torch.no_grad():
+        for name, layer in named_adapters(model):
+            plain.get_submodule(name).weight.copy_(layer.base.frozen.dense(torch.float32))
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    with theirs.disable_adapter():
+        assert relative(logits(theirs), logits(model)) > 1e-3
+    assert relative(logits(theirs), logits(model)) < 1e-5
 
 
 def test_the_start_goes_with_the_adapter(folders, tmp_path):

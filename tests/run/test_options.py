@@ -72,6 +72,8 @@ TESTED_ELSEWHERE = {
     "revision",
     "tensorboard",  # below
     "memory",  # test_plan.py, test_optim_memory.py
+    "adapter_init",  # test_start.py, as the one below it
+    "calibrate",
 }
 
 
