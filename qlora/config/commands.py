@@ -56,11 +56,8 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
     init: Init = option(
         **declared(AdapterSpec, "init"), group=ADAPTER, aka="init_lora_weights", help="how A is drawn at the start"
     )
-    adapter_init: Literal["error", "zero"] | None = option(
-        None,
-        group=ADAPTER,
-        help="what the adapter does at the start: undo the error of a 4-bit base, or nothing (default error with 4 "
-        "bits where the 16-bit weights are at hand)",
+    adapter_init: Literal["zero", "error"] = option(
+        "zero", group=ADAPTER, help="what the adapter does at the start: nothing, or undo the error of a 4-bit base"
     )
     targets: str | list[str] = option(
         **declared(AdapterSpec, "targets"),
@@ -202,7 +199,7 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
         if values.get("bits") == 16 and given.get("adapter_init") == "error":
             rule = "16-bit weights have no quantization error"
             found.append(problem("adapter_init", "error", rule, "Leave it out, or use `bits=4`"))
-        if "calibrate" in given and (values.get("bits") == 16 or given.get("adapter_init") == "zero"):
+        if "calibrate" in given and given.get("adapter_init") == "zero":
             rule, remedy = "nothing is calibrated without an error to undo", "Leave it out, or use `adapter_init=error`"
             found.append(problem("calibrate", given["calibrate"], rule, remedy))
         held_out = {"eval_data", "eval_fraction"}

@@ -89,7 +89,7 @@ class Calibrated(Options):
         None,
         group=QUANTIZATION,
         min_length=1,
-        help="text that shows which quantization errors matter, as data or data:tokens "
+        help="text that shows which errors of the base matter, as data or data:tokens "
         f"(default: {CALIBRATION_TOKENS} tokens of the training data)",
     )
 

@@ -34,7 +34,7 @@ from qlora.models.packed import stored_types
 from qlora.models.source import Source, load_config
 from qlora.plan.tracker import StepBytes, run_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
-from qlora.run.start import begins_by_error
+from qlora.run.inputs import begins_by_error
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000

@@ -19,7 +19,6 @@ from qlora.config.commands import FinetuneConfig
 from qlora.config.options import changeable, defaults
 from qlora.errors import UserError, problem
 from qlora.run.inputs import Inputs
-from qlora.run.start import begins_by_error
 from qlora.train.checkpoint import read_state
 
 
@@ -33,7 +32,6 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
     options["dtype"] = dtype
-    options["adapter_init"] = "error" if begins_by_error(config, inputs.source) else "zero"
     digest = hashlib.sha256()
     for example in [*inputs.train, *(inputs.calibration if config.calibrate else ())]:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
@@ -52,12 +50,12 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     now = identity["options"]
     # Checkpoints from before an option do not name it: it had what is its default now.
     before = {name: value for name, value in defaults(FinetuneConfig).items() if name in now}
-    was = before | {"scales": now["scales"] and "absmax", "adapter_init": "zero"} | began["options"]
+    was = before | {"scales": now["scales"] and "absmax"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")
         for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name) and (name != "adapter_init" or was["bits"] == now["bits"])
+        if was.get(name) != now.get(name)
     ]
     if not problems and began["data"] != identity["data"]:
         first, these = began["data"]["examples"], identity["data"]["examples"]

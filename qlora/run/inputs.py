@@ -20,7 +20,7 @@ from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import Dataset, tokenize
-from qlora.errors import UserError
+from qlora.errors import UserError, problem
 from qlora.models.quantize import resolve_quantization
 from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.specs import Quantization
@@ -105,6 +105,7 @@ def read_inputs(config: FinetuneConfig, checks: Sequence[Callable[[], object]] =
         problems.gather(check)
     source = problems.gather(lambda: find_model(config, weights=weights))
     quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
+    problems.gather(lambda: begins_by_error(config, source.value))
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
     shown = problems.gather(lambda: read_records(calibrating) if calibrating else [])
@@ -133,6 +134,18 @@ def _calibration(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, rec
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
     """Where the model lies. Asked once by a command: for a hub id it is a question to the network."""
     return resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code, weights=weights)
+
+
+def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
+    """Whether the adapters begin by undoing the base's error.
+
+    Raises:
+        UserError: they should, and the source has no 16-bit weights.
+    """
+    if source.packed and config.adapter_init == "error":
+        rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
+        raise UserError(problem("adapter_init", "error", rule, remedy))
+    return config.adapter_init == "error"
 
 
 def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quantization:

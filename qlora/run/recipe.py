@@ -30,12 +30,12 @@ from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, run_identity
-from qlora.run.inputs import Inputs, micro_batches, read_inputs
+from qlora.run.inputs import Inputs, begins_by_error, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
 from qlora.run.report import FinetuneResult, after, before, how_to_resume, summarize
 from qlora.run.run import Run
-from qlora.run.start import Beginning, begin, begins_by_error
+from qlora.run.start import Beginning, begin
 from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from qlora.train.loop import Schedule, train
 from qlora.train.metrics import require_tensorboard

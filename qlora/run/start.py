@@ -1,7 +1,6 @@
 """How the adapters of a run begin: with no effect, or by undoing the error of the quantized base.
 
-    begins_by_error(config, source)           what `adapter_init` means for this base
-    begin(model, config, inputs) -> Beginning   the text, the start (`calibrate.start`), its gap to 16 bits, in words
+    begin(model, config, inputs) -> Beginning     the text, the start (`calibrate.start`), its gap to 16 bits, in words
 
 A resumed run takes its adapters from the checkpoint and begins nothing. The alternative, a start as a command of its
 own that writes an adapter to go on from, would be left out by everybody who does not know of it.
@@ -23,10 +22,8 @@ from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
 from qlora.data.batch import Example
 from qlora.data.order import epoch_order
-from qlora.errors import UserError, problem
 from qlora.layers.attach import named_adapters
 from qlora.models.originals import originals
-from qlora.models.source import Source
 from qlora.run.inputs import Inputs
 
 RECORDS = 16  # that the gap is measured on, at most
@@ -78,21 +75,6 @@ class Beginning:
         over, was = (gap.loss - gap.loss16) * percent, (gap.loss_base - gap.loss16) * percent
         losses = f"loss {over:+.1f} % ({was:+.1f} % without the start), KL {gap.kl:.3g} ({gap.kl_base:.3g})"
         return f"{text}\n         to 16 bits: {losses}, on {gap.target_tokens:,} tokens"
-
-
-def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
-    """Whether the adapters begin by undoing the base's error: as asked for, by default wherever there is one.
-
-    Raises:
-        UserError: it was asked for, or text to calibrate on was given, and the source has no 16-bit weights.
-    """
-    if source.packed:
-        rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
-        asked = {"adapter_init": config.adapter_init == "error", "calibrate": config.calibrate}
-        problems = [problem(name, getattr(config, name), rule, remedy) for name, value in asked.items() if value]
-        if problems:
-            raise UserError(problems)
-    return config.bits == 4 and not source.packed and config.adapter_init in (None, "error")
 
 
 def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beginning:

@@ -14,9 +14,7 @@ from qlora.errors import UserError
 from qlora.run.recipe import finetune
 from qlora.train.checkpoint import read_state
 
-# From adapters of no effect, so that a run begins as its base; tests/run/test_start.py has the other start.
 SHORT = {"steps": 4, "batch_size": 2, "rank": 4, "learning_rate": 1e-2, "device": "cpu", "dtype": "fp32"}
-SHORT |= {"adapter_init": "zero"}
 
 
 def metrics(output: Path) -> list[dict]:
