@@ -104,6 +104,7 @@ def main() -> None:
                 if bits == 4:
                     gap = measure_gap(model, weights, held_out, 8)
                     row |= {"loss16": gap.loss16, "over": gap.loss / gap.loss16 - 1, "kl": gap.kl}
+                    row |= {"base over": gap.loss_base / gap.loss16 - 1, "base kl": gap.kl_base}
                 if given.steps:
                     train(model, examples, given.steps, given.rate, seed)
                     loss = evaluate(model, held_out, 8).loss
