@@ -18,6 +18,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 
 FLOORS = (
     (
+        "calibrate.error_start",
         "data.batch",
         "data.doctor_page",
         "errors",
@@ -32,6 +33,7 @@ FLOORS = (
         "train.memory",
     ),
     (
+        "calibrate.gptq",
         "data.order",
         "data.records",
         "data.template",
@@ -46,6 +48,7 @@ FLOORS = (
         "train.signals",
     ),
     (
+        "calibrate.moments",
         "config.options",
         "data.chat",
         "data.formats",
@@ -69,8 +72,9 @@ FLOORS = (
     ),
     ("config.commands", "data.doctor", "generate", "layers.linear", "optim.pager"),
     ("config.data_command", "layers.adapters", "layers.targets", "models.quantize", "optim.pages"),
-    ("layers.attach", "layers.forward_mode", "layers.fused", "optim.moments", "run.inputs"),
+    ("layers.attach", "layers.forward_mode", "layers.fused", "models.originals", "optim.moments", "run.inputs"),
     (
+        "calibrate.start",
         "export.peft",
         "layers.loss",
         "models.load",
@@ -79,13 +83,23 @@ FLOORS = (
         "run.data_command",
         "run.untouched",
     ),
-    ("evaluate", "export.peft_write", "export.shards", "optim.adamw", "run.adapted", "train.step", "train.trial"),
+    (
+        "calibrate.gap",
+        "evaluate",
+        "export.peft_write",
+        "export.shards",
+        "optim.adamw",
+        "run.adapted",
+        "train.step",
+        "train.trial",
+    ),
     (
         "export.bnb",
         "export.merge",
         "plan.tracker",
         "run.assemble",
         "run.optimizer",
+        "run.start",
         "run.trace",
         "train.checkpoint",
         "train.loop",

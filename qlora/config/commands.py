@@ -17,6 +17,7 @@ from qlora.config.shared import (
     Adapted,
     Bits,
     Blocks,
+    Calibrated,
     Code,
     Compute,
     Dtype,
@@ -33,7 +34,7 @@ from qlora.specs import AdapterSpec, Init, Method, OptimizerSpec, Quantization, 
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
+class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, NamedModel):
     """Options of `qlora finetune`. Of `steps` and `epochs` at most one; with neither, `epochs` is 1."""
 
     method: Method = option(**declared(AdapterSpec, "method"), group=ADAPTER, help="the kind of adapter")
@@ -54,6 +55,9 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
     )
     init: Init = option(
         **declared(AdapterSpec, "init"), group=ADAPTER, aka="init_lora_weights", help="how A is drawn at the start"
+    )
+    adapter_init: Literal["zero", "error"] = option(
+        "zero", group=ADAPTER, help="what the adapter does at the start: nothing, or undo the error of a 4-bit base"
     )
     targets: str | list[str] = option(
         **declared(AdapterSpec, "targets"),
@@ -213,7 +217,13 @@ class FinetuneConfig(Compute, Seed, Blocks, Bits, Output, Records, NamedModel):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         given = {name: value for name, value in values.items() if value}
-        found = []
+        found = Calibrated.conflicts(values)
+        if values.get("bits") == 16 and given.get("adapter_init") == "error":
+            rule = "16-bit weights have no quantization error"
+            found.append(problem("adapter_init", "error", rule, "Leave it out, or use `bits=4`"))
+        if "calibrate" in given and given.get("adapter_init") == "zero":
+            rule, remedy = "nothing is calibrated without an error to undo", "Leave it out, or use `adapter_init=error`"
+            found.append(problem("calibrate", given["calibrate"], rule, remedy))
         held_out = {"eval_data", "eval_fraction"}
         if "eval_every" in given and held_out <= values.keys() and not held_out & given.keys():
             found.append(

@@ -17,6 +17,7 @@ from qlora.specs import Blocksize, Scales
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
+CALIBRATION_TOKENS = 32768
 
 
 @dataclass(kw_only=True)
@@ -81,6 +82,32 @@ class Blocks(Options):
         help="NF4 scales from each block's largest weight, as bitsandbytes has them, or of least squared error "
         "(default absmax)",
     )
+
+
+@dataclass(kw_only=True)
+class Calibrated(Options):
+    calibrate: str | None = option(
+        None,
+        group=QUANTIZATION,
+        min_length=1,
+        help="text that shows which errors of the base matter, as data or data:tokens "
+        f"(default: {CALIBRATION_TOKENS} tokens of the training data)",
+    )
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        given = values.get("calibrate")
+        if given is None or calibration_text(given)[1] >= 2:
+            return []
+        return [problem("calibrate", given, "must be at least 2 tokens", f"{CALIBRATION_TOKENS} are the default")]
+
+
+def calibration_text(given: str | None) -> tuple[str | None, int]:
+    """(data, tokens) of an option such as my.jsonl:65536; None for the training data."""
+    if given is None:
+        return None, CALIBRATION_TOKENS
+    name, _, count = given.rpartition(":")
+    return (name, int(count)) if name and count.isascii() and count.isdigit() else (given, CALIBRATION_TOKENS)
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,12 @@
 
 Nothing is kept: each tensor is written as it comes, and peak memory is about two tensors. W is by default the
 dequantized NF4 weight, because the adapter was trained on that; `base="original"` merges onto the checkpoint's own
-weight instead. The result is written in float32 arithmetic with one rounding to the output dtype. Merging and
+weight instead; of an adapter that began by undoing the quantization error (`start`) that beginning is taken off first,
+since these weights have no such error:
+
+    W + s (B A - B0 A0),   m ||W_j|| / m0_j in the place of m        so that an untrained adapter changes nothing
+
+The result is written in float32 arithmetic with one rounding to the output dtype. Merging and
 quantizing again, as others offer, is not: it rounds the update onto the 4-bit grid again.
 """
 
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 
 from qlora.data.chat import stop_ids
 from qlora.errors import UserError, problem
-from qlora.export.peft import KEYS, PREFIX, AdapterFiles, adapter_tokenizer, read_adapter
+from qlora.export.peft import AdapterFiles, adapter_tokenizer, file_key, read_adapter
 from qlora.export.shards import Written, check_new_folder, in_dtype, write_model
 from qlora.layers.adapters import merged_weight
 from qlora.layers.weight import FrozenWeight
@@ -71,7 +76,7 @@ def merge(
         raise UserError(problem("base", base, rule, "Use `base=dequantized`, or `model` with the original"))
     quantized = base == "dequantized" and (trained.bits == 4 or source.packed)
     layers = QuantizePass(source, trained.quantization(source.packed) if quantized else Quantization(16))
-    transform = _Merge(layers, files, DTYPES[dtype])
+    transform = _Merge(layers, files, DTYPES[dtype], start=None if quantized else files.start)
     own = adapter_tokenizer(files.folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source) if own is None else own
     return write_model(
@@ -109,8 +114,10 @@ def _option_problems(name: str | None, base: str, dtype: str, trained: BaseInfo)
 class _Merge:
     """transform(name, tensor) -> what to write: linear weights merged, everything else in the output dtype."""
 
-    def __init__(self, layers: QuantizePass, files: AdapterFiles, target: torch.dtype):
-        self.layers, self.files, self.spec, self.dtype = layers, files, files.spec, target
+    def __init__(
+        self, layers: QuantizePass, files: AdapterFiles, target: torch.dtype, start: dict[str, Tensor] | None = None
+    ):
+        self.layers, self.files, self.spec, self.dtype, self.start = layers, files, files.spec, target, start
         self.unmerged = set(files.spec.modules)
 
     def prepare(self, empty: nn.Module) -> None:
@@ -146,10 +153,25 @@ class _Merge:
     def _merged(self, layer: str, weight: FrozenWeight) -> Tensor:
         """W with its adapter [out, in], in the output dtype."""
         self.unmerged.discard(layer)
-        tensors = self.files.tensors
-        A, B = (tensors[f"{PREFIX}{layer}.{KEYS[part]}"].float() for part in ("lora_A", "lora_B"))
-        m = tensors[f"{PREFIX}{layer}.{KEYS['magnitude']}"].float() if self.spec.method == "dora" else None
+        A, B, m = self._parts(self.files.tensors, layer)
+        if self.start is not None:
+            weight, m = self._without_start(layer, weight, m, self.start)
         return merged_weight(weight, A, B, m, self.spec.scaling, self.dtype)
+
+    def _parts(self, tensors: dict[str, Tensor], layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and m of a layer, in float32."""
+        m = tensors[file_key(f"{layer}.magnitude")].float() if self.spec.method == "dora" else None
+        return tensors[file_key(f"{layer}.lora_A")].float(), tensors[file_key(f"{layer}.lora_B")].float(), m
+
+    def _without_start(
+        self, layer: str, weight: FrozenWeight, m: Tensor | None, start: dict[str, Tensor]
+    ) -> tuple[FrozenWeight, Tensor | None]:
+        """The original weight without what the start will add to it, in float32, and m as it would be there."""
+        A, B, m_start = self._parts(start, layer)
+        dense = weight.dense(torch.float32)
+        if m is not None and m_start is not None:
+            m = m * dense.norm(dim=1) / m_start.where(m_start != 0, torch.ones_like(m_start))
+        return FrozenWeight(torch.addmm(dense, B, A, alpha=-self.spec.scaling)), m
 
     def check_all(self, merged: nn.Module, name: str) -> None:
         """Once every tensor has passed.

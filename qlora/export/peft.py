@@ -3,6 +3,7 @@
     adapter_model.safetensors   float32: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r],
                                 .lora_magnitude_vector [out] (DoRA)
     adapter_config.json         PEFT's LoraConfig
+    start.safetensors           the same tensors before training, where it began by undoing the base's error
     qlora.json                  what PEFT has no key for: the base's bits and fingerprint, versions, notes
     README.md, tokenizer files, manifest.json (see qlora/manifest.py)
 
@@ -30,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
-from qlora.layers.attach import active_adapter, attach, forget_row_norms, named_adapters
+from qlora.layers.attach import active_adapter, adapters_of, attach, forget_row_norms, named_adapters
 from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
@@ -38,6 +39,7 @@ from qlora.models.quantize import same_weights
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
+START = "start.safetensors"
 PREFIX = "base_model.model."
 # Our parameter name: the end of its key in an adapter file.
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -51,6 +53,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for module, adapter in named_adapters(model)
         for part, parameter in adapter.named_parameters(recurse=False)
     }
+
+
+def file_key(name: str) -> str:
+    """The key in an adapter file of a parameter named as by `named_parameters`."""
+    module, part = name.rsplit(".", 1)
+    return f"{PREFIX}{module}.{KEYS[part]}"
 
 
 # What a PEFT configuration may say besides the values read in `_read_peft`: it says nothing about the result.
@@ -89,6 +97,7 @@ class AdapterFiles:
     spec: AdapterSpec
     tensors: dict[str, Tensor]
     targets: tuple[str, ...]  # endings of layers that all have an adapter
+    start: dict[str, Tensor] | None = None  # the tensors before training, where they undid an error of the base
 
     def misfits(self, model: nn.Module) -> list[str]:
         """A line for every tensor that is missing, unexpected, misshapen or not finite for `model`, which may be empty
@@ -142,7 +151,22 @@ def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
             base = BaseInfo(config.get("base_model_name_or_path"), config.get("revision"), scales=None)
     if problems:
         raise UserError(problems)
-    return AdapterFiles(folder, base, spec, tensors, targets)
+    return AdapterFiles(folder, base, spec, tensors, targets, _read_start(folder, own, tensors))
+
+
+def _read_start(folder: Path, own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """An adapter's tensors before training by their keys in its file; None for one that began as its base.
+
+    Raises:
+        UserError: the adapter had such a start, and its file is gone or is not of these tensors.
+    """
+    if START not in own.get("files", ()):
+        return None
+    with guard("adapter", folder / START, "the adapter's start cannot be read", "Use another copy of the adapter"):
+        start = load_file(folder / START)
+        if {key: value.shape for key, value in start.items()} != {key: value.shape for key, value in tensors.items()}:
+            raise ValueError("it holds other tensors than the adapter")
+    return start
 
 
 def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
@@ -189,9 +213,12 @@ def put_adapter(model: nn.Module, files: AdapterFiles) -> nn.Module:
         attach(model, dataclasses.replace(spec, targets=spec.modules))
     with torch.no_grad():
         for name, parameter in named_parameters(model).items():
-            module, part = name.rsplit(".", 1)
-            parameter.copy_(files.tensors[f"{PREFIX}{module}.{KEYS[part]}"])
+            parameter.copy_(files.tensors[file_key(name)])
     forget_row_norms(model)
+    adapters = adapters_of(model)
+    if adapters.active is not None:
+        start = files.start
+        adapters[adapters.active].start = start and {name: start[file_key(name)] for name in named_parameters(model)}
     return model
 
 

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from qlora import __version__
 from qlora.errors import UserError, problem
 from qlora.export.card import model_card
-from qlora.export.peft import CARD, KEYS, OWN_CONFIG, PEFT_CONFIG, PREFIX, TENSORS, is_finite, named_parameters
+from qlora.export.peft import CARD, OWN_CONFIG, PEFT_CONFIG, START, TENSORS, file_key, is_finite, named_parameters
 from qlora.files import read_json, whole_folder, write_json
-from qlora.layers.attach import active_adapter, named_adapters
+from qlora.layers.attach import active_adapter, adapter_start, named_adapters
 from qlora.manifest import MANIFEST, digest_of, versions, write_manifest
 from qlora.models.info import BaseInfo, info
 from qlora.models.load import embedding_rows
@@ -89,9 +89,11 @@ def write_adapter(
         UserError: no adapters are attached; a value in them is not finite; something else was trained.
     """
     spec, base = _spec(model), info(model).base
-    tensors = _adapter_tensors(model)
+    tensors, start = _file_tensors(named_parameters(model)), adapter_start(model)
     _refuse_what_is_lost(model, tensors)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    if start is not None:
+        save_file(_file_tensors(start), folder / START, metadata={"format": "pt"})
     write_json(folder / PEFT_CONFIG, _peft_config(model, spec, base))
     (folder / CARD).write_text(model_card(_model_name(model, base), spec, base, notes or {}), encoding="utf-8")
     if tokenizer is not None:
@@ -101,6 +103,7 @@ def write_adapter(
         "base": None if base is None else dataclasses.asdict(base),
         "adapter": dataclasses.asdict(spec),
         "versions": {"qlora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "start": "zero" if start is None else "error",
         "notes": dict(notes or {}),
         "files": [*sorted(path.name for path in folder.iterdir()), OWN_CONFIG, MANIFEST],
     }
@@ -119,13 +122,9 @@ def _spec(model: nn.Module) -> AdapterSpec:
     return spec
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter parameter in float32 under the name that PEFT gives it."""
-    tensors = {}
-    for name, parameter in named_parameters(model).items():
-        module, part = name.rsplit(".", 1)
-        tensors[f"{PREFIX}{module}.{KEYS[part]}"] = parameter.detach().float().contiguous()
-    return tensors
+def _file_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapter parameters by name in float32 under the names that PEFT gives them."""
+    return {file_key(name): parameter.detach().float().contiguous() for name, parameter in parameters.items()}
 
 
 def _refuse_what_is_lost(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -36,10 +36,14 @@ from qlora_kernels.weight import QuantizedWeight
 
 @dataclass
 class Adapter:
-    """An adapter of a model: its spec, with the names of its modules, and its layers by these names."""
+    """An adapter of a model: its spec, with the names of its modules, and its layers by these names.
+
+    `start`: its parameters by name (<module>.lora_A) before training, where they did not leave the base as it is.
+    """
 
     spec: AdapterSpec
     layers: dict[str, AdaptedLinear]
+    start: dict[str, torch.Tensor] | None = None
     hook: Any = None  # computes n before a forward pass on a GPU
 
 
@@ -62,6 +66,12 @@ def active_adapter(model: nn.Module) -> AdapterSpec | None:
     """The spec of the active adapter, or None."""
     adapters = adapters_of(model)
     return None if adapters.active is None else adapters[adapters.active].spec
+
+
+def adapter_start(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The parameters of the active adapter before training by name, or None where it began as its base."""
+    adapters = adapters_of(model)
+    return None if adapters.active is None else adapters[adapters.active].start
 
 
 def attach_adapters(model: nn.Module, **options: Any) -> nn.Module:

@@ -115,17 +115,30 @@ class PackedTensor:
         return nf4.from_bitsandbytes(parts, self.name, self.file.name)
 
 
-def packed_tensors(source: Source) -> dict[str, object]:
-    """{name in the checkpoint: tensor that is read when it is looked at}, the parts of a 4-bit weight as one."""
+def stored_slices(source: Source) -> dict[str, Any]:
+    """{name in the checkpoint: slice that is read when it is looked at} of a folder's safetensors files."""
+    paths = [path for path in _safetensors(source.folder) if path.is_file()]  # none for weights in a pickle
+    return {key: slice for _, slices in _slices_by_file(paths) for key, slice in slices.items()}
+
+
+def _slices_by_file(paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     from safetensors import safe_open
 
-    slices: dict[str, Any] = {}
-    files: dict[str, Path] = {}
-    for path in _safetensors(source.folder):
+    found = []
+    for path in paths:
         with _reading(path):
             file = safe_open(path, "pt")  # stays open as long as its slices live
-            slices |= {key: file.get_slice(key) for key in file.keys()}
-        files |= dict.fromkeys(slices.keys() - files.keys(), path)
+            found.append((path, {key: file.get_slice(key) for key in file.keys()}))
+    return found
+
+
+def packed_tensors(source: Source) -> dict[str, object]:
+    """{name in the checkpoint: tensor that is read when it is looked at}, the parts of a 4-bit weight as one."""
+    slices: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    for path, held in _slices_by_file(_safetensors(source.folder)):
+        slices |= held
+        files |= dict.fromkeys(held, path)
     tensors: dict[str, object] = {}
     for name in packed_layers(source):
         weight = f"{name}.weight"

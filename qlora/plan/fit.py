@@ -3,7 +3,7 @@
     training = weights + constants + others + adapters + gradients + optimizer + activations + workspace + libraries
                - overlap - mapped
     loading  = model + its two largest tensors + libraries - mapped
-    peak     = max(training, loading, evaluating)
+    peak     = max(training, loading, evaluating, calibrating)
 
 In the first micro-batch of a step the gradients come as the activations go, a layer at a time: `overlap` is what of the
 two is never there at once. `mapped` stays in the checkpoint's files. Sizes and steps are those of `meta.MetaRun`;
@@ -69,6 +69,7 @@ class Plan:
     spilled: int
     loading: int
     evaluating: int
+    calibrating: int  # and measuring the gap to 16 bits, where adapters begin by the error of the base; else 0
     tokens: int
 
     @property
@@ -79,7 +80,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """The peak of the whole run."""
-        return max(self.training, self.loading, self.evaluating)
+        return max(self.training, self.loading, self.evaluating, self.calibrating)
 
     @property
     def budget(self) -> int:
@@ -108,10 +109,12 @@ def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
         "optimizer": resident,
         "activations": step.kept,
         "workspace": step.passing,
+        "start of the adapters": run.start_bytes,
         "libraries": run.libraries,
     }
     in_memory = still.model - still.mapped + run.libraries
-    lasting = in_memory + run.adapter_bytes + gradients + resident
+    lasting = in_memory + run.adapter_bytes + gradients + resident + run.start_bytes
+    forward = max([run.step(lengths, settings.gradient_checkpointing).evaluating for lengths in trained])
     return Plan(
         settings,
         parts,
@@ -120,6 +123,7 @@ def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
         spilled=spilled,
         loading=in_memory + still.loading,
         evaluating=lasting + max(evaluations) if evaluations else 0,
+        calibrating=in_memory + run.adapter_bytes + forward + run.calibration_bytes if run.start_bytes else 0,
         tokens=sum(at_peak),
     )
 

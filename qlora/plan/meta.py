@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora.calibrate.moments import BUDGET
+from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, pack
 from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
+from qlora.layers.loss import CHUNK
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
 from qlora.models.device import DTYPES, resolve_dtype
@@ -31,6 +34,7 @@ from qlora.models.packed import stored_types
 from qlora.models.source import Source, load_config
 from qlora.plan.tracker import StepBytes, run_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
+from qlora.run.inputs import begins_by_error
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
@@ -96,6 +100,9 @@ class MetaRun:
         self.targets = match_targets(model, self.spec.adapter.targets)
         self.adapters = adapter_sizes(model, self.targets, config.rank, config.method == "dora")
         self.adapter_bytes = 4 * sum(self.adapters)
+        starts = begins_by_error(config, source)
+        self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
+        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype]) if starts else 0
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}
@@ -214,6 +221,19 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     factors = [n for out, columns in shapes for n in (rank * columns, out * rank)]
     return factors + [out for out, _ in shapes if dora]
+
+
+def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> int:
+    """What the start that undoes the base's error takes beside the forward passes: moments and one layer's error, or
+    later one layer's 16-bit weight and the logits of three models.
+    """
+    shapes = [out_in(model.get_submodule(name)) for name in targets]
+    widest = max((columns for _, columns in shapes), default=0)
+    moments = max(4 * widest * widest, min(BUDGET, sum(4 * columns * columns for _, columns in shapes)))
+    largest = max((out * columns for out, columns in shapes), default=0)
+    vocabulary = model.config.get_text_config().vocab_size
+    start = moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
+    return max(start, 2 * dtype.itemsize * largest + 3 * CHUNK * vocabulary * (dtype.itemsize + 4))
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

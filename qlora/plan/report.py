@@ -26,6 +26,8 @@ def table(plan: Plan) -> str:
     if plan.mapped:
         lines.append(_line("less: mapped", -plan.mapped, "stays in the checkpoint's files"))
     lines += [_line("training", plan.training), _line("loading", plan.loading)]
+    if plan.calibrating:
+        lines.append(_line("calibrating", plan.calibrating, "the start of the adapters"))
     if plan.spilled:
         lines.append(_line("(optimizer, spilled)", plan.spilled))
     return "\n".join([*lines, _line("peak", plan.peak, f"in a micro-batch of {plan.tokens} tokens")])

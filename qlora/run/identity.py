@@ -34,7 +34,7 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
     options["dtype"] = dtype
     digest = hashlib.sha256()
-    for example in inputs.train:
+    for example in [*inputs.train, *(inputs.calibration if config.calibrate else ())]:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
         digest.update(bytes(map(bool, example.loss_mask)))
     data = {"examples": len(inputs.train), "sha256": digest.hexdigest()}

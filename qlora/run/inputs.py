@@ -16,13 +16,14 @@ from typing import Generic, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qlora.config.commands import FinetuneConfig
+from qlora.config.shared import calibration_text
 from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.data.doctor import refuse_endless
 from qlora.data.order import split, step_indices
 from qlora.data.records import read_records
 from qlora.data.template import writes_date
 from qlora.data.tokenize import Dataset, tokenize
-from qlora.errors import UserError
+from qlora.errors import UserError, problem
 from qlora.models.limits import refuse_tokens, source_limits
 from qlora.models.quantize import resolve_quantization
 from qlora.models.source import Source, load_tokenizer, resolve
@@ -82,6 +83,7 @@ class Inputs:
     Attributes:
         dataset: what became of the training data; `held_dataset`: of the held-out data, None without any.
         quantization: how the base is quantized, resolved: what an option that was not given means for this model.
+        calibration: the text of `calibrate`, or that of the training.
         moment: what the chat template took for now; None where it writes no date.
     """
 
@@ -92,6 +94,7 @@ class Inputs:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     quantization: Quantization
+    calibration: list[Example]
     moment: datetime | None = None
 
 
@@ -113,12 +116,15 @@ def read_inputs(
         UserError: all that is wrong.
     """
     problems = Problems()
+    calibrating, _ = calibration_text(config.calibrate)
     for check in checks:
         problems.gather(check)
     source = problems.gather(lambda: find_model(config, weights=weights))
     quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
+    problems.gather(lambda: begins_by_error(config, source.value))
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
+    shown = problems.gather(lambda: read_records(calibrating) if calibrating else [])
     more = problems.gather(lambda: read_records(config.eval_data) if config.eval_data else [])
     first = problems.gather(began or (lambda: None))
     problems.refuse()
@@ -128,10 +134,12 @@ def read_inputs(
         records, held_out = split(records, config.eval_fraction, config.seed)
     train = problems.gather(lambda: tokens(config, tokenizer.value, records, moment))
     held = problems.gather(lambda: tokens(config, tokenizer.value, held_out, moment) if held_out else None)
+    text = problems.gather(lambda: _calibration(config, tokenizer.value, shown.value))
     problems.gather(lambda: refuse_endless(train.value, config.data, allowed=config.allow_endless))
     limits = problems.gather(lambda: source_limits(source.value))
     problems.gather(lambda: refuse_tokens(limits.value, train.value.examples, tokenizer.value))
     problems.gather(lambda: refuse_tokens(limits.value, _examples(held.value), tokenizer.value, "eval_data"))
+    problems.gather(lambda: refuse_tokens(limits.value, text.value, tokenizer.value, "calibrate"))
     problems.refuse()
     examples, dataset, held_dataset = train.value.examples, train.value, held.value
     return Inputs(
@@ -142,6 +150,7 @@ def read_inputs(
         source=source.value,
         tokenizer=tokenizer.value,
         quantization=quantization.value,
+        calibration=text.value or examples,
         moment=moment,
     )
 
@@ -150,9 +159,30 @@ def _examples(dataset: Dataset | None) -> list[Example]:
     return [] if dataset is None else dataset.examples
 
 
+def _calibration(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, records: list[dict]) -> list[Example]:
+    """The examples of calibration data, whose format need not be that of the training; none without records.
+
+    Raises:
+        UserError: the option with what is wrong.
+    """
+    return tokenize(records, tokenizer, max_tokens=config.max_tokens).examples if records else []
+
+
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:
     """Where the model lies. Asked once by a command: for a hub id it is a question to the network."""
     return resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code, weights=weights)
+
+
+def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
+    """Whether the adapters begin by undoing the base's error.
+
+    Raises:
+        UserError: they should, and the source has no 16-bit weights.
+    """
+    if source.packed and config.adapter_init == "error":
+        rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
+        raise UserError(problem("adapter_init", "error", rule, remedy))
+    return config.adapter_init == "error"
 
 
 def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quantization:

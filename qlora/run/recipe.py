@@ -32,11 +32,12 @@ from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, moment_of, run_identity
-from qlora.run.inputs import Inputs, examples_of_step, micro_batches, read_inputs
+from qlora.run.inputs import Inputs, begins_by_error, examples_of_step, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
 from qlora.run.report import FinetuneResult, after, before, how_to_go_on, not_finite, outcome
 from qlora.run.run import Run
+from qlora.run.start import Beginning, begin
 from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from qlora.train.loop import Schedule, train
 from qlora.train.metrics import require_tensorboard
@@ -68,12 +69,16 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         run.keep_memory(inputs)
         config = run.config  # with settings that keep the budget
 
-        parts = build(config, inputs, length, run.device, run.output)
+        parts = build(config, inputs, length, run.device, run.output, fresh=checkpoint is None)
         model, optimizer = parts.model, run.own(parts.optimizer)
         first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)["step"]
         notes = {"data": config.data, "examples": len(inputs.train), "steps": length["steps"]}
         notes |= {"learning_rate": config.learning_rate, "seed": config.seed}
         print(before(config, inputs, model, optimizer, first, length["steps"]), flush=True)
+        started = {} if parts.beginning is None else parts.beginning.metrics()
+        if parts.beginning is not None:
+            notes |= parts.beginning.notes()
+            print(parts.beginning, flush=True)
 
         def save(step: int) -> None:
             refuse_infinite_parameters(model, step)
@@ -86,12 +91,14 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             return evaluate(model, inputs.held_out, config.batch_size).loss
 
         with stops_explained(run, parts), run.begin(first, length["steps"]) as log:
+            if started and not inputs.held_out:
+                log({"step": 0, "tokens": 0, "memory_bytes": run.memory.peak()} | started)
             train(
                 model,
                 optimizer,
                 parts.batches,
                 dataclasses.replace(parts.schedule, first=first, skipped=log.totals.skipped_in_a_row),
-                log=log,
+                log=lambda line: log(line | started if line["step"] == 0 else line),
                 evaluate=held_out_loss if inputs.held_out else None,
                 save=save,
                 memory=run.memory,
@@ -139,14 +146,24 @@ class Parts:
     batches: Callable[[int], list[Batch]]
     schedule: Schedule
     examples: Callable[[int], list[Example]]  # of a step
+    beginning: Beginning | None = None  # of adapters that undo the error of the base
 
 
-def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device: torch.device, folder: Path) -> Parts:
+def build(
+    config: FinetuneConfig,
+    inputs: Inputs,
+    length: dict[str, int],
+    device: torch.device,
+    folder: Path,
+    *,
+    fresh: bool = True,
+) -> Parts:
     """Everything that the options decide about training, before its first step.
 
     Args:
         length: see `run_length`.
         folder: where optimizer state may spill to.
+        fresh: no checkpoint will tell the adapters how they began.
 
     Raises:
         UserError: see `assemble` and `PagedAdamW`.
@@ -156,6 +173,7 @@ def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device
         config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed
     )
     model = assemble(inputs.source, spec, device)
+    beginning = begin(model, config, inputs) if fresh and begins_by_error(config, inputs.source) else None
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
     examples = examples_of_step(config, inputs.train, length["examples"])
     batches = micro_batches(config, inputs.train, length["examples"])
@@ -171,4 +189,4 @@ def build(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], device
         save_seconds=60 * config.save_minutes,
         skips=config.on_nan == "skip",
     )
-    return Parts(model, optimizer, batches, schedule, examples)
+    return Parts(model, optimizer, batches, schedule, examples, beginning)

@@ -75,6 +75,8 @@ TESTED_ELSEWHERE = {
     "tensorboard",  # below
     "memory",  # test_plan.py, test_optim_memory.py
     "allow_endless",  # below
+    "adapter_init",  # test_start.py, as the one below it
+    "calibrate",
 }
 
 

@@ -1,0 +1,112 @@
+"""A model whose adapters start by undoing the error of its quantized base, from the text that it will be trained on.
+
+    adapters of zero effect -> moments of their inputs -> closed form, layer by layer -> B A undoes the error
+
+`error_start` has the mathematics, `moments` takes the moments. A layer whose weighted error would not fall keeps the
+zero start, so the start never makes a layer worse on the text it was made from. A layer is corrected for what it is fed
+by the quantized model, since that is what it will see in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora.calibrate.error_start import damped, error_factors, row_gains, weighted_error
+from qlora.calibrate.moments import BUDGET, input_moments
+from qlora.layers.adapters import AdaptedLinear
+from qlora.layers.attach import adapters_of, named_adapters
+from qlora.layers.linear import NF4Linear, frozen_weight
+from qlora.models.originals import Originals
+
+DAMPING = 0.03  # of the moments: what the text did not show counts so much of the mean
+ROWS = 1 << 20  # values of a weight that are looked at together, about
+EXACT = 1e-10  # a share of error that is rounding in float32
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """The mean squared error of a layer's output over that output's mean square, before and after the start."""
+
+    before: float
+    after: float
+
+
+def start_by_error(
+    model: torch.nn.Module, weights: Originals, batches: Sequence[Tensor], budget: int = BUDGET
+) -> dict[str, LayerStart]:
+    """Give every adapter of a quantized layer the start that undoes its error, in place; what came of it, by layer.
+
+    The start itself is kept with the adapter (`attach.Adapter.start`), since a merge onto the 16-bit weights has to
+    take it off again. Layers without a 16-bit weight, or that the text never reaches, keep the zero start.
+
+    Args:
+        model: in evaluation mode, adapters fresh.
+        weights: of the base before it was quantized.
+        batches: token ids [b, t] without padding.
+        budget: bytes of moments at a time.
+    """
+    layers = {
+        name: layer
+        for name, layer in named_adapters(model)
+        if isinstance(layer.base, NF4Linear) and name in weights.there
+    }
+    widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
+    found: dict[str, LayerStart] = {}
+    for moments in input_moments(model, widths, batches, budget):
+        H = moments.mean
+        for name in moments.layers:
+            found[name] = start_layer(layers[name], weights.weight(name, H.device), H)
+    keep_start(model)
+    return found
+
+
+@torch.no_grad()
+def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
+    """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
+
+    In memory are E [out, in] in float32 and a few rows of all else.
+    """
+    quantized = frozen_weight(layer.base)
+    E = torch.empty(quantized.shape, device=H.device)
+    size = before = after = 0.0
+    for part, Q in quantized.chunks(elements=ROWS):
+        dense = W[part].float()
+        E[part] = dense - Q
+        size += weighted_error(dense, H)
+        before += weighted_error(E[part], H)
+    if not EXACT * size < before < math.inf:  # nothing to undo, no inputs, or no numbers
+        return LayerStart(0.0, 0.0)
+    A, B = error_factors(E, damped(H, DAMPING), layer.lora_A, layer.scaling)
+    gains = None if layer.magnitude is None else torch.ones_like(layer.magnitude)
+    for part, Q in quantized.chunks(elements=ROWS):
+        update = (B[part] @ A).mul_(layer.scaling)
+        left = E[part].sub_(update)
+        if gains is not None:
+            V = Q.add_(update)
+            gains[part] = row_gains(V, V @ H, left)
+            left -= V.mul_((gains[part] - 1).unsqueeze(1))
+        after += weighted_error(left, H)
+    if not after < before:
+        return LayerStart(before / size, before / size)
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+    layer.forget_row_norms()
+    if layer.magnitude is not None and gains is not None:
+        layer.magnitude.copy_(layer.current_row_norms() * gains)
+    return LayerStart(before / size, after / size)
+
+
+def keep_start(model: torch.nn.Module) -> None:
+    """Remember the parameters of the active adapter as its start."""
+    adapters = adapters_of(model)
+    assert adapters.active is not None
+    adapters[adapters.active].start = {
+        f"{name}.{part}": parameter.detach().clone().cpu()
+        for name, layer in named_adapters(model)
+        for part, parameter in layer.named_parameters(recurse=False)
+    }

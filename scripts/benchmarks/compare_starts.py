@@ -1,0 +1,121 @@
+"""How much of what 4 bits cost an adapter's start and GPTQ codes give back: before training, and after some steps.
+
+    python scripts/benchmarks/compare_starts.py --data held_out.jsonl --train train.jsonl --steps 30 --json out.json
+
+Each kind of base and start against the 16-bit model: loss and KL on held-out records before training, then the loss
+after the same training of all of them. Calibration text is the training data, or --calibrate for text of another kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from record import about, write
+
+import qlora
+from qlora.calibrate.gap import measure_gap
+from qlora.calibrate.gptq import gptq
+from qlora.calibrate.moments import input_moments, rectangles
+from qlora.calibrate.start import start_by_error
+from qlora.data.batch import Example, pack
+from qlora.data.order import step_indices
+from qlora.data.records import read_records
+from qlora.data.tokenize import tokenize
+from qlora.evaluate import evaluate
+from qlora.models.originals import Originals, originals
+from qlora.models.source import resolve
+from qlora.train.step import learning_rate, optimizer_step
+
+BATCH = 4
+STARTS = ("zero", "error", "gptq", "gptq and error")
+
+
+def choose_all_codes(model: torch.nn.Module, weights: Originals, batches: list[torch.Tensor]) -> None:
+    """GPTQ codes for every adapted layer, in place."""
+    layers = dict(qlora.named_adapters(model))
+    widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
+    for moments in input_moments(model, widths, batches):
+        for name in moments.layers:
+            base, layer = layers[name].base, layers[name]
+            base.quantized = gptq(base.quantized, weights.weight(name), moments.mean)
+            layer.forget_row_norms()
+            if layer.magnitude is not None:
+                with torch.no_grad():
+                    layer.magnitude.copy_(layer.current_row_norms())
+
+
+def train(model: torch.nn.Module, examples: list[Example], steps: int, rate: float, seed: int) -> None:
+    """AdamW with a cosine schedule, the same batches for every start."""
+    model.train()
+    optimizer = torch.optim.AdamW(qlora.adapter_parameters(model), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        batch = pack([examples[i] for i in step_indices(len(examples), BATCH, seed, step)])
+        optimizer_step(model, optimizer, [batch], learning_rate(step, steps, rate, 4, "cosine"), 1.0, step)
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="held-out records")
+    parser.add_argument("--train", required=True, help="training records")
+    parser.add_argument("--calibrate", help="calibration records, if not the training's")
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--records", type=int, default=64)
+    parser.add_argument("--methods", default="lora,dora")
+    parser.add_argument("--starts", default=",".join(STARTS))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    given = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = qlora.load_tokenizer(given.model)
+    held_out, examples, text = (
+        tokenize(read_records(path)[:count], tokenizer, max_tokens=512).examples
+        for path, count in ((given.data, given.records), (given.train, None), (given.calibrate or given.train, None))
+    )
+    weights = originals(resolve(given.model))
+    rows = []
+    for method in given.methods.split(","):
+        for seed in range(given.seeds):
+            sixteen = None
+            for start in ("16 bits", *given.starts.split(",")):
+                bits = 16 if start == "16 bits" else 4
+                if bits == 16 and not given.steps:
+                    continue
+                model = qlora.load_base(given.model, bits=bits, dtype=given.dtype)
+                torch.manual_seed(seed)
+                qlora.attach_adapters(model, method=method, rank=given.rank, alpha=2.0 * given.rank).eval()
+                batches = rectangles(text, given.tokens, seed, BATCH)
+                row: dict[str, object] = {"method": method, "seed": seed, "start": start}
+                began = time.monotonic()
+                if "gptq" in start:
+                    choose_all_codes(model, weights, batches)
+                if "error" in start:
+                    start_by_error(model, weights, batches)
+                row["seconds"] = time.monotonic() - began
+                if bits == 4:
+                    gap = measure_gap(model, weights, held_out, 8)
+                    row |= {"loss16": gap.loss16, "over": gap.loss / gap.loss16 - 1, "kl": gap.kl}
+                    row |= {"base over": gap.loss_base / gap.loss16 - 1, "base kl": gap.kl_base}
+                if given.steps:
+                    train(model, examples, given.steps, given.rate, seed)
+                    loss = evaluate(model, held_out, 8).loss
+                    sixteen = loss if bits == 16 else sixteen
+                    assert sixteen is not None
+                    row |= {"trained": loss, "trained over": loss / sixteen - 1}
+                rows.append(row)
+                print(*(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
+    write(given.json, about("torch", "transformers") | settings | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
