@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import tiny
+from helpers import unsealed
 from runs import metrics, refused, same_files
 
 from qlora.export.bnb import quantize_checkpoint
@@ -139,7 +140,7 @@ def test_a_resume_that_would_be_another_run(config, place, tmp_path):
 def test_how_the_base_was_quantized_is_part_of_the_run(config, tmp_path):
     """Given or not, the same values are the same run; checkpoints from before `scales` had absmax."""
     finetune(config(schedule="constant"))
-    state = tmp_path / "run/checkpoints/step-000004/state.json"
+    state = unsealed(tmp_path / "run/checkpoints/step-000004") / "state.json"
     kept = json.loads(state.read_text())
     assert {name: kept["run"]["options"][name] for name in ("blocksize", "double_quant", "scales")} == {
         "blocksize": 64,
