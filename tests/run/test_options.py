@@ -176,7 +176,7 @@ def test_options_about_the_input_are_passed_on(config, tmp_path):
 
 
 def test_a_run_that_never_learns_to_stop_has_to_be_asked_for(config):
-    cut = {"max_tokens": 27, "steps": 1}  # behind the first tokens of every answer
+    cut = {"max_tokens": 26, "steps": 1}  # in the middle of every answer
     (line,) = refused(config(**cut))
     assert "no example keeps the end of its answer" in line and "`allow_endless`" in line
     assert finetune(config(allow_endless=True, **cut)).steps == 1
