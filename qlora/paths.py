@@ -8,6 +8,9 @@ around each `is_file`, was forgotten in half of the places.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 from qlora.errors import UserError, guard, problem
@@ -34,7 +37,9 @@ def local_path(name: str, value: str | Path) -> Path:
     with guard(name, value, "cannot be looked at", "Check the path, and your rights to its folders"):
         path = Path(value).expanduser()
         try:
-            path.stat()
+            there = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            pass
+            return path
+        if stat.S_ISDIR(there.st_mode) and not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return path

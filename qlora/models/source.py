@@ -196,7 +196,7 @@ def _json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is none.
     """
-    with guard("model", path, "is not valid JSON", "Get the model's folder again"):
+    with guard("model", path, "cannot be read as JSON", "Check your rights to it, or get the model's folder again"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise UserError(problem("model", path, "must hold a JSON object", "Get the model's folder again"))

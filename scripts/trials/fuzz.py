@@ -58,7 +58,7 @@ from qlora.export.peft import load_adapter
 from qlora.generate import generate_batch
 from qlora.layers.attach import attach_adapters
 from qlora.models.source import load_tokenizer
-from qlora.optim.adamw import PagedAdamW
+from qlora.run.optimizer import adapter_optimizer
 from qlora.run.recipe import finetune
 from qlora.specs import Quantization
 from qlora.train.checkpoint import latest_checkpoint, load_checkpoint
@@ -210,7 +210,7 @@ class Wholes:
         if found is None:
             raise UserError("checkpoint: none. Start anew.")
         model = attach_adapters(copy.deepcopy(self.base), method="dora", rank=4)
-        load_checkpoint(found, model, PagedAdamW([p for p in model.parameters() if p.requires_grad]))
+        load_checkpoint(found, model, adapter_optimizer(model, FinetuneConfig(**self.options()).optimizer(), folder))
         return model.state_dict()
 
     def _loaded(self, path: Path, dice: random.Random) -> Numbers:

@@ -180,10 +180,12 @@ def test_folders_that_may_not_be_entered(whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "unreadable")
     (tmp_path / "unreadable/config.json").chmod(0)
     (tmp_path / "closed").chmod(0)
+    (tmp_path / "bare").mkdir(mode=0)
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(0o755)
     paths = (word for name in ("model", "data", "output", "eval-data") for word in (f"--{name}", closed))
-    commands = [["finetune", *paths], ["merge", "--adapter", closed, "--output", f"{closed}2"]]
+    bare = f"{tmp_path}/bare"
+    commands = [["finetune", *paths], ["merge", "--adapter", bare, "--output", bare]]
     for name, *_ in commands:
         main([name])  # imports what it needs while it may
     capfd.readouterr()
