@@ -14,4 +14,5 @@ def test_two_thousand_cases():
     tally = fuzz(2000, seed=1)
     assert sum(found.total() for found in tally.counts.values()) == 2000 and set(tally.counts) == set(SHARES)
     assert tally.places == {}
-    assert all(found["ok"] and found["clean"] for found in tally.counts.values())  # some damage is harmless
+    assert all(found["clean"] for found in tally.counts.values())
+    assert sum(found["ok"] for found in tally.counts.values()) > 100  # some damage is harmless, so wholes are whole
