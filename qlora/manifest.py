@@ -104,7 +104,7 @@ def damages(folder: Path, unread: Collection[str] = ()) -> list[str]:
         return []
     found = []
     named = re.fullmatch(r"step-(\d+)", folder.name)
-    if named and manifest["step"] != int(named[1]):
+    if named and manifest.get("step") != int(named[1]):
         found.append(f"{MANIFEST} is that of step {manifest['step']}, the folder is named {folder.name}")
     for name, entry in manifest["files"].items():
         if name not in unread:

@@ -78,20 +78,16 @@ def _positions(config: Any) -> int | None:
 
 
 def refuse_tokens(
-    limits: Limits,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    name: str = "data",
-    places: Sequence[str] = (),
+    limits: Limits, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase | None = None, name: str = "data"
 ) -> None:
-    """Nothing, if the model can take all `examples`, which stand at `places`.
+    """Nothing, if the model can take all `examples`.
 
     Raises:
         UserError: the first few that it cannot: the record, and its token or its length.
     """
     problems: list[str] = []
     for number, example in enumerate(examples):
-        where = places[number] if places else f"example {number + 1}"
+        where = " ".join(example.place) if example.place else f"example {number + 1}"
         problems += token_problems(name, where, example.input_ids, limits, tokenizer)
         if len(problems) >= _SHOWN:
             break
