@@ -19,9 +19,9 @@ import qlora
 from qlora_kernels.cpu import native
 
 transformers.utils.logging.disable_progress_bar()
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell starts what runs behind it with the signal ignored, for its children too
+# A shell starts what runs behind it with SIGINT ignored, nohup with SIGHUP, for its children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

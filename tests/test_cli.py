@@ -33,7 +33,12 @@ NEEDED = {
     "data": ["--model", "m", "--data", "d"],
 }
 # What another flag needs beside it to make sense.
-COMPANIONS = {"eval_every": ["--eval-fraction", "0.1"], "top_p": ["--temperature", "0.5"], "warmup": ["--steps", "100"]}
+COMPANIONS = {
+    "calibrate": ["--adapter-init", "error"],
+    "eval_every": ["--eval-fraction", "0.1"],
+    "top_p": ["--temperature", "0.5"],
+    "warmup": ["--steps", "100"],
+}
 OPTIONS = [(command, entry) for command in COMMANDS for entry in entries(COMMANDS[command].options)]
 
 

@@ -124,7 +124,7 @@ def test_fitted_scales_in_bitsandbytes(tmp_path):
     qlora("quantize", "--model", "smollm2-135m", "--output", tmp_path / "base", "--scales", "mse", "--dtype", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     ours, absmax = (load_base("smollm2-135m", dtype="fp32", scales=scales) for scales in ("mse", "absmax"))
-    names = linear_names(theirs)
+    names = linear_names(ours)
     assert len(names) == 210
     for name in names:
         weight, mine = theirs.get_submodule(name).weight, nf4.dequantize(ours.get_submodule(name).quantized)

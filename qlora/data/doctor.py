@@ -126,7 +126,7 @@ def marked(found: list[Piece], *, most: int = 160, color: bool = False) -> str:
 def _marks() -> tuple[str, str]:
     """Around what is trained on, where there are no colours."""
     try:
-        "⟦⟧".encode(sys.stdout.encoding or "ascii")
+        "⟦⟧".encode(getattr(sys.stdout, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
         return "[[", "]]"
     return "⟦", "⟧"

@@ -164,7 +164,7 @@ def test_gradient_checkpointing_is_used(config, tmp_path, monkeypatch):
         calls.clear()
         finetune(config(str(checkpointing), gradient_checkpointing=checkpointing))
         counted.append(len(calls))
-    assert counted[1] - counted[0] == 2 * 4  # two layers, four steps
+    assert counted[1] - counted[0] == 2 * (1 + 4)  # two layers; the trial step, and four steps
 
 
 def test_options_about_the_input_are_passed_on(config, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from helpers import unsealed
 from runs import metrics, refused, same_files
 from safetensors.torch import load_file
 
@@ -69,7 +70,7 @@ def test_a_resume_from_another_start_is_refused(error, config, tmp_path):
     assert problem.startswith("adapter_init=zero: the run began with adapter_init=error")
     assert finetune(error(resume=True)).steps == 4
     finetune(config("old"))  # a checkpoint from before the option
-    path = tmp_path / "old/checkpoints/step-000004/state.json"
+    path = unsealed(tmp_path / "old/checkpoints/step-000004") / "state.json"
     state = json.loads(path.read_text())
     del state["run"]["options"]["adapter_init"], state["run"]["options"]["calibrate"]
     path.write_text(json.dumps(state))
