@@ -18,7 +18,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range
 RAISING = {
     "arithmetic": ("{{ 1 / 0 }}", "division by zero"),
     "range": ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
-    "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+    "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "nested too deeply"),
     "memory": ("{{ 'a' * 10**10 }}", "it needs more than 256 MB"),
     "doubling": (
         "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
