@@ -148,10 +148,9 @@ def _check_causal(model: PreTrainedModel, logits: Tensor, changed: Tensor) -> No
     """Raises:
     UserError: the last token of an example, another one in `changed`, has a say in the logits before it.
     """
-    finite = bool(logits.isfinite().all() and changed.isfinite().all())  # else nothing can be said
-    if finite and not _close(
-        logits, changed, 0.25
-    ):  # those at the last token itself are not among them: nothing follows it
+    if not (logits.isfinite().all() and changed.isfinite().all()):
+        return  # nothing can be said
+    if not _close(logits, changed, 0.25):  # those at the last token are not among them: nothing follows it
         remedy = "Use a causal language model"
         if hasattr(model.config, "is_decoder"):
             remedy = "Set is_decoder to true in its config.json, or use a causal language model"
