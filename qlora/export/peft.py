@@ -35,7 +35,7 @@ from qlora.layers.attach import active_adapter, adapters_of, attach, forget_row_
 from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
-from qlora.models.quantize import same_weights
+from qlora.models.quantize import is_finite, same_weights
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
@@ -234,14 +234,6 @@ def adapter_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) ->
     with guard("adapter", folder, "its tokenizer cannot be loaded", "Use another copy of the adapter"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return tokenizer
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is a finite number; makes no tensor of its size."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    ends = (tensor if tensor.element_size() > 1 else tensor.float()).detach().aminmax()
-    return bool(torch.isfinite(ends.min) & torch.isfinite(ends.max))
 
 
 def _check_manifest(folder: Path) -> None:

@@ -21,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 from qlora import __version__
 from qlora.errors import UserError, problem
 from qlora.export.card import model_card
-from qlora.export.peft import CARD, OWN_CONFIG, PEFT_CONFIG, START, TENSORS, file_key, is_finite, named_parameters
+from qlora.export.peft import CARD, OWN_CONFIG, PEFT_CONFIG, START, TENSORS, file_key, named_parameters
 from qlora.files import read_json, whole_folder, write_json
 from qlora.layers.attach import active_adapter, adapter_start, named_adapters
 from qlora.manifest import MANIFEST, digest_of, versions, write_manifest
 from qlora.models.info import BaseInfo, info
 from qlora.models.load import embedding_rows
+from qlora.models.quantize import is_finite
 from qlora.models.transformers_seam import loaded_from
 from qlora.specs import AdapterSpec
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem
-from qlora.export.peft import is_finite
 from qlora.files import whole_folder
 from qlora.models.device import DTYPES
 from qlora.models.load import load_streaming
 from qlora.models.packed import STORED
+from qlora.models.quantize import is_finite
 from qlora.models.source import Source
 
 CPU = torch.device("cpu")

@@ -47,5 +47,5 @@ def download(model: str, revision: str | None, weights: bool = True) -> Path:
                     model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
                 )
             )
-        except Exception as error:
+        except Exception as error:  # of any kind: what the network said first explains it better
             raise (no_network or error) from None

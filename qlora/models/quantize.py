@@ -237,7 +237,7 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         UserError: NaN or inf in one of them, by name.
     """
-    bad = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    bad = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
     if bad:
         rule, remedy = (
             "a weight must be finite, and holds NaN or inf",
@@ -246,8 +246,11 @@ def check_finite(model: nn.Module) -> None:
         raise UserError([problem("model", name, rule, remedy) for name in bad])
 
 
-def _finite(values: Tensor) -> bool:
-    """By the smallest and the largest, which NaN reaches too: one pass, and nothing allocated."""
+def is_finite(values: Tensor) -> bool:
+    """Whether every value is a finite number: by the smallest and the largest, which NaN reaches too. One pass, and no
+    tensor of its size (but for floats of one byte, which torch does not compare).
+    """
     if values.numel() == 0 or values.is_meta or not values.is_floating_point():
         return True
-    return all(bool(end.isfinite()) for end in values.detach().aminmax())
+    comparable = values if values.element_size() > 1 else values.float()
+    return all(bool(end.isfinite()) for end in comparable.detach().aminmax())

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from qlora.train.checkpoint import latest_checkpoint
 from qlora.train.metrics import Totals, cut_back
 
 OWN_FILES = {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "metrics.torn", "tensorboard"}
-UNWRITABLE = {errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM}
+FORBIDDEN = {errno.EACCES, errno.EPERM}  # a fault of the output's only for a file in it
 
 
 class Claim:
@@ -137,7 +136,7 @@ def shortage_as_problem(output: Path) -> Iterator[None]:
             remedy = "Use a smaller model, `rank`, `batch_size` or `max_tokens`"
             raise UserError(problem("memory", "(all used)", rule, remedy)) from error
         name = getattr(error, "filename", None) or output
-        ours = isinstance(error, OSError) and error.errno in UNWRITABLE and Path(str(name)).is_relative_to(output)
+        ours = isinstance(error, OSError) and error.errno in FORBIDDEN and Path(str(name)).is_relative_to(output)
         if ours or disk_full(error) or disk_failing(error):
             raise UserError(disk_problem(Path(str(name)), error)) from error
         raise
@@ -191,12 +190,3 @@ def begin_output(config: FinetuneConfig, output: Path, first: int) -> Totals:
 def write_config(config: FinetuneConfig, output: Path) -> None:
     """Write config.yaml: the run's own, so without `resume`."""
     replace_file(output / "config.yaml", to_yaml(dataclasses.replace(config, resume=False)))
-
-
-def drop_checkpoint(checkpoint: Path, newest: Path) -> None:
-    """Remove a checkpoint of ours, unless it holds anything that `newest` does not."""
-    with suppress(OSError):  # it is the user's folder too
-        written = {file.name for file in newest.iterdir()}
-        if not checkpoint.is_symlink() and {file.name for file in checkpoint.iterdir()} <= written:
-            # After a kill in between, `remove_partial` removes what is left under this name.
-            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.dropped.part")))

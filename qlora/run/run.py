@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,9 +25,9 @@ from qlora.models.device import resolve_device
 from qlora.plan.fit import Plan
 from qlora.plan.report import table, within_budget
 from qlora.run.inputs import Inputs
-from qlora.run.output import Claim, begin_output, claimed, drop_checkpoint, shortage_as_problem, write_config
+from qlora.run.output import Claim, begin_output, claimed, shortage_as_problem, write_config
 from qlora.streams import steady
-from qlora.train.checkpoint import whole_checkpoint
+from qlora.train.checkpoint import drop_checkpoint, whole_checkpoint
 from qlora.train.memory import PeakMemory
 from qlora.train.metrics import MetricsLog
 
@@ -112,7 +112,8 @@ class Run:
         """Note a checkpoint that was written; of `passing` ones, saved because time had passed, two stay."""
         self._passing += [checkpoint] if passing else []
         while len(self._passing) > 2:
-            drop_checkpoint(self._passing.pop(0), checkpoint)
+            with suppress(OSError):  # it is the user's folder too
+                drop_checkpoint(self._passing.pop(0), checkpoint)
 
     def own(self, resource: Closes) -> Closes:
         """Close `resource` when the run ends."""

@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora.errors import UserError, guard, problem
-from qlora.export.peft import PEFT_CONFIG, TENSORS, is_finite, named_parameters, put_adapter, read_adapter
+from qlora.export.peft import PEFT_CONFIG, TENSORS, named_parameters, put_adapter, read_adapter
 from qlora.export.peft_write import write_adapter
 from qlora.files import read_json, whole_folder, write_json
 from qlora.manifest import MANIFEST, damages, digest_of, read_manifest, versions, write_manifest
+from qlora.models.quantize import is_finite
 from qlora.train.rng import random_states, set_random_states
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -148,13 +149,18 @@ def drop_checkpoints(newest: Path, keep: int) -> None:
     One that holds anything which `newest` does not is left alone. `keep` 0 keeps all.
     """
     output, step = newest.parents[1], int(newest.name.removeprefix("step-"))
-    written = {file.name for file in newest.iterdir()}
     present = {n: path for n, path in _checkpoints(output).items() if (path / STATE).is_file()}
     earlier = sorted(((n, path) for n, path in present.items() if n < step), reverse=True)
     for _, path in earlier[keep - 1 :] if keep else ():
-        if not path.is_symlink() and {file.name for file in path.iterdir()} <= written:
-            # After a kill in between, `remove_partial` removes what is left under this name.
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.{os.getpid()}.dropped.part")))
+        drop_checkpoint(path, newest)
+
+
+def drop_checkpoint(checkpoint: Path, newest: Path) -> None:
+    """Remove a checkpoint of ours, unless it holds anything that `newest` does not."""
+    written = {file.name for file in newest.iterdir()}
+    if not checkpoint.is_symlink() and {file.name for file in checkpoint.iterdir()} <= written:
+        # After a kill in between, `remove_partial` removes what is left under this name.
+        shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.dropped.part")))
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def one_case(whole: Path, expected: dict[str, object], dice: random.Random) -> t
                 result = COMMANDS[command](place)
         except UserError as error:
             return ("refused" if all(len(line.splitlines()) == 1 for line in error.problems) else "TRACEBACK"), what
-        except Exception as error:
+        except Exception as error:  # of any kind: what is counted here
             return "TRACEBACK", f"{what}: {type(error).__name__}: {error}"
         if result != expected[command]:
             return "SILENT", what
