@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts/trials"))
-
-from fuzz import SHARES, fuzz
+FUZZ = Path(__file__).resolve().parents[1] / "scripts/trials/fuzz.py"
 
 
-def test_two_thousand_cases():
-    tally = fuzz(2000, seed=1)
-    assert sum(found.total() for found in tally.counts.values()) == 2000 and set(tally.counts) == set(SHARES)
-    assert tally.places == {}
-    assert all(found["clean"] for found in tally.counts.values())
-    assert sum(found["ok"] for found in tally.counts.values()) > 100  # some damage is harmless, so wholes are whole
+def test_two_thousand_cases(tmp_path):
+    """In a process of its own: its children are forked, so it must not have used OpenMP's threads before."""
+    command = [sys.executable, FUZZ, "--cases", "2000", "--seed", "1", "--json", tmp_path / "tally.json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+    tally = json.loads((tmp_path / "tally.json").read_text())
+    counts, targets = tally["counts"], 10
+    assert len(counts) == targets and sum(sum(found.values()) for found in counts.values()) == 2000
+    assert tally["places"] == {}
+    assert all(found["clean"] for found in counts.values())
+    assert sum(found.get("ok", 0) for found in counts.values()) > 100  # some damage is harmless, so wholes are whole

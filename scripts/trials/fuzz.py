@@ -9,7 +9,8 @@ place of a traceback is printed once, with its smallest case and how to run that
 
 Cases run in forked children with limits on time and memory, so that one that never ends costs one child. The damage of
 a case depends on target, seed and its number alone. The alternative, hypothesis, shrinks better but runs in the process
-itself, where a hang or a crash of the interpreter ends everything.
+itself, where a hang or a crash of the interpreter ends everything. One thread, because the threads of OpenMP do not
+live on in a forked child, which would wait for them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded
 HOUSE = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "tests/support"), str(HOUSE / "scripts/trials")]
 
@@ -370,8 +372,11 @@ def main() -> int:
     parser.add_argument("--only", choices=SHARES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--json", type=Path, help="write the tally here")
     given = parser.parse_args()
     tally = fuzz(given.cases, given.only, given.seed, given.first)
+    if given.json:
+        given.json.write_text(json.dumps({"counts": tally.counts, "places": tally.places}))
     for target, counts in tally.counts.items():
         print(f"{target:<16}{sum(counts.values()):>7}  " + ", ".join(f"{n} {what}" for what, n in counts.most_common()))
     for place, (again, _) in sorted(tally.places.items()):
