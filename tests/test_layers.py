@@ -21,6 +21,7 @@ FLOORS = (
         "calibrate.error_start",
         "data.batch",
         "data.doctor_page",
+        "data.typed",
         "errors",
         "layers.attention",
         "layers.dropout",

@@ -20,11 +20,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qlora.data.template import Refusal, kinds_of, write
+from qlora.data.typed import encode, mark, unmark
 from qlora.errors import UserError, problem, shortened
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Rendered:
     skipped: int = 0  # assistant turns that have no span, see above
     changed: int = 0  # answers that the template does not write as they stand in the record
     opening: str = ""  # what the generation prompt writes of the answer, where the last turn was skipped for it
+    typed: tuple[tuple[int, int], ...] = ()  # control tokens that are text, see `qlora.data.typed`
 
 
 class Chat:
@@ -73,6 +76,12 @@ class Chat:
         Raises:
             Refusal: the template refuses the conversation.
         """
+        rendered = self._render(mark(messages, self.typed), tools, muted)
+        text, typed, spans = unmark(rendered.text, rendered.spans)
+        return replace(rendered, text=text, typed=typed, spans=spans)
+
+    def _render(self, messages: list[dict], tools: list | None, muted: Container[int]) -> Rendered:
+        """`render` of messages in which what was typed is marked."""
         messages, text = self.with_arguments(messages, tools)
         spans, closed, skipped, changed, opening = [], [], 0, 0, ""
         for k, message in enumerate(messages):
@@ -217,8 +226,16 @@ class Chat:
             text = self.write(talk) + self.write(talk[:1], prompt=True)
         except Refusal:
             text = str(self.tokenizer.chat_template)
-        own = sorted((token for token in self.controls if token in text), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, own))) if own else None
+        return _any_of([token for token in self.controls if token in text])
+
+    @cached_property
+    def typed(self) -> re.Pattern[str] | None:
+        """What finds the control tokens that stay text where a user types them: special ones, and the template's own.
+
+        Others, like Qwen 3's `<tool_response>`, are words that templates look for in what they are given.
+        """
+        own = self.own_controls()
+        return _any_of([*self._special, *(token for token in self.controls if own and own.fullmatch(token))])
 
     def ends(self, system: str | None = None) -> list[int]:
         """The tokens that end an answer by this template; none where it refuses a plain question."""
@@ -230,6 +247,11 @@ class Chat:
                 cut = self._first_control(tail)
                 return [number for token, number in self.controls.items() if cut and tail[:cut].endswith(token)]
         return []
+
+
+def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """What finds any of these texts, the longest first; None if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
 def _shared(one: str, two: str) -> int:
@@ -318,14 +340,19 @@ def render_prompt(
     """
     if raw and isinstance(prompt, str):
         return prompt
+    return _rendered_prompt(prompt, tokenizer, system).text
+
+
+def _rendered_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, system: str | None) -> Rendered:
+    """`render_prompt`, and where it holds control tokens that were typed."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages = [{"role": "system", "content": system}, *messages] if system else messages
     if not tokenizer.chat_template:
         if not isinstance(prompt, str):
             raise UserError(no_template("prompt", f"{len(messages)} messages"))
-        return render_plain([*messages, {"role": "assistant", "content": ""}]).text
+        return render_plain([*messages, {"role": "assistant", "content": ""}])
     try:
-        return write(messages, tokenizer, prompt=True)
+        text, typed, _ = unmark(write(mark(messages, Chat(tokenizer).typed), tokenizer, prompt=True))
     except Refusal as refusal:
         raise UserError(
             problem(
@@ -335,17 +362,19 @@ def render_prompt(
                 "Leave out what it names, or write the whole prompt and use `raw`",
             )
         ) from refusal
+    return Rendered(text, typed=typed)
 
 
 def prompt_ids(
     prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, raw: bool = False
 ) -> list[int]:
     """The tokens of `render_prompt`, encoded as in training: the template's BOS or the tokenizer's, never both."""
-    templated = bool(tokenizer.chat_template) and not raw
-    text = render_prompt(prompt, tokenizer, system=system, raw=raw)
-    text = text if templated else without_bos(text, tokenizer)
-    input_ids = list(tokenizer(text, add_special_tokens=not templated, verbose=False).input_ids)
-    ended = not templated and len(input_ids) > 1 and input_ids[-1] == tokenizer.eos_token_id
+    if tokenizer.chat_template and not raw:
+        rendered = _rendered_prompt(prompt, tokenizer, system)
+        return encode(rendered.text, rendered.typed, tokenizer)[0]
+    text = without_bos(render_prompt(prompt, tokenizer, system=system, raw=raw), tokenizer)
+    input_ids = list(tokenizer(text, verbose=False).input_ids)
+    ended = len(input_ids) > 1 and input_ids[-1] == tokenizer.eos_token_id
     return input_ids[:-1] if ended else input_ids
 
 

@@ -23,6 +23,7 @@ from qlora.data.chat import Chat, Rendered, no_template, render_plain, without_b
 from qlora.data.formats import RecordReader, is_empty, pick_format, source_of, unused_columns
 from qlora.data.records import Gathered, place_of
 from qlora.data.template import Refusal
+from qlora.data.typed import encode
 from qlora.errors import UserError, problem
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Dataset:
     skipped_turns: int = 0  # assistant turns not trained on, because the template writes them differently later
     muted_turns: int = 0  # assistant turns with weight 0
     changed_turns: int = 0  # answers that the template does not write as they stand in the record
-    with_controls: int = 0  # records whose text holds a control token of the template
+    with_controls: int = 0  # records whose answers hold a control token of the template
+    with_typed: int = 0  # records in which others typed control tokens, which stay text
     unused: list[str] = field(default_factory=list)  # columns, and keys of turns, that nobody reads
 
     @property
@@ -91,9 +93,10 @@ def tokenize(
     """Records -> input_ids and loss mask.
 
     The tokens of every assistant turn with its end-of-turn token count; for `text`, and with `train_on_prompt`, every
-    token but the first. The tokens of a chat equal `tokenizer.apply_chat_template(messages)`, except that EOS follows
-    where a template closes its last answer with no special token, and that the last answer is the user's own text where
-    the generation prompt opens a thought which the template would leave out.
+    token but the first. The tokens of a chat equal `tokenizer.apply_chat_template(messages)`, except that control
+    tokens which a user typed are text (see `qlora.data.typed`), that EOS follows where a template closes its last
+    answer with no special token, and that the last answer is the user's own text where the generation prompt opens a
+    thought which the template would leave out.
 
     Args:
         records: as `read_records` gives them.
@@ -215,6 +218,7 @@ class _Renderer:
             return None
         dataset.unused = sorted({*dataset.unused, *unused}) if unused else dataset.unused
         dataset.with_controls += self._holds_control(messages)
+        dataset.with_typed += bool(rendered.typed)
         if "tool_calls" in unused:
             reader.wrong(
                 "the chat template does not write its `tool_calls`, so the answer would be empty",
@@ -225,8 +229,9 @@ class _Renderer:
         return rendered
 
     def _holds_control(self, messages: list[dict]) -> bool:
+        answers = [message.get("content") for message in messages if message["role"] == "assistant"]
         return self._control is not None and any(
-            isinstance(message.get("content"), str) and self._control.search(message["content"]) for message in messages
+            isinstance(answer, str) and self._control.search(answer) for answer in answers
         )
 
     def _no_span(self, reader: RecordReader, rendered: Rendered) -> None:
@@ -268,7 +273,15 @@ class _Encoder:
             found = self.tokenizer([text for _, text in chunk], **self.options)
             offsets = found.get("offset_mapping") or [None] * len(chunk)
             for number, (item, text) in enumerate(chunk):
-                yield self._masked(item, text, found["input_ids"][number], offsets[number], start + number + 1)
+                input_ids, places = found["input_ids"][number], offsets[number]
+                if item.typed:
+                    input_ids, places = self._with_typed(item, text)
+                yield self._masked(item, text, input_ids, places, start + number + 1)
+
+    def _with_typed(self, item: Rendered, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """The tokens of a text, or of its beginning, in which control tokens were typed."""
+        typed = [(start, min(end, len(text))) for start, end in item.typed if start < len(text)]
+        return encode(text, typed, self.tokenizer, offsets=self.options["return_offsets_mapping"])
 
     def _beginning(self, text: str) -> str:
         """The part of a text whose first max_tokens tokens are those of the whole."""
@@ -365,6 +378,9 @@ def mask_by_prefixes(
         cuts = []
         for end in span:
             prefix = list(tokenizer(item.text[:end], add_special_tokens=add_special_tokens).input_ids)
+            if item.typed:
+                typed = [place for place in item.typed if place[1] <= end]
+                prefix = encode(item.text[:end], typed, tokenizer)[0]
             if add_special_tokens and prefix and prefix[-1] == tokenizer.eos_token_id:
                 prefix.pop()
             if list(input_ids[: len(prefix)]) != prefix:
