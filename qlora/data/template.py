@@ -140,6 +140,7 @@ def _too_much(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tool
     if child == 0:
         code = _OUT_OF_MEMORY
         try:
+            os.closerange(3, 1 << 20)  # it may outlive a killed run, whose locks go with the last who holds them
             _limit(BYTES + _GROWTH[1] * _size(messages, tools))
             beginnings = [(messages[:k], True) for k in (1, 2, len(messages))]
             fits = [_fits(part, tokenizer, tools, prompt) for part, prompt in [(messages, False), *beginnings]]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import signal
+import subprocess
+import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import tiny
@@ -96,3 +101,32 @@ def test_a_date_is_the_same_for_a_whole_run():
     assert own.decode(example.input_ids).startswith("01 Jul 2024")
     with pytest.raises(Refusal, match="no now"):
         Chat(templated("{{ raise_exception('no now') }}strftime_now"), first).write(TALK)
+
+
+RUN = """
+import fcntl, os, sys, tiny
+from qlora.data.template import write
+handle = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(handle, fcntl.LOCK_EX)
+own = tiny.tokenizer()
+own.chat_template = sys.argv[2]
+write([{"role": "user", "content": "q"}], own)
+"""
+
+
+def test_what_outlives_a_killed_run_holds_no_lock(tmp_path):
+    """The process in which a template is tried goes on for its 2 s."""
+    support = str(Path(tiny.__file__).parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([support, *sys.path])}
+    run = subprocess.Popen([sys.executable, "-c", RUN, tmp_path, LOOPS + "{% endfor %}"], env=environment)
+    children, trial = Path(f"/proc/{run.pid}/task/{run.pid}/children"), ""
+    while not trial and run.poll() is None:
+        trial = children.read_text()
+    while len(os.listdir(f"/proc/{int(trial)}/fd")) > 3:
+        assert run.poll() is None
+    run.kill()
+    run.wait()
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    os.kill(int(trial), signal.SIGKILL)
