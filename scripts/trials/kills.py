@@ -1,6 +1,6 @@
-"""Kill a tiny training run again and again, resume it, and compare with an undisturbed one, to the bit.
+"""Kill a training run again and again, resume it, and compare with an undisturbed one, to the bit.
 
-    PYTHONPATH=.:kernels:tests/support python scripts/trials/kills.py --kills 1000 [--seed 0] [--folder DIR]
+    python scripts/trials/kills.py --kills 1000 [--model smollm2-135m] [--seed 0] [--folder DIR]
 
 Each run is a forked child that is ended by SIGKILL: at a random moment of its whole time, in its first second, within
 an evaluation, or while a checkpoint or the adapter is being written (the child says through a pipe when it enters
@@ -32,6 +32,7 @@ import torch
 
 import qlora.run.recipe as recipe
 from qlora.config.commands import FinetuneConfig
+from qlora.models.source import resolve
 from qlora.run.verify import differences
 from qlora.train.checkpoint import latest_checkpoint
 
@@ -153,12 +154,16 @@ def main() -> None:
     """Trials until there are enough kills; prints the tally as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--model", help="another model than a tiny one, made here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kills-", dir=arguments.folder))
     torch.set_num_threads(1)
-    tiny.write_model(place / "model")
+    if arguments.model:
+        (place / "model").symlink_to(resolve(arguments.model).folder)
+    else:
+        tiny.write_model(place / "model")
     tiny.write_data(place / "data.jsonl")
     tally: collections.Counter[str] = collections.Counter()
     seed, began = arguments.seed, time.monotonic()
