@@ -11,7 +11,7 @@ The alternative, a mean over batches, depends on the batch size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +34,20 @@ class EvalResult:
     target_tokens: int
 
 
-def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4) -> EvalResult:
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    batch_size: int = 4,
+    *,
+    before_batch: Callable[[], None] | None = None,
+) -> EvalResult:
     """Evaluate `model` on `examples`.
+
+    Args:
+        model: it comes back in the mode it was in.
+        examples: at least one with a token that counts.
+        batch_size: examples computed at once.
+        before_batch: called before each batch; what it raises ends the evaluation.
 
     Raises:
         UserError: there is nothing to evaluate on, or the loss is no finite number.
@@ -53,6 +65,8 @@ def evaluate(model: nn.Module, examples: Sequence[Example], batch_size: int = 4)
         # Not inference_mode: norms that adapters keep from here are used in training.
         with torch.no_grad():
             for batch in by_length(examples, batch_size):
+                if before_batch is not None:
+                    before_batch()
                 for lost, hit, count in token_sums(model, pack(batch)):
                     loss += lost
                     right += hit

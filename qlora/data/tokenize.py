@@ -240,7 +240,7 @@ class _Renderer:
         rule += "the answer's tokens are unknown"
         if rendered.opening:
             rule += f" (the prompt opens with {rendered.opening!r}, and the answer does not)"
-            reader.wrong(rule, f"Begin the answer with {rendered.opening}, or use `train_on_prompt`")
+            reader.wrong(rule, f"Begin the answer with {rendered.opening!r}, or use `train_on_prompt`")
         else:
             reader.wrong(rule, "Use `train_on_prompt`, or another model")
 

@@ -10,7 +10,6 @@ finetune.py, since `qlora.finetune` is the function.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -87,8 +86,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             run.saved(saved, passing=not parts.schedule.saves_after(step))
             drop_checkpoints(saved, config.keep_checkpoints)
 
-        def held_out_loss() -> float:
-            return evaluate(model, inputs.held_out, config.batch_size).loss
+        def held_out_loss(before_batch: Callable[[], None]) -> float:
+            return evaluate(model, inputs.held_out, config.batch_size, before_batch=before_batch).loss
 
         with stops_explained(run, parts), run.begin(first, length["steps"]) as log:
             if started and not inputs.held_out:
@@ -97,7 +96,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
                 model,
                 optimizer,
                 parts.batches,
-                dataclasses.replace(parts.schedule, first=first, skipped=log.totals.skipped_in_a_row),
+                parts.schedule.after(first, log.totals),
                 log=lambda line: log(line | started if line["step"] == 0 else line),
                 evaluate=held_out_loss if inputs.held_out else None,
                 save=save,

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from torch import nn
 from qlora.data.batch import Batch
 from qlora.errors import UserError
 from qlora.train.memory import PeakMemory
-from qlora.train.metrics import Metrics
-from qlora.train.signals import Interrupted, StopRequest
+from qlora.train.metrics import Metrics, Totals
+from qlora.train.signals import Interrupted, Stopped, StopRequest
 from qlora.train.step import NotFinite, optimizer_step
 
 MOST_SKIPPED = 10  # steps in a row: more of them are no accident
@@ -42,7 +42,8 @@ class Schedule:
     `save_seconds` have passed since it was last saved (0: not by time).
 
     `skips`: a step whose loss or gradient is not finite is left out, unless more than `MOST_SKIPPED` come in a row
-    (`skipped` of them before step `first`). Otherwise it ends the run.
+    (`skipped` of them before step `first`). Otherwise it ends the run. `owed`: the line of step `first`, whose
+    evaluation a signal stopped.
     """
 
     steps: int
@@ -54,6 +55,11 @@ class Schedule:
     save_seconds: float = 0.0
     skips: bool = False
     skipped: int = 0
+    owed: Metrics | None = None
+
+    def after(self, first: int, totals: Totals) -> Schedule:
+        """The rest of the schedule, when `first` steps have been taken and their lines come to `totals`."""
+        return replace(self, first=first, skipped=totals.skipped_in_a_row, owed=totals.owed)
 
     def evaluates_after(self, done: int) -> bool:
         """Whether an evaluation follows when `done` steps have been taken."""
@@ -71,7 +77,7 @@ def train(
     schedule: Schedule,
     *,
     log: Callable[[Metrics], None],
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[Callable[[], None]], float] | None = None,
     save: Callable[[int], Any] | None = None,
     memory: PeakMemory | None = None,
 ) -> None:
@@ -80,7 +86,7 @@ def train(
     Args:
         batches: the micro-batches of a step.
         log: gets one object per step, and one for step 0 if there is an evaluation before the first step.
-        evaluate: the held-out loss.
+        evaluate: the held-out loss; it calls what it gets now and then, and lets through what that raises.
         save: gets the number of steps taken.
         memory: a peak that is being taken already; None to take it from here on.
 
@@ -92,8 +98,12 @@ def train(
     watched = nullcontext(memory) if memory else PeakMemory(next(model.parameters()).device)
     skipped = schedule.skipped
     with StopRequest() as stop, watched as peak:
-        if evaluate is not None and schedule.first == 0:
-            log({"step": 0, "tokens": 0, "eval_loss": evaluate(), "memory_bytes": peak.peak()})
+        before = {"step": 0, "tokens": 0} if schedule.first == 0 else schedule.owed
+        if evaluate is not None and before is not None:
+            try:
+                log(before | {"eval_loss": evaluate(stop.check), "memory_bytes": peak.peak()})
+            except Stopped:  # nothing was saved yet, or the line that owes it stands
+                raise Interrupted(schedule.first, stop.number) from None
         model.train()
         saved_at = time.monotonic()
         for done in range(schedule.first + 1, schedule.steps + 1):
@@ -107,11 +117,13 @@ def train(
             failed = None
             if evaluate is not None and schedule.evaluates_after(done):
                 try:
-                    line["eval_loss"] = evaluate()
+                    line["eval_loss"] = evaluate(stop.check)
+                except Stopped:  # a scheduler waits 30 s and an evaluation may be long: it is made up for on resuming
+                    line["eval_loss"] = None
                 except UserError as error:
                     failed = error
             log(line)
-            interrupted = stop.requested and done < schedule.steps
+            interrupted = stop.requested and (done < schedule.steps or line.get("eval_loss", 0.0) is None)
             by_time = bool(schedule.save_seconds) and time.monotonic() - saved_at >= schedule.save_seconds
             if save is not None and (failed or interrupted or by_time or schedule.saves_after(done)):
                 save(done)

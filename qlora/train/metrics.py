@@ -3,6 +3,8 @@
     {"step": 12, "loss": ..., "tokens": ..., "learning_rate": ..., "grad_norm": ..., "tokens_per_second": ...,
      "memory_bytes": ..., "eval_loss": ... (where the model was evaluated)}         one object a line, step 0 first
 
+An `eval_loss` of null is one that a signal stopped: a resumed run evaluates, and writes this line again.
+
 A text file is the record: it survives a kill but for its last line, and everything can read it. It is also the user's:
 who removes or rotates it in mid-run gets the following lines in a new one, and the summary counts what was written
 (`Totals`), not what is still there. The alternative, a tracking service, is left to TensorBoard and to readers of this
@@ -39,6 +41,7 @@ class Totals:
     memory_bytes: int = 0
     skipped: int = 0  # steps whose update was left out
     skipped_in_a_row: int = 0  # of them, the last ones
+    owed: Metrics | None = None  # the last line, not counted, whose evaluation was stopped
 
     def add(self, metrics: Metrics) -> None:
         """Count a line; a value that is no number there is passed over."""
@@ -79,7 +82,10 @@ def cut_back(path: Path, step: int) -> Totals:
     for number, line in enumerate(lines, 1):
         metrics = _parsed(line)
         if metrics is not None and metrics["step"] <= step and line.endswith(b"\n"):
-            totals.add(metrics)
+            if metrics["step"] == step and metrics.get("eval_loss", 0.0) is None:
+                totals.owed = metrics
+            else:
+                totals.add(metrics)
             kept.append(line)
         elif metrics is None and number < len(lines) and step >= 0:
             torn.append(line)
@@ -134,14 +140,23 @@ class MetricsLog:
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self.totals.add(finite)
-        self._follow()
-        self._file.write(json.dumps(finite).encode() + b"\n")
-        self._file.flush()
+        self._write(json.dumps(finite).encode() + b"\n", metrics["step"])
         if self._writer is not None:
             for name, value in finite.items():
                 if name != "step" and value is not None:
                     self._writer.add_scalar(name, value, metrics["step"])
         self._progress.show(finite)
+
+    def _write(self, line: bytes, step: int) -> None:
+        """Append a line, or put it in place of the last one, whose evaluation was stopped."""
+        owed, self.totals.owed = self.totals.owed, None
+        there = self._path.read_bytes().splitlines(keepends=True) if owed is not None and self._path.is_file() else []
+        if owed is not None and there and _parsed(there[-1]) == owed and owed["step"] == step:
+            replace_file(self._path, b"".join([*there[:-1], line]))
+            return
+        self._follow()
+        self._file.write(line)
+        self._file.flush()
 
     def _follow(self) -> None:
         """Open the file anew where it was removed or rotated; go on with the old one where there is no place for it."""
@@ -230,7 +245,7 @@ class Progress:
         words = [f"step {done}/{self.steps}"]
         words += [f"loss {metrics['loss']:.4f}"] if metrics.get("loss") is not None else []
         words += ["update left out"] if metrics.get("skipped") else []
-        words += [f"eval {metrics['eval_loss']:.4f}"] if "eval_loss" in metrics else []
+        words += [f"eval {metrics['eval_loss']:.4f}"] if metrics.get("eval_loss") is not None else []
         words += [f"{metrics['tokens_per_second']:.0f} tokens/s"] if "tokens_per_second" in metrics else []
         words += [f"{metrics['memory_bytes'] / 1e9:.2f} GB"]
         if done > self.first:

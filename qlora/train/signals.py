@@ -30,6 +30,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"interrupted after step {step}")
 
 
+class Stopped(Exception):
+    """What can be done later is left, because the run is to stop."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP (`number`) outside of a training loop."""
 
@@ -63,6 +67,15 @@ class StopRequest:
             if isinstance(ended, type) and issubclass(ended, KeyboardInterrupt):
                 self.number = signal.SIGINT
         return self.number != 0
+
+    def check(self) -> None:
+        """Leave what can be done later, an evaluation for one.
+
+        Raises:
+            Stopped: the run is to stop.
+        """
+        if self.requested:
+            raise Stopped
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

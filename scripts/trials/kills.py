@@ -43,7 +43,7 @@ def options(place: Path, output: Path, seed: int) -> FinetuneConfig:
     """A run whose options change with `seed`: what is to be kept differs with them."""
     dice = random.Random(seed)
     return FinetuneConfig(
-        model=str(place / "model"),
+        model=str((place / "model").resolve()),
         data=str(place / "data.jsonl"),
         output=str(output),
         steps=dice.randint(4, 10),
@@ -161,7 +161,8 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="kills-", dir=arguments.folder))
     torch.set_num_threads(1)
     if arguments.model:
-        (place / "model").symlink_to(resolve(arguments.model).folder)
+        source = resolve(arguments.model)
+        (place / "model").symlink_to(source.gguf or source.folder)
     else:
         tiny.write_model(place / "model")
     tiny.write_data(place / "data.jsonl")

@@ -56,13 +56,13 @@ def damage_value(dice: random.Random, value: Any) -> Any:
                 continue
             kind = dice.random()
             if kind < 0.65:
-                inner[key] = dice.choice(WRONG)
+                inner[key] = copy.deepcopy(dice.choice(WRONG))
             elif kind < 0.8:
                 del inner[key]
             elif isinstance(inner, dict):
                 inner[dice.choice(["x", "", "é", f"{key}s"])] = inner.pop(key)
             else:
-                inner.append(dice.choice(WRONG))
+                inner.append(copy.deepcopy(dice.choice(WRONG)))
             break
     return value
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from qlora.errors import UserError
 from qlora.run.recipe import finetune
+from qlora.run.verify import differences
+from qlora.train.signals import Interrupted
 
 
 @pytest.mark.parametrize(("method", "stopped"), [("dora", 2), ("dora", 6), ("lora", 4), ("dora", 8)])
@@ -55,6 +57,38 @@ def test_resumed_is_uninterrupted_to_the_bit(config, tmp_path, method, stopped):
         [line.get(n) for n in numbers] for line in metrics(whole)
     ]
     assert yaml.safe_load((cut / "config.yaml").read_text())["resume"] is False
+
+
+@pytest.mark.parametrize(("batch", "step"), [(1, 0), (4, 2), (6, 2), (7, 4), (8, 4)])
+def test_an_evaluation_does_not_outlast_a_signal(config, tmp_path, monkeypatch, batch, step):
+    """Three batches are evaluated after steps 0, 2 and 4. What a signal left out is made up for, in the same line."""
+    usual = {"steps": 4, "eval_fraction": 0.25, "eval_every": 2, "dropout": 0.2}
+    finetune(config("whole", **usual))
+    computed, cross_entropy = [], torch.nn.functional.cross_entropy
+
+    def counted(*arguments, **options):
+        computed.append(1)
+        if len(computed) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cross_entropy(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", counted)
+    with pytest.raises(Interrupted) as stopped:
+        finetune(config("cut", **usual))
+    assert (stopped.value.step, len(computed)) == (step, batch)
+    owes = step > 0 and batch % 3 > 0
+    if step:
+        assert metrics(tmp_path / "cut")[-1]["step"] == step
+        assert (metrics(tmp_path / "cut")[-1]["eval_loss"] is None) == owes
+    if owes:  # and once more, while it makes up for it
+        computed[:] = [1] * (batch - 1)
+        with pytest.raises(Interrupted):
+            finetune(config("cut", resume=True, **usual))
+        assert metrics(tmp_path / "cut")[-1]["eval_loss"] is None
+    result = finetune(config("cut", resume="auto", **usual))
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []
+    assert result.tokens == sum(line["tokens"] for line in metrics(tmp_path / "whole"))
+    assert result.eval_loss_after == metrics(tmp_path / "whole")[-1]["eval_loss"]
 
 
 def test_a_constant_run_can_be_made_longer(config, tmp_path):

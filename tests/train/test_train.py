@@ -184,7 +184,9 @@ def run(model, tmp_path, steps=4, eval_every=0, save_every=0, **hooks) -> list[d
 def test_metrics(tmp_path):
     model = tiny.adapted(tiny.llama())
     data = examples(*UNEVEN, seed=9)
-    lines = run(model, tmp_path, steps=5, evaluate=lambda: evaluate(model, data).loss, eval_every=2)
+    lines = run(
+        model, tmp_path, steps=5, evaluate=lambda check: evaluate(model, data, before_batch=check).loss, eval_every=2
+    )
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 5]
     assert lines[-1]["eval_loss"] == pytest.approx(evaluate(model, data).loss, rel=1e-6)
@@ -206,7 +208,12 @@ def test_evaluation_is_not_felt(tmp_path):
         model = tiny.adapted(tiny.llama(), dropout=0.2)
         torch.manual_seed(3)
         look = functools.partial(evaluate, model, examples(*UNEVEN, seed=9))
-        run(model, tmp_path / str(every), evaluate=(lambda look=look: look().loss) if every else None, eval_every=every)
+        run(
+            model,
+            tmp_path / str(every),
+            evaluate=(lambda check, look=look: look().loss) if every else None,
+            eval_every=every,
+        )
         assert model.training
         ends.append(tiny.tensors(model))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
