@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.errors import UserError, problem
 from qlora.layers.loss import logit_chunks
+from qlora.models.limits import model_limits, refuse_tokens
 from qlora.train.rng import random_states, set_random_states
 
 
@@ -50,12 +52,14 @@ def evaluate(
         before_batch: called before each batch; what it raises ends the evaluation.
 
     Raises:
-        UserError: there is nothing to evaluate on, or the loss is no finite number.
+        UserError: there is nothing to evaluate on, an example does not fit the model, or the loss is no finite number.
     """
     if not any(any(example.loss_mask) for example in examples):
         raise UserError(
             problem("data", f"{len(examples)} examples", "no token counts in the loss", "Give data with answers")
         )
+    if isinstance(model, PreTrainedModel):
+        refuse_tokens(model_limits(model), examples)
     training, states = model.training, random_states()
     model.eval()
     device = next(model.parameters()).device

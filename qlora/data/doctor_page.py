@@ -10,6 +10,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+GENERATOR = '<meta name="generator" content="qlora data">'  # by which a page of ours is known
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
@@ -38,7 +39,7 @@ def page(found: dict[str, Any], title: str) -> str:
     body += [_example(example) for example in found["shown"]]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width">'
+        f'{GENERATOR}<meta name="viewport" content="width=device-width">'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 

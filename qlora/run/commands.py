@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.config.commands import EvalConfig, GenerateConfig, PlanConfig
+from qlora.data.doctor import notes
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
@@ -58,7 +59,7 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
     base = base_info(model)
     about = {"model": base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
     counts = {"examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
-    return {**dataclasses.asdict(result), **about, **counts}
+    return {**dataclasses.asdict(result), **about, **counts, "notes": notes(data, config.max_tokens)}
 
 
 def generate_command(config: GenerateConfig) -> str:

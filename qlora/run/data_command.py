@@ -12,8 +12,9 @@ from pathlib import Path
 
 from qlora.config.data_command import DataConfig
 from qlora.data.doctor import as_text, on_terminal, report
-from qlora.data.doctor_page import page
+from qlora.data.doctor_page import GENERATOR, page
 from qlora.errors import UserError, guard, problem
+from qlora.files import replace_file
 from qlora.run.inputs import read_inputs
 
 
@@ -34,7 +35,7 @@ def data_command(config: DataConfig) -> str:
     if config.html is not None:
         with guard("html", config.html, "cannot be written", "Give a file in a folder that can be written to"):
             text = page(found, f"{config.data} as {config.model} sees it")
-            Path(config.html).write_text(text, encoding="utf-8", errors="backslashreplace")
+            replace_file(Path(config.html), text.encode(errors="backslashreplace"))
     if config.json:
         return json.dumps(found, indent=2)
     return as_text(found, color=on_terminal())
@@ -46,5 +47,14 @@ def _check_page(path: Path) -> None:
     Raises:
         UserError: it holds something else.
     """
-    if path.is_dir() or (path.exists() and path.suffix.lower() not in (".html", ".htm")):
-        raise UserError(problem("html", path, "is there already, and no HTML file", "Give a name that ends in .html"))
+    try:
+        with path.open("rb") as file:
+            ours = GENERATOR.encode() in file.read(4096)
+    except FileNotFoundError:
+        if path.parent.is_dir():
+            return
+        raise UserError(problem("html", path, "its folder is not there", "Make the folder, or give another")) from None
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(problem("html", path, "is there already, and not a page of ours", "Give another name"))

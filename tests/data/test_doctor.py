@@ -105,6 +105,11 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["train"]["examples"] == report["held_out"]["examples"] == 3 and len(report["shown"]) == 3
     assert main(["data", "data.jsonl", "--model", "model", "--html", "data.jsonl", "--max-tokens", "34"]) == 2
-    assert capsys.readouterr().err.startswith("html=data.jsonl: is there already, and no HTML file")
+    assert capsys.readouterr().err.startswith("html=data.jsonl: is there already, and not a page of ours")
+    (tmp_path / "mine.html").write_text("<p>mine")
+    assert main(["data", "data.jsonl", "--model", "model", "--html", "mine.html"]) == 2
+    assert (tmp_path / "mine.html").read_text() == "<p>mine"
+    assert main(["data", "data.jsonl", "--model", "model", "--html", "a.html", "--examples", "2"]) == 0
+    capsys.readouterr()
     assert main(["data", "data.jsonl", "--model", "model", "--html", "no/a.html"]) == 2
-    assert "html=no/a.html: cannot be written" in capsys.readouterr().err
+    assert "html=no/a.html: its folder is not there" in capsys.readouterr().err

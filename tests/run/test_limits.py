@@ -13,6 +13,8 @@ from runs import refused
 
 from qlora import UserError, load_base, load_tokenizer
 from qlora.config.commands import EvalConfig, PlanConfig
+from qlora.data.batch import Example
+from qlora.evaluate import evaluate
 from qlora.generate import generate_batch
 from qlora.models.limits import Limits, config_limits, source_limits
 from qlora.models.source import resolve
@@ -93,3 +95,9 @@ def test_scaled_positions_count_as_scaled(tmp_path):
     assert config_limits(tiny.MORE["bloom"]()).positions is None
     path = write_gguf(tmp_path / "model.gguf", tiny.llama())
     assert source_limits(resolve(str(path))) == Limits(320, 2048)
+
+
+def test_evaluate_from_python_says_what_does_not_fit():
+    outside = Example((1, 2, 400), (False, True, True))
+    with pytest.raises(UserError, match="example 2: holds the token with number 400, and .* has 320 rows"):
+        evaluate(tiny.llama(), [Example((1, 2), (False, True)), outside])

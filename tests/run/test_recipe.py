@@ -59,7 +59,10 @@ def test_the_adapter_is_the_last_checkpoint_and_evaluates_to_the_last_loss(confi
     result = finetune(config(eval_data=str(place / "held.jsonl")))
     for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json"):
         assert (result.adapter / name).read_bytes() == (tmp_path / "run/checkpoints/step-000004" / name).read_bytes()
+    asked = EvalConfig(adapter=str(result.adapter), data=str(place / "held.jsonl"), device="cpu", max_tokens=36)
+    assert evaluate_command(asked)["notes"]
     found = evaluate_command(EvalConfig(adapter=str(result.adapter), data=str(place / "held.jsonl"), device="cpu"))
+    assert found["notes"] == []
     assert found["loss"] == pytest.approx(result.eval_loss_after, rel=1e-6)
     assert found["examples"] == 8 and found["adapter"] == str(result.adapter)
     bare = evaluate_command(
