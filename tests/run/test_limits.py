@@ -99,5 +99,5 @@ def test_scaled_positions_count_as_scaled(tmp_path):
 
 def test_evaluate_from_python_says_what_does_not_fit():
     outside = Example((1, 2, 400), (False, True, True))
-    with pytest.raises(UserError, match="example 2: holds the token with number 400, and .* has 320 rows"):
+    with pytest.raises(UserError, match=r"example 2: holds the token with number 400, and .* has 320 rows"):
         evaluate(tiny.llama(), [Example((1, 2), (False, True)), outside])
