@@ -348,8 +348,7 @@ def mask_by_offsets(
     Token ranges, found by bisection, and not character by character: tokenizers that trim their offsets (Llama 3) give
     white space none. A special token that begins before the span is left out: some swallow the white space behind them.
     """
-    starts = list(accumulate((start for start, _ in offsets), max))
-    ends = list(accumulate((end for _, end in offsets), max))
+    starts, ends = (_rising(side) for side in zip(*offsets, strict=True)) if offsets else ((), ())
     mask = [False] * len(input_ids)
     for start, end in spans:
         first, last = bisect_right(ends, start), bisect_left(starts, end)
@@ -357,6 +356,11 @@ def mask_by_offsets(
             first += 1
         mask[first:last] = [True] * (last - first)
     return mask
+
+
+def _rising(offsets: Sequence[int]) -> Sequence[int]:
+    """The offsets, each at least the one before it: bisection needs that, and they nearly always are."""
+    return offsets if list(offsets) == sorted(offsets) else list(accumulate(offsets, max))
 
 
 def mask_by_prefixes(
