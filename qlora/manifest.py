@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from qlora import __version__
-from qlora.errors import UserError
+from qlora.errors import UserError, shortened
 from qlora.files import read_json, write_json
 from qlora_kernels import backends
 
@@ -80,7 +80,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     found = read_json(path)
     if found.get("format") != 1:
-        raise UserError(f"{MANIFEST} is damaged, or of a newer version (format {found.get('format')})")
+        format = shortened(repr(found.get("format")), 40)
+        raise UserError(f"{MANIFEST} is damaged, or of a newer version (format {format})")
     entries, step = found.get("files"), found.get("step")
     listed = list(entries.values()) if isinstance(entries, dict) else [None]
     whole = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in listed)
@@ -105,7 +106,7 @@ def damages(folder: Path, unread: Collection[str] = ()) -> list[str]:
     found = []
     named = re.fullmatch(r"step-(\d+)", folder.name)
     if named and manifest.get("step") != int(named[1]):
-        found.append(f"{MANIFEST} is that of step {manifest['step']}, the folder is named {folder.name}")
+        found.append(f"{MANIFEST} is that of step {manifest.get('step')}, the folder is named {folder.name}")
     for name, entry in manifest["files"].items():
         if name not in unread:
             found += _damage(folder / name, name, entry)

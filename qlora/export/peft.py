@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -130,11 +131,7 @@ def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
     if not checked:
         _check_manifest(folder)
     config = _read_peft(folder)
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
-    if own.get("format", 1) != 1:
-        rule = f"qlora.json has format {own['format']}, written by a newer version"
-        raise UserError(problem("adapter", folder, rule, "Update qlora"))
-    remedy = "Use another copy of the adapter"
+    own, remedy = _read_own(folder), "Use another copy of the adapter"
     with guard("adapter", folder / TENSORS, "cannot be read", remedy):
         tensors = {_current(key): value for key, value in load_file(folder / TENSORS).items()}
     problems = _key_problems(tensors, folder)
@@ -154,13 +151,32 @@ def read_adapter(folder: str | Path, *, checked: bool = False) -> AdapterFiles:
     return AdapterFiles(folder, base, spec, tensors, targets, _read_start(folder, own, tensors))
 
 
+def _read_own(folder: Path) -> dict[str, Any]:
+    """qlora.json of an adapter; {} where there is none, as in one of PEFT's.
+
+    Raises:
+        UserError: it is of a newer version, or its parts are not what we write there.
+    """
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    if own.get("format", 1) != 1:
+        rule = f"qlora.json has format {shortened(repr(own['format']), 40)}, written by a newer version"
+        raise UserError(problem("adapter", folder, rule, "Update qlora"))
+    kinds = {"files": list, "base": dict, "adapter": dict}
+    names = [name for name, kind in kinds.items() if not isinstance(own.get(name) or kind(), kind)]
+    names = names or ["files"] * (not all(isinstance(name, str) for name in own.get("files") or ()))
+    if names:
+        rule = f"is damaged ({', '.join(names)})"
+        raise UserError(problem("adapter", folder / OWN_CONFIG, rule, "Use another copy of the adapter"))
+    return own
+
+
 def _read_start(folder: Path, own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """An adapter's tensors before training by their keys in its file; None for one that began as its base.
 
     Raises:
         UserError: the adapter had such a start, and its file is gone or is not of these tensors.
     """
-    if START not in own.get("files", ()):
+    if START not in (own.get("files") or ()):
         return None
     with guard("adapter", folder / START, "the adapter's start cannot be read", "Use another copy of the adapter"):
         start = load_file(folder / START)
@@ -246,9 +262,9 @@ def _check_manifest(folder: Path) -> None:
     remedy = f"Use another copy of the adapter, or, if you changed it on purpose, remove {MANIFEST}"
     problems = [problem("adapter", folder, what, remedy) for what in damages(folder, training_only)]
     if not problems and (folder / OWN_CONFIG).is_file() and not (folder / MANIFEST).exists():
-        listed = read_json(folder / OWN_CONFIG).get("files")
-        names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-        missing = [name for name in names if name not in (MANIFEST, *FREE) and not (folder / name).exists()]
+        names = _read_own(folder).get("files") or []
+        missing = [name for name in names if name not in (MANIFEST, *FREE) and not os.path.exists(folder / name)]
+        missing = [shortened(repr(name), 80) if len(name) > 80 else name for name in missing]
         problems = [problem("adapter", folder, f"{name} is missing", "Use another copy") for name in missing]
         said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
         print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)

@@ -150,6 +150,9 @@ def from_bitsandbytes(parts: dict[str, Tensor], name: str = "weight", file: str 
     """
     original = f"Use the 16-bit original, or get {file} again"
     nested = parts.get(".nested_absmax")
+    scalars = [name + key for key, part in parts.items() if part.dim() == 0]
+    if scalars:
+        raise UserError(problem(name, ", ".join(scalars), "is a single number, where a tensor is needed", original))
     needed = ["", ".absmax", ".quant_map", "." + STATE_KEY, *([".nested_quant_map"] if nested is not None else [])]
     missing = [name + key for key in needed if key not in parts]
     if missing:

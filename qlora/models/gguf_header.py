@@ -106,7 +106,7 @@ def read_header(path: Path) -> Header:
     """Keys and tensors of a GGUF file.
 
     Raises:
-        UserError: it cannot be read, is none, ends before what it promises, or has more layers than any model.
+        UserError: it cannot be read, is none, ends before what it promises, or has not the layers that it says.
     """
     with guard("model", path, "cannot be read as GGUF", _REMEDY), path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -118,6 +118,9 @@ def read_header(path: Path) -> Header:
         raise UserError(
             problem("model", path, f"cannot have {layers} layers ({found.architecture}.block_count)", _REMEDY)
         )
+    if not any(name.startswith(f"blk.{layers - 1}.") for name in found.tensors):
+        rule = f"says that it has {layers} layers ({found.architecture}.block_count), and holds no tensor of the last"
+        raise UserError(problem("model", path, rule, _REMEDY))
     return found
 
 

@@ -10,7 +10,7 @@ The alternative, a table of weak references beside the models, loses the record 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,13 @@ class BaseInfo:
     fingerprint: str | None = None
     scales: str | None = "absmax"
     vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a value that is not of its field's type: they are read from files."""
+        for field in fields(self):
+            value, names = getattr(self, field.name), str(field.type).split(" | ")
+            if type(value).__name__.replace("NoneType", "None") not in names:
+                raise TypeError(f"{field.name} is {type(value).__name__}, not {field.type}")
 
     def quantization(self, packed: bool) -> Quantization:
         """What makes these weights again from a checkpoint; `packed`: one that is NF4 already."""

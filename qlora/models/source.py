@@ -221,6 +221,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if isinstance(value, int) and value > most and re.search(rf"(^|[._])({end})$", key)
     ]
     problems += [
+        problem(key, value, f"is no number of layers, in {folder / 'config.json'}", "Get the model's folder again")
+        for key, value in _entries(config)
+        if isinstance(value, int) and value < 0 and re.search(r"(^|[._])(num_hidden|num|n)_layers?$", key)
+    ]
+    problems += [
         problem(key, value, f"names code of the hub, in {folder / 'config.json'}", "Take that entry out of the file")
         for key, value in _entries(config)
         if isinstance(value, str) and "/" in value and "implementation" in key

@@ -280,3 +280,31 @@ def test_paths_that_cannot_be(adapter, tmp_path, path):
 def test_no_targets_are_refused():
     for targets in ([], "", ()):
         assert lines(attach_adapters, tiny.llama(), targets=targets)[0].startswith("targets=")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"files": 3}, "is damaged (files)"),
+        ({"files": [1]}, "is damaged (files)"),
+        ({"base": 3, "adapter": "a"}, "is damaged (base, adapter)"),
+        ({"base": {"fingerprint": 3}}, "fingerprint is int, not str | None"),
+        ({"format": "\n"}, r"qlora.json has format '\n'"),
+        ({"files": ["é" * 300]}, "is missing"),
+    ],
+)
+def test_values_of_another_type_are_one_line(adapter, base, tmp_path, changes, said):
+    unsealed(adapter)
+    edit(adapter / "qlora.json", **changes)
+    (line,) = refused_alike(adapter, base, tmp_path)
+    assert said in line and "\n" not in line and len(line) < 500
+
+
+def test_a_manifest_of_no_version_or_step_is_one_line(adapter, base, tmp_path):
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    (adapter / "manifest.json").write_text(json.dumps(manifest | {"format": "\n"}))
+    assert r"(format '\n')" in refused_alike(adapter, base, tmp_path)[0]
+    del manifest["step"]
+    (adapter / "manifest.json").write_text(json.dumps(manifest))
+    adapter.rename(tmp_path / "step-000003")
+    assert "manifest.json is that of step None" in refused_alike(tmp_path / "step-000003", base, tmp_path)[0]

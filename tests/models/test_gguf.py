@@ -123,7 +123,7 @@ def test_damaged_files_are_one_line(tmp_path):
     assert read_header(tmp_path / "whole.gguf").get("block_count") == 2
     block = whole.index(b"llama.block_count") + len("llama.block_count") + 4
     cases = [b"", b"GGUF", b"hello", whole[:10], whole[:1000], whole[: len(whole) // 2], whole[:-9]]
-    cases += [whole[:block] + struct.pack("<I", many) + whole[block + 4 :] for many in (0, 2_600_000_000)]
+    cases += [whole[:block] + struct.pack("<I", many) + whole[block + 4 :] for many in (0, 3_000, 2_600_000_000)]
     lengths = [whole.index(text) - 8 for text in (b"general.architecture", b"token_embd.weight", b"llama.block_count")]
     lengths.append(whole.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8)
     cases += [whole[:at] + struct.pack("<Q", many) + whole[at + 8 :] for at in lengths for many in (2**40, 2**64 - 1)]

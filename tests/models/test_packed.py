@@ -49,6 +49,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a scale less": (put(f"{LAYER}.absmax", lambda t: t[:-1].clone()), r"absmax=191 of uint8"),
     "scales as floats": (put(f"{LAYER}.absmax", lambda t: t.float()), r"absmax=192 of float32"),
     "a nested scale more": (put(f"{LAYER}.nested_absmax", lambda t: torch.cat([t, t])), "nested_absmax=2 of float32"),
+    "a scale as a number": (put(f"{LAYER}.nested_absmax", lambda t: t[0].clone()), "is a single number"),
     "NaN": (put(f"{LAYER}.nested_absmax", lambda t: t * torch.nan), "nested_absmax=NaN or inf"),
     "no scales": (lambda tensors: tensors.pop(f"{LAYER}.absmax"), "needs the tensors .*absmax"),
     "no codes": (lambda tensors: tensors.pop(LAYER), "needs the tensors"),
@@ -115,10 +116,11 @@ def test_every_weight_is_finite(saved_models, tmp_path, bits, name, value):
 def test_threads_load_at_once(saved_models):
     """transformers sets torch's default dtype while it loads."""
     found: list[object] = []
+    folder = str(saved_models("qwen2"))  # saved before any thread looks for it
 
     def load(dtype: str) -> None:
         try:
-            model = load_base(str(saved_models("qwen2")), dtype=dtype, device="cpu")
+            model = load_base(folder, dtype=dtype, device="cpu")
             found.append((dtype, str(model.model.norm.weight.dtype), model.qlora.base.fingerprint))
         except UserError as error:
             found.append(error)

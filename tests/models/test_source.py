@@ -67,6 +67,7 @@ def test_a_config_that_is_no_object(model, text):
         {"auto_map": 3, "model_type": "own"},
         {"num_attention_heads": 0},
         {"num_hidden_layers": 1_000_000},
+        {"num_hidden_layers": -1},
         {"vocab_size": 10**9},
         {"vocab_size": 10**7},
         {"intermediate_size": 10**7},
