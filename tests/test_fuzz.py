@@ -16,7 +16,7 @@ def test_two_thousand_cases(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
     tally = json.loads((tmp_path / "tally.json").read_text())
-    counts, targets = tally["counts"], 10
+    counts, targets = tally["counts"], 11
     assert len(counts) == targets and sum(sum(found.values()) for found in counts.values()) == 2000
     assert tally["places"] == {}
     assert all(found["clean"] for found in counts.values())
