@@ -58,7 +58,7 @@ class AdaptedSource:
         trained = self.files.base
         return Quantization(4, trained.blocksize, trained.double_quant, trained.scales).resolved()
 
-    def written(self, spec: ExportSpec) -> Written:
+    def written(self, spec: ExportSpec, weights: AdaptedWeights) -> Written:
         """How a model is written in the dtype of `spec`, read as training read it."""
         quantized = spec.base == "dequantized" and self.files.base.bits == 4 and self.files.base.dtype
         return Written(
@@ -66,6 +66,7 @@ class AdaptedSource:
             read_as=DTYPES[self.dtype] if quantized else "auto",
             shard_size=spec.shard_size,
             stops=tuple(stop_ids(self.tokenizer)),
+            as_stored=weights.layers.reads_stored,
         )
 
     def load(self) -> nn.Module:
