@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +31,7 @@ from qlora.export.bnb import write_requantized
 from qlora.export.fold import ADAPTER, write_folded
 from qlora.export.merge import write_merged
 from qlora.export.peft import read_adapter
-from qlora.export.verify import Closeness, Expected, compare, expect, texts_of, tokenizer_problems, usual_limit
+from qlora.export.verify import Closeness, Expected, Limit, compare, expect, texts_of, tokenizer_problems, usual_limit
 from qlora.files import whole_folder, write_json
 from qlora.models.device import DTYPES
 from qlora.models.info import BaseInfo
@@ -46,7 +48,7 @@ class Format:
 
     Attributes:
         write: fills an empty folder.
-        load: gives the model in a folder as those who serve it load it, on the CPU.
+        load: gives the model in a folder as those who serve it load it, on the CPU, to compute in a dtype.
         takes: the fields of ExportSpec that have a meaning here.
         exact: whether nothing but rounding is lost, with `base="dequantized"`.
         readers: the packages that read it, for the verification.
@@ -55,7 +57,7 @@ class Format:
     """
 
     write: Callable[[AdaptedSource, ExportSpec, Path], None]
-    load: Callable[[Path, AdaptedSource], nn.Module]
+    load: Callable[[Path, AdaptedSource, torch.dtype], nn.Module]
     takes: frozenset[str]
     exact: bool
     readers: tuple[str, ...]
@@ -63,23 +65,22 @@ class Format:
     dtype: str | None = None
 
 
-def _by_transformers(folder: Path, found: AdaptedSource) -> nn.Module:
+def _by_transformers(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
     factory: Any = AutoModelForCausalLM
     model: nn.Module = factory.from_pretrained(
-        folder, dtype="auto", device_map={"": "cpu"}, trust_remote_code=found.source.trust_remote_code
+        folder, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=found.source.trust_remote_code
     )
-    for (
-        module
-    ) in model.modules():  # bitsandbytes' product for CPUs with AVX512-BF16 rounds constants to bf16; cards do not
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes
+            vars(module)["support_avx512bf16_for_cpu"] = False  # it would round constants to bf16; on cards it does not
+            vars(module)["compute_dtype"] = dtype
     return model
 
 
-def _by_peft(folder: Path, found: AdaptedSource) -> nn.Module:
+def _by_peft(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
     import peft
 
-    model: nn.Module = peft.PeftModel.from_pretrained(_by_transformers(folder, found), folder / ADAPTER)
+    model: nn.Module = peft.PeftModel.from_pretrained(_by_transformers(folder, found, dtype), folder / ADAPTER)
     return model
 
 
@@ -162,7 +163,8 @@ def export_adapter(
         expected = None if texts is None else expect(found, texts)
         base, closeness = _closest(found, spec, written, expected)
         if expected is not None and closeness is not None and verify is not None:
-            _refuse_far(found, spec, closeness[base], verify, base)
+            exact = row.exact and not spec.double_quant and (base == "dequantized" or files.base.bits != 4)
+            _refuse_far(closeness[base], usual_limit(exact, spec.dtype, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)
         write_json(part / REPORT, _report(found, spec, base, expected, closeness))
@@ -254,30 +256,32 @@ def _closest(
     """(the base with the smallest KL, how close each is); the only one, and None, where nothing is compared."""
     if expected is None:
         return next(iter(written)), None
-    closeness = {}
+    closeness, row, dtype = {}, FORMATS[spec.to], DTYPES[expected.dtype]
+
+    def load(place: Path) -> nn.Module:
+        return row.load(place, found, dtype)
+
     for base, folder in written.items():
         problems = tokenizer_problems(found, folder)
         if problems:
             raise UserError(problems)
-        closeness[base] = compare(expected, folder, lambda place: FORMATS[spec.to].load(place, found))
+        closeness[base] = compare(expected, folder, load)
         gc.collect()
     return min(closeness, key=lambda base: closeness[base].kl), closeness
 
 
-def _refuse_far(found: AdaptedSource, spec: ExportSpec, closeness: Closeness, verify: VerifySpec, base: str) -> None:
+def _refuse_far(closeness: Closeness, limit: Limit, verify: VerifySpec) -> None:
     """Nothing, if the export is as close as its format should be.
 
     Raises:
         UserError: it is not, with the figures.
     """
-    same_weights = base == "dequantized" or found.files.base.bits != 4
-    exact = FORMATS[spec.to].exact and same_weights and not spec.double_quant
-    usual = usual_limit(exact, (found.dtype, spec.dtype))
-    limit = usual if verify.max_kl is None else verify.max_kl
-    if not closeness.kl <= limit:  # NaN is refused too
-        rule = f"the export is further from the adapted model than that: {closeness}"
-        remedy = "Nothing was written. Use another format or dtype, or a larger `max_kl`"
-        raise UserError(problem("max_kl", f"{limit:g}", rule, remedy))
+    limit = limit if verify.max_kl is None else Limit(verify.max_kl)
+    if not limit.holds(closeness):
+        error = "" if limit.logit_error == math.inf else f" with logits {100 * limit.logit_error:g} % off at most"
+        rule = f"the export is further from the adapted model than that{error}: {closeness}"
+        remedy = "Nothing was written. Use another format or dtype, or give a larger `max_kl`"
+        raise UserError(problem("max_kl", f"{limit.kl:g}", rule, remedy))
 
 
 def _say_effect(expected: Expected, closeness: Closeness) -> None:
@@ -323,5 +327,6 @@ def _report(
         "readers": {name: metadata.version(name) for name in row.readers if importlib.util.find_spec(name)},
         "verified": verified and verified[base],
         "others": verified and {name: value for name, value in verified.items() if name != base},
+        "computed_in": None if expected is None else expected.dtype,
         "effect_kl": None if expected is None else expected.effect,
     }
