@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ def _by_transformers(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> 
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes
             vars(module)["support_avx512bf16_for_cpu"] = False  # it would round constants to bf16; on cards it does not
             vars(module)["compute_dtype"] = dtype
+            cast(Any, module).weight.quant_state.dtype = dtype
     return model
 
 

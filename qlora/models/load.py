@@ -82,7 +82,7 @@ def load_streaming(
     Args:
         source: the model on disk.
         on_tensor: takes a name and a tensor, returns what to put into the model, by full name.
-        dtype: of the tensors; "auto": that of the config.
+        dtype: of the tensors; "auto": that of the config, of a GGUF file float32.
         device: where they go.
         prepare: sees the empty model first.
         wants: whether a tensor of this name is passed through `on_tensor`.
@@ -92,6 +92,7 @@ def load_streaming(
         UserError: the checkpoint lacks tensors, has them in other shapes, or `on_tensor` found something wrong.
         OSError: what `on_tensor` writes could not be written.
     """
+    dtype = torch.float32 if source.gguf is not None and dtype == "auto" else dtype  # its header names none
     watched = _Watched(on_tensor)
     shapes: dict[str, torch.Size] = {}
     lazy: dict[str, object] | None = None
