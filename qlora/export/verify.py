@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,15 +242,16 @@ ROUNDING = {
 COARSE = {"fp32": ROUNDING["fp32", "fp32"], "fp16": Limit(1e-3, 3e-2), "bf16": Limit(3e-2, 1e-1)}
 
 
-def usual_limit(exact: bool, written: str, computed: str) -> Limit:
+def usual_limit(exact: bool, rounded: Iterable[str], computed: str) -> Limit:
     """The limit of an export.
 
     Args:
         exact: whether the format loses nothing but rounding.
-        written: the dtype of the files.
+        rounded: the dtypes that weights were rounded to: in training, and in the files.
         computed: that of the comparison.
     """
-    return ROUNDING.get((written, computed), COARSE[computed]) if exact else LOSSY
+    coarsest = max(rounded, key=list(COARSE).index)
+    return ROUNDING.get((coarsest, computed), COARSE[computed]) if exact else LOSSY
 
 
 def _logits(model: nn.Module, text: Text) -> Tensor:

@@ -169,7 +169,11 @@ from qlora.train.memory import PeakMemory, anonymous_memory
 transformers.utils.logging.disable_progress_bar()
 small, adapter, model, out = sys.argv[1:]
 quantize_checkpoint(small, out + "/small")  # what is imported and started at the first time
-for work in (lambda: merge(adapter, out + "/merged", verify=False), lambda: quantize_checkpoint(model, out + "/quantized")):
+works = (
+    lambda: merge(adapter, out + "/merged", verify=False),
+    lambda: quantize_checkpoint(model, out + "/quantized"),
+)
+for work in works:
     baseline = anonymous_memory()
     with PeakMemory(torch.device("cpu"), every=0.002) as memory:
         work()

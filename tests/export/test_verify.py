@@ -60,7 +60,7 @@ def test_one_damaged_tensor_is_caught(adapter, tmp_path, spec, file, tensor):
     export_adapter(adapter, tmp_path / "out", spec, verify=None)
     expected = expect(found, texts_of(found, None))
     dtype = "fp32" if spec.dtype == "auto" else spec.dtype
-    limit, row = usual_limit(True, dtype, expected.dtype), formats.FORMATS[spec.to]
+    limit, row = usual_limit(True, [dtype], expected.dtype), formats.FORMATS[spec.to]
 
     def closeness() -> Closeness:
         return compare(expected, tmp_path / "out", lambda folder: row.load(folder, found, DTYPES[expected.dtype]))
