@@ -2,9 +2,9 @@
 
     file -> {name in the model: GGUFTensor} -> the loader, one tensor at a time
 
-llama.cpp renames tensors, and stores some of them otherwise than transformers: the rows of llama's q and k projections
-in another order, gemma's norms as 1 + w, linear weights of GPT-2 transposed; `_undo` undoes that. The alternative,
-transformers' own reader, parses the file several times and makes the whole model dense.
+llama.cpp renames tensors, and stores some of them otherwise than transformers (`gguf_layout`, and linear weights of
+GPT-2 transposed); `_undo` undoes that. The alternative, transformers' own reader, parses the file several times and
+makes the whole model dense.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, guard, problem
 from qlora.models.gguf_header import read_header
+from qlora.models.gguf_layout import row_order, shift
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
@@ -96,15 +97,13 @@ def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str)
 
 def _undo(architecture: str, name: str, module: nn.Module, config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     """What turns a stored tensor into the model's: its rows ordered back, 1 subtracted, transposed, or nothing."""
-    if architecture == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
-        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-
-        def interleaved_to_halves(w: Tensor) -> Tensor:  # llama.cpp rotates neighbouring pairs, transformers halves
-            return w.view(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
-
-        return interleaved_to_halves
-    if architecture.startswith("gemma") and "norm" in name:
-        return lambda w: w - 1  # stored as 1 + w
+    order = row_order(architecture, name, config)
+    if order is not None:
+        back = order.argsort()
+        return lambda w: w[back] if len(w) == len(back) else w  # a wrong shape is refused with the others
+    added = shift(architecture, name)
+    if added:
+        return lambda w: w - added
     if isinstance(module, Conv1D) and name.endswith(".weight"):
         return lambda w: w.t().contiguous()
     return lambda w: w
