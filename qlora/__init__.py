@@ -30,7 +30,10 @@ _HOME = {
     "load_adapter": "export.peft",
     "PagedAdamW": "optim.adamw",
     "finetune": "run.recipe",
-    "merge": "export.merge",
+    "merge": "export.formats",
+    "export_adapter": "export.formats",
+    "ExportSpec": "specs",
+    "VerifySpec": "specs",
 }
 __all__ = [*_HOME, "__version__"]
 

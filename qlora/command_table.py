@@ -13,13 +13,14 @@ import os
 import shlex
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora.config.commands import (
     DoctorConfig,
     EvalConfig,
+    ExportConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
@@ -71,18 +72,26 @@ def _verify_resume(config: VerifyConfig) -> int:
     return 1 if tally.differences else 0
 
 
-def _merge(config: MergeConfig) -> None:
+def _export(config: MergeConfig) -> None:
     _quiet()
-    from qlora.export.merge import merge
+    from qlora.export.formats import export_adapter
 
     folder = shlex.quote(config.output)
     with steady():  # a reader that goes ends no work
-        merge(**asdict(config))
-        print(
-            f"\nThe model in {folder} needs no qlora: AutoModelForCausalLM.from_pretrained({config.output!r})\n"
-            f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."',
-            flush=True,
+        spec, trust = config.spec(), config.trust_remote_code
+        done = export_adapter(
+            config.adapter,
+            config.output,
+            spec,
+            model=config.model,
+            trust_remote_code=trust,
+            verify=config.verification(),
         )
+        said = "not verified" if done.closeness is None else f"verified: {done.closeness}"
+        onto = f" (merged into the {done.base} weights)" if spec.base == "best" else ""
+        print(f"{said}{onto}\n\nThe model in {folder} needs no qlora: {done.use}", flush=True)
+        if spec.to == "hf":
+            print(f'Try it:    qlora generate --model {folder} --bits 16 --prompt "..."', flush=True)
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -210,9 +219,15 @@ COMMANDS = {
     ),
     "merge": Command(
         MergeConfig,
-        _merge,
+        _export,
         "write base and adapter as one ordinary model folder",
         "--adapter runs/first/adapter --output runs/first/merged",
+    ),
+    "export": Command(
+        ExportConfig,
+        _export,
+        "write an adapter as others serve it, and verify that it is the same model",
+        "--adapter runs/first/adapter --to bnb4-lora --output runs/first/folded",
     ),
     "quantize": Command(
         QuantizeConfig,

@@ -26,6 +26,9 @@ Method = Literal["lora", "dora"]
 METHODS: tuple[str, ...] = get_args(Method)
 Init = Literal["kaiming", "gaussian"]
 INITS: tuple[str, ...] = get_args(Init)
+ExportFormat = Literal["hf", "bnb4-lora", "bnb4"]
+MergeBase = Literal["dequantized", "original", "best"]
+MERGE_BASES: tuple[str, ...] = get_args(MergeBase)
 
 
 def limited(default: Any, **limits: float) -> Any:
@@ -158,6 +161,30 @@ class AdapterSpec:
                 rule = f"must be one of {', '.join(known)}"
                 found.append(problem(name, getattr(self, name), rule, f"{default} is the default"))
         return found + _range_problems(self)
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """How an adapter is written for others to serve: `to` names a row of `export.formats.FORMATS`, which says what of
+    the rest has a meaning there.
+    """
+
+    to: str = "hf"
+    base: str = "dequantized"  # what is merged into: the values that training saw, the checkpoint's own, or the closer
+    dtype: str = "auto"  # of weights that are not quantized; auto: bf16 for "hf", else what the training computed in
+    double_quant: bool = False  # of "bnb4-lora": its rescaled constants in 8 bits again
+    shard_size: int = 10**9  # bytes of the largest file
+
+
+@dataclass(frozen=True)
+class VerifySpec:
+    """How an export is held against the adapted model.
+
+    None: texts of our own; the limit of the format (`export.verify.usual_limit`).
+    """
+
+    data: str | None = None
+    max_kl: float | None = None  # nats a token
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.config.commands import PlanConfig
 from qlora.data.batch import Example, pack
 from qlora.errors import UserError
-from qlora.export.merge import merge
+from qlora.export.formats import merge
 from qlora.export.peft import load_adapter
 from qlora.export.peft_write import save_adapter
 from qlora.layers.attach import adapter_parameters, forget_row_norms, named_adapters

@@ -26,6 +26,7 @@ NEEDED = {
     "generate": ["--model", "m", "--prompt", "p"],
     "eval": ["--model", "m", "--data", "d"],
     "merge": ["--adapter", "a", "--output", "o"],
+    "export": ["--adapter", "a", "--output", "o"],
     "quantize": ["--model", "m", "--output", "o"],
     "doctor": [],
     "plan": ["--model", "m"],
@@ -354,22 +355,8 @@ def test_merge_and_quantize_write_models_that_generate(trained, capsys):
         assert main(command) == 0
         assert f"--model {command[-1]} " in capsys.readouterr().out
     for model, bits in (("merged", "16"), ("nf4", "4")):
-        assert (
-            main(
-                [
-                    "generate",
-                    "--model",
-                    str(trained / model),
-                    "--bits",
-                    bits,
-                    "--prompt",
-                    "1+1?",
-                    "--max-new-tokens",
-                    "2",
-                ]
-            )
-            == 0
-        )
+        command = ["generate", "--model", str(trained / model), "--bits", bits, "--prompt", "1+1?"]
+        assert main([*command, "--max-new-tokens", "2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +421,7 @@ def test_next_steps_are_commands_that_parse(trained, capsys):
 def test_functions_stay_functions_whatever_is_imported():
     import importlib
 
-    for module in ("run.recipe", "export.merge", "config.commands", "evaluate", "generate"):
+    for module in ("run.recipe", "export.formats", "config.commands", "evaluate", "generate"):
         importlib.import_module(f"qlora.{module}")
     assert callable(qlora.finetune) and callable(qlora.merge) and qlora.finetune.__module__ == "qlora.run.recipe"
     for name in qlora.__all__:

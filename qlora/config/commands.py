@@ -27,10 +27,21 @@ from qlora.config.shared import (
     Records,
     Seed,
     Shards,
+    Verified,
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
-from qlora.specs import AdapterSpec, Init, Method, OptimizerSpec, Quantization, declared
+from qlora.specs import (
+    AdapterSpec,
+    ExportFormat,
+    ExportSpec,
+    Init,
+    MergeBase,
+    Method,
+    OptimizerSpec,
+    Quantization,
+    declared,
+)
 
 
 @dataclass(kw_only=True)
@@ -280,17 +291,47 @@ class VerifyConfig(FinetuneConfig):
 
 
 @dataclass(kw_only=True)
-class MergeConfig(Code, Shards, Output):
+class MergeConfig(Code, Verified, Shards, Output):
     """Options of `qlora merge`."""
 
     adapter: str = option(group=MODEL, min_length=1, path=True, help="the adapter folder")
     model: str | None = option(
         None, group=MODEL, min_length=1, path=True, help="where the base model lies now, if not where the adapter says"
     )
-    base: Literal["dequantized", "original"] = option(
-        "dequantized", group=OUTPUT, help="merge into the NF4 values that training saw, or into the original weights"
+    base: MergeBase = option(
+        **declared(ExportSpec, "base"),
+        group=OUTPUT,
+        help="merge into the NF4 values that training saw, into the original weights, or into what comes closer",
     )
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", group=OUTPUT, help="the dtype of the merged weights")
+
+    def spec(self) -> ExportSpec:
+        """What is written."""
+        return ExportSpec("hf", self.base, self.dtype, shard_size=self.shard_size)
+
+
+@dataclass(kw_only=True)
+class ExportConfig(MergeConfig):
+    """Options of `qlora export`: those of merge, and the format."""
+
+    to: ExportFormat = option(
+        **declared(ExportSpec, "to"),
+        group=OUTPUT,
+        help="16-bit weights (hf), a 4-bit base with a plain LoRA adapter (bnb4-lora), 4 bits merged (bnb4)",
+    )
+    dtype: Dtype = option(  # type: ignore[assignment]  # it knows that of the training
+        **declared(ExportSpec, "dtype"),
+        group=OUTPUT,
+        help="the dtype of weights that are not quantized; auto: bf16 for hf, else what the training computed in",
+    )
+    double_quant: bool = option(
+        **declared(ExportSpec, "double_quant"),
+        group=OUTPUT,
+        help="bnb4-lora: keep the rescaled constants in 8 bits, which is smaller and no longer exact",
+    )
+
+    def spec(self) -> ExportSpec:
+        return ExportSpec(self.to, self.base, self.dtype, self.double_quant, self.shard_size)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from qlora.config.options import DATA, MACHINE, MODEL, OUTPUT, QUANTIZATION, Options, option
 from qlora.errors import problem
 from qlora.sizes import parse_size
-from qlora.specs import Blocksize, Scales
+from qlora.specs import Blocksize, Scales, VerifySpec
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
@@ -144,6 +144,32 @@ class Shards(Options):
         help="the largest output file, such as 500MB, 1GB or 2GiB",
         rule="must be a size such as 500MB, 1GB or 2GiB",
     )
+
+
+@dataclass(kw_only=True)
+class Verified(Options):
+    verify: bool = option(
+        True, group=OUTPUT, help="compute with what was written, and refuse what is not the adapted model"
+    )
+    data: str | None = option(
+        None, group=OUTPUT, min_length=1, path=True, help="data to verify on (default: prompts of our own)"
+    )
+    max_kl: float | None = option(
+        None,
+        group=OUTPUT,
+        ge=0,
+        help="the largest distance from the adapted model, a KL in nats a token (default: by format and dtype)",
+    )
+
+    def verification(self) -> VerifySpec | None:
+        """How an export is verified, or None."""
+        return VerifySpec(self.data, self.max_kl) if self.verify else None
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        given = [name for name in ("data", "max_kl") if values.get(name) is not None and not values.get("verify", True)]
+        rule, remedy = "has no effect without the verification", "Leave it out, or verify"
+        return [problem(name, values[name], rule, remedy) for name in given]
 
 
 @dataclass(kw_only=True)

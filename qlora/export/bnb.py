@@ -2,26 +2,30 @@
 
     source -> transform(name, tensor) -> writer      a linear weight P becomes P.weight (codes), P.weight.absmax, ...
 
-transformers loads it through bitsandbytes, and `load_base` as it is. The alternative, to let transformers quantize and
-save, holds the whole model and needs bitsandbytes' kernels.
+`quantize_checkpoint` writes a base; `write_requantized` a base with its adapter merged, which rounds the update onto
+the 4-bit grid: what that costs, its verification says. transformers loads both through bitsandbytes, and `load_base` as
+they are. The alternative, to let transformers quantize and save, holds the whole model and needs bitsandbytes' kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora.errors import UserError, problem
-from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_model
+from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
+from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_into, write_model
 from qlora.layers import nf4
 from qlora.layers.linear import is_linear
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import load_tokenizer, resolve
-from qlora.specs import Quantization
+from qlora.specs import ExportSpec, Quantization
 
 
 def quantize_checkpoint(
@@ -56,8 +60,7 @@ def quantize_checkpoint(
 
     def prepare(empty: nn.Module) -> None:
         layers.note(empty)
-        linear = [name for name, module in empty.named_modules() if is_linear(module)]
-        skipped.extend(name for name in linear if name not in layers.shapes)
+        skipped.extend(left_dense(empty, layers.shapes))
 
     def transform(parameter: str, value: Any) -> dict[str, Tensor]:
         layer = parameter.removesuffix(".weight")
@@ -67,13 +70,57 @@ def quantize_checkpoint(
         return {parameter + suffix: tensor for suffix, tensor in parts.items()}
 
     def finish(written: PreTrainedModel) -> None:
-        written.config.quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=layers.quantization.double_quant,
-            bnb_4bit_compute_dtype=target,
-            llm_int8_skip_modules=skipped,
-        ).to_dict()
+        state_four_bit(written, target, bool(layers.quantization.double_quant), skipped)
 
     form = Written(dtype=target, read_as=target, shard_size=shard_size)
     return write_model(source, folder, transform, form, load_tokenizer(source), prepare=prepare, finish=finish)
+
+
+def left_dense(empty: nn.Module, quantized: Collection[str]) -> list[str]:
+    """The linear layers that a 4-bit checkpoint keeps dense, which its config must name."""
+    return [name for name, module in empty.named_modules() if is_linear(module) and name not in quantized]
+
+
+def state_four_bit(written: PreTrainedModel, dtype: torch.dtype, double_quant: bool, dense: list[str]) -> None:
+    """Say in a model's config that its linear layers but `dense` are NF4, to be computed in `dtype`."""
+    written.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=dense,
+    ).to_dict()
+
+
+def write_requantized(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
+    """Write the merged model, quantized as its base was, into an empty folder.
+
+    Raises:
+        UserError: the adapter does not fit its base, or that is not the one of the training; a value is beyond the
+            range of `dtype`, or no finite number.
+    """
+    weights, form, made = AdaptedWeights(found, spec.base), found.written(spec), found.recipe
+    dense: list[str] = []
+
+    def prepare(empty: nn.Module) -> None:
+        weights.prepare(empty)
+        dense.extend(left_dense(empty, weights.layers.shapes))
+
+    def transform(parameter: str, value: Any) -> dict[str, Tensor]:
+        layer = weights.layer_of(parameter, value)
+        if layer is None:
+            return {parameter: in_dtype(parameter, value, form.dtype)}
+        weight = weights.frozen(parameter, layer, value)
+        if layer not in weights.layers.shapes:
+            return {parameter: in_dtype(parameter, weights.merged(layer, weight, form.dtype), form.dtype)}
+        again = weight.quantized if layer not in weights.adapted else None  # what has no adapter keeps its codes
+        if again is None:
+            whole, scales = weights.merged(layer, weight, torch.float32), made.scales or "absmax"
+            again = nf4.quantize(whole, made.blocksize, made.double_quant, parameter, scales)
+        return {parameter + suffix: part for suffix, part in nf4.to_bitsandbytes(again, form.dtype).items()}
+
+    def finish(written: PreTrainedModel) -> None:
+        weights.check_all(written)
+        state_four_bit(written, form.dtype, made.double_quant, dense)
+
+    write_into(folder, found.source, transform, form, found.tokenizer, prepare=prepare, finish=finish)

@@ -7,7 +7,7 @@ PEFT's own save, would make it a dependency at run time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,23 +161,39 @@ _FREEZE = "Freeze it (requires_grad_(False)), or save the whole model yourself"
 
 
 def _peft_config(model: nn.Module, spec: AdapterSpec, base: BaseInfo | None) -> dict[str, Any]:
-    """PEFT's LoraConfig as JSON."""
+    """PEFT's LoraConfig of the adapter on `model`, as JSON."""
+    transposed = any(isinstance(adapter.base, Conv1D) for _, adapter in named_adapters(model))
+    config = peft_config(spec, [name for name, _ in model.named_modules()], transposed=transposed)
+    return config | {
+        "base_model_name_or_path": _model_name(model, base),
+        "revision": None if base is None else base.revision,
+    }
+
+
+def peft_config(spec: AdapterSpec, names: Sequence[str], *, transposed: bool = False) -> dict[str, Any]:
+    """PEFT's LoraConfig of `spec` as JSON, without the name of a base.
+
+    Args:
+        spec: with its modules.
+        names: of all modules of the model.
+        transposed: whether adapted layers store [in, out].
+    """
     # PEFT adapts every module whose name is a target or ends in "." + target. The short endings are what people and
     # servers expect; they are used only if they reach the same modules.
     endings = {name.rsplit(".", 1)[-1] for name in spec.modules}
-    reached = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
+    reached = {name for name in names if name.rsplit(".", 1)[-1] in endings}
     config = {
         "alpha_pattern": {},
         "auto_mapping": None,
-        "base_model_name_or_path": _model_name(model, base),
+        "base_model_name_or_path": None,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(adapter.base, Conv1D) for _, adapter in named_adapters(model)),
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "lora_bias": False,
         "modules_to_save": None,
         "peft_type": "LORA",
         "rank_pattern": {},
-        "revision": None if base is None else base.revision,
+        "revision": None,
         "target_modules": sorted(endings) if reached == set(spec.modules) else list(spec.modules),
         "task_type": "CAUSAL_LM",
         **spec.to_peft(),

@@ -136,11 +136,32 @@ def write_model(
     prepare: Callable[[nn.Module], None],
     finish: Callable[[PreTrainedModel], None],
 ) -> Path:
-    """Pass every tensor of a model through `transform` and write what it returns, by name; returns the folder.
+    """`write_into` a folder that appears whole at the end, or not at all; returns it.
+
+    Raises:
+        UserError: see `write_into`; the disk is full; something else appeared in the folder's place, and the result is
+            beside it.
+    """
+    with whole_folder(folder, replaces=False) as part:
+        write_into(part, source, transform, form, tokenizer, prepare=prepare, finish=finish)
+    return folder
+
+
+def write_into(
+    folder: Path,
+    source: Source,
+    transform: Callable[[str, Any], dict[str, Tensor]],
+    form: Written,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prepare: Callable[[nn.Module], None],
+    finish: Callable[[PreTrainedModel], None],
+) -> None:
+    """Pass every tensor of a model through `transform` and write what it returns, by name, into a folder.
 
     Args:
+        folder: is there, and empty.
         source: the model to read.
-        folder: appears whole at the end, or not at all.
         transform: takes a parameter's name and tensor, returns the tensors to write in its place.
         form: dtypes, file size, tokens that end an answer.
         tokenizer: is saved with the model.
@@ -148,24 +169,21 @@ def write_model(
         finish: sees it when all has passed, may raise, and may change its config before that is written.
 
     Raises:
-        UserError: what `load_streaming`, `transform` or `finish` found wrong; the disk is full; something else appeared
-            in the folder's place, and the result is beside it.
+        UserError: what `load_streaming`, `transform` or `finish` found wrong.
     """
-    with whole_folder(folder, replaces=False) as part:
-        writer = ShardWriter(part, form.shard_size)
+    writer = ShardWriter(folder, form.shard_size)
 
-        def on_tensor(parameter: str, value: Any) -> dict[str, Tensor]:
-            written = transform(parameter, value)
-            for name, tensor in written.items():
-                writer.add(name, tensor)
-            return {parameter: placeholder(value if isinstance(value, Tensor) else written[parameter])}
+    def on_tensor(parameter: str, value: Any) -> dict[str, Tensor]:
+        written = transform(parameter, value)
+        for name, tensor in written.items():
+            writer.add(name, tensor)
+        return {parameter: placeholder(value if isinstance(value, Tensor) else written[parameter])}
 
-        model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare)
-        finish(model)
-        writer.close()
-        _write_config(model, part, form)
-        tokenizer.save_pretrained(part)
-    return folder
+    model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare)
+    finish(model)
+    writer.close()
+    _write_config(model, folder, form)
+    tokenizer.save_pretrained(folder)
 
 
 def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

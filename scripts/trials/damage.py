@@ -37,7 +37,7 @@ import tiny
 
 from qlora.config.commands import EvalConfig, FinetuneConfig
 from qlora.errors import UserError
-from qlora.export.merge import merge
+from qlora.export.formats import merge
 from qlora.run.commands import evaluate_command
 from qlora.run.recipe import finetune
 

@@ -55,7 +55,7 @@ from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.errors import UserError
 from qlora.export.bnb import quantize_checkpoint
-from qlora.export.merge import merge
+from qlora.export.formats import merge
 from qlora.export.peft import load_adapter
 from qlora.generate import generate_batch
 from qlora.layers.attach import attach_adapters

@@ -160,7 +160,7 @@ def test_shards(saved_models, tmp_path):
 
 MEASURE = """
 import sys, torch, transformers
-from qlora.export.merge import merge
+from qlora.export.formats import merge
 from qlora.export.bnb import quantize_checkpoint
 from qlora.train.memory import PeakMemory, anonymous_memory
 transformers.utils.logging.disable_progress_bar()

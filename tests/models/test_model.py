@@ -203,7 +203,7 @@ def test_transformers_generates_with_it(tokenizer):
 MEASURE = """
 import sys, torch, transformers
 from qlora.train.memory import PeakMemory, anonymous_memory
-import qlora.export.merge
+import qlora.export.formats
 from transformers import AutoModelForCausalLM
 transformers.utils.logging.disable_progress_bar()
 qlora.load_base(sys.argv[2], dtype="bf16")  # the architecture's code is imported at the first load

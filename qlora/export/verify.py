@@ -1,0 +1,232 @@
+"""An export held against the adapted model: the same tokens through both, one model in memory at a time.
+
+    expect(found, texts) -> Expected           the adapted model's logits, and what it writes greedily
+    compare(expected, folder, load) -> Closeness    the written files, loaded and computed as those who serve them do
+
+    KL = mean over tokens of sum_v p_v (log p_v - log q_v), p of the adapted model, q of the export, in nats
+
+Both see a prompt and the text that the adapted model writes after it, so that the export writes the same text greedily
+if and only if its largest logits name it, one pass instead of a decoding. The alternative, to compare tensors, would
+check the writer with the writer's own idea of the format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+
+from qlora.data.batch import Example
+from qlora.data.chat import prompt_ids
+from qlora.data.records import read_records
+from qlora.data.tokenize import tokenize
+from qlora.errors import guard, problem
+from qlora.export.adapted_source import AdaptedSource
+from qlora.export.peft import AdapterFiles, put_adapter
+from qlora.layers.attach import disabled
+from qlora.models.limits import Limits, refuse_tokens, source_limits
+from qlora.models.transformers_seam import LOADING
+
+PROMPTS = (
+    "Explain in two sentences why the sky is blue.",
+    "A train leaves at 9:40 and arrives at 12:15. How long does it take?",
+    "Extract the name and the city as JSON: Maria Lopez moved from Lima to Toronto in 2019.",
+    "Write a short, polite e-mail that moves our meeting from Monday to Thursday.",
+)
+WRITTEN = 16  # tokens that the adapted model writes after a prompt
+LONGEST = 256  # tokens of a record
+RECORDS = 16
+# KL of an exact export by the coarser dtype of the two: ten times what rounding alone was seen to make of SmolLM2.
+ROUNDING = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 1e-2}
+KEPT_LOGITS = 1 << 25  # float32 values of the adapted model that are held while the export is loaded: 128 MB
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens that both models see; the last `written` of them are what the adapted model wrote."""
+
+    ids: tuple[int, ...]
+    written: int = 0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the adapted model computes on `texts`: logits [tokens, vocabulary] of each in float32. `effect`: KL between
+    it and what it was before the training.
+    """
+
+    texts: list[Text]
+    logits: list[Tensor]
+    effect: float
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How far an export is from its adapted model, over `tokens` tokens: KL in nats a token (mean and largest), the
+    largest difference of two logits and the largest logit, the part of tokens where both name the same next one, and in
+    how many of the `texts` that the adapted model wrote the export writes the same.
+    """
+
+    kl: float
+    largest_kl: float
+    logit_difference: float
+    largest_logit: float
+    top1_agreement: float
+    greedy_equal: int
+    greedy_texts: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.2g}, largest logit difference {self.logit_difference:.2g} of {self.largest_logit:.3g}, "
+            f"top-1 agreement {100 * self.top1_agreement:.2f} %, greedy text equal in {self.greedy_equal} of "
+            f"{self.greedy_texts} ({self.tokens} tokens)"
+        )
+
+
+def texts_of(found: AdaptedSource, data: str | None) -> tuple[list[Text], list[Text]]:
+    """(texts to compare as they are, prompts to write after): from `data`, or prompts of our own.
+
+    Raises:
+        UserError: the data cannot be read, or holds tokens that the model has not.
+    """
+    limits, tokenizer = source_limits(found.source), found.tokenizer
+    if data is None:
+        return [], [Text(tuple(prompt_ids(prompt, tokenizer)[: _room(limits)])) for prompt in PROMPTS]
+    examples = tokenize(read_records(data)[:RECORDS], tokenizer, max_tokens=min(LONGEST, _room(limits))).examples
+    refuse_tokens(limits, examples, tokenizer)
+    prompts = [Text(example.input_ids[: _answer(example)]) for example in examples[: len(PROMPTS)]]
+    return [Text(example.input_ids) for example in examples], prompts
+
+
+def _room(limits: Limits) -> int:
+    """Tokens of a prompt after which something can be written."""
+    return max(2, (limits.positions or LONGEST + WRITTEN) - WRITTEN)
+
+
+def _answer(example: Example) -> int:
+    """Where the answer of an example begins; the middle of one that is all answer."""
+    first = example.loss_mask.index(True)
+    return first if first > 1 else -(-len(example.input_ids) // 2)
+
+
+@torch.no_grad()
+def expect(found: AdaptedSource, texts: tuple[list[Text], list[Text]]) -> Expected:
+    """Load the adapted model, let it write and compute, and forget it.
+
+    Raises:
+        UserError: see `load_source` and `put_adapter`.
+    """
+    model: Any = found.load()
+    plain, prompts = texts
+    model.generation_config = GenerationConfig()  # what it carries may be a penalty, and then nothing is greedy
+    count = KEPT_LOGITS // len(model.get_output_embeddings().weight)
+    kept = _within([_continued(model, prompt) for prompt in prompts] + plain, count)
+    logits = [_logits(model, text) for text in kept]
+    with _before_training(model, found.files):
+        kl = [_kl(after, _logits(model, text)) for after, text in zip(logits, kept, strict=True)]
+    return Expected(kept, logits, torch.cat(kl).mean().item())
+
+
+def _within(texts: Sequence[Text], count: int) -> list[Text]:
+    """The first texts that have about `count` tokens together; at least one."""
+    kept: list[Text] = []
+    for text in texts:
+        if kept and sum(len(one.ids) for one in kept) + len(text.ids) > count:
+            break
+        kept.append(text)
+    return kept
+
+
+def _continued(model: Any, prompt: Text) -> Text:
+    """The prompt with what the model writes after it, greedily, past any end of the answer."""
+    ids = torch.tensor([prompt.ids])
+    greedy = GenerationConfig(max_new_tokens=WRITTEN, do_sample=False, use_cache=True, pad_token_id=0)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    return Text(tuple(output[0].tolist()), output.shape[1] - len(prompt.ids))
+
+
+def _before_training(model: nn.Module, files: AdapterFiles) -> AbstractContextManager[Any]:
+    """The model as it was when the training began, while entered; the adapter may be lost."""
+    if files.start is None:
+        return disabled(model)
+    put_adapter(model, dataclasses.replace(files, tensors=files.start))
+    return nullcontext()
+
+
+@torch.no_grad()
+def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module]) -> Closeness:
+    """Load what was written into `folder`, compute `expected.texts`, and forget it.
+
+    Raises:
+        UserError: it cannot be loaded, or does not compute.
+    """
+    remedy = "Write it again; if that does not help, report it, with `qlora doctor`"
+    with warnings.catch_warnings(), guard("verify", "failed", "what was written cannot be loaded and run", remedy):
+        warnings.simplefilter("ignore")  # of those who read the files: to their readers, not to ours
+        with LOADING:
+            model = load(folder).eval()
+        kl, same, greedy, difference = [], 0, 0, 0.0
+        for text, wanted in zip(expected.texts, expected.logits, strict=True):
+            got = _logits(model, text)
+            kl.append(_kl(wanted, got))
+            difference = max(difference, (wanted - got).abs().max().item())
+            named = got.argmax(-1)
+            same += int((named == wanted.argmax(-1)).sum())
+            written = torch.tensor(text.ids[len(text.ids) - text.written :])
+            greedy += bool(text.written) and torch.equal(named[-text.written - 1 : -1], written)
+    every = torch.cat(kl)
+    return Closeness(
+        kl=every.mean().item(),
+        largest_kl=every.max().item(),
+        logit_difference=difference,
+        largest_logit=max(wanted.abs().max().item() for wanted in expected.logits),
+        top1_agreement=same / len(every),
+        greedy_equal=greedy,
+        greedy_texts=sum(1 for text in expected.texts if text.written),
+        tokens=len(every),
+    )
+
+
+def tokenizer_problems(found: AdaptedSource, folder: Path) -> list[str]:
+    """A line if the tokenizer in `folder` makes other tokens of our prompts than that of the training."""
+    trust = found.source.trust_remote_code
+    with guard("verify", "failed", "the tokenizer that was written cannot be loaded", "Write it again"):
+        written = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    changed = [prompt for prompt in PROMPTS if prompt_ids(prompt, written) != prompt_ids(prompt, found.tokenizer)]
+    rule = "the tokenizer that was written makes other tokens of it than that of the adapter"
+    return [problem("verify", changed[0], rule, "Report it, with `qlora doctor`")] if changed else []
+
+
+def usual_limit(exact: bool, dtypes: Collection[str]) -> float:
+    """The KL, in nats a token, above which an export is refused.
+
+    Args:
+        exact: whether the format loses nothing but rounding.
+        dtypes: that the training computed in, and that was written.
+    """
+    return max(ROUNDING[dtype] for dtype in dtypes) if exact else 1.0
+
+
+def _logits(model: nn.Module, text: Text) -> Tensor:
+    """[tokens, vocabulary] in float32."""
+    logits: Tensor = model(input_ids=torch.tensor([text.ids]), use_cache=False).logits
+    return logits[0].float()
+
+
+def _kl(wanted: Tensor, got: Tensor) -> Tensor:
+    """KL of every token in nats, [tokens]; in float64, a few tokens at a time: equal models differ by less than float32
+    can tell.
+    """
+    pairs = zip(wanted.split(16), got.split(16), strict=True)
+    logs = ((F.log_softmax(p.double(), -1), F.log_softmax(q.double(), -1)) for p, q in pairs)
+    return torch.cat([(log_p.exp() * (log_p - log_q)).sum(-1) for log_p, log_q in logs])
