@@ -174,6 +174,7 @@ class ExportSpec:
     dtype: str = "auto"  # of weights that are not quantized; auto: bf16 for "hf", else what the training computed in
     double_quant: bool = False  # of "bnb4-lora": its rescaled constants in 8 bits again
     shard_size: int = 10**9  # bytes of the largest file
+    type: str = "auto"  # of the matrices in a GGUF file; auto: F16 for "gguf", for "gguf-lora" see `write_gguf_lora`
 
 
 @dataclass(frozen=True)

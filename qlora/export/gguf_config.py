@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora.errors import UserError, problem
+from qlora.models.gguf_layout import head_dim, score_scalar
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -34,6 +35,7 @@ ARCHITECTURES = {
 }
 WINDOWED = {"gemma2": 2, "gemma3": 6}  # every so many layers one sees everything, the last of them
 _REMEDY = "Export to a folder of transformers, and serve that"
+CPU = torch.device("cpu")
 _SCALED = ("llama", "phi3")  # they take factors for each frequency
 
 
@@ -48,10 +50,6 @@ def architecture_of(config: PretrainedConfig) -> str:
         rule = f"cannot be written as GGUF, only {', '.join(ARCHITECTURES)}"
         raise UserError(problem("model", config.model_type, rule, _REMEDY))
     return found
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -106,14 +104,6 @@ def _attention_problems(config: PretrainedConfig, architecture: str) -> list[str
     return found
 
 
-def score_scalar(config: PretrainedConfig, architecture: str) -> float:
-    """By whose root llama.cpp divides gemma's scores: the width of a head, but in the models of 27 billion weights."""
-    largest = {"gemma2": 46, "gemma3": 62}.get(architecture)
-    if config.num_hidden_layers == largest:
-        return config.hidden_size / config.num_attention_heads
-    return _head_dim(config)
-
-
 def _rope_problems(config: PretrainedConfig, architecture: str) -> list[str]:
     rope = _rope(config)
     kind, found = rope.get("rope_type", "default"), []
@@ -145,7 +135,7 @@ def context_length(config: PretrainedConfig) -> int:
 
 def add_config(writer: Any, config: PretrainedConfig) -> None:
     """Write the numbers of a model, of which `config_problems` said nothing."""
-    architecture, width = architecture_of(config), _head_dim(config)
+    architecture, width = architecture_of(config), head_dim(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
@@ -177,7 +167,7 @@ def _add_rope(writer: Any, config: PretrainedConfig) -> None:
 
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
-    writer.add_rope_dimension_count(int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if "sliding_attention" in config.rope_parameters:
         base = float(config.rope_parameters["sliding_attention"]["rope_theta"])
@@ -225,13 +215,12 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     if kind == "llama3":
         plain = type(config).from_dict(config.to_dict())
         plain.rope_parameters = {**rope, "rope_type": "linear", "factor": 1.0}
-        device = torch.device("cpu")
-        whole, _ = ROPE_INIT_FUNCTIONS["linear"](plain, device)
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device)
+        whole, _ = ROPE_INIT_FUNCTIONS["linear"](plain, CPU)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
         return {"rope_freqs.weight": (whole / scaled).float()}
     if kind != "longrope":
         return {}
-    long, short = (torch.tensor(rope[name], dtype=torch.float32) for name in ("long_factor", "short_factor"))
+    long, short = (torch.tensor(rope[name], dtype=torch.float32, device=CPU) for name in ("long_factor", "short_factor"))
     if architecture_of(config) == "llama" and torch.equal(long, short) and _long_attention(config) == 1.0:
         return {"rope_freqs.weight": long}
     return {"rope_factors_long.weight": long, "rope_factors_short.weight": short}

@@ -24,7 +24,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem
-from qlora.models.gguf_header import read_header, rope_parameters, with_rope
+from qlora.models.gguf_config import read_config
+from qlora.models.gguf_header import read_header
 from qlora.models.hub import download
 from qlora.paths import local_path
 
@@ -281,10 +282,7 @@ def load_config(source: Source) -> PretrainedConfig:
             a rope scaling of a GGUF file that cannot be said in a config.
     """
     if source.gguf is not None:
-        header = read_header(source.gguf)
-        with guard("model", source.gguf, "its config cannot be read", "Get the file again"):
-            config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf.name)
-        return with_rope(config, rope_parameters(header, source.gguf, config))
+        return read_config(source.gguf)
     raw = _read_config(source.folder)
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
