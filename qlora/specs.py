@@ -26,7 +26,8 @@ Method = Literal["lora", "dora"]
 METHODS: tuple[str, ...] = get_args(Method)
 Init = Literal["kaiming", "gaussian"]
 INITS: tuple[str, ...] = get_args(Init)
-ExportFormat = Literal["hf", "bnb4-lora", "bnb4"]
+ExportFormat = Literal["hf", "bnb4-lora", "bnb4", "gguf", "gguf-lora"]
+GGUFType = Literal["auto", "F16", "BF16", "Q8_0", "Q4_0"]
 MergeBase = Literal["dequantized", "original", "best"]
 MERGE_BASES: tuple[str, ...] = get_args(MergeBase)
 

@@ -12,6 +12,7 @@ trained one but with rsLoRA. The alternative for DoRA, to drop m, is another mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,18 @@ from qlora.export.gguf_config import architecture_of, config_problems
 from qlora.export.gguf_file import GGUFFile, stored_names, type_problems
 from qlora.export.shards import CPU, check_new_folder, placeholder
 from qlora.files import whole_folder
+from qlora.layers.attach import attach, named_adapters
 from qlora.models.gguf_layout import row_order
-from qlora.models.load import load_streaming
+from qlora.models.load import load_source, load_streaming
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import load_config, load_tokenizer, resolve
-from qlora.specs import ExportSpec, Quantization
+from qlora.specs import AdapterSpec, ExportSpec, Quantization
 
 MODEL, BASE, ADAPTER = "model.gguf", "base.gguf", "adapter.gguf"
 
 
 def convert_to_gguf(
-    model: str,
-    output: str | Path,
-    *,
-    type: str = "F16",
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    model: str, output: str | Path, *, type: str = "F16", trust_remote_code: bool = False, revision: str | None = None
 ) -> Path:
     """Write a model as it is to model.gguf in a new folder; returns the file. Peak memory: about two tensors.
 
@@ -95,7 +92,7 @@ def write_gguf(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
     def values(layer: str, parameter: str, value: Any, dtype: torch.dtype) -> Tensor:
         return weights.merged(layer, weights.frozen(parameter, layer, value), dtype)
 
-    _write(found, spec, folder / MODEL, _type(spec, "F16"), weights, values)
+    _write(found, spec, folder / MODEL, weights, values)
 
 
 def write_gguf_lora(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
@@ -106,7 +103,7 @@ def write_gguf_lora(found: AdaptedSource, spec: ExportSpec, folder: Path) -> Non
     """
     weights = AdaptedWeights(found, "dequantized")
     gains: dict[str, Tensor] = {}
-    if found.files.spec.method == "dora" or spec.type != "auto":
+    if written_type(found, spec) is not None:
 
         def values(layer: str, parameter: str, value: Any, dtype: torch.dtype) -> Tensor:
             weight = weights.frozen(parameter, layer, value)
@@ -116,12 +113,17 @@ def write_gguf_lora(found: AdaptedSource, spec: ExportSpec, folder: Path) -> Non
             gains[layer] = gain
             return weight.dense(torch.float32).mul_(gain.unsqueeze(1))
 
-        _write(found, spec, folder / BASE, _type(spec, "Q8_0"), weights, values)
+        _write(found, spec, folder / BASE, weights, values)
     _write_lora(found, weights, gains, folder / ADAPTER)
 
 
-def _type(spec: ExportSpec, usual: str) -> str:
-    return usual if spec.type == "auto" else spec.type
+def written_type(found: AdaptedSource, spec: ExportSpec) -> str | None:
+    """The type of the matrices that are written; None where only an adapter is: a LoRA needs no base of its own."""
+    if spec.type != "auto":
+        return spec.type
+    if spec.to == "gguf":
+        return "F16"
+    return "Q8_0" if found.files.spec.method == "dora" else None
 
 
 def _called(name: str) -> str:
@@ -130,9 +132,10 @@ def _called(name: str) -> str:
 
 
 def _write(
-    found: AdaptedSource, spec: ExportSpec, path: Path, type: str, weights: AdaptedWeights, values: Any
+    found: AdaptedSource, spec: ExportSpec, path: Path, weights: AdaptedWeights, values: Callable[..., Tensor]
 ) -> None:
     """Stream the base through `values(layer, parameter, value, dtype)` into a GGUF file."""
+    type = written_type(found, spec) or "auto"
     problems = type_problems(type)
     if problems:
         raise UserError(problems)
@@ -160,8 +163,7 @@ def _write_lora(found: AdaptedSource, weights: AdaptedWeights, gains: dict[str, 
 
     config = load_config(found.source)
     problems = config_problems(config)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=found.source.trust_remote_code)
+    empty = _empty(found)
     problems += [] if gains else found.files.misfits(empty)
     if problems:
         raise UserError(problems)
@@ -182,3 +184,48 @@ def _write_lora(found: AdaptedSource, weights: AdaptedWeights, gains: dict[str, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _empty(found: AdaptedSource) -> nn.Module:
+    """The base without memory."""
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        empty: nn.Module = factory.from_config(
+            load_config(found.source), trust_remote_code=found.source.trust_remote_code
+        )
+    return empty
+
+
+def load_gguf(folder: Path, found: AdaptedSource) -> nn.Module:
+    """What `write_gguf` wrote, decoded, in float32 on the CPU."""
+    return _decoded(folder / MODEL)
+
+
+def load_gguf_lora(folder: Path, found: AdaptedSource) -> nn.Module:
+    """What `write_gguf_lora` wrote, as `load_gguf`; without a base.gguf on the base of the training."""
+    import gguf
+
+    if (folder / BASE).exists():
+        model: Any = _decoded(folder / BASE)
+    else:
+        recipe = found.files.base.quantization(found.source.packed)
+        model = load_source(found.source, recipe, dtype=found.dtype, device="cpu")
+    reader = gguf.GGUFReader(folder / ADAPTER)
+    held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    names = {name: parameter.removesuffix(".weight") for parameter, name in stored_names(_empty(found)).items()}
+    layers = {names[name.removesuffix(".lora_a")]: name.removesuffix(".lora_a") for name in held if "lora_a" in name}
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    rank = len(held[f"{next(iter(layers.values()))}.lora_a"])
+    attach(model, AdapterSpec("lora", rank, alpha, targets=tuple(layers)))
+    architecture = architecture_of(model.config)
+    with torch.no_grad():
+        for layer, adapter in named_adapters(model):
+            A, B = held[f"{layers[layer]}.lora_a"], held[f"{layers[layer]}.lora_b"]
+            order = row_order(architecture, layer, model.config)
+            adapter.lora_A.copy_(A)
+            adapter.lora_B.copy_(B if order is None else B[order.argsort()])
+    return model
+
+
+def _decoded(path: Path) -> nn.Module:
+    return load_source(resolve(str(path)), Quantization(16), dtype="fp32", device="cpu")

@@ -220,7 +220,9 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
         return {"rope_freqs.weight": (whole / scaled).float()}
     if kind != "longrope":
         return {}
-    long, short = (torch.tensor(rope[name], dtype=torch.float32, device=CPU) for name in ("long_factor", "short_factor"))
+    long, short = (
+        torch.tensor(rope[name], dtype=torch.float32, device=CPU) for name in ("long_factor", "short_factor")
+    )
     if architecture_of(config) == "llama" and torch.equal(long, short) and _long_attention(config) == 1.0:
         return {"rope_freqs.weight": long}
     return {"rope_factors_long.weight": long, "rope_factors_short.weight": short}

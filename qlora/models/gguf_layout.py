@@ -21,7 +21,9 @@ def row_order(architecture: str, name: str, config: PretrainedConfig) -> Tensor 
     if architecture != "llama" or not {"q_proj", "k_proj"} & set(parts):
         return None
     pairs = head_dim(config) // 2
-    indices = torch.arange(heads * 2 * pairs, device="cpu")  # where models are made empty, another device is the default
+    indices = torch.arange(
+        heads * 2 * pairs, device="cpu"
+    )  # where models are made empty, another device is the default
     return indices.view(heads, 2, pairs).transpose(1, 2).reshape(-1)
 
 

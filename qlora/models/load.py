@@ -122,6 +122,8 @@ def _loaded(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and transformers' account of what was missing or did not fit."""
     config = load_config(source)
+    if source.gguf is not None and dtype == "auto":
+        dtype = torch.float32  # what its tensors are decoded to
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
