@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem
 from qlora.export.gguf_config import add_config, architecture_of, config_problems, rope_tensors
-from qlora.export.gguf_tokens import add_tokenizer
+from qlora.export.gguf_tokens import add_tokenizer, model_name
 from qlora.models.gguf_layout import row_order, shift
 from qlora.models.load import embedding_rows
 from qlora.models.quantize import is_finite
@@ -135,7 +135,7 @@ class GGUFFile:
 
         count = sum(parameter.numel() for parameter in empty.parameters())
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.name)
+        writer.add_name(model_name(self.name, self.tokenizer))
         writer.add_size_label(gguf.size_label(count, count, 0, 0))
         if self.source is not None:
             with guard("model", self.source, "cannot be read as GGUF", "Check that the file is whole"):

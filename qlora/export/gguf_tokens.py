@@ -14,6 +14,7 @@ of a base that is a GGUF file is copied as it stands there.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int, so
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template:
         writer.add_chat_template(template)
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name under which llama.cpp reads the tokenizer as it is: "phi-3" in it, in any case, means that special tokens
+    take the blanks after them, and stops the loading where Phi-3's own tokens are missing.
+    """
+    own = {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= tokenizer.get_vocab().keys()
+    strips = own and any(token.rstrip and token.special for token in tokenizer.added_tokens_decoder.values())
+    if strips and not re.search("phi-?3", name, re.IGNORECASE):
+        return f"Phi-3 {name}"
+    return name if strips else re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
 
 
 def _copy(writer: Any, source: Path) -> None:
