@@ -215,8 +215,9 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     if kind == "llama3":
         plain = type(config).from_dict(config.to_dict())
         plain.rope_parameters = {**rope, "rope_type": "linear", "factor": 1.0}
-        whole, _ = ROPE_INIT_FUNCTIONS["linear"](plain, CPU)
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+        with CPU:  # also where models are made empty
+            whole, _ = ROPE_INIT_FUNCTIONS["linear"](plain, CPU)
+            scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
         return {"rope_freqs.weight": (whole / scaled).float()}
     if kind != "longrope":
         return {}

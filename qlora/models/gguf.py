@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError, guard, problem
-from qlora.models.gguf_header import read_header
+from qlora.models.gguf_header import LONG, SHORT, read_header
 from qlora.models.gguf_layout import row_order, shift
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
@@ -82,7 +82,7 @@ def gguf_tensors(path: Path, config: PretrainedConfig, dtype: torch.dtype | str)
         tensor = stored.pop(f"{names.get_name(stem)}.{suffix}", None)
         if tensor is not None:
             tensors[name] = GGUFTensor(tensor, made, _undo(architecture, name, skeleton.get_submodule(stem), config))
-    leftover = sorted(set(stored) - {"rope_freqs.weight"})  # those are in the config: `gguf_header.rope_parameters`
+    leftover = sorted(set(stored) - {"rope_freqs.weight", LONG, SHORT})  # in the config: `rope_parameters`
     if leftover:
         raise UserError(
             problem(

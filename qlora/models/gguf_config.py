@@ -1,7 +1,7 @@
 """The config of a GGUF file: as transformers reads it, and what it leaves out.
 
-    width of a head (attention.key_length), gemma's scale of scores, caps and rotation under windows, the part of a head
-    that Phi-3 rotates, all of Gemma 1, and how positions are scaled (`gguf_header.rope_parameters`)
+    width of a head (attention.key_length), llama's biases, gemma's scale of scores, caps and rotation under windows,
+    the part of a head that Phi-3 rotates, all of Gemma 1, and how positions are scaled (`gguf_header.rope_parameters`)
 
 Each has a default in transformers that is right for the models that came first, and another model for the rest. The
 alternative, a reader for every architecture, would repeat what transformers does right.
@@ -61,6 +61,9 @@ def _complete(config: Any, header: Header) -> None:
     architecture, width = header.architecture, header.get("attention.key_length")
     if width is not None and getattr(config, "head_dim", None) is not None:
         config.head_dim = width
+    if architecture == "llama" and config.model_type == "llama":
+        config.attention_bias = "blk.0.attn_q.bias" in header.tensors
+        config.mlp_bias = "blk.0.ffn_down.bias" in header.tensors
     if not hasattr(config, "rope_parameters"):
         return
     rotated = header.get("rope.dimension_count")

@@ -25,6 +25,7 @@ from qlora.errors import UserError, guard, problem
 _SCALARS = "BbHhIifxxxQqd"  # struct's letter by GGUF type; 7 bool, 8 text, 9 array
 _BOOL, _TEXT, _ARRAY = 7, 8, 9
 _MOST_LAYERS = 10_000
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _REMEDY = "Check that the file is whole, or get it again"
 
 
@@ -155,6 +156,8 @@ def rope_parameters(header: Header, path: Path, config: PretrainedConfig) -> dic
     """
     if "rope_freqs.weight" in header.tensors:
         return _from_factors(_factors(header, path), header, path, config)
+    if LONG in header.tensors and SHORT in header.tensors:
+        return _long(header, path)
     factor = header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0
     kind = header.get("rope.scaling.type", "linear")  # the oldest files have the factor alone
     original = header.get("rope.scaling.original_context_length") or header.get("context_length")
@@ -181,11 +184,27 @@ def rope_scale(header: Header) -> float:
     return float(factor) if isinstance(factor, (int, float)) and factor > 1 else 1.0
 
 
-def _factors(header: Header, path: Path) -> torch.Tensor:
-    """rope_freqs.weight [pairs], float32."""
-    kind, start = header.tensors["rope_freqs.weight"]
-    (pairs,) = header.shapes["rope_freqs.weight"] if len(header.shapes["rope_freqs.weight"]) == 1 else (0,)
-    with guard("model", path, "rope_freqs.weight cannot be read", _REMEDY), path.open("rb") as file:
+def _long(header: Header, path: Path) -> dict[str, Any]:
+    """Factors for texts of the original length and for longer ones (arXiv:2402.13753), as Phi-3 has them."""
+    original = header.get("rope.scaling.original_context_length") or header.get("context_length")
+    attention = header.get("rope.scaling.attn_factor", 1.0)
+    if not all(isinstance(value, (int, float)) and 0 < value < 1e9 for value in (original, attention)):
+        raise UserError(problem("model", path, "its positions are scaled in a way that cannot be read", _REMEDY))
+    return {
+        "rope_type": "longrope",
+        "short_factor": _factors(header, path, SHORT).tolist(),
+        "long_factor": _factors(header, path, LONG).tolist(),
+        "attention_factor": float(attention),
+        "factor": 1.0,
+        "original_max_position_embeddings": int(original),
+    }
+
+
+def _factors(header: Header, path: Path, name: str = "rope_freqs.weight") -> torch.Tensor:
+    """The factors in tensor `name` [pairs], float32."""
+    kind, start = header.tensors[name]
+    (pairs,) = header.shapes[name] if len(header.shapes[name]) == 1 else (0,)
+    with guard("model", path, f"{name} cannot be read", _REMEDY), path.open("rb") as file:
         if kind != 0 or not 0 < pairs < 1 << 16:
             raise ValueError("it must be a list of float32")
         file.seek(start)

@@ -1,0 +1,139 @@
+"""Models written as GGUF: every tensor through our reader, every architecture in llama.cpp itself."""
+
+from __future__ import annotations
+
+import ggufs
+import pytest
+import tiny
+import torch
+import transformers
+from helpers import relative
+from llama_cpp import LlamaCpp
+from tiny import adapted
+
+from qlora import load_base, save_adapter
+from qlora.export.formats import export_adapter
+from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
+from qlora.specs import ExportSpec
+
+IDS = tuple(range(3, 43))
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
+PRINTABLE = 35  # a token of one letter
+
+
+def model(name: str, rope: dict | None = None, **changes) -> transformers.PreTrainedModel:
+    """A tiny model, with values that fp16 has, whose vocabulary has room for `ggufs.bpe_tokenizer`."""
+    torch.manual_seed(0)
+    config = tiny.CONFIGS[name]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 264, 265, 265
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = config.head_dim
+    config = type(config).from_dict(config.to_dict() | changes)
+    if rope is not None:
+        config.rope_parameters = config.rope_parameters | rope
+    made = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.copy_(parameter.half())
+    return made
+
+
+def saved(made: transformers.PreTrainedModel, folder):
+    made.save_pretrained(folder)
+    ggufs.bpe_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def logs(made: torch.nn.Module, ids=IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return made(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return (p.exp() * (p - q)).sum().item()
+
+
+def served_logs(path, lora=None) -> torch.Tensor:
+    with LlamaCpp(path, lora) as served:
+        return torch.tensor(served.next_logs(IDS, 320, PRINTABLE))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_comes_back(tmp_path, name):
+    """To the bit: F16 and float32 norms of values that fp16 has; BF16 once rounded."""
+    made = model(name)
+    folder = saved(made, tmp_path / "model")
+    for type, dtype in (("F16", torch.float32), ("BF16", torch.bfloat16)):
+        again = load_base(str(convert_to_gguf(str(folder), tmp_path / type, type=type)), bits=16, dtype="fp32")
+        for key, value in made.state_dict().items():
+            wanted = value if "norm" in key or value.dim() == 1 else value.to(dtype).float()
+            if name.startswith("gemma") and "norm" in key:
+                wanted = (wanted + 1) - 1  # as it is stored
+            assert torch.equal(again.state_dict()[key], wanted), (type, key)
+        if type == "F16":
+            assert relative(logs(again), logs(made)) < 1e-5
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LISTED = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0] * 8, "rope_type": "longrope"}
+VARIANTS = {
+    "llama": {"head_dim": 32, "tie_word_embeddings": False},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, 3": {"rope": LLAMA3 | {"original_max_position_embeddings": 8192}, "max_position_embeddings": 65536},
+    "llama, linear": {"rope": {"rope_type": "linear", "factor": 4.0}},
+    "llama, yarn": {"rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
+    "llama, listed": {
+        "rope": LISTED
+        | {"long_factor": LISTED["short_factor"], "attention_factor": 1.0, "original_max_position_embeddings": 2048}
+    },
+    "mistral": {"sliding_window": 64},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"sliding_window": 16, "num_hidden_layers": 3, "layer_types": None},
+    "gemma3": {"sliding_window": 16, "num_hidden_layers": 7, "layer_types": None},
+    "phi3": {"rope": {"partial_rotary_factor": 0.5}},
+    "phi3, listed": {
+        "rope": LISTED | {"original_max_position_embeddings": 1024},
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 1024,
+    },
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_llama_cpp_computes_the_same(tmp_path, case):
+    """The whole distribution after 40 tokens, up to what llama.cpp's fp16 arithmetic rounds; our reader sees the same
+    model.
+    """
+    made = model(case.split(",")[0].split()[0], **VARIANTS[case])
+    path = convert_to_gguf(str(saved(made, tmp_path / "model")), tmp_path / "gguf")
+    assert (served_logs(path) - logs(made)).abs().max() < 0.02
+    assert relative(logs(load_base(str(path), bits=16, dtype="fp32")), logs(made)) < 1e-5
+
+
+def test_a_wrong_model_would_be_seen(tmp_path):
+    """The bound above is far below what one forgotten rule makes: here the rotation's base."""
+    made = model("llama")
+    path = convert_to_gguf(str(saved(made, tmp_path / "model")), tmp_path / "gguf")
+    other = model("llama", rope={"rope_theta": 500.0})
+    assert (served_logs(path) - logs(other)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "name, method", [("llama", "lora"), ("llama", "dora"), ("qwen2", "dora"), ("gemma", "dora"), ("phi3", "lora")]
+)
+def test_an_adapter_in_llama_cpp(tmp_path, name, method):
+    """Merged, and as a LoRA beside its base (of DoRA with rows scaled), llama.cpp computes the adapted model."""
+    base = saved(model(name), tmp_path / "base")
+    ours = adapted(load_base(str(base), dtype="fp32"), method, rslora=True)
+    save_adapter(ours, tmp_path / "adapter")
+    expected, plain = logs(ours), logs(load_base(str(base), dtype="fp32"))
+    assert kl(expected, plain) > 0.02  # the adapter does something
+    folder = export_adapter(tmp_path / "adapter", tmp_path / "merged", ExportSpec("gguf"), verify=None).folder
+    assert kl(expected, served_logs(folder / MODEL)) < 1e-5
+    for type, most in (("F16", 1e-5), ("Q8_0", 1e-3)):
+        spec = ExportSpec("gguf-lora", type=type)
+        folder = export_adapter(tmp_path / "adapter", tmp_path / type, spec, verify=None).folder
+        assert kl(expected, served_logs(folder / BASE, folder / ADAPTER)) < most
