@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ class GGUFFile:
             kind = self._kind(parameter, names.get(parameter, parameter), shape, config.tie_word_embeddings)
             block, size = gguf.GGML_QUANT_SIZES[kind]
             size *= torch.Size(shape).numel() // block
-            writer.add_tensor_info(names.get(parameter, parameter), shape, None, size, raw_dtype=kind)
+            writer.add_tensor_info(names.get(parameter, parameter), shape, np.dtype(np.float32), size, raw_dtype=kind)
             self._places[parameter] = _Place(at, kind, shape, order, shift(writer.arch, parameter))
             at += writer.ggml_pad(size, writer.data_alignment)
         writer.write_header_to_file()

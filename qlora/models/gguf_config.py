@@ -40,7 +40,9 @@ def _by_transformers(path: Path) -> PretrainedConfig:
 def _gemma(header: Header) -> GemmaConfig:
     """Gemma 1, of which transformers reads the tokenizer alone."""
     tokens = header.values["tokenizer.ggml.tokens"]
-    special = {f"{name}_token_id": header.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    special: dict[str, Any] = {
+        f"{name}_token_id": header.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")
+    }
     return GemmaConfig(
         vocab_size=tokens if isinstance(tokens, int) else len(tokens),
         hidden_size=header.get("embedding_length"),
