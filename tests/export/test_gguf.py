@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import gguf
 import ggufs
 import pytest
 import tiny
@@ -11,9 +15,11 @@ from helpers import relative
 from llama_cpp import LlamaCpp
 from tiny import adapted
 
-from qlora import load_base, save_adapter
+from qlora import UserError, load_base, save_adapter
 from qlora.export.formats import export_adapter
 from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
+from qlora.models.gguf_header import read_header
+from qlora.models.source import resolve
 from qlora.specs import ExportSpec
 
 IDS = tuple(range(3, 43))
@@ -137,3 +143,101 @@ def test_an_adapter_in_llama_cpp(tmp_path, name, method):
         spec = ExportSpec("gguf-lora", type=type)
         folder = export_adapter(tmp_path / "adapter", tmp_path / type, spec, verify=None).folder
         assert kl(expected, served_logs(folder / BASE, folder / ADAPTER)) < most
+
+
+REFUSED = [
+    ("phi", {}, r"model=phi: cannot be written as GGUF, only llama, mistral"),
+    ("llama", {"hidden_act": "gelu"}, r"hidden_act=gelu: llama.cpp's llama takes silu for granted"),
+    ("qwen3", {"attention_bias": True}, r"attention_bias=True: llama.cpp's qwen3 takes None for granted"),
+    ("gemma2", {"query_pre_attn_scalar": 100}, r"query_pre_attn_scalar=100: llama.cpp's gemma2 of this size takes 16"),
+    ("gemma3", {"layer_types": ["full_attention"] * 2}, r"has full attention in every layer 6 of 6, and only there"),
+    ("llama", {"rope": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type=dynamic: llama.cpp's llama has no such"),
+    ("qwen2", {"rope": LLAMA3 | {"original_max_position_embeddings": 8192}}, r"llama.cpp's qwen2 has no such"),
+]
+
+
+@pytest.mark.parametrize("name, changes, said", REFUSED)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, name, changes, said):
+    folder = saved(model(name, **changes), tmp_path / "model")
+    with pytest.raises(UserError, match=said):
+        convert_to_gguf(str(folder), tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_other_refusals(tmp_path):
+    made = model("llama")
+    folder = saved(made, tmp_path / "model")
+    with pytest.raises(UserError, match=r"type=Q4_K_M: must be one of F16, BF16, Q8_0, Q4_0\. .*llama-quantize"):
+        convert_to_gguf(str(folder), tmp_path / "gguf", type="Q4_K_M")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(UserError, match="is not an empty folder"):
+        convert_to_gguf(str(folder), tmp_path / "full")
+    with torch.no_grad():
+        made.model.layers[0].mlp.up_proj.weight[3, 5] = 1e5
+    made.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"up_proj.weight holds values beyond its range. Use `type=BF16`"):
+        convert_to_gguf(str(folder), tmp_path / "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "model"]
+    convert_to_gguf(str(folder), tmp_path / "gguf", type="BF16")
+
+
+def test_the_context_is_where_both_compute_the_same(tmp_path):
+    """llama.cpp's llama has no windows: the file states as many positions as one of Mistral's has."""
+    folder = saved(model("mistral", sliding_window=64), tmp_path / "model")
+    assert read_header(convert_to_gguf(str(folder), tmp_path / "gguf")).get("context_length") == 64
+
+
+def test_quantized_types(tmp_path):
+    """The library's own blocks; a head of a Q4_0 file has 8 bits, and rows of 150 values stay F16."""
+    folder = saved(model("qwen2"), tmp_path / "model")
+    for type, kinds in (("Q8_0", {"Q8_0", "F16", "F32"}), ("Q4_0", {"Q4_0", "Q8_0", "F16", "F32"})):
+        path = convert_to_gguf(str(folder), tmp_path / type, type=type)
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        assert {tensor.tensor_type.name for tensor in stored.values()} == kinds
+        assert stored["output.weight"].tensor_type.name == "Q8_0"
+        assert stored["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+        up = model("qwen2").model.layers[1].mlp.up_proj.weight.detach().numpy()
+        kind = stored["blk.1.ffn_up.weight"].tensor_type
+        assert kind.name == type
+        assert (stored["blk.1.ffn_up.weight"].data == gguf.quantize(up, kind)).all()
+
+
+def test_two_tensors_of_memory(tmp_path):
+    """Of eight layers, no more than two of the largest tensors are in memory, beside what an import takes."""
+    largest, total = tiny.eight_layers(tmp_path / "model")
+    ggufs.bpe_tokenizer().save_pretrained(tmp_path / "model")
+    code = (
+        "import resource, sys; from qlora.export.gguf import convert_to_gguf\n"
+        "import transformers.models.llama.modeling_llama\n"
+        "convert_to_gguf(sys.argv[1] + '/small', sys.argv[1] + '/a')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "convert_to_gguf(sys.argv[1] + '/model', sys.argv[1] + '/b')\n"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"
+    )
+    saved(model("llama"), tmp_path / "small")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert int(done.stdout) < 6 * largest < total / 4, done.stderr
+
+
+def test_smollm2(tmp_path, smollm2_dense, tokenizer):
+    """Its own file says the same of itself; llama.cpp answers as transformers, by the chat template in the file."""
+    own, path = resolve("smollm2-135m").gguf, convert_to_gguf("smollm2-135m", tmp_path / "gguf")
+    fields, written = (gguf.GGUFReader(file).fields for file in (own, path))
+    different = [key for key in fields if key not in written or fields[key].contents() != written[key].contents()]
+    assert [key for key in different if not key.startswith("GGUF.")] == ["general.file_type"]
+    with LlamaCpp(path, context=512) as served:
+        for prompt in ("The capital of France is", "Water boils at 100"):
+            ids = tokenizer(prompt).input_ids
+            assert served.tokenize(prompt) == ids
+            found, listed = served.write(ids, 12, 400)
+            with torch.no_grad():
+                logits = smollm2_dense(input_ids=torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1]
+            assert logits.argmax(-1).tolist() == found
+            for logs, top in zip(logits.log_softmax(-1), listed, strict=True):
+                q = torch.tensor(list(top.values()))
+                p = logs[list(top)]
+                assert (p.exp() * (p - q)).sum() < 1e-3
+        messages = [{"role": "user", "content": "Name a colour."}]
+        templated = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert served.chat(messages, 4)[0] == len(templated)
