@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora.errors import UserError, guard, problem
+from qlora.errors import UserError, problem
 from qlora.export.gguf_config import add_config, architecture_of, config_problems, rope_tensors
 from qlora.export.gguf_tokens import add_tokenizer, model_name
+from qlora.models.gguf_header import read_keys
 from qlora.models.gguf_layout import row_order, shift
 from qlora.models.load import embedding_rows
 from qlora.models.quantize import is_finite
@@ -139,12 +140,11 @@ class GGUFFile:
         writer.add_name(model_name(self.name, self.tokenizer))
         writer.add_size_label(gguf.size_label(count, count, 0, 0))
         if self.source is not None:
-            with guard("model", self.source, "cannot be read as GGUF", "Check that the file is whole"):
-                for key, field in gguf.GGUFReader(self.source).fields.items():
-                    if key.startswith("general.") and key not in _OWN:
-                        kind, *inner = field.types
-                        writer.kv_data[0].pop(key, None)
-                        writer.add_key_value(key, field.contents(), kind, inner[-1] if inner else None)
+            for key, (kind, inner, value) in read_keys(self.source, "general.").items():
+                if key not in _OWN:
+                    writer.kv_data[0].pop(key, None)
+                    element = None if inner is None else gguf.GGUFValueType(inner)
+                    writer.add_key_value(key, value, gguf.GGUFValueType(kind), element)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{self.type}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -21,7 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.chat import stop_ids
-from qlora.errors import UserError, guard, problem
+from qlora.errors import UserError, problem
+from qlora.models.gguf_header import read_keys
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -95,11 +96,9 @@ def _copy(writer: Any, source: Path) -> None:
     """The tokenizer's keys of a GGUF file, but for its chat templates."""
     import gguf
 
-    with guard("model", source, "its tokenizer cannot be read", "Check that the file is whole, or get it again"):
-        for key, field in gguf.GGUFReader(source).fields.items():
-            if key.startswith("tokenizer.ggml."):
-                kind, *inner = field.types
-                writer.add_key_value(key, field.contents(), kind, inner[-1] if inner else None)
+    for key, (kind, inner, value) in read_keys(source, "tokenizer.ggml.").items():
+        element = None if inner is None else gguf.GGUFValueType(inner)
+        writer.add_key_value(key, value, gguf.GGUFValueType(kind), element)
 
 
 def _add_vocabulary(writer: Any, state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

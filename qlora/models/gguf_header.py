@@ -50,8 +50,8 @@ class Header:
 class _Cursor:
     """Reads on from where it is; struct refuses what lies behind the end."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
+    def __init__(self, data: mmap.mmap, arrays: bool = False):
+        self.data, self.at, self.arrays = data, 0, arrays
 
     def read(self, letters: str) -> Any:
         """One number."""
@@ -80,7 +80,7 @@ class _Cursor:
         self.at = at
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of a GGUF type; of an array its length."""
+        """A value of a GGUF type; of an array its length, or with `arrays` a list."""
         if kind == _TEXT:
             return self.text()
         if kind == _BOOL:
@@ -94,12 +94,18 @@ class _Cursor:
         if inner in (_TEXT, _ARRAY):
             if depth or inner == _ARRAY:
                 raise ValueError("an array in an array")
+            start = self.at
             self._skip_texts(count)
+            if self.arrays:
+                self.at = start
+                return [self.text() for _ in range(count)]
         else:
             letter = "B" if inner == _BOOL else _SCALARS[inner] if inner < len(_SCALARS) else "x"
             if letter == "x":
                 raise ValueError(f"there is no type {inner}")
-            self.skip(count * struct.calcsize("<" + letter))
+            start = self.skip(count * struct.calcsize("<" + letter))
+            if self.arrays:
+                return list(struct.unpack_from(f"<{count}{letter}", self.data, start))
         return count
 
 
@@ -119,6 +125,26 @@ def read_header(path: Path) -> Header:
         raise UserError(
             problem("model", path, f"cannot have {layers} layers ({found.architecture}.block_count)", _REMEDY)
         )
+    return found
+
+
+def read_keys(path: Path, prefix: str) -> dict[str, tuple[int, int | None, Any]]:
+    """(GGUF type, that of an array's elements, value) of every key of a GGUF file that begins with `prefix`.
+
+    Raises:
+        UserError: see `read_header`.
+    """
+    found: dict[str, tuple[int, int | None, Any]] = {}
+    with guard("model", path, "cannot be read as GGUF", _REMEDY), path.open("rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, arrays=True)
+            cursor.skip(16)  # magic, version, tensors
+            for _ in range(cursor.read("Q")):
+                key, kind = cursor.text(), cursor.read("I")
+                inner = struct.unpack_from("<I", data, cursor.at)[0] if kind == _ARRAY else None
+                value = cursor.value(kind)
+                if key.startswith(prefix):
+                    found[key] = (kind, inner, value)
     return found
 
 

@@ -18,7 +18,7 @@ from tiny import adapted
 from qlora import UserError, load_base, save_adapter
 from qlora.export.formats import export_adapter
 from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
-from qlora.models.gguf_header import read_header
+from qlora.models.gguf_header import read_header, read_keys
 from qlora.models.source import resolve
 from qlora.specs import ExportSpec
 
@@ -223,9 +223,8 @@ def test_two_tensors_of_memory(tmp_path):
 def test_smollm2(tmp_path, smollm2_dense, tokenizer):
     """Its own file says the same of itself; llama.cpp answers as transformers, by the chat template in the file."""
     own, path = resolve("smollm2-135m").gguf, convert_to_gguf("smollm2-135m", tmp_path / "gguf")
-    fields, written = (gguf.GGUFReader(file).fields for file in (own, path))
-    different = [key for key in fields if key not in written or fields[key].contents() != written[key].contents()]
-    assert [key for key in different if not key.startswith("GGUF.")] == ["general.file_type"]
+    fields, written = read_keys(own, ""), read_keys(path, "")
+    assert [key for key in fields if fields[key] != written.get(key)] == ["general.file_type"]
     with LlamaCpp(path, context=512) as served:
         for prompt in ("The capital of France is", "Water boils at 100"):
             ids = tokenizer(prompt).input_ids
