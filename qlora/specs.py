@@ -79,6 +79,9 @@ class Quantization:
     blocksize: int | None = None  # weights that share a scale
     double_quant: bool | None = None  # scales in 8 bits
     scales: str | None = None  # "absmax" or "mse"
+    cast_to: str | None = (
+        None  # bf16, fp16, fp32: what weights were rounded to first; None: quantized as they are stored
+    )
 
     def resolved(self) -> ResolvedQuantization:
         """With the defaults of weights to quantize in the place of None."""
@@ -96,6 +99,9 @@ class Quantization:
         if self.scales is not None and self.scales not in SCALES:
             remedy = "absmax is the usual choice"
             found.append(problem("scales", self.scales, f"must be {' or '.join(SCALES)}", remedy))
+        if self.cast_to not in (None, "bf16", "fp16", "fp32") or (self.cast_to and self.bits == 16):
+            rule = "must be bf16, fp16 or fp32, and is for `bits=4`"
+            found.append(problem("cast_to", self.cast_to, rule, "Leave it out: weights are quantized as stored"))
         return found
 
 

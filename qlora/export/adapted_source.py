@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from qlora.data.chat import stop_ids
 from qlora.errors import UserError, problem
@@ -33,7 +33,8 @@ from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.info import BaseInfo
 from qlora.models.load import load_source
 from qlora.models.quantize import QuantizePass, same_weights
-from qlora.models.source import Source, load_tokenizer, resolve
+from qlora.models.source import Source, load_config, load_tokenizer, resolve
+from qlora.models.transformers_seam import LOADING
 from qlora.specs import ExportSpec, Quantization, ResolvedQuantization
 from qlora_kernels import reference
 
@@ -58,7 +59,7 @@ class AdaptedSource:
         trained = self.files.base
         return Quantization(4, trained.blocksize, trained.double_quant, trained.scales).resolved()
 
-    def written(self, spec: ExportSpec) -> Written:
+    def written(self, spec: ExportSpec, weights: AdaptedWeights) -> Written:
         """How a model is written in the dtype of `spec`, read as training read it."""
         quantized = spec.base == "dequantized" and self.files.base.bits == 4 and self.files.base.dtype
         return Written(
@@ -66,16 +67,24 @@ class AdaptedSource:
             read_as=DTYPES[self.dtype] if quantized else "auto",
             shard_size=spec.shard_size,
             stops=tuple(stop_ids(self.tokenizer)),
+            as_stored=weights.layers.reads_stored,
         )
 
-    def load(self) -> nn.Module:
-        """The adapted model as it was trained, on the CPU, in evaluation mode.
+    def load(self, dtype: str) -> nn.Module:
+        """The adapted model with the base of its training, computed in `dtype` on the CPU, in evaluation mode.
 
         Raises:
             UserError: see `load_source` and `put_adapter`.
         """
         recipe = self.files.base.quantization(self.source.packed)
-        return put_adapter(load_source(self.source, recipe, dtype=self.dtype, device="cpu"), self.files).eval()
+        return put_adapter(load_source(self.source, recipe, dtype=dtype, device="cpu"), self.files).eval()
+
+    def parameters(self) -> int:
+        """How many the base has."""
+        trust = self.source.trust_remote_code
+        with LOADING, torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(load_config(self.source), trust_remote_code=trust)
+        return sum(parameter.numel() for parameter in empty.parameters())
 
 
 def open_adapted(

@@ -72,7 +72,7 @@ def quantize_checkpoint(
     def finish(written: PreTrainedModel) -> None:
         state_four_bit(written, target, bool(layers.quantization.double_quant), skipped)
 
-    form = Written(dtype=target, read_as=target, shard_size=shard_size)
+    form = Written(dtype=target, read_as=target, shard_size=shard_size, as_stored=layers.reads_stored)
     return write_model(source, folder, transform, form, load_tokenizer(source), prepare=prepare, finish=finish)
 
 
@@ -99,7 +99,8 @@ def write_requantized(found: AdaptedSource, spec: ExportSpec, folder: Path) -> N
         UserError: the adapter does not fit its base, or that is not the one of the training; a value is beyond the
             range of `dtype`, or no finite number.
     """
-    weights, form, made = AdaptedWeights(found, spec.base), found.written(spec), found.recipe
+    weights, made = AdaptedWeights(found, spec.base), found.recipe
+    form = found.written(spec, weights)
     dense: list[str] = []
 
     def prepare(empty: nn.Module) -> None:

@@ -42,7 +42,8 @@ def write_folded(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
         UserError: a DoRA layer does not fold; the adapter does not fit its base, or that is not the one of the
             training; a value is beyond the range of `dtype`, or no finite number.
     """
-    weights, form = AdaptedWeights(found, "dequantized"), found.written(spec)
+    weights = AdaptedWeights(found, "dequantized")
+    form = found.written(spec, weights)
     dense: list[str] = []
     tensors: dict[str, Tensor] = {}
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +32,7 @@ from qlora.export.fold import ADAPTER, write_folded
 from qlora.export.gguf import BASE, MODEL, load_gguf, load_gguf_lora, write_gguf, write_gguf_lora, written_type
 from qlora.export.merge import write_merged
 from qlora.export.peft import read_adapter
-from qlora.export.verify import Closeness, Expected, compare, expect, texts_of, tokenizer_problems, usual_limit
+from qlora.export.verify import Closeness, Expected, Limit, compare, expect, texts_of, tokenizer_problems, usual_limit
 from qlora.files import whole_folder, write_json
 from qlora.models.device import DTYPES
 from qlora.models.info import BaseInfo
@@ -47,7 +49,7 @@ class Format:
 
     Attributes:
         write: fills an empty folder.
-        load: gives the model in a folder as those who serve it load it, on the CPU.
+        load: gives the model in a folder as those who serve it load it, on the CPU, to compute in a dtype.
         takes: the fields of ExportSpec that have a meaning here.
         exact: whether nothing but rounding is lost, with `base="dequantized"`.
         readers: the packages that read it, for the verification.
@@ -56,7 +58,7 @@ class Format:
     """
 
     write: Callable[[AdaptedSource, ExportSpec, Path], None]
-    load: Callable[[Path, AdaptedSource], nn.Module]
+    load: Callable[[Path, AdaptedSource, torch.dtype], nn.Module]
     takes: frozenset[str]
     exact: bool
     readers: tuple[str, ...]
@@ -64,23 +66,23 @@ class Format:
     dtype: str | None = None
 
 
-def _by_transformers(folder: Path, found: AdaptedSource) -> nn.Module:
+def _by_transformers(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
     factory: Any = AutoModelForCausalLM
     model: nn.Module = factory.from_pretrained(
-        folder, dtype="auto", device_map={"": "cpu"}, trust_remote_code=found.source.trust_remote_code
+        folder, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=found.source.trust_remote_code
     )
-    for (
-        module
-    ) in model.modules():  # bitsandbytes' product for CPUs with AVX512-BF16 rounds constants to bf16; cards do not
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes
+            vars(module)["support_avx512bf16_for_cpu"] = False  # it would round constants to bf16; on cards it does not
+            vars(module)["compute_dtype"] = dtype
+            cast(Any, module).weight.quant_state.dtype = dtype
     return model
 
 
-def _by_peft(folder: Path, found: AdaptedSource) -> nn.Module:
+def _by_peft(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
     import peft
 
-    model: nn.Module = peft.PeftModel.from_pretrained(_by_transformers(folder, found), folder / ADAPTER)
+    model: nn.Module = peft.PeftModel.from_pretrained(_by_transformers(folder, found, dtype), folder / ADAPTER)
     return model
 
 
@@ -179,7 +181,11 @@ def export_adapter(
         expected = None if texts is None else expect(found, texts)
         base, closeness = _closest(found, spec, written, expected)
         if expected is not None and closeness is not None and verify is not None:
-            _refuse_far(found, spec, closeness[base], verify, base)
+            type = written_type(found, spec) if spec.to.startswith("gguf") else None
+            coarse = not row.exact or spec.double_quant or type in ("Q8_0", "Q4_0")
+            exact = not coarse and (base == "dequantized" or files.base.bits != 4)
+            rounded = (found.dtype, {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype))
+            _refuse_far(closeness[base], usual_limit(exact, rounded, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)
         write_json(part / REPORT, _report(found, spec, base, expected, closeness))
@@ -272,34 +278,34 @@ def _closest(
     """(the base with the smallest KL, how close each is); the only one, and None, where nothing is compared."""
     if expected is None:
         return next(iter(written)), None
-    closeness = {}
+    closeness, row, dtype = {}, FORMATS[spec.to], DTYPES[expected.dtype]
+
+    def load(place: Path) -> nn.Module:
+        return row.load(place, found, dtype)
+
     for base, folder in written.items():
         gguf = next((name for name in (MODEL, BASE) if (folder / name).exists()), None)
         has_tokenizer = gguf is not None or spec.to != "gguf-lora"
         problems = tokenizer_problems(found, folder, gguf) if has_tokenizer else []
         if problems:
             raise UserError(problems)
-        closeness[base] = compare(expected, folder, lambda place: FORMATS[spec.to].load(place, found))
+        closeness[base] = compare(expected, folder, load)
         gc.collect()
     return min(closeness, key=lambda base: closeness[base].kl), closeness
 
 
-def _refuse_far(found: AdaptedSource, spec: ExportSpec, closeness: Closeness, verify: VerifySpec, base: str) -> None:
+def _refuse_far(closeness: Closeness, limit: Limit, verify: VerifySpec) -> None:
     """Nothing, if the export is as close as its format should be.
 
     Raises:
         UserError: it is not, with the figures.
     """
-    same_weights = base == "dequantized" or found.files.base.bits != 4
-    type = written_type(found, spec) if spec.to.startswith("gguf") else None
-    blocks = type in ("Q8_0", "Q4_0")
-    exact = FORMATS[spec.to].exact and same_weights and not spec.double_quant and not blocks
-    usual = usual_limit(exact, (found.dtype, {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype)))
-    limit = usual if verify.max_kl is None else verify.max_kl
-    if not closeness.kl <= limit:  # NaN is refused too
-        rule = f"the export is further from the adapted model than that: {closeness}"
-        remedy = "Nothing was written. Use another format or dtype, or a larger `max_kl`"
-        raise UserError(problem("max_kl", f"{limit:g}", rule, remedy))
+    limit = limit if verify.max_kl is None else Limit(verify.max_kl)
+    if not limit.holds(closeness):
+        error = "" if limit.logit_error == math.inf else f" with logits {100 * limit.logit_error:g} % off at most"
+        rule = f"the export is further from the adapted model than that{error}: {closeness}"
+        remedy = "Nothing was written. Use another format or dtype, or give a larger `max_kl`"
+        raise UserError(problem("max_kl", f"{limit.kl:g}", rule, remedy))
 
 
 def _say_effect(expected: Expected, closeness: Closeness) -> None:
@@ -346,5 +352,6 @@ def _report(
         "readers": {name: metadata.version(name) for name in row.readers if importlib.util.find_spec(name)},
         "verified": verified and verified[base],
         "others": verified and {name: value for name, value in verified.items() if name != base},
+        "computed_in": None if expected is None else expected.dtype,
         "effect_kl": None if expected is None else expected.effect,
     }

@@ -27,6 +27,7 @@ from qlora.export.gguf_file import GGUFFile, stored_names, type_problems
 from qlora.export.shards import CPU, check_new_folder, placeholder
 from qlora.files import whole_folder
 from qlora.layers.attach import attach, named_adapters
+from qlora.models.device import DTYPES
 from qlora.models.gguf_layout import row_order
 from qlora.models.load import load_source, load_streaming
 from qlora.models.quantize import QuantizePass
@@ -76,7 +77,9 @@ def convert_to_gguf(
             file.add(parameter, value)
             return {parameter: placeholder(value)}
 
-        load_streaming(source, on_tensor, dtype="auto", device=CPU, prepare=prepare)
+        load_streaming(
+            source, on_tensor, dtype="auto", device=CPU, prepare=prepare, as_stored=lambda name: not source.packed
+        )
         file.end()
     return folder / MODEL
 
@@ -152,7 +155,8 @@ def _write(
         file.add(parameter, made)
         return {parameter: placeholder(made)}
 
-    model = load_streaming(source, on_tensor, dtype=found.written(spec).read_as, device=CPU, prepare=prepare)
+    form = found.written(spec, weights)
+    model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare, as_stored=form.as_stored)
     weights.check_all(model)
     file.end()
 
@@ -196,20 +200,20 @@ def _empty(found: AdaptedSource) -> nn.Module:
     return empty
 
 
-def load_gguf(folder: Path, found: AdaptedSource) -> nn.Module:
-    """What `write_gguf` wrote, decoded, in float32 on the CPU."""
-    return _decoded(folder / MODEL)
+def load_gguf(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
+    """What `write_gguf` wrote, decoded, in `dtype` on the CPU."""
+    return _decoded(folder / MODEL, dtype)
 
 
-def load_gguf_lora(folder: Path, found: AdaptedSource) -> nn.Module:
+def load_gguf_lora(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
     """What `write_gguf_lora` wrote, as `load_gguf`; without a base.gguf on the base of the training."""
     import gguf
 
     if (folder / BASE).exists():
-        model: Any = _decoded(folder / BASE)
+        model: Any = _decoded(folder / BASE, dtype)
     else:
         recipe = found.files.base.quantization(found.source.packed)
-        model = load_source(found.source, recipe, dtype=found.dtype, device="cpu")
+        model = load_source(found.source, recipe, dtype=_short(dtype), device="cpu")
     reader = gguf.GGUFReader(folder / ADAPTER)
     held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     names = {name: parameter.removesuffix(".weight") for parameter, name in stored_names(_empty(found)).items()}
@@ -227,5 +231,9 @@ def load_gguf_lora(folder: Path, found: AdaptedSource) -> nn.Module:
     return model
 
 
-def _decoded(path: Path) -> nn.Module:
-    return load_source(resolve(str(path)), Quantization(16), dtype="fp32", device="cpu")
+def _decoded(path: Path, dtype: torch.dtype) -> nn.Module:
+    return load_source(resolve(str(path)), Quantization(16), dtype=_short(dtype), device="cpu")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)

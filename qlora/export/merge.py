@@ -27,7 +27,8 @@ def write_merged(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
         UserError: the adapter does not fit its base, or that is not the one of the training; a value is beyond the
             range of `dtype`, or no finite number.
     """
-    weights, form = AdaptedWeights(found, spec.base), found.written(spec)
+    weights = AdaptedWeights(found, spec.base)
+    form = found.written(spec, weights)
 
     def transform(parameter: str, value: Any) -> dict[str, Tensor]:
         layer = weights.layer_of(parameter, value)

@@ -367,6 +367,10 @@ def _base_problems(model: nn.Module, trained: BaseInfo, folder: Path) -> list[st
         where = f"was trained on {trained.model} ({_made(trained)}, fingerprint {trained.fingerprint[:12]})"
         rule = f"{where}; this model is {base.model} ({_made(base)}, fingerprint {base.fingerprint[:12]})"
         return [problem("adapter", folder, rule, "Load the base it was trained on")]
+    if trained.bits == base.bits == 4 and not _same_values(trained, base):
+        rule = f"was trained on weights that were rounded to {trained.dtype} before they were quantized"
+        remedy = f"Load the base with `cast_to={trained.dtype!r}`, as `generate`, `eval` and `resume` do by themselves"
+        return [problem("adapter", folder, rule, remedy)]
     names = ("bits", "blocksize", "double_quant", "scales") if trained.bits == base.bits == 4 else ("bits",)
     pairs = [(getattr(trained, name), getattr(base, name)) for name in names]
     # None: a checkpoint that was NF4 already does not tell.
@@ -374,6 +378,13 @@ def _base_problems(model: nn.Module, trained: BaseInfo, folder: Path) -> list[st
         return []
     rule = f"was trained on {_made(trained)}; this model has {_made(base)}"
     return [problem("adapter", folder, rule, f"Load the base with {_made(trained)}")]
+
+
+def _same_values(trained: BaseInfo, base: BaseInfo) -> bool:
+    """Whether the same values were quantized, as far as both tell: rounding to what they are stored in changes none."""
+    stored = trained.stored or base.stored
+    pair = {info.cast_to for info in (trained, base)}
+    return stored is None or len(pair) == 1 or pair <= {None, "fp32", stored}
 
 
 def _made(base: BaseInfo) -> str:

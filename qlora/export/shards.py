@@ -115,7 +115,8 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_model` writes: `dtype` is stated in the config; tensors are read as `read_as` ("auto": as stored).
+    """What `write_model` writes: `dtype` is stated in the config; tensors are read as `read_as` ("auto": that of the
+    config), those that `as_stored` names in the type of the checkpoint.
 
     `stops` are tokens that end an answer, beside those that the model's own generation_config names.
     """
@@ -124,6 +125,7 @@ class Written:
     read_as: torch.dtype | str
     shard_size: int  # bytes
     stops: tuple[int, ...] = ()
+    as_stored: Callable[[str], bool] = lambda name: False
 
 
 def write_model(
@@ -179,7 +181,7 @@ def write_into(
             writer.add(name, tensor)
         return {parameter: placeholder(value if isinstance(value, Tensor) else written[parameter])}
 
-    model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare)
+    model = load_streaming(source, on_tensor, dtype=form.read_as, device=CPU, prepare=prepare, as_stored=form.as_stored)
     finish(model)
     writer.close()
     _write_config(model, folder, form)

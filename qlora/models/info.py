@@ -25,7 +25,11 @@ class BaseInfo:
     `models.quantize.Fingerprint`), `vocabulary` is the number of rows of the embedding.
 
     `scales` is None for a checkpoint that was NF4 already, which does not tell. Adapters from before that field had
-    absmax. An adapter that PEFT wrote names only the model: then all other fields are None.
+    absmax. `stored` is the type of the weights that were quantized (bf16, fp16, fp32), as the checkpoint holds them: a
+    base does not depend on what the machine computes in. `cast` is the type that they were cast to first. Adapters
+    from before these fields had weights cast to `dtype`.
+
+    An adapter that PEFT wrote names only the model: then all other fields are None.
     """
 
     model: str | None = None
@@ -37,12 +41,19 @@ class BaseInfo:
     fingerprint: str | None = None
     scales: str | None = "absmax"
     vocabulary: int | None = None
+    stored: str | None = None
+    cast: str | None = None
+
+    @property
+    def cast_to(self) -> str | None:
+        """The type that weights were rounded to before they were quantized, None for none."""
+        return self.cast or (self.dtype if self.stored is None and self.bits == 4 else None)
 
     def quantization(self, packed: bool) -> Quantization:
         """What makes these weights again from a checkpoint; `packed`: one that is NF4 already."""
         if self.bits != 4 or packed:
             return Quantization(self.bits or 16)
-        return Quantization(4, self.blocksize, self.double_quant, self.scales)
+        return Quantization(4, self.blocksize, self.double_quant, self.scales, self.cast_to)
 
 
 @dataclass

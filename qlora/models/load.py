@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from qlora.errors import UserError, guard, problem
 from qlora.layers.fused import fuse
 from qlora.models.device import DTYPES, resolve_device, resolve_dtype
-from qlora.models.gguf import gguf_tensors
+from qlora.models.gguf import GGUFTensor, gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
 from qlora.models.quantize import QuantizePass, check_finite
@@ -75,33 +75,44 @@ def load_streaming(
     device: torch.device,
     prepare: Callable[[nn.Module], None] = lambda model: None,
     wants: Callable[[str], bool] = lambda name: True,
+    as_stored: Callable[[str], bool] = lambda name: False,
 ) -> PreTrainedModel:
     """Load a causal language model, passing each checkpoint tensor that `wants` names through `on_tensor`.
 
     Args:
         source: the model on disk.
         on_tensor: takes a name and a tensor, returns what to put into the model, by full name.
-        dtype: of the tensors; "auto": as stored.
+        dtype: of the tensors; "auto": that of the config, of a GGUF file float32.
         device: where they go.
         prepare: sees the empty model first.
         wants: whether a tensor of this name is passed through `on_tensor`.
+        as_stored: whether a tensor of this name comes in the type of the checkpoint; of a GGUF file in float32.
 
     Raises:
         UserError: the checkpoint lacks tensors, has them in other shapes, or `on_tensor` found something wrong.
         OSError: what `on_tensor` writes could not be written.
     """
+    dtype = torch.float32 if source.gguf is not None and dtype == "auto" else dtype  # its header names none
     watched = _Watched(on_tensor)
     shapes: dict[str, torch.Size] = {}
+    lazy: dict[str, object] | None = None
 
     def prepared(model: nn.Module) -> None:
         refuse_size(source, sum(parameter.numel() for parameter in model.parameters()))
         prepare(model)
         shapes.update((name, parameter.shape) for name, parameter in model.named_parameters())
+        for name, tensor in (lazy or {}).items():
+            if isinstance(tensor, GGUFTensor) and as_stored(name):
+                tensor.dtype = torch.float32
 
     place = source.gguf or source.folder
     try:
         with guard("model", place, "cannot be loaded", "Check that the folder is whole"), LOADING:
-            model, loading = _loaded(source, stream_config(prepared, wants, watched), dtype, device)
+            config = load_config(source)
+            lazy = lazy_tensors(source, config, dtype)
+            model, loading = _loaded(
+                source, config, lazy, stream_config(prepared, wants, watched, as_stored), dtype, device
+            )
     except UserError as error:
         watched.raise_ours()
         if error.__cause__ is not None and is_pickled(source):  # torch's own words explain how to run such code
@@ -118,12 +129,14 @@ def load_streaming(
 
 
 def _loaded(
-    source: Source, quantizer: Any, dtype: torch.dtype | str, device: torch.device
+    source: Source,
+    config: PretrainedConfig,
+    lazy: dict[str, object] | None,
+    quantizer: Any,
+    dtype: torch.dtype | str,
+    device: torch.device,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and transformers' account of what was missing or did not fit."""
-    config = load_config(source)
-    if source.gguf is not None and dtype == "auto":
-        dtype = torch.float32  # what its tensors are decoded to
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -132,7 +145,6 @@ def _loaded(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they come back in the account and are refused, all of them with the rest
     }
-    lazy = lazy_tensors(source, config, dtype)
     factory: Any = AutoModelForCausalLM  # its annotations do not know `output_loading_info`
     if lazy is None:
         model, loading = factory.from_pretrained(
@@ -201,7 +213,13 @@ def load_source(
     dtype = resolve_dtype(dtype, place)
     layers = QuantizePass(source, quantization)
     loaded = load_streaming(
-        source, layers.on_tensor, dtype=DTYPES[dtype], device=place, prepare=layers.prepare, wants=layers.wants
+        source,
+        layers.on_tensor,
+        dtype=DTYPES[dtype],
+        device=place,
+        prepare=layers.prepare,
+        wants=layers.wants,
+        as_stored=layers.reads_stored,
     )
     check_finite(loaded)
     loaded.requires_grad_(False)
@@ -218,6 +236,8 @@ def load_source(
         layers.fingerprint.digest(names),
         made.scales,
         embedding_rows(loaded),
+        layers.stored,
+        made.cast_to,
     )
     if backends.has_fused_elementwise(place):
         fuse(loaded)

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import UserError, problem
 from qlora.layers import nf4
 from qlora.layers.linear import NF4Linear, is_linear, left_alone, linear_names
+from qlora.models.device import DTYPES
 from qlora.models.info import BaseInfo
 from qlora.models.packed import PackedTensor, packed_layers
 from qlora.models.source import Source
@@ -45,7 +46,7 @@ def resolve_quantization(source: Source, quantization: Quantization) -> Resolved
 
 def _resolved(packed: Packed | None, quantization: Quantization) -> ResolvedQuantization:
     given = dataclasses.asdict(quantization)
-    bits = given.pop("bits")
+    bits, cast_to = given.pop("bits"), given.pop("cast_to")
     held = [dict(zip(given, (*layer, None), strict=True)) for layer in (packed or {}).values()]
     problems = quantization.problems()
     if packed is not None and bits == 16:
@@ -57,8 +58,9 @@ def _resolved(packed: Packed | None, quantization: Quantization) -> ResolvedQuan
             problems += _contradiction(name, value, [layer[name] for layer in held])
     if problems:
         raise UserError(problems)
-    made = held[0] if held else {}
-    return ResolvedQuantization(bits, **(made | {name: value for name, value in given.items() if value is not None}))
+    made: dict[str, Any] = held[0] if held else {}
+    made |= {name: value for name, value in given.items() if value is not None}
+    return ResolvedQuantization(bits, cast_to=cast_to, **made)
 
 
 def _contradiction(name: str, value: object, held: list[int | bool | None]) -> list[str]:
@@ -132,6 +134,7 @@ class QuantizePass:
         shapes: (out, in) by layer, once the empty model was noted.
         transposed: the layers that store [in, out] (GPT-2's Conv1D).
         fingerprint: of the weights that have passed.
+        types: of the weights that were quantized, as they came.
 
     Raises:
         UserError: see `resolve_quantization`.
@@ -143,6 +146,19 @@ class QuantizePass:
         self.shapes: dict[str, tuple[int, int]] = {}
         self.transposed: set[str] = set()
         self.fingerprint = Fingerprint()
+        self.types: set[torch.dtype] = set()
+
+    @property
+    def stored(self) -> str | None:
+        """The type of the weights that were quantized, before any cast; fp32 where there were several; None where none
+        was.
+        """
+        names = [name for name, dtype in DTYPES.items() if {dtype} == self.types]
+        return None if not self.types else names[0] if names else "fp32"
+
+    def reads_stored(self, name: str) -> bool:
+        """Whether the parameter `name` is to be read in the type that the checkpoint has it in."""
+        return self.quantization.bits == 4 and self.wants(name)
 
     def note(self, model: nn.Module) -> None:
         """Note the linear layers of the empty model.
@@ -222,6 +238,11 @@ class QuantizePass:
         self._check_shape(name, oriented.shape)
         self.fingerprint.add(layer, oriented)
         made = self.quantization
+        if oriented.dtype not in DTYPES.values():
+            oriented = oriented.float()
+        self.types.add(oriented.dtype)
+        if made.cast_to is not None:
+            oriented = oriented.to(DTYPES[made.cast_to])
         return nf4.quantize(oriented, made.blocksize, made.double_quant, name, made.scales or "absmax")
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:

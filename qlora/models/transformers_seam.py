@@ -14,6 +14,7 @@ alternative, a loader of our own, would know each architecture's renamed, sharde
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -36,14 +37,16 @@ def stream_config(
     prepare: Callable[[nn.Module], None],
     wants: Callable[[str], bool],
     on_tensor: Callable[[str, Any], dict[str, Tensor]],
+    as_stored: Callable[[str], bool] = lambda name: False,
 ) -> QuantizationConfigMixin:
     """The `quantization_config` of a load that shows tensors to `on_tensor(name, tensor)`, which returns what to put
-    into the model, by full name. `prepare` sees the empty model first; `wants` picks tensors by name.
+    into the model, by full name. `prepare` sees the empty model first; `wants` picks tensors by name, and `as_stored`
+    those that come in the type of the checkpoint.
 
     The quantizer is registered with transformers at the first call, not when this module is imported.
     """
     _register()
-    return _StreamConfig(prepare, wants, on_tensor)
+    return _StreamConfig(prepare, wants, on_tensor, as_stored)
 
 
 @functools.cache
@@ -54,16 +57,17 @@ def _register() -> None:
 
 
 class _StreamConfig(QuantizationConfigMixin):
-    """Carries the three functions of `stream_config` to the quantizer."""
+    """Carries the four functions of `stream_config` to the quantizer."""
 
     def __init__(
         self,
         prepare: Callable[[nn.Module], None],
         wants: Callable[[str], bool],
         on_tensor: Callable[[str, Any], dict[str, Tensor]],
+        as_stored: Callable[[str], bool],
     ):
         self.quant_method = METHOD  # type: ignore[assignment]  # an enum of their own; registered names are plain text
-        self.prepare, self.wants, self.on_tensor = prepare, wants, on_tensor
+        self.prepare, self.wants, self.on_tensor, self.as_stored = prepare, wants, on_tensor, as_stored
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}  # not the functions: transformers copies and prints this
@@ -95,6 +99,8 @@ class _StreamQuantizer(HfQuantizer):
         for module in codes.values():
             module.weight = torch.empty_like(module.get_buffer("weight"), dtype=model.dtype)
         self.codes = set(codes)
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        _leave_uncast(model, [name for name in names if self.quantization_config.as_stored(name)])
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes an element in the loaded model, from which memory is set aside on a GPU beforehand."""
@@ -108,6 +114,18 @@ class _StreamQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
+
+
+def _leave_uncast(model: PreTrainedModel, names: list[str]) -> None:
+    """Let the loader take these tensors as the file has them: `_get_dtype_plan` gives {pattern: dtype to cast to}, and
+    None casts to nothing. 5.17, 5.23
+    """
+    if names:
+        plan, pattern = model._get_dtype_plan, f"^(?:{'|'.join(map(re.escape, names))})$"
+        vars(model)[_PLAN] = lambda dtype: {pattern: None} | plan(dtype)
+
+
+_PLAN = "_get_dtype_plan"
 
 
 class _OnTensor(ConversionOps):
@@ -124,7 +142,8 @@ class _OnTensor(ConversionOps):
 
 
 def forget_quantizer(model: PreTrainedModel) -> None:
-    """An ordinary model again: Trainer and save_pretrained refuse models that a quantizer has marked.
+    """An ordinary model again: Trainer and save_pretrained refuse models that a quantizer has marked. The plan of
+    `_leave_uncast` goes too.
 
     The marks: `config._is_quantized` and `config.quantization_config` of the model and of every model in it;
     `hf_quantizer`, `quantization_method` and `is_quantized` of the model. 5.17, 5.23
@@ -138,6 +157,7 @@ def forget_quantizer(model: PreTrainedModel) -> None:
         if hasattr(model, name):
             delattr(model, name)
     vars(model)["is_quantized"] = False
+    vars(model).pop(_PLAN, None)
 
 
 def attention_implementation(model: Any) -> str:

@@ -19,7 +19,11 @@ from typing import Any
 from qlora.config.commands import FinetuneConfig
 from qlora.config.options import changeable, defaults
 from qlora.errors import UserError, problem
+from qlora.export.peft import OWN_CONFIG
+from qlora.files import read_json
+from qlora.models.info import BaseInfo
 from qlora.run.inputs import Inputs
+from qlora.specs import Quantization
 from qlora.train.checkpoint import read_state
 
 
@@ -32,6 +36,7 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     free = changeable(FinetuneConfig)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
+    del options["cast_to"]  # see `quantization_of`
     options["dtype"] = dtype
     digest = hashlib.sha256()
     for example in [*inputs.train, *(inputs.calibration if config.calibrate else ())]:
@@ -40,6 +45,17 @@ def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int],
     data = {"examples": len(inputs.train), "sha256": digest.hexdigest()}
     moment = {} if inputs.moment is None else {"moment": inputs.moment.isoformat()}
     return {"options": options, "length": length, "data": data, **moment}
+
+
+def quantization_of(config: FinetuneConfig, checkpoint: Path | None) -> Quantization:
+    """How the base of a run is quantized; of one that goes on, from the values that it began with: runs of earlier
+    versions rounded weights to what they computed in first.
+    """
+    made = config.quantization()
+    if checkpoint is None or made.bits != 4:
+        return made
+    base = read_json(checkpoint / OWN_CONFIG).get("base") or {}
+    return dataclasses.replace(made, cast_to=BaseInfo(**base).cast_to)
 
 
 def moment_of(checkpoint: Path | None) -> datetime | None:

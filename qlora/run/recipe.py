@@ -31,7 +31,7 @@ from qlora.export.peft_write import save_adapter
 from qlora.models.device import resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
-from qlora.run.identity import check_same_run, moment_of, run_identity
+from qlora.run.identity import check_same_run, moment_of, quantization_of, run_identity
 from qlora.run.inputs import Inputs, begins_by_error, examples_of_step, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
 from qlora.run.output import check_output
@@ -69,7 +69,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         run.keep_memory(inputs)
         config = run.config  # with settings that keep the budget
 
-        parts = build(config, inputs, length, run.device, run.output, fresh=checkpoint is None)
+        parts = build(config, inputs, length, run.device, run.output, checkpoint)
         model, optimizer = parts.model, run.own(parts.optimizer)
         first = 0 if checkpoint is None else load_checkpoint(checkpoint, model, optimizer)["step"]
         notes = {"data": config.data, "examples": len(inputs.train), "steps": length["steps"]}
@@ -155,25 +155,29 @@ def build(
     length: dict[str, int],
     device: torch.device,
     folder: Path,
-    *,
-    fresh: bool = True,
+    checkpoint: Path | None = None,
 ) -> Parts:
     """Everything that the options decide about training, before its first step.
 
     Args:
         length: see `run_length`.
         folder: where optimizer state may spill to.
-        fresh: no checkpoint will tell the adapters how they began.
+        checkpoint: what the run goes on from, which tells the adapters how they began.
 
     Raises:
         UserError: see `assemble` and `PagedAdamW`.
     """
     dtype = resolve_dtype(config.dtype, device)
     spec = ModelSpec(
-        config.quantization(), config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed
+        quantization_of(config, checkpoint),
+        config.adapter(),
+        dtype,
+        config.gradient_checkpointing,
+        config.packing,
+        config.seed,
     )
     model = assemble(inputs.source, spec, device)
-    beginning = begin(model, config, inputs) if fresh and begins_by_error(config, inputs.source) else None
+    beginning = begin(model, config, inputs) if checkpoint is None and begins_by_error(config, inputs.source) else None
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
     examples = examples_of_step(config, inputs.train, length["examples"])
     batches = micro_batches(config, inputs.train, length["examples"])

@@ -48,6 +48,24 @@ def test_every_wanted_tensor_is_seen_once_under_its_name_in_the_model(saved_mode
         assert torch.equal(tensor, expected[name] + 1 if name in seen else expected[name]), name
 
 
+def test_what_is_asked_for_as_stored_is_not_cast(saved_models):
+    """`_get_dtype_plan`, which names no dtype for it; the plan goes with the quantizer's other marks."""
+    seen: dict[str, torch.dtype] = {}
+
+    def on_tensor(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen[name] = tensor.dtype
+        return {name: tensor.to(torch.bfloat16)}
+
+    config = stream_config(lambda model: None, lambda name: True, on_tensor, lambda name: "mlp.up" in name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        saved_models("llama"), dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=config
+    )
+    assert {dtype for name, dtype in seen.items() if "mlp.up" in name} == {torch.float32}
+    assert {dtype for name, dtype in seen.items() if "mlp.up" not in name} == {torch.bfloat16}
+    forget_quantizer(model)
+    assert "_get_dtype_plan" not in vars(model)
+
+
 def test_the_empty_model_is_seen_first(saved_models):
     """`_process_model_before_weight_loading`: nothing has values yet, and what is put into places is loaded."""
     places = []
