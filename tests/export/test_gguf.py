@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -16,8 +18,9 @@ from llama_cpp import LlamaCpp
 from tiny import adapted
 
 from qlora import UserError, load_base, save_adapter
-from qlora.export.formats import export_adapter
-from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
+from qlora.cli import main
+from qlora.export.formats import FORMATS, export_adapter
+from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf, write_gguf
 from qlora.models.gguf_header import read_header, read_keys
 from qlora.models.source import resolve
 from qlora.specs import ExportSpec
@@ -240,3 +243,38 @@ def test_smollm2(tmp_path, smollm2_dense, tokenizer):
         messages = [{"role": "user", "content": "Name a colour."}]
         templated = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert served.chat(messages, 4)[0] == len(templated)
+
+
+def test_the_command(tmp_path, capsys):
+    """A verified file; an option of GGUF has no meaning elsewhere; a LoRA is written without a base."""
+    base = saved(model("llama"), tmp_path / "base")
+    save_adapter(adapted(load_base(str(base), dtype="fp32"), "lora"), tmp_path / "adapter")
+    common = ["export", "--adapter", str(tmp_path / "adapter"), "--output"]
+    assert main([*common, str(tmp_path / "out"), "--to", "gguf", "--type", "Q8_0"]) == 0
+    said = capsys.readouterr().out
+    assert "verified: KL" in said and f"llama-server -m {tmp_path / 'out'}/model.gguf" in said
+    assert json.loads((tmp_path / "out/export_report.json").read_text())["type"] == "Q8_0"
+    assert main([*common, str(tmp_path / "lora"), "--to", "gguf-lora"]) == 0
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"adapter.gguf", "export_report.json"}
+    assert f"-m BASE.gguf --lora {tmp_path / 'lora'}/adapter.gguf" in capsys.readouterr().out
+    assert main([*common, str(tmp_path / "no"), "--type", "Q8_0"]) == 2
+    assert "type=Q8_0: has no meaning for --to hf" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_seen(tmp_path, monkeypatch):
+    """One matrix changed after it was written: the verification refuses, and nothing is left."""
+    base = saved(model("llama"), tmp_path / "base")
+    save_adapter(adapted(load_base(str(base), dtype="fp32"), "lora"), tmp_path / "adapter")
+
+    def damaged(found, spec, folder):
+        write_gguf(found, spec, folder)
+        _, start = read_header(folder / MODEL).tensors["blk.1.attn_v.weight"]
+        with (folder / MODEL).open("r+b") as file:
+            file.seek(start)
+            file.write(b"\0" * 2048)
+
+    row = dataclasses.replace(FORMATS["gguf"], write=damaged)
+    monkeypatch.setitem(FORMATS, "gguf", row)
+    with pytest.raises(UserError, match="further from the adapted model"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", ExportSpec("gguf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
