@@ -26,7 +26,8 @@ Method = Literal["lora", "dora"]
 METHODS: tuple[str, ...] = get_args(Method)
 Init = Literal["kaiming", "gaussian"]
 INITS: tuple[str, ...] = get_args(Init)
-ExportFormat = Literal["hf", "bnb4-lora", "bnb4"]
+ExportFormat = Literal["hf", "bnb4-lora", "bnb4", "gguf", "gguf-lora"]
+GGUFType = Literal["auto", "F16", "BF16", "Q8_0", "Q4_0"]
 MergeBase = Literal["dequantized", "original", "best"]
 MERGE_BASES: tuple[str, ...] = get_args(MergeBase)
 
@@ -180,6 +181,7 @@ class ExportSpec:
     dtype: str = "auto"  # of weights that are not quantized; auto: bf16 for "hf", else what the training computed in
     double_quant: bool = False  # of "bnb4-lora": its rescaled constants in 8 bits again
     shard_size: int = 10**9  # bytes of the largest file
+    type: str = "auto"  # of the matrices in a GGUF file; auto: F16 for "gguf", for "gguf-lora" see `write_gguf_lora`
 
 
 @dataclass(frozen=True)

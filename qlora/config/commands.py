@@ -35,6 +35,7 @@ from qlora.specs import (
     AdapterSpec,
     ExportFormat,
     ExportSpec,
+    GGUFType,
     Init,
     MergeBase,
     Method,
@@ -317,7 +318,8 @@ class ExportConfig(MergeConfig):
     to: ExportFormat = option(
         **declared(ExportSpec, "to"),
         group=OUTPUT,
-        help="16-bit weights (hf), a 4-bit base with a plain LoRA adapter (bnb4-lora), 4 bits merged (bnb4)",
+        help="16-bit weights (hf), a 4-bit base with a plain LoRA adapter (bnb4-lora), 4 bits merged (bnb4), one file "
+        "for llama.cpp (gguf), a LoRA for llama.cpp (gguf-lora)",
     )
     dtype: Dtype = option(  # type: ignore[assignment]  # it knows that of the training
         **declared(ExportSpec, "dtype"),
@@ -329,9 +331,14 @@ class ExportConfig(MergeConfig):
         group=OUTPUT,
         help="bnb4-lora: keep the rescaled constants in 8 bits, which is smaller and no longer exact",
     )
+    type: GGUFType = option(
+        **declared(ExportSpec, "type"),
+        group=OUTPUT,
+        help="gguf, gguf-lora: the type of matrices; auto: F16 for gguf, Q8_0 for the base of a DoRA in gguf-lora",
+    )
 
     def spec(self) -> ExportSpec:
-        return ExportSpec(self.to, self.base, self.dtype, self.double_quant, self.shard_size)
+        return ExportSpec(self.to, self.base, self.dtype, self.double_quant, self.shard_size, self.type)
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ from qlora.errors import UserError, problem
 from qlora.export.adapted_source import AdaptedSource, open_adapted
 from qlora.export.bnb import write_requantized
 from qlora.export.fold import ADAPTER, write_folded
+from qlora.export.gguf import BASE, MODEL, load_gguf, load_gguf_lora, write_gguf, write_gguf_lora, written_type
 from qlora.export.merge import write_merged
 from qlora.export.peft import read_adapter
 from qlora.export.verify import Closeness, Expected, Limit, compare, expect, texts_of, tokenizer_problems, usual_limit
@@ -112,6 +113,22 @@ FORMATS = {
         readers=("transformers", "bitsandbytes"),
         use="AutoModelForCausalLM.from_pretrained({folder!r})",
     ),
+    "gguf": Format(
+        write_gguf,
+        load_gguf,
+        takes=frozenset({"base", "type"}),
+        exact=True,
+        readers=("gguf",),
+        use="llama-server -m {folder}/model.gguf",
+    ),
+    "gguf-lora": Format(
+        write_gguf_lora,
+        load_gguf_lora,
+        takes=frozenset({"type"}),
+        exact=True,
+        readers=("gguf",),
+        use="llama-server -m {base} --lora {folder}/adapter.gguf",
+    ),
 }
 
 
@@ -164,12 +181,16 @@ def export_adapter(
         expected = None if texts is None else expect(found, texts)
         base, closeness = _closest(found, spec, written, expected)
         if expected is not None and closeness is not None and verify is not None:
-            exact = row.exact and not spec.double_quant and (base == "dequantized" or files.base.bits != 4)
-            _refuse_far(closeness[base], usual_limit(exact, (found.dtype, spec.dtype), expected.dtype), verify)
+            type = written_type(found, spec) if spec.to.startswith("gguf") else None
+            coarse = not row.exact or spec.double_quant or type in ("Q8_0", "Q4_0")
+            exact = not coarse and (base == "dequantized" or files.base.bits != 4)
+            rounded = (found.dtype, {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype))
+            _refuse_far(closeness[base], usual_limit(exact, rounded, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)
         write_json(part / REPORT, _report(found, spec, base, expected, closeness))
-    use = row.use.format(folder=str(folder), adapter=str(folder / ADAPTER))
+    base_file = folder / BASE if (folder / BASE).exists() else "BASE.gguf"
+    use = row.use.format(folder=str(folder), adapter=str(folder / ADAPTER), base=base_file)
     return Exported(folder, base, None if closeness is None else closeness[base], use)
 
 
@@ -225,7 +246,7 @@ def _problems(spec: ExportSpec, verify: VerifySpec | None, trained: BaseInfo) ->
         rule = "the adapter was not made here and does not say how its base was quantized"
         remedy = "Use `base=original`" if "base" in row.takes else "Use `to=hf` with `base=original`"
         problems.append(problem("base", spec.base, rule, remedy))
-    elif trained.bits == 16 and "base" not in row.takes:
+    elif trained.bits == 16 and spec.to == "bnb4-lora":
         rule = "the adapter was trained on 16-bit weights, which have no constants to rescale"
         problems.append(problem("to", spec.to, rule, "Use `to=hf`, or `to=bnb4`"))
     if verify is None and spec.base == "best":
@@ -263,7 +284,9 @@ def _closest(
         return row.load(place, found, dtype)
 
     for base, folder in written.items():
-        problems = tokenizer_problems(found, folder)
+        gguf = next((name for name in (MODEL, BASE) if (folder / name).exists()), None)
+        has_tokenizer = gguf is not None or spec.to != "gguf-lora"
+        problems = tokenizer_problems(found, folder, gguf) if has_tokenizer else []
         if problems:
             raise UserError(problems)
         closeness[base] = compare(expected, folder, load)
@@ -323,6 +346,7 @@ def _report(
         "base": base,
         "dtype": spec.dtype,
         "double_quant": spec.double_quant,
+        "type": written_type(found, spec) if spec.to.startswith("gguf") else None,
         "adapter": str(found.files.folder),
         "trained": {"model": trained.model, "bits": trained.bits, "dtype": trained.dtype},
         "readers": {name: metadata.version(name) for name in row.readers if importlib.util.find_spec(name)},

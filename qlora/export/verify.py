@@ -37,6 +37,7 @@ from qlora.export.adapted_source import AdaptedSource
 from qlora.export.peft import AdapterFiles, put_adapter
 from qlora.layers.attach import disabled
 from qlora.models.limits import Limits, refuse_tokens, source_limits
+from qlora.models.source import load_tokenizer
 from qlora.models.transformers_seam import LOADING
 
 PROMPTS = (
@@ -208,11 +209,17 @@ def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module])
     )
 
 
-def tokenizer_problems(found: AdaptedSource, folder: Path) -> list[str]:
-    """A line if the tokenizer in `folder` makes other tokens of our prompts than that of the training."""
+def tokenizer_problems(found: AdaptedSource, folder: Path, gguf: str | None = None) -> list[str]:
+    """A line if the tokenizer in `folder`, or in the file `gguf` in it, makes other tokens of our prompts than that of
+    the training.
+    """
     trust = found.source.trust_remote_code
     with guard("verify", "failed", "the tokenizer that was written cannot be loaded", "Write it again"):
-        written = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        written = (
+            load_tokenizer(str(folder / gguf))
+            if gguf
+            else AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        )
     changed = [prompt for prompt in PROMPTS if prompt_ids(prompt, written) != prompt_ids(prompt, found.tokenizer)]
     rule = "the tokenizer that was written makes other tokens of it than that of the adapter"
     return [problem("verify", changed[0], rule, "Report it, with `qlora doctor`")] if changed else []

@@ -25,6 +25,7 @@ from qlora.errors import UserError, guard, problem
 _SCALARS = "BbHhIifxxxQqd"  # struct's letter by GGUF type; 7 bool, 8 text, 9 array
 _BOOL, _TEXT, _ARRAY = 7, 8, 9
 _MOST_LAYERS = 10_000
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _REMEDY = "Check that the file is whole, or get it again"
 
 
@@ -49,8 +50,8 @@ class Header:
 class _Cursor:
     """Reads on from where it is; struct refuses what lies behind the end."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
+    def __init__(self, data: mmap.mmap, arrays: bool = False):
+        self.data, self.at, self.arrays = data, 0, arrays
 
     def read(self, letters: str) -> Any:
         """One number."""
@@ -79,7 +80,7 @@ class _Cursor:
         self.at = at
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of a GGUF type; of an array its length."""
+        """A value of a GGUF type; of an array its length, or with `arrays` a list."""
         if kind == _TEXT:
             return self.text()
         if kind == _BOOL:
@@ -93,12 +94,18 @@ class _Cursor:
         if inner in (_TEXT, _ARRAY):
             if depth or inner == _ARRAY:
                 raise ValueError("an array in an array")
+            start = self.at
             self._skip_texts(count)
+            if self.arrays:
+                self.at = start
+                return [self.text() for _ in range(count)]
         else:
             letter = "B" if inner == _BOOL else _SCALARS[inner] if inner < len(_SCALARS) else "x"
             if letter == "x":
                 raise ValueError(f"there is no type {inner}")
-            self.skip(count * struct.calcsize("<" + letter))
+            start = self.skip(count * struct.calcsize("<" + letter))
+            if self.arrays:
+                return list(struct.unpack_from(f"<{count}{letter}", self.data, start))
         return count
 
 
@@ -121,6 +128,26 @@ def read_header(path: Path) -> Header:
     if not any(name.startswith(f"blk.{layers - 1}.") for name in found.tensors):
         rule = f"says that it has {layers} layers ({found.architecture}.block_count), and holds no tensor of the last"
         raise UserError(problem("model", path, rule, _REMEDY))
+    return found
+
+
+def read_keys(path: Path, prefix: str) -> dict[str, tuple[int, int | None, Any]]:
+    """(GGUF type, that of an array's elements, value) of every key of a GGUF file that begins with `prefix`.
+
+    Raises:
+        UserError: see `read_header`.
+    """
+    found: dict[str, tuple[int, int | None, Any]] = {}
+    with guard("model", path, "cannot be read as GGUF", _REMEDY), path.open("rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, arrays=True)
+            cursor.skip(16)  # magic, version, tensors
+            for _ in range(cursor.read("Q")):
+                key, kind = cursor.text(), cursor.read("I")
+                inner = struct.unpack_from("<I", data, cursor.at)[0] if kind == _ARRAY else None
+                value = cursor.value(kind)
+                if key.startswith(prefix):
+                    found[key] = (kind, inner, value)
     return found
 
 
@@ -158,6 +185,8 @@ def rope_parameters(header: Header, path: Path, config: PretrainedConfig) -> dic
     """
     if "rope_freqs.weight" in header.tensors:
         return _from_factors(_factors(header, path), header, path, config)
+    if LONG in header.tensors and SHORT in header.tensors:
+        return _long(header, path)
     factor = header.get("rope.scaling.factor") or header.get("rope.scale_linear") or 1.0
     kind = header.get("rope.scaling.type", "linear")  # the oldest files have the factor alone
     original = header.get("rope.scaling.original_context_length") or header.get("context_length")
@@ -184,11 +213,27 @@ def rope_scale(header: Header) -> float:
     return float(factor) if isinstance(factor, (int, float)) and factor > 1 else 1.0
 
 
-def _factors(header: Header, path: Path) -> torch.Tensor:
-    """rope_freqs.weight [pairs], float32."""
-    kind, start = header.tensors["rope_freqs.weight"]
-    (pairs,) = header.shapes["rope_freqs.weight"] if len(header.shapes["rope_freqs.weight"]) == 1 else (0,)
-    with guard("model", path, "rope_freqs.weight cannot be read", _REMEDY), path.open("rb") as file:
+def _long(header: Header, path: Path) -> dict[str, Any]:
+    """Factors for texts of the original length and for longer ones (arXiv:2402.13753), as Phi-3 has them."""
+    original = header.get("rope.scaling.original_context_length") or header.get("context_length")
+    attention = header.get("rope.scaling.attn_factor", 1.0)
+    if not all(isinstance(value, (int, float)) and 0 < value < 1e9 for value in (original, attention)):
+        raise UserError(problem("model", path, "its positions are scaled in a way that cannot be read", _REMEDY))
+    return {
+        "rope_type": "longrope",
+        "short_factor": _factors(header, path, SHORT).tolist(),
+        "long_factor": _factors(header, path, LONG).tolist(),
+        "attention_factor": float(attention),
+        "factor": 1.0,
+        "original_max_position_embeddings": int(original),
+    }
+
+
+def _factors(header: Header, path: Path, name: str = "rope_freqs.weight") -> torch.Tensor:
+    """The factors in tensor `name` [pairs], float32."""
+    kind, start = header.tensors[name]
+    (pairs,) = header.shapes[name] if len(header.shapes[name]) == 1 else (0,)
+    with guard("model", path, f"{name} cannot be read", _REMEDY), path.open("rb") as file:
         if kind != 0 or not 0 < pairs < 1 << 16:
             raise ValueError("it must be a list of float32")
         file.seek(start)

@@ -21,10 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from qlora.errors import UserError, guard, problem
-from qlora.models.gguf_header import read_header, rope_parameters, with_rope
+from qlora.models.gguf_config import read_config
+from qlora.models.gguf_header import read_header
 from qlora.models.hub import download
 from qlora.paths import local_path
 
@@ -254,12 +262,15 @@ def load_tokenizer(
     """
     source = model if isinstance(model, Source) else resolve(model, revision, trust_remote_code=trust_remote_code)
     if source.gguf is not None:
-        read_header(source.gguf)
-        return read_tokenizer(source.folder, source.name or source.gguf, gguf_file=source.gguf.name)
+        # Of Gemma 1 transformers reads the tokenizer, but not the config that its AutoTokenizer looks at first.
+        reader = PreTrainedTokenizerFast if read_header(source.gguf).architecture == "gemma" else AutoTokenizer
+        return read_tokenizer(source.folder, source.name or source.gguf, reader, gguf_file=source.gguf.name)
     return read_tokenizer(source.folder, source.name or source.folder, trust_remote_code=source.trust_remote_code)
 
 
-def read_tokenizer(folder: str | Path, name: object, **options: Any) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    folder: str | Path, name: object, reader: Any = AutoTokenizer, **options: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, which has tokenized a word; `name` is what an error calls the model or adapter.
 
     Raises:
@@ -267,7 +278,7 @@ def read_tokenizer(folder: str | Path, name: object, **options: Any) -> PreTrain
     """
     remedy = "Put the tokenizer's files into the model's folder"
     with guard("model", name, "its tokenizer cannot be loaded", remedy):
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+        found: PreTrainedTokenizerBase = reader.from_pretrained(folder, **options)
         found.decode(found("word").input_ids)
         _ = len(found), found.all_special_tokens, found.all_special_ids
         if not isinstance(found.chat_template, (str, dict, type(None))):
@@ -286,10 +297,7 @@ def load_config(source: Source) -> PretrainedConfig:
             a rope scaling of a GGUF file that cannot be said in a config.
     """
     if source.gguf is not None:
-        header = read_header(source.gguf)
-        with guard("model", source.gguf, "its config cannot be read", "Get the file again"):
-            config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf.name)
-        return with_rope(config, rope_parameters(header, source.gguf, config))
+        return read_config(source.gguf)
     raw = _read_config(source.folder)
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING

@@ -9,7 +9,10 @@ from typing import Any
 import gguf
 import numpy as np
 import tiny
-from torch import Tensor, nn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor as Values
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -28,7 +31,7 @@ NAMES = {
 
 
 def write_gguf(
-    path: Path, model: nn.Module, keys: Mapping[str, Any] | None = None, factors: Tensor | None = None
+    path: Path, model: nn.Module, keys: Mapping[str, Any] | None = None, factors: Values | None = None
 ) -> Path:
     """`model` (a Llama in float32) as a GGUF file; `keys` are further ones of its architecture, such as
     rope.scaling.type, and `factors` its rope_freqs.weight.
@@ -69,7 +72,7 @@ def _name(name: str) -> str:
     return f"{NAMES[stem]}.{suffix}"
 
 
-def _stored(name: str, value: Tensor, config: Any) -> Tensor:
+def _stored(name: str, value: Values, config: Any) -> Values:
     """llama.cpp rotates neighbouring pairs, transformers halves."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None:
@@ -89,3 +92,21 @@ def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     writer.add_chat_template(tiny.TEMPLATE)
+
+
+def bpe_tokenizer(pre: pre_tokenizers.PreTokenizer | None = None, **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 tokens that merges, splits text by `pre` (None: as GPT-2 does), and has the tiny
+    chat template. `options` are those of the BPE model.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a"), ("e", "r"), ("1", "2"), ("Ġ", "1")]
+    vocabulary = {token: i for i, token in enumerate([*letters, *(left + right for left, right in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
+    backend.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = tiny.TEMPLATE
+    return tokenizer
