@@ -63,6 +63,7 @@ FLOORS = (
     ),
     (
         "config.shared",
+        "data.prompts",
         "data.tokenize",
         "export.card",
         "layers.weight",
@@ -96,6 +97,7 @@ FLOORS = (
         "train.trial",
     ),
     (
+        "chat",
         "export.bnb",
         "export.merge",
         "plan.tracker",

@@ -6,7 +6,7 @@
 
 So W is decoded and multiplied once for the whole batch, and sum and update are rounded together, as in `adapters`. The
 gain is multiplied onto y, since the rows of a batch share the decoded W: in bf16 that rounds a |g - 1| below 0.2 %
-away, as on a base of 16 bits. With gradients or dropout each group of rows runs through its own layer, one after the other.
+away, as on a base of 16 bits. With gradients or dropout each group of rows runs through its own layer in turn.
 The alternative, that for all cases, decodes W once for each adapter.
 """
 
