@@ -259,8 +259,9 @@ def _check_manifest(folder: Path) -> None:
         names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
         missing = [name for name in names if name not in (MANIFEST, *FREE) and not (folder / name).exists()]
         problems = [problem("adapter", folder, f"{name} is missing", "Use another copy") for name in missing]
-        said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
-        print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
+        if read_json(folder / OWN_CONFIG).get("manifest") is not False:  # `save_pretrained` writes none
+            said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
+            print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
     if problems:
         raise UserError(problems)
 

@@ -31,6 +31,7 @@ from qlora.layers.linear import NF4Linear
 from qlora.layers.norms import Version, count_optimizer_steps
 from qlora.layers.targets import match_targets
 from qlora.models.info import info
+from qlora.models.saver import saves_what_loads
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
 from qlora_kernels.weight import QuantizedWeight
@@ -50,9 +51,10 @@ class Adapter:
 
 
 class Adapters(dict[str, Adapter]):
-    """All adapters of a model by name; `active` is the one in it, or None."""
+    """All adapters of a model by name; `active` is the one in it, or None. `hooked`: see `_without_its_base`."""
 
     active: str | None = None
+    hooked: bool = False
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -111,7 +113,12 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
     for module in modules:
         layer = model.get_submodule(module)
         layers[module] = AdaptedLinear(layer, spec, draws).train(layer.training)
-    adapters_of(model)[name] = Adapter(spec, layers)
+    adapters = adapters_of(model)
+    if not adapters.hooked:
+        model.register_load_state_dict_post_hook(_without_its_base)
+        adapters.hooked = True
+    adapters[name] = Adapter(spec, layers)
+    saves_what_loads(model)
     return activate(model, name)
 
 
@@ -227,6 +234,18 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every trainable parameter of the active adapter: what an optimizer needs."""
     return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
+
+
+def _without_its_base(model: nn.Module, keys: Any) -> None:
+    """A state of the active adapter alone, such as Trainer's checkpoint, lacks nothing: the base is frozen, and there.
+
+    A hook of `load_state_dict`. `keys.missing_keys` is emptied where it is every key of the base and no other.
+    """
+    ours = {
+        f"{name}.{part}" for name, layer in named_adapters(model) for part, _ in layer.named_parameters(recurse=False)
+    }
+    if ours and set(keys.missing_keys) == set(model.state_dict()) - ours:
+        keys.missing_keys.clear()
 
 
 # ---------------------------------------------------------------- row norms of a whole model
