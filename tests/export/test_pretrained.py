@@ -182,7 +182,7 @@ def trainer(saved_models, folder, method: str, **arguments) -> transformers.Trai
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_trainer_goes_on_from_its_checkpoint(saved_models, tmp_path, method, caplog):
-    """To the bit, without a word on the base, which is not in it; and each checkpoint is an adapter that loads, with the
+    """To the bit, without a word on the base, which is not in it. Each checkpoint is an adapter that loads, with the
     tokenizer that Trainer put beside it.
     """
     whole = trainer(saved_models, tmp_path / "whole", method)
