@@ -75,6 +75,15 @@ class _SwitchOrWord(argparse.Action):
         setattr(namespace, self.dest, False if off else values)
 
 
+class _Repeated(argparse.Action):
+    """--adapter a --adapter b: one value is that value, several are a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, [])
+        before = before if isinstance(before, list) else [before]
+        setattr(namespace, self.dest, [*before, values] if before else values)
+
+
 def parser(name: str) -> argparse.ArgumentParser:
     """The flags of one command. A flag that is not given leaves no value: the config knows the default."""
     command = COMMANDS[name]
@@ -115,7 +124,8 @@ def _argument(entry: Entry, kind: Any) -> dict[str, Any]:
         return about | {"action": _SwitchOrWord, "metavar": "|".join(map(str, choices(kind)))}
     if bool in (kind, *get_args(kind)):
         return about | {"action": argparse.BooleanOptionalAction}
-    return about | {"metavar": metavar(entry, kind)}
+    repeated = {"action": _Repeated} if entry.metadata["repeats"] else {}
+    return about | {"metavar": metavar(entry, kind)} | repeated
 
 
 def overview() -> str:

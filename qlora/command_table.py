@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.commands import (
+    ChatConfig,
     DoctorConfig,
     EvalConfig,
     ExportConfig,
@@ -98,7 +99,16 @@ def _generate(config: GenerateConfig) -> None:
     _quiet()
     from qlora.run.commands import generate_command
 
-    print(generate_command(config))
+    answers = generate_command(config, lambda text: print(text, end="", flush=True))
+    if config.output is not None:
+        print(f"{len(answers)} answers in {config.output}")
+
+
+def _chat(config: ChatConfig) -> None:
+    _quiet()
+    from qlora.run.commands import chat_command
+
+    chat_command(config)
 
 
 def _eval(config: EvalConfig) -> None:
@@ -210,6 +220,9 @@ COMMANDS = {
         _generate,
         "let a model, or a model with an adapter, write",
         '--adapter runs/first/adapter --prompt "Hello"',
+    ),
+    "chat": Command(
+        ChatConfig, _chat, "talk to a model and its adapters, side by side", "--adapter runs/first/adapter"
     ),
     "eval": Command(
         EvalConfig,

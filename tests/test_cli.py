@@ -24,6 +24,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOUSE), str(HOUS
 NEEDED = {
     "finetune": ["--model", "m", "--data", "d", "--output", "o"],
     "generate": ["--model", "m", "--prompt", "p"],
+    "chat": ["--model", "m"],
     "eval": ["--model", "m", "--data", "d"],
     "merge": ["--adapter", "a", "--output", "o"],
     "export": ["--adapter", "a", "--output", "o"],
@@ -234,9 +235,6 @@ def test_every_flag_is_in_the_parser_once():
     for command in COMMANDS:
         flags = [flag for action in parser(command)._actions for flag in action.option_strings]
         assert len(flags) == len(set(flags))
-
-
-# Doctor.
 
 
 def test_doctor_tells_what_is_here(capsys):

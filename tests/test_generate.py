@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from tiny import talkative
 
 import qlora
+from qlora.cli import main
 from qlora.config.commands import GenerateConfig
 from qlora.data.chat import prompt_ids, stop_ids
+from qlora.data.prompts import read_prompts
 from qlora.errors import UserError
 from qlora.export.peft_write import save_adapter
-from qlora.generate import Sampling, generate_batch
+from qlora.generate import Listener, Sampling, Streamer, generate_batch
 from qlora.run.commands import generate_command
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
-
-
-@torch.no_grad()
-def talkative(name: str = "llama", **changes):
-    """A random model of the tiny tokenizer's 258 tokens whose answers vary; with small weights they do not."""
-    torch.manual_seed(1)
-    config = tiny.CONFIGS[name]()
-    for option, value in {
-        "vocab_size": 258,
-        "tie_word_embeddings": False,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": None,
-        **changes,
-    }.items():
-        setattr(config, option, value)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.normal_(0, 0.3)
-    return model
 
 
 @torch.no_grad()
@@ -164,6 +146,142 @@ def test_prompts_that_do_not_fit():
     assert generate_batch(model, tokenizer, ["b" * 60], max_new_tokens=50, raw=True) == [tokenizer.decode(tokens)]
 
 
+# ---------------------------------------------------------------- heard as it is written
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_heard_adds_up_to_the_answer(name, raw):
+    """Token by token; no piece ends within a letter of several bytes; white space at the ends is not said."""
+    tokenizer, model = tiny.tokenizer(), talkative(name)
+    options = {"max_new_tokens": 40, "raw": raw, "sampling": Sampling(temperature=1.0, seed=3)}
+    for prompt in PROMPTS:
+        pieces: list[str] = []
+        listener = Listener(pieces.append)
+        (answer,) = generate_batch(model, tokenizer, [prompt], listener=listener, **options)
+        assert [answer] == generate_batch(model, tokenizer, [prompt], **options)
+        assert "".join(pieces) == answer and len(pieces) > 5 and 5 < listener.tokens <= 40
+
+
+def test_a_letter_of_several_tokens_is_heard_whole():
+    tokenizer, pieces = tiny.tokenizer(), []
+    streamer = Streamer(Listener(pieces.append), lambda tokens: tokenizer.decode(tokens))
+    for token in [0, *tokenizer("aé€b").input_ids]:  # the prompt comes first
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert pieces == ["a", "é", "€", "b"]
+
+
+def test_a_listener_ends_the_answer():
+    tokenizer, model, pieces = tiny.tokenizer(), talkative(), []
+    (whole,) = generate_batch(model, tokenizer, ["a"], max_new_tokens=30)
+    listener = Listener(pieces.append, lambda: listener.tokens >= 5)
+    (answer,) = generate_batch(model, tokenizer, ["a"], max_new_tokens=30, listener=listener)
+    assert 5 <= listener.tokens <= 6  # the token that was being made is still heard
+    assert whole.startswith(answer) and len(answer) < len(whole) and "".join(pieces) == answer
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base, and adapters of both methods on it: runs/one/adapter and two."""
+    folder = tmp_path_factory.mktemp("made")
+    talkative().save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    for seed, (name, method) in enumerate((("runs/one/adapter", "dora"), ("two", "lora"))):
+        model = qlora.load_base(str(folder / "base"), bits=4, dtype="fp32", device="cpu")
+        save_adapter(tiny.adapted(model, method, seed), folder / name, tiny.tokenizer())
+    return folder
+
+
+OPTIONS = {"max_new_tokens": 8, "device": "cpu", "dtype": "fp32"}
+
+
+def test_several_adapters_and_prompts(made, tmp_path, capsys):
+    """Each adapter answers each prompt as it does by itself; what is printed is labelled; the file says it as JSON."""
+    adapters = [str(made / "runs/one/adapter"), str(made / "two")]
+    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n")
+    flags = ["--max-new-tokens", "8", "--device", "cpu", "--adapter", adapters[0], "--adapter", adapters[1]]
+    alone = {
+        (prompt, adapter): generate_command(GenerateConfig(adapter=adapter, prompt=prompt, **OPTIONS))[0].answer
+        for prompt in ("zero", "first", "second")
+        for adapter in adapters
+    }
+    assert len(set(alone.values())) == 6
+    asked = ["--prompt", "zero", "--prompts", str(tmp_path / "prompts.txt")]
+    assert main(["generate", *flags, *asked]) == 0
+    printed = capsys.readouterr().out
+    blocks = [
+        f"> {prompt}\n[{name}]\n{alone[prompt, adapter]}\n"
+        for prompt in ("zero", "first", "second")
+        for name, adapter in zip(("one", "two"), adapters, strict=True)
+    ]
+    assert printed == "\n".join(blocks)
+    for number, more in enumerate(([], ["--batch-size", "2"])):
+        file = tmp_path / f"answers{number}.jsonl"
+        assert main(["generate", *flags, *asked, "--output", str(file), *more]) == 0
+        assert capsys.readouterr().out == f"6 answers in {file}\n"
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        assert {(one["prompt"], one["adapter"]): one["answer"] for one in found} == alone and len(found) == 6
+    assert main(["generate", *flags, "--prompt", "zero"]) == 0
+    assert capsys.readouterr().out == "\n".join(
+        f"[{name}]\n{alone['zero', adapter]}\n" for name, adapter in zip(("one", "two"), adapters, strict=True)
+    )
+
+
+def test_prompts_of_data_are_what_stands_before_the_last_answer(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    for records, expected in (
+        (
+            [{"prompt": "x"}, {"prompt": "y", "system": "s"}],
+            ["x", [{"role": "system", "content": "s"}, {"role": "user", "content": "y"}]],
+        ),
+        ([{"question": "x", "answer": "1"}], ["x"]),
+        ([{"messages": [*turns, {"role": "assistant", "content": "d"}]}], [turns]),
+        ([{"instruction": "x", "input": "y", "output": "z"}], ["x\n\ny"]),
+    ):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert read_prompts(str(tmp_path / "p.jsonl")) == expected
+    (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match="`prompt` is missing"):
+        read_prompts(str(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"prompts": "nowhere.txt"}, "prompts=nowhere.txt: cannot be read"),
+        ({"prompts": "empty.txt"}, "prompts=empty.txt: holds no prompt"),
+        ({"prompts": "latin.txt"}, "prompts=latin.txt: cannot be read"),
+        ({"prompt": "a", "output": "empty.txt"}, "output=empty.txt: exists already"),
+        ({"prompt": "a", "output": "nowhere/a.jsonl"}, "output=nowhere/a.jsonl: there is no folder"),
+        ({"prompts": "long.txt", "output": "new.jsonl"}, "prompt='xxxx"),
+        ({"prompt": "a", "adapter": ["two", "runs/one/adapter", "two"]}, "adapter="),
+        ({"prompt": "a", "adapter": ["two", "other"]}, "adapter=other: was trained on"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(made, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs", "two", "base"):
+        (tmp_path / name).symlink_to(made / name)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\n")
+    (tmp_path / "long.txt").write_text("a\n" + "x" * 4000 + "\n")
+    if "other" in options.get("adapter", ()):
+        base = made / "other base"
+        if not base.exists():
+            talkative(hidden_act="gelu").save_pretrained(base)
+            tiny.tokenizer().save_pretrained(base)
+        other = qlora.load_base(str(base), bits=4, blocksize=32, dtype="fp32", device="cpu")
+        save_adapter(tiny.adapted(other), tmp_path / "other")
+    with pytest.raises(UserError) as error:
+        generate_command(GenerateConfig(**{"adapter": "two", **OPTIONS, **options}))
+    (line,) = error.value.problems
+    assert line.startswith(said) and not (tmp_path / "new.jsonl").exists()
+
+
 def test_generate_text_takes_the_base_from_the_adapter(tmp_path):
     with pytest.raises(UserError, match="model"):
         GenerateConfig(prompt="a")
@@ -173,12 +291,13 @@ def test_generate_text_takes_the_base_from_the_adapter(tmp_path):
     options = {"prompt": "a", "max_new_tokens": 12, "device": "cpu", "dtype": "fp32"}
     model = tiny.adapted(qlora.load_base(folder, bits=4, dtype="fp32", device="cpu"))
     save_adapter(model, tmp_path / "adapter", tiny.tokenizer())
-    answer = generate_command(GenerateConfig(adapter=str(tmp_path / "adapter"), **options))
+    (found,) = generate_command(GenerateConfig(adapter=str(tmp_path / "adapter"), **options))
+    answer = found.answer
     assert answer == expected(model.eval(), tiny.tokenizer(), "a", 12)
-    assert answer != generate_command(GenerateConfig(model=folder, **options))
+    assert answer != generate_command(GenerateConfig(model=folder, **options))[0].answer
     (tmp_path / "base").rename(tmp_path / "moved")
     moved = GenerateConfig(adapter=str(tmp_path / "adapter"), model=str(tmp_path / "moved"), **options)
-    assert generate_command(moved) == answer
+    assert generate_command(moved)[0].answer == answer
 
 
 def test_smollm2_answers(tokenizer, smollm2_dense):

@@ -28,6 +28,7 @@ from qlora.config.shared import (
     Seed,
     Shards,
     Verified,
+    Spoken,
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
@@ -353,33 +354,33 @@ class QuantizeConfig(Code, Shards, Blocks, Output, NamedModel):
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(Seed, Adapted):
+class GenerateConfig(Seed, Spoken):
     """Options of `qlora generate`."""
 
-    prompt: str = option(group=MODEL, min_length=1, help="the prompt, in quotes")
-    system: str | None = option(None, group=MODEL, help="the system message before it")
-    max_new_tokens: int = option(128, group=GENERATION, ge=1, help="tokens to write at most")
-    temperature: float = option(0.0, group=GENERATION, ge=0, help="of the sampling; 0 always takes the likeliest token")
-    top_p: float = option(
-        1.0, group=GENERATION, gt=0, le=1, help="sample among the likeliest tokens that together have this probability"
+    prompt: str | None = option(None, group=MODEL, min_length=1, help="the prompt, in quotes")
+    prompts: str | None = option(
+        None,
+        group=MODEL,
+        min_length=1,
+        path=True,
+        help="a file of prompts: a text file with one a line, or data, of which the last answer is left out",
+    )
+    batch_size: int = option(
+        1,
+        group=GENERATION,
+        ge=1,
+        help="prompts that are answered together; one by one they are shown as they are written",
     )
     raw: bool = option(False, group=GENERATION, help="continue the prompt as it stands, without the chat template")
+    output: str | None = option(
+        None, group=OUTPUT, min_length=1, path=True, help="write the answers to this new file, as JSON Lines"
+    )
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
-        found = Adapted.conflicts(values)
-        if 0 < values.get("temperature", 0.0) < 1e-4:
-            rule = "is so low that the likeliest token is always taken"
-            found.append(problem("temperature", values["temperature"], rule, "Give 0 for that, or at least 0.0001"))
-        if values.get("top_p", 1.0) < 1.0 and values.get("temperature") == 0.0:
-            found.append(
-                problem(
-                    "top_p",
-                    values["top_p"],
-                    "has no effect at temperature=0.0",
-                    "Give a temperature such as 0.7, or leave it out",
-                )
-            )
+        found = Spoken.conflicts(values)
+        if values.get("prompt", "bad") is None and values.get("prompts", "bad") is None:
+            found.append(problem("prompt", "(not given)", "required without a file of prompts", "Give the prompt"))
         if values.get("raw") and values.get("system") is not None:
             found.append(
                 problem(
@@ -387,6 +388,14 @@ class GenerateConfig(Seed, Adapted):
                 )
             )
         return found
+
+
+@dataclass(kw_only=True)
+class ChatConfig(Seed, Spoken):
+    """Options of `qlora chat`."""
+
+    max_new_tokens: int = option(512, group=GENERATION, ge=1, help="tokens of a reply at most")
+    compare: bool = option(False, group=GENERATION, help="every adapter and the base reply (`/compare` in the chat)")
 
 
 @dataclass(kw_only=True)

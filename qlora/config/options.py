@@ -50,11 +50,12 @@ def option(default: Any = MISSING, *, group: str, help: str, **about: Any) -> An
         help: begins with a noun where the option is required (it also reads after "Give ...").
         **about: `rule` replaces the sentence made from the limits; `aka` holds names that other trainers use, so that
             an unknown one leads here; `size` parses text such as 200MB into bytes; `path` says that text names a file
-            or folder, or may; `excludes` names an option that cannot be given beside this one; `resume="free"` lets it
-            change between the parts of a run. All others are pydantic's limits (ge, lt, min_length, pattern, ...).
+            or folder, or may; `repeats` that the flag may be given several times; `excludes` names an option that
+            cannot be given beside this one; `resume="free"` lets it change between the parts of a run. All others are
+            pydantic's limits (ge, lt, min_length, pattern, ...).
     """
     known = {"help": help, "group": group, "rule": "", "aka": "", "size": None, "path": False}
-    known |= {"excludes": None, "resume": "same"}
+    known |= {"repeats": False, "excludes": None, "resume": "same"}
     metadata = known | {name: value for name, value in about.items() if name in known}
     metadata["aka"] = metadata["aka"].split()
     metadata["limits"] = {name: value for name, value in about.items() if name not in known}
@@ -243,7 +244,7 @@ def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
         value = values.get(name, entry.default)
         try:
             checked = _CHECKERS[cls][name].validate_python(value)
-            good[name] = expanded(name, checked) if entry.metadata["path"] and checked else checked
+            good[name] = _expanded(name, checked) if entry.metadata["path"] and checked else checked
         except ValidationError as error:
             problems.append(_problem(entry, kinds(cls)[name], value, error.errors(include_url=False)[0]))
         except UserError as error:
@@ -252,6 +253,10 @@ def _checked(cls: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return good
+
+
+def _expanded(name: str, paths: str | list[str]) -> str | list[str]:
+    return expanded(name, paths) if isinstance(paths, str) else [expanded(name, path) for path in paths]
 
 
 def _exclusions(cls: type[Options], values: Mapping[str, Any]) -> list[str]:

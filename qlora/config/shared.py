@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from qlora.config.options import DATA, MACHINE, MODEL, OUTPUT, QUANTIZATION, Options, option
+from qlora.config.options import DATA, GENERATION, MACHINE, MODEL, OUTPUT, QUANTIZATION, Options, option
 from qlora.errors import problem
 from qlora.sizes import parse_size
 from qlora.specs import Blocksize, Scales, VerifySpec
@@ -205,3 +205,38 @@ class Adapted(Compute):
                 )
             ]
         return []
+
+
+@dataclass(kw_only=True)
+class Spoken(Adapted):
+    adapter: str | list[str] | None = option(  # type: ignore[assignment]  # several can speak
+        None,
+        group=MODEL,
+        min_length=1,
+        path=True,
+        repeats=True,
+        help="the adapter folder; given several times, each of them answers",
+    )
+    system: str | None = option(None, group=MODEL, help="the system message before it")
+    max_new_tokens: int = option(128, group=GENERATION, ge=1, help="tokens to write at most")
+    temperature: float = option(0.0, group=GENERATION, ge=0, help="of the sampling; 0 always takes the likeliest token")
+    top_p: float = option(
+        1.0, group=GENERATION, gt=0, le=1, help="sample among the likeliest tokens that together have this probability"
+    )
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapter folders: none, one or several."""
+        given = self.adapter
+        return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        found = Adapted.conflicts(values)
+        if 0 < values.get("temperature", 0.0) < 1e-4:
+            rule = "is so low that the likeliest token is always taken"
+            found.append(problem("temperature", values["temperature"], rule, "Give 0 for that, or at least 0.0001"))
+        if values.get("top_p", 1.0) < 1.0 and values.get("temperature") == 0.0:
+            rule, remedy = "has no effect at temperature=0.0", "Give a temperature such as 0.7, or leave it out"
+            found.append(problem("top_p", values["top_p"], rule, remedy))
+        return found

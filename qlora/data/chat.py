@@ -123,7 +123,7 @@ class Chat:
             before = self.write(messages[:-1], tools, prompt=True)
         except Refusal:
             return text, None, ""
-        opening = before[_shared(before, text) :]
+        opening = before[shared(before, text) :]
         mark, answer = opening.strip(), str(messages[-1].get("content") or "").lstrip()
         tail = self._ask_tail(messages[:-1], tools)
         if not mark or tail is None or messages[-1].get("tool_calls") or not answer.startswith(mark):
@@ -254,7 +254,7 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def _shared(one: str, two: str) -> int:
+def shared(one: str, two: str) -> int:
     """How many characters two texts begin with alike."""
     unlike = (at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
     return next(unlike, min(len(one), len(two)))
@@ -332,7 +332,7 @@ def render_prompt(
     Args:
         prompt: the user's text, or the messages so far.
         tokenizer: of the model.
-        system: a system message in front of it.
+        system: a system message in front of it, where it has none of its own.
         raw: leave a text as it stands.
 
     Raises:
@@ -346,7 +346,8 @@ def render_prompt(
 def _rendered_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, system: str | None) -> Rendered:
     """`render_prompt`, and where it holds control tokens that were typed."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    messages = [{"role": "system", "content": system}, *messages] if system else messages
+    led = bool(messages) and messages[0]["role"] == "system"  # by one of its own
+    messages = [{"role": "system", "content": system}, *messages] if system and not led else messages
     if not tokenizer.chat_template:
         if not isinstance(prompt, str):
             raise UserError(no_template("prompt", f"{len(messages)} messages"))

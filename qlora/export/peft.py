@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
-from qlora.layers.attach import active_adapter, adapters_of, attach, forget_row_norms, named_adapters
+from qlora.layers.attach import active_adapter, adapters_of, attach, bare, forget_row_norms, named_adapters
 from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
@@ -195,46 +195,55 @@ def read_adapter_info(folder: str | Path) -> tuple[BaseInfo, AdapterSpec]:
     return files.base, files.spec
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put an adapter from its files onto `model`, in place; returns the model.
+def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None) -> nn.Module:
+    """Put an adapter from its files onto `model`, in place; returns the model, with that adapter active.
 
-    Attaches by the files if the model has no adapters yet; adapters that are there must be of the same kind and shape.
-    The model is untouched if anything is wrong.
+    With a `name` it is one more adapter on the base; the others are set aside (`qlora.activate`). Without one, it is
+    attached as "default" if no adapter is active; one that is active takes over what the files hold, and must be of the
+    same kind and shape. The model is untouched if anything is wrong.
 
     Raises:
         UserError: see `read_adapter` and `put_adapter`.
     """
-    return put_adapter(model, read_adapter(folder))
+    return put_adapter(model, read_adapter(folder), name)
 
 
-def put_adapter(model: nn.Module, files: AdapterFiles) -> nn.Module:
+def put_adapter(model: nn.Module, files: AdapterFiles, name: str | None = None) -> nn.Module:
     """`load_adapter` of files that are read already.
 
     Raises:
-        UserError: every missing, unexpected, misshapen or non-finite tensor, a different kind of adapter, and a base
-            other than the one it was trained on, or quantized otherwise, in one list.
+        UserError: every missing, unexpected, misshapen or non-finite tensor, a different kind of adapter, an adapter of
+            this name, and a base other than the one it was trained on, or quantized otherwise, in one list.
     """
-    spec, attached = files.spec, active_adapter(model)
-    problems = _base_problems(model, files.base, files.folder)
+    spec, attached = files.spec, active_adapter(model) if name is None else None
+    problems = base_problems(info(model).base, files.base, files.folder)
     if attached is not None:
         for field in ("method", "rank", "alpha", "rslora"):
             stored, there = getattr(spec, field), getattr(attached, field)
             if stored != there:
                 rule = f"is what {files.folder.name} holds; the model's adapter has {there}"
                 problems.append(problem(field, stored, rule, "Attach the same kind"))
-    problems += files.misfits(model)
+        problems += files.misfits(model)
+    else:
+        name = "default" if name is None else name
+        if name in adapters_of(model):
+            problems.append(
+                problem("name", name, "the model has an adapter of this name", "Detach it, or give another")
+            )
+        with bare(model):
+            problems += files.misfits(model)
     if problems:
         raise UserError(problems)
     if attached is None:
-        attach(model, dataclasses.replace(spec, targets=spec.modules))
+        attach(model, dataclasses.replace(spec, targets=spec.modules), str(name))
     with torch.no_grad():
-        for name, parameter in named_parameters(model).items():
-            parameter.copy_(files.tensors[file_key(name)])
+        for parameter_name, parameter in named_parameters(model).items():
+            parameter.copy_(files.tensors[file_key(parameter_name)])
     forget_row_norms(model)
     adapters = adapters_of(model)
     if adapters.active is not None:
         start = files.start
-        adapters[adapters.active].start = start and {name: start[file_key(name)] for name in named_parameters(model)}
+        adapters[adapters.active].start = start and {key: start[file_key(key)] for key in named_parameters(model)}
     return model
 
 
@@ -266,8 +275,9 @@ def _check_manifest(folder: Path) -> None:
         missing = [name for name in names if name not in (MANIFEST, *FREE) and not os.path.exists(folder / name)]
         missing = [shortened(repr(name), 80) if len(name) > 80 else name for name in missing]
         problems = [problem("adapter", folder, f"{name} is missing", "Use another copy") for name in missing]
-        said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
-        print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
+        if read_json(folder / OWN_CONFIG).get("manifest") is not False:  # `save_pretrained` writes none
+            said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
+            print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
     if problems:
         raise UserError(problems)
 
@@ -374,9 +384,8 @@ def _modules(keys: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _base_problems(model: nn.Module, trained: BaseInfo, folder: Path) -> list[str]:
+def base_problems(base: BaseInfo | None, trained: BaseInfo, folder: Path) -> list[str]:
     """Other weights, or the same weights quantized otherwise: an adapter corrects the error of those it learned on."""
-    base = info(model).base
     if base is None or base.fingerprint is None or trained.fingerprint is None:
         return []
     if not same_weights(trained, base):

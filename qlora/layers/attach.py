@@ -5,16 +5,18 @@
     activate(model, "default")     the first again
     detach(model, "second")        take one away for good; without adapters the model is its base again
     with disabled(model): ...      the base alone, for a moment
+    with bare(model): ...          no adapter in the model at all, for a moment
 
-One adapter is active at a time: its layers stand in the model, in the places of the layers they hold; the others wait
-beside the model, not in it, so that `state_dict`, `parameters` and a layer's forward know one adapter. The alternative,
-a dictionary of adapters in every layer (PEFT), is searched in every forward pass.
+Different adapters in one batch are in `mixed`, sums of adapters in `combine`. One adapter is active at a time: its
+layers stand in the model, in the places of the layers they hold; the others wait beside the model, not in it, so that
+`state_dict`, `parameters` and a layer's forward know one adapter. The alternative, a dictionary of adapters in every
+layer (PEFT), is searched in every forward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -29,6 +31,7 @@ from qlora.layers.linear import NF4Linear
 from qlora.layers.norms import Version, count_optimizer_steps
 from qlora.layers.targets import match_targets
 from qlora.models.info import info
+from qlora.models.saver import saves_what_loads
 from qlora.specs import AdapterSpec
 from qlora_kernels import ops
 from qlora_kernels.weight import QuantizedWeight
@@ -48,9 +51,10 @@ class Adapter:
 
 
 class Adapters(dict[str, Adapter]):
-    """All adapters of a model by name; `active` is the one in it, or None."""
+    """All adapters of a model by name; `active` is the one in it, or None. `hooked`: see `_without_its_base`."""
 
     active: str | None = None
+    hooked: bool = False
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -109,7 +113,12 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
     for module in modules:
         layer = model.get_submodule(module)
         layers[module] = AdaptedLinear(layer, spec, draws).train(layer.training)
-    adapters_of(model)[name] = Adapter(spec, layers)
+    adapters = adapters_of(model)
+    if not adapters.hooked:
+        model.register_load_state_dict_post_hook(_without_its_base)
+        adapters.hooked = True
+    adapters[name] = Adapter(spec, layers)
+    saves_what_loads(model)
     return activate(model, name)
 
 
@@ -120,27 +129,41 @@ def activate(model: nn.Module, name: str) -> nn.Module:
         UserError: there is no adapter of this name.
     """
     adapters = adapters_of(model)
-    if name not in adapters:
-        there = ", ".join(adapters) or "none"
-        raise UserError(
-            problem("adapter", name, f"the model has no adapter of this name, but {there}", "Attach it first")
-        )
+    unknown = unknown_adapters(model, [name])
+    if unknown:
+        raise UserError(unknown)
     if adapters.active is not None:
         _take_out(model)
     adapter = adapters[name]
+    settle(model, adapter)
     for module, layer in adapter.layers.items():
-        layer.base = model.get_submodule(module)
-        device = next(layer.base.buffers(), next(layer.base.parameters(), layer.lora_A)).device
-        if layer.lora_A.device != device:  # the model was moved while the adapter was set aside
-            for parameter in layer.parameters(recurse=False):
-                parameter.data = parameter.data.to(device)
-            layer.forget_row_norms()
         model.set_submodule(module, layer)
     if adapter.spec.method == "dora":
         inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
         adapter.hook = inner.register_forward_pre_hook(_before_forward)
     adapters.active = name
     return model
+
+
+def unknown_adapters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """A line for each name that no adapter of the model has."""
+    there = ", ".join(adapters_of(model)) or "none"
+    rule = f"the model has no adapter of this name, but {there}"
+    return [problem("adapter", name, rule, "Attach it first") for name in names if name not in adapters_of(model)]
+
+
+def settle(model: nn.Module, adapter: Adapter) -> None:
+    """Bring layers that were set aside to their bases, which may have been moved, or gone to training, meanwhile. Only
+    while no adapter stands in the model.
+    """
+    for module, layer in adapter.layers.items():
+        layer.base = model.get_submodule(module)
+        layer.training = layer.base.training
+        device = next(layer.base.buffers(), next(layer.base.parameters(), layer.lora_A)).device
+        if layer.lora_A.device != device:
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            layer.forget_row_norms()
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -186,6 +209,23 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = enabled
 
 
+@contextmanager
+def bare(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without an adapter in it while entered; the one that was active then comes back, if it is still there.
+
+    Another may be attached inside: it stays.
+    """
+    adapters = adapters_of(model)
+    before = adapters.active
+    if before is not None:
+        _take_out(model)
+    try:
+        yield model
+    finally:
+        if adapters.active is None and before is not None and before in adapters:
+            activate(model, before)
+
+
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """(module name, layer) of the active adapter in model order. Adapters are known by their type, never by a name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
@@ -194,6 +234,18 @@ def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every trainable parameter of the active adapter: what an optimizer needs."""
     return [p for _, adapter in named_adapters(model) for p in adapter.parameters(recurse=False)]
+
+
+def _without_its_base(model: nn.Module, keys: Any) -> None:
+    """A state of the active adapter alone, such as Trainer's checkpoint, lacks nothing: the base is frozen, and there.
+
+    A hook of `load_state_dict`. `keys.missing_keys` is emptied where it is every key of the base and no other.
+    """
+    ours = {
+        f"{name}.{part}" for name, layer in named_adapters(model) for part, _ in layer.named_parameters(recurse=False)
+    }
+    if ours and set(keys.missing_keys) == set(model.state_dict()) - ours:
+        keys.missing_keys.clear()
 
 
 # ---------------------------------------------------------------- row norms of a whole model

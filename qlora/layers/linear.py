@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.layers import nf4, transformers_code
 from qlora.layers.weight import FrozenWeight
+from qlora.models.saver import saves_what_loads
 from qlora.specs import Quantization
 from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
 
@@ -202,6 +203,7 @@ def quantize_(module: nn.Module, quantization: Quantization = DEFAULT) -> nn.Mod
         layer = module.get_submodule(name)
         if not isinstance(layer, NF4Linear):
             module.set_submodule(name, NF4Linear.from_linear(layer, quantization, f"{name}.weight"))
+    saves_what_loads(module)
     return module
 
 

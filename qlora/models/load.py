@@ -26,6 +26,7 @@ from qlora.models.gguf import GGUFTensor, gguf_tensors
 from qlora.models.info import BaseInfo, info
 from qlora.models.packed import packed_tensors
 from qlora.models.quantize import QuantizePass, check_finite
+from qlora.models.saver import saves_what_loads
 from qlora.models.source import Source, is_pickled, load_config, refuse_size, resolve
 from qlora.models.transformers_seam import LOADING, forget_quantizer, stream_config
 from qlora.specs import Quantization
@@ -241,4 +242,5 @@ def load_source(
     )
     if backends.has_fused_elementwise(place):
         fuse(loaded)
+    saves_what_loads(loaded)
     return loaded.eval()

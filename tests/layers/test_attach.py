@@ -211,3 +211,13 @@ def test_an_adapted_model_can_be_pickled(method):
     assert torch.equal(logits(twin), before)
     twin.load_state_dict({name: tensor * 1 for name, tensor in model.state_dict().items()})
     assert torch.equal(logits(twin), before) and active_adapter(twin) == active_adapter(model)
+
+
+def test_a_state_of_the_adapter_alone_lacks_nothing_and_any_other_does():
+    model = adapted(quantize_(random_model("llama")))
+    state = {name: value * 2 for name, value in model.state_dict().items() if "lora_" in name or "magnitude" in name}
+    assert model.load_state_dict(state) == ([], [])
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters() if p.requires_grad)
+    del state["model.layers.0.mlp.up_proj.lora_A"]
+    assert "model.layers.0.mlp.up_proj.lora_A" in model.load_state_dict(state, strict=False).missing_keys
+    assert len(detach(model).load_state_dict({}, strict=False).missing_keys) == len(model.state_dict())

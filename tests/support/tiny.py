@@ -144,6 +144,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return result
 
 
+@torch.no_grad()
+def talkative(name: str = "llama", **changes):
+    """A random model of the tiny tokenizer's 258 tokens whose answers vary; with small weights they do not."""
+    torch.manual_seed(1)
+    config = CONFIGS[name]()
+    for option, value in {
+        "vocab_size": 258,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        **changes,
+    }.items():
+        setattr(config, option, value)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0, 0.3)
+    return model
+
+
 def write_model(folder: Path, seed: int = 1) -> Path:
     """A model folder in Hugging Face's layout."""
     llama(seed).save_pretrained(folder)
