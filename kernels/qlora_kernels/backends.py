@@ -18,7 +18,9 @@ import importlib.util
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -244,31 +246,56 @@ _register()
 
 # ---------------------------------------------------------------- what has a kernel
 
+_planned: ContextVar[str] = ContextVar("planned", default="cpu")
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Inside, tensors without a device ("meta") count as those of this kind, "cpu" or "cuda": a plan follows the
+    machine that will run it, not the one that makes it. A card that is not here is taken to run our kernels.
+    """
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of a device; of the meta device the planned one."""
+    return _planned.get() if device.type == "meta" else device.type
+
+
+def _runs_triton(device: torch.device) -> bool:
+    if kind_of(device) != "cuda":
+        return False
+    if device.type == "meta" and not torch.cuda.is_available():
+        return _forced() in ("", "native", "triton")
+    return _cuda(device.index)[0] == "triton"
+
 
 def has_gemv(device: torch.device) -> bool:
     """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
-    return device.type == "cuda" and _cuda(device.index)[0] == "triton"
+    return _runs_triton(device)
 
 
 def has_fused_elementwise(device: torch.device) -> bool:
     """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's
     chains.
     """
-    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda(device.index)[0] == "triton"
+    return NATIVE is not None if kind_of(device) == "cpu" else _runs_triton(device)
 
 
 def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
     """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
-    product is faster. Tensors without a device count as the CPU's, for `plan`.
+    product is faster.
     """
-    return x.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
+    return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for
-    `plan`.
-    """
-    return q.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_attention(q, k, v)
+    """Whether `attention` has a kernel for them on their device."""
+    return kind_of(q.device) == "cpu" and NATIVE is not None and NATIVE.supports_attention(q, k, v)
 
 
 def describe() -> dict[str, str]:

@@ -30,7 +30,7 @@ from qlora.layers.norms import Version, count_optimizer_steps
 from qlora.layers.targets import match_targets
 from qlora.models.info import info
 from qlora.specs import AdapterSpec
-from qlora_kernels import ops
+from qlora_kernels import backends, ops
 from qlora_kernels.weight import QuantizedWeight
 
 
@@ -201,7 +201,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _before_forward(model: nn.Module, inputs: tuple) -> None:
     # In training; to look at every layer for each token generated would be dear.
-    if torch.is_grad_enabled() and next(model.parameters()).is_cuda:
+    if torch.is_grad_enabled() and backends.kind_of(next(model.parameters()).device) == "cuda":
         refresh_row_norms(model)
 
 

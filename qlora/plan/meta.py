@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.calibrate.moments import BUDGET
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Example, pack
+from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
 from qlora.layers.loss import CHUNK
@@ -35,6 +35,7 @@ from qlora.models.source import Source, load_config
 from qlora.plan.tracker import StepBytes, run_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
 from qlora.run.inputs import begins_by_error
+from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
@@ -133,14 +134,18 @@ class MetaRun:
         count = self.stack.count
         try:
             if not self.stack.alike:
-                return run_on_meta(self.model(count, checkpointing), batch)
-            three, two = (dataclasses.astuple(run_on_meta(self.model(n, checkpointing), batch)) for n in (3, 2))
+                return self._on_meta(count, checkpointing, batch)
+            three, two = (dataclasses.astuple(self._on_meta(n, checkpointing, batch)) for n in (3, 2))
         except UserError:
             raise
         except Exception as error:  # whatever an architecture's code raises without numbers
             rule = f"its steps cannot be followed without its weights ({brief(error)})"
             raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
         return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
+
+    def _on_meta(self, count: int, checkpointing: bool, batch: Batch) -> StepBytes:
+        with backends.planned_for(self.device):
+            return run_on_meta(self.model(count, checkpointing), batch)
 
     def model(self, count: int, checkpointing: bool) -> PreTrainedModel:
         """The model with its first `count` layers, as it would be trained."""
@@ -152,7 +157,8 @@ class MetaRun:
             targets = tuple(name for name in self.targets if not self.stack.beyond(name, count))
             adapter = dataclasses.replace(self.spec.adapter, targets=targets)
             spec = dataclasses.replace(self.spec, adapter=adapter, gradient_checkpointing=checkpointing)
-            self._models[key] = assemble(self.source, spec, torch.device(self.device), short)
+            with backends.planned_for(self.device):
+                self._models[key] = assemble(self.source, spec, torch.device(self.device), short)
         return self._models[key]
 
 
