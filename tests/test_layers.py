@@ -28,9 +28,9 @@ FLOORS = (
         "layers.transformers_code",
         "models.transformers_seam",
         "optim.memory_errors",
+        "posix",
         "sizes",
         "streams",
-        "train.memory",
     ),
     (
         "calibrate.gptq",
@@ -44,6 +44,7 @@ FLOORS = (
         "models.hub",
         "paths",
         "specs",
+        "train.memory",
         "train.rng",
         "train.signals",
     ),

@@ -274,6 +274,14 @@ def _runs_triton(device: torch.device) -> bool:
     return _cuda(device.index)[0] == "triton"
 
 
+def prepare(device: torch.device) -> None:
+    """Make what kernels share on a device now, not at their first launch, which may be inside a CUDA graph."""
+    if device.type == "cuda" and _runs_triton(device):
+        from qlora_kernels.triton import common
+
+        common.prepare(device)
+
+
 def has_gemv(device: torch.device) -> bool:
     """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
     return _runs_triton(device)

@@ -110,6 +110,8 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
         layer = model.get_submodule(module)
         layers[module] = AdaptedLinear(layer, spec, draws).train(layer.training)
     adapters_of(model)[name] = Adapter(spec, layers)
+    for device in {layer.lora_A.device for layer in layers.values()}:
+        backends.prepare(device)
     return activate(model, name)
 
 

@@ -29,6 +29,7 @@ from qlora_kernels import backends
 # On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
 # rows, which takes longer than the products of a few more.
 ROUND = 64
+PAGEABLE = 64 << 10  # bytes that CUDA copies without waiting (CUDA runtime API, "API synchronization behavior")
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,11 @@ def _mask(rows: PaddedBatch, device: torch.device) -> Tensor | None:
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to
-    be pinned or kept.
+    """A tensor of the CPU on `device`. The driver copies a little pageable memory aside and returns; for more it waits
+    until the card has come that far, so that goes through pinned memory, which torch keeps until it was read.
     """
+    if device.type == "cuda" and t.numel() * t.element_size() > PAGEABLE:
+        t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 

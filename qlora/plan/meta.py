@@ -41,6 +41,10 @@ from qlora_kernels import backends
 LIBRARIES = 100_000_000
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000
+# CUDA, bytes: the workspaces of cuBLAS, 32 MiB for each of the two threads that multiply (less before Hopper)
+WORKSPACES = 2 * (32 << 20)
+# and the driver's context with its kernels, which is not torch's: by other people's reports, no card has told us yet
+CONTEXT = 500_000_000
 
 
 @dataclass
@@ -89,7 +93,7 @@ class MetaRun:
     def __init__(self, config: FinetuneConfig, source: Source, *, varied_lengths: bool = False):
         self.options, self.source = config, source
         self.device = planned_device(config.device)
-        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else 0
+        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else WORKSPACES
         dtype = _planned_dtype(config.dtype, self.device)
         self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
         self.architecture = load_config(source)
