@@ -14,8 +14,10 @@ leaves silently at fifty places.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qlora_kernels import BackendError, ops, reference
+from qlora_kernels import BackendError, avoided, ops, reference
 from qlora_kernels.cpu import native
 from qlora_kernels.weight import QuantizedWeight
 
@@ -34,6 +36,7 @@ BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKE
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
 ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
+AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora selftest` found it wrong here
 
 
 def use(name: str, device: str, function: Callable, backend: str) -> None:
@@ -46,6 +49,8 @@ def routed(name: str, function: Callable, backend: str) -> Callable:
     fallback, taken, refused = getattr(reference, name), (name, backend), (name, "reference")
 
     def call(*arguments):
+        if taken in AVOIDED:
+            return _following(name, backend)(*arguments)
         result = function(*arguments)
         if result is NotImplemented:
             ROUTES[refused] += 1
@@ -54,6 +59,34 @@ def routed(name: str, function: Callable, backend: str) -> Callable:
         return result
 
     return call
+
+
+@functools.cache
+def _following(name: str, backend: str) -> Callable:
+    """The operator by the backend behind one that is wrong here: bitsandbytes behind Triton, then the reference."""
+    theirs = _loaded("bitsandbytes").get(name) if backend == "triton" and _installed("bitsandbytes") else None
+    return routed(name, theirs or getattr(reference, name), "bitsandbytes" if theirs else "reference")
+
+
+def machine(backend: str, index: int | None = None) -> str:
+    """What the kernels of a backend run on, as `avoided` keeps it."""
+    if backend == "native":
+        there = (native.build.FOLDER / native.build.LIBRARY).stat()
+        build = f"{NATIVE.isa if NATIVE else ''}, built {there.st_mtime_ns}.{there.st_size}"
+    else:
+        sources = sorted((native.build.FOLDER.parent / backend).glob("*.py"))
+        build = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return avoided.machine(backend, index, build)
+
+
+def recall(backend: str, index: int | None = None) -> None:
+    """Go round what failed `qlora selftest` on this machine, and say so at every start."""
+    if not avoided.file().exists():
+        return
+    for name, why in avoided.read(machine(backend, index)).items():
+        AVOIDED[name, backend] = why
+        line = f"kernels  {name} ({backend}) failed `qlora selftest` here ({why}): the next backend runs it"
+        print(line, file=sys.stderr, flush=True)
 
 
 def routes(since: Counter[tuple[str, str]] | None = None) -> dict[str, dict[str, int]]:
@@ -100,6 +133,7 @@ def _cuda(index: int | None = None) -> tuple[str, str]:
     elif torch.cuda.get_device_capability(index) < (8, 0):
         missing = "they need compute capability 8.0"
     elif not (missing := _probe(torch.device("cuda", torch.cuda.current_device() if index is None else index))):
+        recall("triton", index)
         return "triton", ""
     if _forced() == "triton":
         raise BackendError(
@@ -242,6 +276,8 @@ def _register() -> None:
 
 
 _register()
+if NATIVE is not None:
+    recall("native")
 
 
 # ---------------------------------------------------------------- what has a kernel
@@ -284,7 +320,7 @@ def prepare(device: torch.device) -> None:
 
 def has_gemv(device: torch.device) -> bool:
     """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
-    return _runs_triton(device)
+    return _runs_triton(device) and ("gemv_4bit", "triton") not in AVOIDED
 
 
 def has_fused_elementwise(device: torch.device) -> bool:
@@ -298,11 +334,15 @@ def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> b
     """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
     product is faster.
     """
+    if ("matmul_4bit", "native") in AVOIDED or ("adapted_linear", "native") in AVOIDED:
+        return False
     return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` has a kernel for them on their device."""
+    if ("attention", "native") in AVOIDED or ("attention_backward", "native") in AVOIDED:
+        return False
     return kind_of(q.device) == "cpu" and NATIVE is not None and NATIVE.supports_attention(q, k, v)
 
 
