@@ -27,7 +27,7 @@ NEEDED = {
     "eval": ["--model", "m", "--data", "d"],
     "merge": ["--adapter", "a", "--output", "o"],
     "quantize": ["--model", "m", "--output", "o"],
-    "doctor": [],
+    **{name: [] for name in ("doctor", "selftest")},
     "plan": ["--model", "m"],
     "verify-resume": ["--model", "m", "--data", "d", "--output", "o"],
     "data": ["--model", "m", "--data", "d"],
