@@ -26,7 +26,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.layers.loss import CHUNK
+from qlora.layers.loss import chunk_size
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
 from qlora.models.device import DTYPES, resolve_dtype
@@ -107,7 +107,7 @@ class MetaRun:
         self.adapter_bytes = 4 * sum(self.adapters)
         starts = begins_by_error(config, source)
         self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
-        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype]) if starts else 0
+        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype], self.device) if starts else 0
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}
@@ -233,7 +233,7 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     return factors + [out for out, _ in shapes if dora]
 
 
-def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> int:
+def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str) -> int:
     """What the start that undoes the base's error takes beside the forward passes: moments and one layer's error, or
     later one layer's 16-bit weight and the logits of three models.
     """
@@ -243,7 +243,9 @@ def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.d
     largest = max((out * columns for out, columns in shapes), default=0)
     vocabulary = model.config.get_text_config().vocab_size
     start = moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
-    return max(start, 2 * dtype.itemsize * largest + 3 * CHUNK * vocabulary * (dtype.itemsize + 4))
+    return max(
+        start, 2 * dtype.itemsize * largest + 3 * chunk_size(kind, vocabulary) * vocabulary * (dtype.itemsize + 4)
+    )
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:
