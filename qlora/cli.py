@@ -207,6 +207,14 @@ def bound_kernel_caches() -> None:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
+def let_segments_grow() -> None:
+    """Let torch's allocator on a card extend its segments: each step has other sizes, and without this what is reserved
+    grows over what is used. Read when CUDA starts, by torch 2.9 and later; what the environment says already stands.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform == "linux":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def _shortage(error: Exception, config: Options | None) -> str | None:
     """The line for a full disk or for memory that ran out that nobody below has said, or None for any other error."""
     if isinstance(error, ImportError):
@@ -273,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         open_missing()
         bound_kernel_caches()
+        let_segments_grow()
         for stream in (sys.stdout, sys.stderr):  # letters that the encoding lacks are written as \\xNN
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")

@@ -27,10 +27,12 @@ from qlora.config.commands import (
     MergeConfig,
     PlanConfig,
     QuantizeConfig,
+    SelftestConfig,
     VerifyConfig,
 )
 from qlora.config.data_command import DataConfig
 from qlora.config.options import Options
+from qlora.errors import guard
 from qlora.streams import steady
 
 
@@ -158,6 +160,17 @@ def _data(config: DataConfig) -> None:
     print(data_command(config))
 
 
+def _selftest(config: SelftestConfig) -> int:
+    from qlora.selftest.report import as_json, as_text, selftest
+
+    found = selftest(config.device, config.only)
+    if config.json is not None:
+        with guard("json", config.json, "cannot be written", "Choose another file"):
+            Path(config.json).write_text(json.dumps(as_json(found), indent=2), encoding="utf-8")
+    print(as_text(found))
+    return 0 if all(row.ok for row in found["rows"]) else 1
+
+
 def _doctor(config: DoctorConfig) -> None:
     from qlora import doctor
 
@@ -247,6 +260,12 @@ COMMANDS = {
         _quantize,
         "write a 4-bit checkpoint that bitsandbytes reads",
         "--model smollm2-135m --output smollm2-nf4",
+    ),
+    "selftest": Command(
+        SelftestConfig,
+        _selftest,
+        "test every kernel on this machine, and go round those that are wrong",
+        "--json selftest.json",
     ),
     "doctor": Command(DoctorConfig, _doctor, "tell what this machine has, what will be used, what is missing", ""),
 }

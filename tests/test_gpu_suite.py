@@ -21,7 +21,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess:
 
 
 def test_small_shapes_on_a_cpu(tmp_path):
-    done = run("--device", "cpu", "--small", "--only", "train,cap", "--json", str(tmp_path / "found.json"))
+    done = run("--device", "cpu", "--small", "--only", "train,mixed,cap", "--json", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["failed"] == {} and found["about"]["small"]
@@ -30,8 +30,19 @@ def test_small_shapes_on_a_cpu(tmp_path):
         "small 64 tokens: first losses agree to": True,
         "the README's lines, small, 4 x 64 tokens": True,
     }
-    sides = {row["name"].rpartition(": ")[2] for row in found["rows"] if row["unit"] == "tokens/s"}
+    of_train = [row for row in found["rows"] if row["part"] == "train" and row["unit"] == "tokens/s"]
+    sides = {row["name"].rpartition(": ")[2] for row in of_train}
     assert sides == {"ours", "peft"}
+    mixed = [row["name"] for row in found["rows"] if row["part"] == "mixed" and row["unit"] == "tokens/s"]
+    assert mixed == ["small equal lengths", "small unequal lengths", "small new lengths"]
+
+
+def test_two_calls_are_all_parts():
+    shown = run("--help").stdout
+    assert "first, or rest" in shown
+    done = run("--device", "cpu", "--small", "--only", "first,nonsense")
+    assert done.returncode == 2 and "kernels,bandwidth,train,mixed,profile" not in done.stdout
+    assert "--only nonsense: no such part" in done.stderr and done.stderr.strip().endswith("first, rest")
 
 
 def test_what_fails_does_not_take_the_rest_along(tmp_path):

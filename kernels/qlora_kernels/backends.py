@@ -14,17 +14,21 @@ leaves silently at fifty places.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from qlora_kernels import BackendError, ops, reference
+from qlora_kernels import BackendError, avoided, ops, reference
 from qlora_kernels.cpu import native
 from qlora_kernels.weight import QuantizedWeight
 
@@ -32,6 +36,7 @@ BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKE
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
 ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
+AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora selftest` found it wrong here
 
 
 def use(name: str, device: str, function: Callable, backend: str) -> None:
@@ -44,6 +49,8 @@ def routed(name: str, function: Callable, backend: str) -> Callable:
     fallback, taken, refused = getattr(reference, name), (name, backend), (name, "reference")
 
     def call(*arguments):
+        if taken in AVOIDED:
+            return _following(name, backend)(*arguments)
         result = function(*arguments)
         if result is NotImplemented:
             ROUTES[refused] += 1
@@ -52,6 +59,34 @@ def routed(name: str, function: Callable, backend: str) -> Callable:
         return result
 
     return call
+
+
+@functools.cache
+def _following(name: str, backend: str) -> Callable:
+    """The operator by the backend behind one that is wrong here: bitsandbytes behind Triton, then the reference."""
+    theirs = _loaded("bitsandbytes").get(name) if backend == "triton" and _installed("bitsandbytes") else None
+    return routed(name, theirs or getattr(reference, name), "bitsandbytes" if theirs else "reference")
+
+
+def machine(backend: str, index: int | None = None) -> str:
+    """What the kernels of a backend run on, as `avoided` keeps it."""
+    if backend == "native":
+        there = (native.build.FOLDER / native.build.LIBRARY).stat()
+        build = f"{NATIVE.isa if NATIVE else ''}, built {there.st_mtime_ns}.{there.st_size}"
+    else:
+        sources = sorted((native.build.FOLDER.parent / backend).glob("*.py"))
+        build = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return avoided.machine(backend, index, build)
+
+
+def recall(backend: str, index: int | None = None) -> None:
+    """Go round what failed `qlora selftest` on this machine, and say so at every start."""
+    if not avoided.file().exists():
+        return
+    for name, why in avoided.read(machine(backend, index)).items():
+        AVOIDED[name, backend] = why
+        line = f"kernels  {name} ({backend}) failed `qlora selftest` here ({why}): the next backend runs it"
+        print(line, file=sys.stderr, flush=True)
 
 
 def routes(since: Counter[tuple[str, str]] | None = None) -> dict[str, dict[str, int]]:
@@ -98,6 +133,7 @@ def _cuda(index: int | None = None) -> tuple[str, str]:
     elif torch.cuda.get_device_capability(index) < (8, 0):
         missing = "they need compute capability 8.0"
     elif not (missing := _probe(torch.device("cuda", torch.cuda.current_device() if index is None else index))):
+        recall("triton", index)
         return "triton", ""
     if _forced() == "triton":
         raise BackendError(
@@ -240,35 +276,74 @@ def _register() -> None:
 
 
 _register()
+if NATIVE is not None:
+    recall("native")
 
 
 # ---------------------------------------------------------------- what has a kernel
 
+_planned: ContextVar[str] = ContextVar("planned", default="cpu")
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Inside, tensors without a device ("meta") count as those of this kind, "cpu" or "cuda": a plan follows the
+    machine that will run it, not the one that makes it. A card that is not here is taken to run our kernels.
+    """
+    token = _planned.set(kind)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def kind_of(device: torch.device) -> str:
+    """The type of a device; of the meta device the planned one."""
+    return _planned.get() if device.type == "meta" else device.type
+
+
+def _runs_triton(device: torch.device) -> bool:
+    if kind_of(device) != "cuda":
+        return False
+    if device.type == "meta" and not torch.cuda.is_available():
+        return _forced() in ("", "native", "triton")
+    return _cuda(device.index)[0] == "triton"
+
+
+def prepare(device: torch.device) -> None:
+    """Make what kernels share on a device now, not at their first launch, which may be inside a CUDA graph."""
+    if device.type == "cuda" and _runs_triton(device):
+        from qlora_kernels.triton import common
+
+        common.prepare(device)
+
 
 def has_gemv(device: torch.device) -> bool:
     """Whether `gemv_4bit` has a kernel there; elsewhere decoding to a reused buffer and a product is faster."""
-    return device.type == "cuda" and _cuda(device.index)[0] == "triton"
+    return _runs_triton(device) and ("gemv_4bit", "triton") not in AVOIDED
 
 
 def has_fused_elementwise(device: torch.device) -> bool:
     """Whether the operators between the products (RMSNorm, SwiGLU) have kernels there, so that they beat PyTorch's
     chains.
     """
-    return NATIVE is not None if device.type == "cpu" else device.type == "cuda" and _cuda(device.index)[0] == "triton"
+    return NATIVE is not None if kind_of(device) == "cpu" else _runs_triton(device)
 
 
 def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
     """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
-    product is faster. Tensors without a device count as the CPU's, for `plan`.
+    product is faster.
     """
-    return x.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
+    if ("matmul_4bit", "native") in AVOIDED or ("adapted_linear", "native") in AVOIDED:
+        return False
+    return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` has a kernel for them on their device. Tensors without a device count as the CPU's, for
-    `plan`.
-    """
-    return q.device.type in ("cpu", "meta") and NATIVE is not None and NATIVE.supports_attention(q, k, v)
+    """Whether `attention` has a kernel for them on their device."""
+    if ("attention", "native") in AVOIDED or ("attention_backward", "native") in AVOIDED:
+        return False
+    return kind_of(q.device) == "cpu" and NATIVE is not None and NATIVE.supports_attention(q, k, v)
 
 
 def describe() -> dict[str, str]:

@@ -20,6 +20,7 @@ from qlora.config.shared import (
     Calibrated,
     Code,
     Compute,
+    Device,
     Dtype,
     Json,
     NamedModel,
@@ -401,6 +402,14 @@ class ChatConfig(Seed, Spoken):
 @dataclass(kw_only=True)
 class EvalConfig(Json, Records, Adapted):
     """Options of `qlora eval`."""
+
+
+@dataclass(kw_only=True)
+class SelftestConfig(Device):
+    """Options of `qlora selftest`."""
+
+    only: str | None = option(None, group=MACHINE, help="checks with commas between them, by the names of the table")
+    json: str | None = option(None, group=OUTPUT, path=True, help="file to write everything to, for a report")
 
 
 @dataclass(kw_only=True)

@@ -47,7 +47,7 @@ class Code(Options):
 
 
 @dataclass(kw_only=True)
-class Compute(Code):
+class Device(Options):
     device: str = option(
         "auto",
         group=MACHINE,
@@ -56,6 +56,10 @@ class Compute(Code):
         help="auto, cpu, cuda or cuda:N",
         rule="must be auto, cpu, cuda or cuda:N",
     )
+
+
+@dataclass(kw_only=True)
+class Compute(Code, Device):
     dtype: Dtype = option("auto", group=MACHINE, help="what layers compute in; `qlora doctor` tells what auto means")
 
 

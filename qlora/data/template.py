@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from qlora import posix
 from qlora.errors import brief
 
 if TYPE_CHECKING:
@@ -164,8 +165,9 @@ def _fits(messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: l
 
 def _limit(memory: int) -> None:
     """Give this process, a child, little time and memory (bytes)."""
-    import resource
-
+    resource = posix.resource
+    if resource is None:
+        return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
     try:

@@ -33,7 +33,7 @@ from qlora.layers.targets import match_targets
 from qlora.models.info import info
 from qlora.models.saver import saves_what_loads
 from qlora.specs import AdapterSpec
-from qlora_kernels import ops
+from qlora_kernels import backends, ops
 from qlora_kernels.weight import QuantizedWeight
 
 
@@ -119,6 +119,8 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
         adapters.hooked = True
     adapters[name] = Adapter(spec, layers)
     saves_what_loads(model)
+    for device in {layer.lora_A.device for layer in layers.values()}:
+        backends.prepare(device)
     return activate(model, name)
 
 
@@ -253,7 +255,7 @@ def _without_its_base(model: nn.Module, keys: Any) -> None:
 
 def _before_forward(model: nn.Module, inputs: tuple) -> None:
     # In training; to look at every layer for each token generated would be dear.
-    if torch.is_grad_enabled() and next(model.parameters()).is_cuda:
+    if torch.is_grad_enabled() and backends.kind_of(next(model.parameters()).device) == "cuda":
         refresh_row_norms(model)
 
 

@@ -4,9 +4,9 @@
 
 The borders 0, t0, t0 + t1, ... come as keyword arguments, under the names that transformers gives them
 (`cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`) and hands from the decoder's forward down to the
-attention function. `attend` runs our own kernel on all examples where there is one (bf16 on a processor that multiplies
-it), elsewhere torch's causal kernel on each, so nothing of size [T, T] exists and no product between examples is
-computed. Without borders it is transformers' own "sdpa".
+attention function. `attend` runs one kernel on all examples where there is one, elsewhere one on those of each length
+(`attention_kernels` says which), so no product between examples is computed. Without borders it is transformers' own
+"sdpa".
 
 The alternative, the block-diagonal mask that transformers builds when positions restart, takes T^2 bytes and the time
 of all pairs.
@@ -14,18 +14,18 @@ of all pairs.
 
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kernels import backends, ops
+from qlora.layers.attention_kernels import by_length, by_varlen, choose, need_of, offer_of
+from qlora_kernels import ops
 
 NAME = "qlora"  # for `model.set_attn_implementation`
 # The `attention_mask` to pass with borders. transformers hands a mask of four dimensions through as it is; given None,
@@ -43,12 +43,15 @@ class Borders(TypedDict):
     max_length_k: int
 
 
-def borders(cu_seqlens: Tensor) -> Borders:
-    """What to pass to a decoder, with NO_MASK, for examples with these borders: [n + 1] int32, on the CPU for every
-    device, since each length decides what is launched.
+def borders(cu_seqlens: Tensor, device: torch.device) -> Borders:
+    """What to pass to a decoder, with NO_MASK, for examples with these borders: [n + 1] int32, on the CPU.
+
+    Those of the queries stay there, since they decide what is launched; those of the keys, the same numbers, lie on
+    `device`, once for all layers, for the kernel that reads them.
     """
     longest = int(cu_seqlens.diff().max())
-    return Borders(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest)
+    there = cu_seqlens.to(device, non_blocking=True)
+    return Borders(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=there, max_length_q=longest, max_length_k=longest)
 
 
 class _Attention(torch.autograd.Function):
@@ -94,46 +97,16 @@ def attend(
     edges = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(edges)]
     window, dropout, scale = options.get("sliding_window"), options.get("dropout", 0.0), options.get("scaling")
-    if backends.supports_attention(query, key, value) and not dropout and (window is None or max(lengths) <= window):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _Attention.apply(*(x[0].transpose(0, 1) for x in (query, key, value)), edges, scale).unsqueeze(0), None
-    start, parts = 0, []
-    for length, same in groupby(lengths):
-        count = len(list(same))  # neighbours of one length go through the kernel together
-        out = _equal_lengths(
-            *(
-                x[:, :, start : start + count * length].transpose(1, 2).unflatten(1, (count, length))[0].transpose(1, 2)
-                for x in (query, key, value)
-            ),
-            window=window,
-            dropout=dropout,
-            scale=scale,
-        )
-        parts.append(out.transpose(1, 2).reshape(count * length, *out.shape[1::2]))
-        start += count * length
-    return torch.cat(parts).unsqueeze(0), None
-
-
-def _equal_lengths(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, dropout: float, scale: float | None
-) -> Tensor:
-    """Causal attention by torch's kernel, q [n, heads, t, d] -> [n, heads, t, d]; a query sees `window` keys."""
-    length, mask = q.shape[2], None
-    if window is not None and length > window:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    if q.is_meta and mask is None and not dropout:  # here torch would choose what keeps [t, t]
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, is_causal=True, scale=scale)[0]
-    return scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    longest = max(lengths)
+    kernel = choose(need_of(query, value, window, longest, dropout), offer_of(query, key, value))
+    if kernel == "native":
+        tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        return _Attention.apply(*tokens, edges, scale).unsqueeze(0), None
+    if kernel == "varlen":
+        borders_there = options["cu_seq_lens_k"]
+        return by_varlen(query, key, value, borders_there, longest, window=window, scale=scale), None
+    return by_length(query, key, value, lengths, kernel, window=window, dropout=dropout, scale=scale), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 
 from qlora.data.batch import IGNORE_INDEX, Batch, PaddedBatch
 from qlora.layers import attention
+from qlora_kernels import backends
 
 # On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
 # rows, which takes longer than the products of a few more.
 ROUND = 64
+PAGEABLE = 64 << 10  # bytes that CUDA copies without waiting (CUDA runtime API, "API synchronization behavior")
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ def target_states(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> tu
 
 def _packed_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """States [T, width] and labels [T] of the packed row."""
-    if device.type != "cuda" and batch.tokens >= 8 * ROUND:
+    if backends.kind_of(device) != "cuda" and batch.tokens >= 8 * ROUND:
         batch = batch.filled(ROUND)
     states = model.get_decoder()(
         input_ids=_sent(batch.input_ids, device),
         position_ids=_sent(batch.position_ids, device),
         attention_mask=attention.NO_MASK,
-        **attention.borders(batch.cu_seqlens),
+        **attention.borders(batch.cu_seqlens, device),
         use_cache=False,
     ).last_hidden_state
     return states[0], batch.labels[0]
@@ -97,9 +99,11 @@ def _mask(rows: PaddedBatch, device: torch.device) -> Tensor | None:
 
 
 def _sent(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. The driver copies pageable memory aside before this returns, so nothing has to
-    be pinned or kept.
+    """A tensor of the CPU on `device`. The driver copies a little pageable memory aside and returns; for more it waits
+    until the card has come that far, so that goes through pinned memory, which torch keeps until it was read.
     """
+    if device.type == "cuda" and t.numel() * t.element_size() > PAGEABLE:
+        t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 

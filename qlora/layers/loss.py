@@ -26,14 +26,22 @@ from transformers import PreTrainedModel
 from qlora.data.batch import Batch
 from qlora.layers.forward import final_scaling, head_logits, target_logits, target_states
 from qlora.layers.forward_mode import forward_mode
-from qlora_kernels import ops
+from qlora_kernels import backends, ops
 
 # labels at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
 CHUNK = 256
+# On a card more: below some 300 labels it waits for the head to be read. At most so many logits, 270 MB in bf16.
+CARD_CHUNK, CARD_LOGITS = 1024, 1 << 27
 
 
-def _chunks(states: Tensor) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, states.shape[0], CHUNK))
+def chunk_size(kind: str, vocabulary: int) -> int:
+    """How many labels at a time on a device of this kind."""
+    return CHUNK if kind != "cuda" else max(CHUNK, min(CARD_CHUNK, CARD_LOGITS // vocabulary))
+
+
+def _chunks(states: Tensor, vocabulary: int) -> Iterator[slice]:
+    size = chunk_size(backends.kind_of(states.device), vocabulary)
+    return (slice(start, start + size) for start in range(0, states.shape[0], size))
 
 
 def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -43,7 +51,7 @@ def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tenso
         yield target_logits(model, batch, mode.apart)
         return
     states, labels = target_states(model, batch, mode)
-    for part in _chunks(states):
+    for part in _chunks(states, model.config.get_text_config().vocab_size):
         yield head_logits(model, states[part]), labels[part]
 
 
@@ -57,10 +65,11 @@ class HeadLoss(torch.autograd.Function):
         ctx, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None
     ) -> Tensor:
         n, vocabulary = states.shape[0], weight.shape[0]
-        buffer = states.new_empty(min(n, CHUNK), vocabulary)
+        rows = chunk_size(backends.kind_of(states.device), vocabulary)
+        buffer = states.new_empty(min(n, rows), vocabulary)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         losses = states.new_empty(n, dtype=torch.promote_types(states.dtype, torch.float32))
-        for part in _chunks(states):
+        for part in _chunks(states, vocabulary):
             logits = torch.mm(states[part], weight.t(), out=buffer[: states[part].shape[0]])
             if bias is not None:
                 logits += bias
@@ -103,5 +112,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
 
     # A head that learns, itself or by an adapter: its logits are computed again in the backward pass, a chunk at a
     # time.
-    parts = [checkpoint(loss, states[part], labels[part], use_reentrant=False) for part in _chunks(states)]
+    vocabulary = model.config.get_text_config().vocab_size
+    chunks = _chunks(states, vocabulary)
+    parts = [checkpoint(loss, states[part], labels[part], use_reentrant=False) for part in chunks]
     return torch.stack(parts).sum() if parts else states.sum() * 0

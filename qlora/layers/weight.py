@@ -83,7 +83,7 @@ class FrozenWeight:
         whichever thread (backward passes run in one of their own, which would have a second buffer), so there it is
         `dense`.
         """
-        if self.quantized is None or self.device.type == "cuda":
+        if self.quantized is None or backends.kind_of(self.device) == "cuda":
             return self.dense(dtype, row_scale)
         n, key = self.shape[0] * self.shape[1], (self.device, dtype)
         buffers = _buffers()

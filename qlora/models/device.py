@@ -48,6 +48,20 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return "bf16" if native_bf16_cpu() else "fp32"
 
 
+def device_notes(device: torch.device, dtype: str) -> list[str]:
+    """What "auto" left aside on this machine, a line each: an unused device, a dtype that a card is slow in."""
+    notes = []
+    others = {"Apple GPU (mps)": torch.backends.mps.is_available(), "Intel GPU (xpu)": torch.xpu.is_available()}
+    if device.type == "cpu":
+        unused = [name for name, there in others.items() if there]
+        notes += [f"the {name} is not used: qlora trains on CPUs and CUDA devices" for name in unused]
+    if device.type == "cuda" and dtype == "fp32" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_properties(device).name
+        fast = "`dtype=fp16` is several times as fast in half the memory, but may overflow (`on_nan=skip` goes on)"
+        notes.append(f"{name} has no bf16, so auto is fp32: {fast}")
+    return notes
+
+
 def native_bf16_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

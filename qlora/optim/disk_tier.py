@@ -15,7 +15,6 @@ import errno
 import mmap
 import os
 import re
-import resource
 import tempfile
 import weakref
 from collections.abc import Generator, Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora import posix
 from qlora.errors import UserError, problem
 from qlora.files import disk_full
 
@@ -129,13 +129,13 @@ class MappedFile:
         for (place, size), following in zip(places, [*places[1:], None], strict=True):
             if following is not None:
                 os.posix_fadvise(self._handle, *following, os.POSIX_FADV_WILLNEED)  # returns at once; the kernel reads
-            waited = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+            waited = posix.page_faults()
             if not self._keep:
                 _fault_in(mapping, place, size)
             try:
                 yield window[place : place + size]
             finally:
-                self.stalls += resource.getrusage(resource.RUSAGE_SELF).ru_majflt > waited
+                self.stalls += posix.page_faults() > waited
                 self.moved += 2 * size
                 if not self._keep:
                     mapping.madvise(mmap.MADV_DONTNEED, place, size)

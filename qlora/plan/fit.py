@@ -12,7 +12,9 @@ examples.
 
 On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, without what is freed
 but kept by glibc: a process with a budget gives that back near it (`train.memory.PeakMemory`), one without peaks higher
-by a fifth. On CUDA they are allocated bytes, by the same account, which no card has verified yet.
+by a fifth. On CUDA they are what torch allocates, by the same account, and the baseline is CUDA's own context, which
+torch does not count (`meta.CONTEXT`). The planned device decides, not the machine that plans. No card has verified it
+yet.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, by_length
 from qlora.data.order import run_length, step_indices
 from qlora.optim.pages import state_bytes
-from qlora.plan.meta import MetaRun, planned_device
+from qlora.plan.meta import CONTEXT, MetaRun, planned_device
 from qlora.train.memory import anonymous_memory, return_freed_memory
 
 MARGIN = 0.1  # what a budget leaves free of a predicted peak
@@ -207,8 +209,8 @@ def _largest(batches: Iterable[Sequence[Example]]) -> list[Lengths]:
 
 
 def baseline_bytes(device: str) -> int:
-    """What this process holds before a run on a CPU, without what is free; 0 on a GPU."""
+    """What this process holds before a run on a CPU, without what is free; on a GPU CUDA's context."""
     if planned_device(device) != "cpu":
-        return 0
+        return CONTEXT
     return_freed_memory()
     return anonymous_memory()

@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from qlora.calibrate.moments import BUDGET
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
-from qlora.data.batch import Example, pack
+from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
-from qlora.layers.loss import CHUNK
+from qlora.layers.loss import chunk_size
 from qlora.layers.nf4 import PART_KEYS
 from qlora.layers.targets import match_targets
 from qlora.models.device import DTYPES, resolve_dtype
@@ -35,11 +35,16 @@ from qlora.models.source import Source, load_config
 from qlora.plan.tracker import StepBytes, run_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
 from qlora.run.inputs import begins_by_error
+from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 100_000_000
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000
+# CUDA, bytes: the workspaces of cuBLAS, 32 MiB for each of the two threads that multiply (less before Hopper)
+WORKSPACES = 2 * (32 << 20)
+# and the driver's context with its kernels, which is not torch's: by other people's reports, no card has told us yet
+CONTEXT = 500_000_000
 
 
 @dataclass
@@ -88,7 +93,7 @@ class MetaRun:
     def __init__(self, config: FinetuneConfig, source: Source, *, varied_lengths: bool = False):
         self.options, self.source = config, source
         self.device = planned_device(config.device)
-        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else 0
+        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else WORKSPACES
         dtype = _planned_dtype(config.dtype, self.device)
         self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
         self.architecture = load_config(source)
@@ -102,7 +107,7 @@ class MetaRun:
         self.adapter_bytes = 4 * sum(self.adapters)
         starts = begins_by_error(config, source)
         self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
-        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype]) if starts else 0
+        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype], self.device) if starts else 0
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}
@@ -133,14 +138,18 @@ class MetaRun:
         count = self.stack.count
         try:
             if not self.stack.alike:
-                return run_on_meta(self.model(count, checkpointing), batch)
-            three, two = (dataclasses.astuple(run_on_meta(self.model(n, checkpointing), batch)) for n in (3, 2))
+                return self._on_meta(count, checkpointing, batch)
+            three, two = (dataclasses.astuple(self._on_meta(n, checkpointing, batch)) for n in (3, 2))
         except UserError:
             raise
         except Exception as error:  # whatever an architecture's code raises without numbers
             rule = f"its steps cannot be followed without its weights ({brief(error)})"
             raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
         return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
+
+    def _on_meta(self, count: int, checkpointing: bool, batch: Batch) -> StepBytes:
+        with backends.planned_for(self.device):
+            return run_on_meta(self.model(count, checkpointing), batch)
 
     def model(self, count: int, checkpointing: bool) -> PreTrainedModel:
         """The model with its first `count` layers, as it would be trained."""
@@ -152,7 +161,8 @@ class MetaRun:
             targets = tuple(name for name in self.targets if not self.stack.beyond(name, count))
             adapter = dataclasses.replace(self.spec.adapter, targets=targets)
             spec = dataclasses.replace(self.spec, adapter=adapter, gradient_checkpointing=checkpointing)
-            self._models[key] = assemble(self.source, spec, torch.device(self.device), short)
+            with backends.planned_for(self.device):
+                self._models[key] = assemble(self.source, spec, torch.device(self.device), short)
         return self._models[key]
 
 
@@ -223,7 +233,7 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     return factors + [out for out, _ in shapes if dora]
 
 
-def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype) -> int:
+def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str) -> int:
     """What the start that undoes the base's error takes beside the forward passes: moments and one layer's error, or
     later one layer's 16-bit weight and the logits of three models.
     """
@@ -233,7 +243,9 @@ def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.d
     largest = max((out * columns for out, columns in shapes), default=0)
     vocabulary = model.config.get_text_config().vocab_size
     start = moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
-    return max(start, 2 * dtype.itemsize * largest + 3 * CHUNK * vocabulary * (dtype.itemsize + 4))
+    return max(
+        start, 2 * dtype.itemsize * largest + 3 * chunk_size(kind, vocabulary) * vocabulary * (dtype.itemsize + 4)
+    )
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

@@ -63,7 +63,7 @@ def assemble(
         draws = Draws(spec.seed, device, spec.adapter.dropout > 0)
     else:
         model = empty_base(source, spec, architecture)
-        if device.type == "cpu" and backends.NATIVE is not None:
+        if backends.has_fused_elementwise(torch.device("meta")):  # as `load_source` asks of the real device
             fuse(model)
     with nullcontext() if architecture is None else torch.device("meta"):
         attach(model, spec.adapter, draws=draws)

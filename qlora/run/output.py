@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlora import posix
 from qlora.config.commands import FinetuneConfig
 from qlora.config.options import to_yaml
 from qlora.errors import UserError, guard, problem
@@ -96,7 +96,7 @@ def _locked(output: Path) -> int:
         except OSError as error:
             raise UserError(disk_problem(output, error)) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            posix.lock(handle)
         except BlockingIOError:
             os.close(handle)
             remedy = "Wait for that run, or choose another folder"

@@ -27,7 +27,7 @@ from qlora.data.order import run_length
 from qlora.errors import UserError
 from qlora.evaluate import evaluate
 from qlora.export.peft_write import save_adapter
-from qlora.models.device import resolve_device, resolve_dtype
+from qlora.models.device import device_notes, resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.identity import check_same_run, moment_of, quantization_of, run_identity
@@ -167,6 +167,9 @@ def build(
         UserError: see `assemble` and `PagedAdamW`.
     """
     dtype = resolve_dtype(config.dtype, device)
+    if config.dtype == "auto":
+        for note in device_notes(device, dtype):
+            print(f"device   {note}", file=sys.stderr, flush=True)
     spec = ModelSpec(
         quantization_of(config, checkpoint),
         config.adapter(),

@@ -22,7 +22,7 @@ import torch
 from qlora.config.commands import FinetuneConfig
 from qlora.errors import guard
 from qlora.models.device import resolve_device
-from qlora.plan.fit import Plan
+from qlora.plan.fit import Plan, baseline_bytes
 from qlora.plan.report import table, within_budget
 from qlora.run.inputs import Inputs
 from qlora.run.output import Claim, begin_output, claimed, shortage_as_problem, write_config
@@ -122,7 +122,8 @@ class Run:
     def keep_memory(self, inputs: Inputs) -> None:
         """Watch memory from here on and, with a budget, decide on settings that keep it.
 
-        On CUDA no more than the budget can be allocated, on a CPU freed memory goes back to the system.
+        On CUDA no more than the budget can be taken, its context included; on a CPU freed memory goes back to the
+        system.
 
         Raises:
             UserError: nothing keeps it; names the smallest budget that works.
@@ -130,7 +131,8 @@ class Run:
         budget, device = self.requested.memory, self.device
         if budget is not None and device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+            of_torch = max(0, budget - baseline_bytes(self.requested.device))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, of_torch / total), device)
         self.memory = self._owned.enter_context(PeakMemory(device, limit=budget))
         if budget is not None:
             self.config, self.plan, self.baseline = within_budget(

@@ -11,11 +11,13 @@ ru_maxrss and a malloc that keeps nothing, count the files, and pay for fresh pa
 from __future__ import annotations
 
 import ctypes
-import resource
+import os
 import threading
 from pathlib import Path
 
 import torch
+
+from qlora import posix
 
 
 def anonymous_memory() -> int:
@@ -23,12 +25,14 @@ def anonymous_memory() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:  # macOS, where ru_maxrss is in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return posix.resident_peak()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def return_freed_memory() -> None:
     """Give freed memory back to the system, which glibc keeps for the next that asks. Does nothing without glibc."""
+    if os.name != "posix":
+        return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -184,7 +184,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
 
     heads = [torch.randn(4, 256, out // 64, 64).bfloat16().requires_grad_(k < 3) for k in range(4)]
 
-    packed = borders(torch.arange(0, TOKENS + 1, 256, dtype=torch.int32))
+    packed = borders(torch.arange(0, TOKENS + 1, 256, dtype=torch.int32), torch.device("cpu"))
 
     def attention():
         q, k, v, dout = (x.view(1, TOKENS, -1, 64).transpose(1, 2) for x in heads)

@@ -172,9 +172,9 @@ def check_state(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
     parts = [normal(bench, n, seed=i) for i in range(4)]
     parts[3].square_()
     expected, work = [t.clone() for t in parts], torch.empty(3, n, device=bench.device)
-    cut = [n // 3, n - n // 3]
+    cut, numbers = [n // 3, n - n // 3], [0.9, 0.999, 1e-8, 0.99, 1e-2, 0.3, 0.7]
     for code, (p, g, *moments) in ((ops, parts), (reference, expected)):
-        code.adamw_(p.split(cut), g.split(cut), [0, cut[0]], *moments, work, 0.9, 0.999, 1e-8, 0.99, 1e-2, 0.3, 0.7)
+        code.adamw_(p.split(cut), g.split(cut), [0, cut[0]], *moments, work, numbers)
     worst("adamw_", tuple(parts), tuple(expected), 1e-6)
     if n % 256 == 0:
         for signed in (True, False):

@@ -2,12 +2,15 @@
 bitsandbytes.
 
     export PYTHONPATH=.:kernels
-    python3 scripts/benchmarks/gpu_suite.py [--only kernels,train] [--json scripts/results/gpu.json]
+    python3 scripts/benchmarks/gpu_suite.py --only first --json scripts/results/gpu.json    what decides, under 8 minutes
+    python3 scripts/benchmarks/gpu_suite.py --only rest --json scripts/results/gpu_rest.json
+    python3 scripts/benchmarks/gpu_suite.py --only kernels,train                            some parts
     python3 scripts/benchmarks/gpu_suite.py --device cpu --small      tiny shapes, where there is no card
 
     kernels     each operator against the reference, real and odd shapes, float32 and bf16, outputs poisoned with NaN
     bandwidth   GB/s of the operators beside a copy and bitsandbytes
     train       step time, tokens/s and peak memory of LoRA and DoRA at the shape of a 7B, ours and PEFT + bitsandbytes
+    mixed       steps of examples of different lengths beside equal ones, and of new lengths every time
     profile     where the time of a 7B step goes: kernels by time, launches, and how long the card waits for them
     optimizer   a step with the paged optimizer resident and spilled, and the optimizer's step alone
     curves      the losses of CPU and card on the same batches in float32, and the adapters that come out
@@ -51,7 +54,7 @@ import torch
 from gpu_bench import Bench, Row
 from gpu_kernels import part_bandwidth, part_kernels
 from gpu_memory import part_cap, part_plan
-from gpu_training import part_curves, part_generate, part_optimizer, part_profile, part_train, part_train8B
+from gpu_training import part_curves, part_generate, part_mixed, part_optimizer, part_profile, part_train, part_train8B
 
 from qlora.models.device import resolve_device
 
@@ -59,6 +62,7 @@ PARTS = {  # in the order in which they run: cheap and important first
     "kernels": part_kernels,
     "bandwidth": part_bandwidth,
     "train": part_train,
+    "mixed": part_mixed,
     "profile": part_profile,
     "optimizer": part_optimizer,
     "curves": part_curves,
@@ -67,8 +71,10 @@ PARTS = {  # in the order in which they run: cheap and important first
     "train8B": part_train8B,
     "generate": part_generate,
 }
+CALLS = {"first": tuple(PARTS)[:5], "rest": tuple(PARTS)[5:]}  # a call each, of less than 8 minutes
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 SECONDS = 150  # that a part may take
+COMPILING = 150  # and more for the first, which compiles most of the kernels
 
 
 def about(device: torch.device, small: bool) -> dict[str, Any]:
@@ -129,12 +135,12 @@ def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
             lines.put(None)
 
         threading.Thread(target=read, daemon=True).start()
-        ends, lost = time.monotonic() + SECONDS, None
+        ends, lost = time.monotonic() + SECONDS + COMPILING, None
         try:
             while (line := lines.get(timeout=max(0.1, ends - time.monotonic()))) is not None:
                 told = json.loads(line)
                 if "begin" in told:
-                    ends = time.monotonic() + SECONDS
+                    ends = time.monotonic() + SECONDS + COMPILING * (told["begin"] == parts[0])
                 yield told
         except queue.Empty:
             process.kill()
@@ -151,7 +157,7 @@ def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts with commas between them, first, or rest")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -160,9 +166,9 @@ def main() -> int:
     if arguments.work:
         work(arguments.work.split(","), resolve_device(arguments.device), arguments.small)
         return 0
-    parts = arguments.only.split(",")
+    parts = [part for name in arguments.only.split(",") for part in CALLS.get(name, (name,))]
     if unknown := [name for name in parts if name not in PARTS]:
-        parser.error(f"--only {','.join(unknown)}: no such part. Choose from {', '.join(PARTS)}")
+        parser.error(f"--only {','.join(unknown)}: no such part. Choose from {', '.join([*PARTS, *CALLS])}")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print(
             f"--device {arguments.device}: torch {torch.__version__} sees no CUDA device. "

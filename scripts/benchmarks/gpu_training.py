@@ -4,6 +4,7 @@ devices.
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from statistics import median
 
 import torch
 from gpu_bench import Bench, adamw, case, measure_steps, peers
-from random_models import SHAPES, attached, build, checkpointing, ours, random_batch, theirs, with_peft
+from random_models import SHAPES, attached, build, checkpointing, ours, random_batch, random_examples, theirs, with_peft
 from torch import nn
 
 
@@ -73,6 +74,39 @@ def compared(bench: Bench, shape: str, results: dict[tuple, dict | None], length
             bench.row(
                 f"{shape} {length} tokens: first losses agree to", max(losses) / min(losses) - 1, most=0.01, must=True
             )
+
+
+def part_mixed(bench: Bench) -> None:
+    """Batches of four examples: of one length, of four lengths with as many tokens, and new lengths at every step."""
+    import qlora
+    from qlora.train.memory import PeakMemory
+    from qlora.train.step import optimizer_step
+
+    shape, length, steps = ("small", 16, 3) if bench.small else ("7B", 512, 20)
+    model = attached(build(shape, bench.device), "lora").train()
+    checkpointing(model, False)
+    dice = random.Random(0)
+    unequal = [length * part // 8 for part in (2, 6, 11, 13)]
+    varied = [[dice.randint(length // 8, 2 * length) for _ in range(4)] for _ in range(steps)]
+    times: dict[str, float] = {}
+    for name, every in (("equal", [[length] * 4] * steps), ("unequal", [unequal] * steps), ("new", varied)):
+        optimizer = qlora.PagedAdamW(qlora.adapter_parameters(model), lr=1e-4)
+        walls = []
+        with bench.attempt(f"{shape} {name} lengths"), PeakMemory(bench.device) as memory:
+            for lengths in every:
+                batch = random_examples(lengths, model.config.vocab_size)
+                bench.wait()
+                began = time.perf_counter()
+                optimizer_step(model, optimizer, [batch], 1e-4, 1.0)
+                bench.wait()
+                walls.append((time.perf_counter() - began) / batch.tokens)
+            times[name] = median(walls[1:])
+            bench.row(f"{shape} {name} lengths", 1 / times[name], "tokens/s")
+            bench.row(f"{shape} {name} lengths: reserved over allocated", memory.peak() / memory.allocated(), "x")
+            bench.row(f"{shape} {name} lengths: first step", walls[0] * sum(every[0]), "s")
+        optimizer.close()
+    if {"equal", "unequal"} <= times.keys():
+        bench.row(f"{shape} unequal lengths, of equal ones' time", times["unequal"] / times["equal"], "x", most=1.05)
 
 
 def part_profile(bench: Bench) -> None:

@@ -151,11 +151,15 @@ def attached(model: nn.Module, method: str) -> nn.Module:
 
 def random_batch(length: int, vocabulary: int, count: int = 1, seed: int = 0, lowest: int = 2):
     """`count` examples of random tokens, all but the first of each targets."""
+    return random_examples([length] * count, vocabulary, seed, lowest)
+
+
+def random_examples(lengths: list[int], vocabulary: int, seed: int = 0, lowest: int = 2):
+    """Examples of these lengths, likewise."""
     from qlora.data.batch import Example, pack
 
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(lowest, vocabulary, (count, length), generator=generator).tolist()
-    return pack([Example(tuple(row), (False,) + (True,) * (length - 1)) for row in ids])
+    ids = torch.randint(lowest, vocabulary, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return pack([Example(tuple(row.tolist()), (False,) + (True,) * (len(row) - 1)) for row in ids.split(lengths)])
 
 
 def checkpointing(model: nn.Module, on: bool) -> None:

@@ -18,16 +18,19 @@ from pathlib import Path
 import pytest
 import triton_compile
 import triton_interpret
+import triton_races
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests" / "support")))
 
 
-def run(script: str, folder: Path, **variables: str) -> tuple[dict[str, str], subprocess.CompletedProcess]:
+def run(
+    script: str, folder: Path, *arguments: str, **variables: str
+) -> tuple[dict[str, str], subprocess.CompletedProcess]:
     """What a script printed, by check, and how it ended. Nothing that was compiled before counts."""
     environment = {**os.environ, "PYTHONPATH": PATHS, "TRITON_CACHE_DIR": str(folder)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "support" / script)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / script), *arguments]
     done = subprocess.run(
         command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False
     )
@@ -38,6 +41,16 @@ def test_every_kernel_equals_the_reference_in_the_interpreter(tmp_path):
     found, done = run("triton_interpret.py", tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert found == dict.fromkeys(triton_interpret.INTERPRETED, "ok")
+
+
+def test_programs_in_any_order_do_not_race(tmp_path):
+    """And the results are right. Without the order that atomics give, the checker sees each kernel that needs it."""
+    found, done = run("triton_races.py", tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert found == dict.fromkeys(triton_races.CHECKS, "0")
+    found, done = run("triton_races.py", tmp_path, "--unordered", TRITON_INTERPRET="1")
+    assert done.returncode == 0 and set(found) == set(triton_races.SHARED), done.stderr[-2000:]
+    assert min(map(int, found.values())) > 0, found
 
 
 @pytest.fixture(scope="module")

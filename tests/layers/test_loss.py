@@ -16,6 +16,7 @@ from qlora.layers.forward import ForwardMode
 from qlora.layers.forward_mode import forward_mode
 from qlora.layers.fused import fuse
 from qlora.layers.loss import HeadLoss, loss_sum
+from qlora_kernels import backends
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -201,3 +202,15 @@ def test_finding_the_layout_changes_nothing():
         and all(module.training for module in model.modules())
         and torch.equal(before, torch.get_rng_state())
     )
+
+
+def test_a_card_takes_more_labels_at_a_time():
+    """So that it does not wait for the head; of a large vocabulary fewer, so that the logits stay 270 MB."""
+    assert [loss.chunk_size("cuda", n) for n in (32000, 128256, 262144, 1 << 21)] == [1024, 1024, 512, 256]
+    assert loss.chunk_size("cpu", 32000) == 256
+    states = torch.empty(3000, 8, device="meta", requires_grad=True)
+    head, labels = torch.empty(262144, 8, device="meta"), torch.zeros(3000, dtype=torch.long, device="meta")
+    for kind, rows in (("cuda", 512), ("cpu", 256)):
+        with backends.planned_for(kind), Largest() as largest:
+            loss.HeadLoss.apply(states, head, None, labels, 1.0, None)
+        assert largest.elements == rows * 262144

@@ -21,10 +21,11 @@ from qlora.errors import UserError
 from qlora.export.bnb import quantize_checkpoint
 from qlora.layers.attach import adapter_parameters
 from qlora.layers.forward_mode import forward_mode
-from qlora.plan.fit import fit, peak_batches, predict, requested
+from qlora.plan.fit import baseline_bytes, fit, peak_batches, predict, requested
 from qlora.plan.meta import MetaRun
 from qlora.run.inputs import find_model, micro_batches
 from qlora.run.optimizer import adapter_optimizer
+from qlora_kernels import backends
 
 HOUSE = Path(__file__).parents[2]
 
@@ -151,6 +152,22 @@ def test_70b_needs_no_weights(tmp_path):
     plan = predict(meta_run(config), requested(config), peak_batches(config))
     assert plan.parts["weights"] == 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672) // 2
     assert plan.parts["weights"] < plan.peak < 100e9
+
+
+def test_a_plan_follows_the_planned_device(tmp_path, monkeypatch):
+    """Not the machine that plans: a card runs its own kernels, whatever this CPU has; and CUDA's own part counts."""
+    transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=512
+    ).save_pretrained(tmp_path)
+    config = PlanConfig(model=str(tmp_path), device="cuda", dtype="bf16", batch_size=2, max_tokens=512)
+    found = []
+    for native in (backends.NATIVE, None):
+        monkeypatch.setattr(backends, "NATIVE", native)
+        run = meta_run(config)
+        found.append(predict(run, requested(config), peak_batches(config)))
+        assert any(type(module).__name__ == "GatedMLP" for module in run.model(3, False).modules())
+    assert found[0] == found[1]
+    assert found[0].parts["libraries"] == 64 << 20 and baseline_bytes("cuda") == 500_000_000
 
 
 def test_the_order_of_sacrifice():

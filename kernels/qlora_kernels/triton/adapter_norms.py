@@ -7,6 +7,8 @@ second time. Where the rows make too few programs to fill a card, each row is sh
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -241,9 +243,7 @@ def _row_norms_together(key: tuple, tensors: tuple[tuple[Tensor, ...], ...], sca
     """n [layers, rows] in one launch; `tensors` of a layer are what the table of `row_norms_all_kernel` points to."""
     device, rows, columns, rank, blocksize, nested_blocksize = key
     grid, sizes, options = _norms_grid(rows, columns, rank)
-    addresses = torch.tensor([part.data_ptr() for parts in tensors for part in parts], dtype=torch.int64)
-    table = addresses.to(device, non_blocking=True)
-    scaling = torch.tensor(scalings, dtype=torch.float32).to(device, non_blocking=True)
+    table, scaling = _table(device, tuple(part.data_ptr() for parts in tensors for part in parts), scalings)
     n = torch.empty(len(tensors), rows, dtype=torch.float32, device=device)
     sums = torch.empty(len(tensors), grid[1], rows, dtype=torch.float32, device=device)
     into = (n, sums, counters(device, len(tensors) * grid[0]))
@@ -259,6 +259,13 @@ def _row_norms_together(key: tuple, tensors: tuple[tuple[Tensor, ...], ...], sca
             **options,
         )
     return n
+
+
+@functools.lru_cache(maxsize=64)
+def _table(device: torch.device, addresses: tuple[int, ...], scalings: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Both on the device; kept, since they change with the parameters only, and a CUDA graph may not copy them."""
+    table, scaling = torch.tensor(addresses, dtype=torch.int64), torch.tensor(scalings, dtype=torch.float32)
+    return table.to(device), scaling.to(device)
 
 
 def _row_norms_by_chunks(weight: QuantizedWeight, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_kernels import reference
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
 # Whether a * b + c may be rounded once. Never left to the default, which Triton is changing.
@@ -71,13 +73,38 @@ def on(tensor: Tensor) -> AbstractContextManager:
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+CAPTURED = -1  # the stream of all that is recorded in a CUDA graph
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """Zeros int32 [count or more] for `last_of`, which leaves zeros. Each stream has its own: kernels that run at the
     same time must not share them.
+
+    Those of graphs come from `prepare`: made inside a capture, they would lie in the graph's own memory and go with it.
+    Two graphs may not be replayed at the same time.
+
+    Raises:
+        RuntimeError: a graph is being captured, and `prepare` made none or too few.
     """
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    stream = _stream(device)
+    key = (device, stream)
     if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        if stream == CAPTURED:
+            raise RuntimeError(f"{count} counters for a CUDA graph: run the step once before it is captured")
+        for number in (stream, CAPTURED):
+            there = _counters.get((device, number))
+            if there is None or len(there) < count:
+                _counters[device, number] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     return _counters[key]
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return CAPTURED if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+
+def prepare(device: torch.device) -> None:
+    """Make what launches share on a device before any of them: counters and tables."""
+    counters(device, 1)
+    reference.dynamic_map(device)

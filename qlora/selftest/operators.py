@@ -1,0 +1,273 @@
+"""Each operator of the backend in use against what it means, at odd shapes and real ones, its outputs poisoned.
+
+    error = max |found - exact| / max |exact|        exact: the reference in float64
+    exact operators (codes, scales, decoded weights) have the reference's own bits
+
+Arguments are drawn here, and what comes back is compared whole: results, and what an operator writes in place. The
+alternative, to compare a model's loss alone, passes over a wrong last column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels import ops, reference
+from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight, levels_of
+
+BLOCKSIZE = 64
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+EXACT = {
+    *("quantize_4bit", "fit_scales_4bit", "encode_4bit", "quantize_absmax"),
+    *("dequantize_4bit", "dequantize_4bit_into", "encode_blocks_into", "decode_blocks_into"),
+}
+IN_FLOAT32 = {"adamw_", "total_norm", "row_norms_4bit", "row_norms_4bit_all"}  # whatever the activations are in
+USED_UP = {"work", "values"}  # written in place, but no result: see `encode_blocks_into`
+
+
+@dataclass
+class Draw:
+    """Random arguments of one shape: a weight [rows, columns], `tokens` tokens, activations in `dtype`."""
+
+    device: torch.device
+    rows: int
+    columns: int
+    tokens: int
+    dtype: torch.dtype
+    rank: int = 16
+    _generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.rows + self.columns)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.tokens} tokens, {str(self.dtype).removeprefix('torch.')}"
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self.device, dtype)
+
+    def low(self, *shape: int) -> Tensor:
+        """Normal, in the dtype of activations."""
+        return self.normal(*shape, dtype=self.dtype)
+
+    def scales(self, count: int) -> Tensor:
+        """Positive numbers about 1."""
+        return self.normal(count).abs() + 0.5
+
+    def weight(self) -> QuantizedWeight:
+        dense = 0.02 * self.normal(self.rows, self.columns)
+        packed, absmax = reference.quantize_4bit(dense, self.levels, BLOCKSIZE)
+        scales = reference.quantize_absmax(absmax, NESTED_BLOCKSIZE)
+        return QuantizedWeight.of(packed, scales, (self.rows, self.columns), BLOCKSIZE)
+
+    @property
+    def levels(self) -> Tensor:
+        return levels_of("nf4", self.device)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return 0.1 * self.normal(self.rank, self.columns), 0.1 * self.normal(self.rows, self.rank)
+
+    def forward(self) -> tuple:
+        """The arguments of `adapted_linear`, of DoRA with its norms."""
+        w, (A, B), x = self.weight(), self.factors(), self.low(self.tokens, self.columns)
+        return (x, x, A, B, self.scales(self.rows), self.scales(self.rows), None, 2.0, w.parts, w.layout)
+
+    def backward(self) -> tuple:
+        """Those of `adapted_linear_backward`, behind that forward pass."""
+        x, _, *given = self.forward()
+        y, *saved = reference.adapted_linear(x, x, *given)
+        return (self.low(self.tokens, self.rows), [x, *saved], y, 2.0, *given[-2:], True)
+
+    def heads(self, count: int) -> Tensor:
+        return self.low(self.tokens, count, 64)
+
+    def borders(self) -> list[int]:
+        return [0, self.tokens // 3, self.tokens]
+
+    def attended(self) -> tuple:
+        """The arguments of `attention_backward`."""
+        q, k, v = self.heads(4), self.heads(2), self.heads(2)
+        out, lse = reference.attention(q, k, v, self.borders(), 0.125)
+        return (self.heads(4), q, k, v, out, lse, self.borders(), 0.125)
+
+    def blocks(self, signed: bool) -> tuple:
+        count = self.rows * NESTED_BLOCKSIZE
+        codes, absmax = torch.empty(count, dtype=torch.uint8), torch.empty(self.rows)
+        values, work = self.normal(count), torch.empty(count, dtype=torch.int32)
+        codes, absmax, work = (t.to(self.device) for t in (codes, absmax, work))
+        return (codes, absmax, values if signed else values.square(), work, NESTED_BLOCKSIZE, signed)
+
+    def decoding(self) -> tuple:
+        codes, absmax, values, work, *rest = self.blocks(True)
+        reference.encode_blocks_into(codes, absmax, values, work, *rest)
+        return (torch.empty_like(values), codes, absmax, work, *rest)
+
+    def adamw(self) -> tuple:
+        n = self.rows * self.columns
+        cut = [n // 3, n - n // 3]
+        p, g, m, v = (self.normal(n) for _ in range(4))
+        numbers = [0.9, 0.999, 1e-8, 0.99, 1e-2, 0.3, 0.7]
+        work = torch.empty(3, n, device=self.device)
+        return (list(p.split(cut)), list(g.split(cut)), [0, cut[0]], m, v.square(), work, numbers)
+
+
+def _gemv(d: Draw) -> tuple:
+    w = d.weight()
+    return (d.low(d.columns), w.parts, w.layout)
+
+
+def _matmul(d: Draw) -> tuple:
+    w = d.weight()
+    return (d.low(d.tokens, d.columns), w.parts, w.layout, d.scales(d.rows), True)
+
+
+def _decode(d: Draw) -> tuple:
+    w = d.weight()
+    return (w.parts, w.layout, d.scales(d.rows), d.dtype)
+
+
+def _decode_into(d: Draw) -> tuple:
+    w = d.weight()
+    return (torch.empty(d.rows, d.columns, dtype=d.dtype, device=d.device), w.parts, w.layout, None)
+
+
+def _norms(d: Draw, count: int = 0) -> tuple:
+    w, (A, B) = d.weight(), d.factors()
+    one = (w.parts, w.layout, A, B, 2.0)
+    return one if not count else (w.parts * count, w.layout * count, [A] * count, [B] * count, [2.0] * count)
+
+
+def _prepare(d: Draw) -> tuple:
+    return (*d.factors(), d.scales(d.rows), d.scales(d.rows), 0.7, d.dtype)
+
+
+def _gradients(d: Draw) -> tuple:
+    dy, y = d.low(d.tokens, d.rows), d.low(d.tokens, d.rows)
+    up, u = d.low(d.rows, d.rank), d.low(d.tokens, d.rank)
+    return (dy, up, u, y, d.scales(d.rows), d.scales(d.rows), 0.7)
+
+
+def _elementwise(d: Draw, count: int) -> tuple:
+    return tuple(d.low(d.tokens, d.columns) for _ in range(count))
+
+
+def _rms_backward(d: Draw) -> tuple:
+    dy, x, weight = d.low(d.tokens, d.columns), d.low(d.tokens, d.columns), d.low(d.columns)
+    return (dy, x, weight, reference.rms_norm(x, weight, 1e-6)[1])
+
+
+def _rotation(d: Draw) -> tuple:
+    angles = d.normal(d.tokens, 32).repeat(1, 2)
+    return (d.heads(4), d.heads(2), angles.cos().to(d.dtype), angles.sin().to(d.dtype))
+
+
+CASES: dict[str, Callable[[Draw], tuple]] = {
+    "quantize_4bit": lambda d: (d.low(d.rows, d.columns), d.levels, BLOCKSIZE),
+    "fit_scales_4bit": lambda d: (d.low(min(d.rows, 64), d.columns), d.levels, BLOCKSIZE),  # the reference is slow
+    "encode_4bit": lambda d: (
+        d.low(d.rows, d.columns),
+        d.levels,
+        2 * d.scales(-(-d.rows * d.columns // BLOCKSIZE)),
+        BLOCKSIZE,
+    ),
+    "quantize_absmax": lambda d: (d.scales(d.rows * 3), NESTED_BLOCKSIZE),
+    "dequantize_4bit": _decode,
+    "dequantize_4bit_into": _decode_into,
+    "gemv_4bit": _gemv,
+    "matmul_4bit": _matmul,
+    "row_norms_4bit": _norms,
+    "row_norms_4bit_all": lambda d: _norms(d, 3),
+    "adapted_linear": Draw.forward,
+    "adapted_linear_backward": Draw.backward,
+    "prepare_lora_factors": _prepare,
+    "columnwise_dot": lambda d: _elementwise(d, 2),
+    "matmul_tn": lambda d: (d.low(d.tokens, d.rank), d.low(d.tokens, d.columns)),
+    "adapter_gradients": _gradients,
+    "cross_entropy_": lambda d: (d.low(d.tokens, d.columns), (torch.arange(d.tokens) % d.columns).to(d.device)),
+    "rms_norm": lambda d: (d.low(d.tokens, d.columns), d.low(d.columns), 1e-6),
+    "rms_norm_backward": _rms_backward,
+    "swiglu": lambda d: _elementwise(d, 2),
+    "swiglu_backward": lambda d: _elementwise(d, 3),
+    "swiglu_backward_dots": lambda d: _elementwise(d, 3),
+    "geglu": lambda d: _elementwise(d, 2),
+    "geglu_backward": lambda d: _elementwise(d, 3),
+    "rotate": _rotation,
+    "rotate_backward": _rotation,
+    "attention": lambda d: (d.heads(4), d.heads(2), d.heads(2), d.borders(), 0.125),
+    "attention_backward": Draw.attended,
+    "adamw_": Draw.adamw,
+    "total_norm": lambda d: ([d.normal(d.rows, d.columns), d.normal(7)],),
+    "encode_blocks_into": lambda d: d.blocks(True),
+    "decode_blocks_into": Draw.decoding,
+}
+
+
+def shapes(device: torch.device) -> list[Draw]:
+    """Odd ones, which end in the middle of every block and vector, and one of a real layer."""
+    real = (4096, 4096, 512) if device.type == "cuda" else (1024, 2048, 64)
+    odd = [(5, 77, 3), (33, 192, 17), (130, 576, 40)]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [Draw(device, *shape, dtype) for shape in (*odd, real) for dtype in dtypes]
+
+
+def errors(name: str, draw: Draw) -> tuple[float, float]:
+    """(the largest error of operator `name` on such arguments, the largest that may be)."""
+    arguments, exact = CASES[name](draw), name in EXACT
+    expected = _results(getattr(reference, name), name, _copied(arguments, None if exact else torch.float64))
+    found = _results(getattr(ops, name), name, _copied(arguments, None))
+    error = max(_error(a, b, exact) for a, b in zip(found, expected, strict=True))
+    return error, 0.0 if exact else LIMITS[torch.float32 if name in IN_FLOAT32 else draw.dtype]
+
+
+def _error(found: Tensor, expected: Tensor, exact: bool) -> float:
+    if found.shape != expected.shape or (exact and found.dtype != expected.dtype):
+        return math.inf
+    if exact or not expected.numel():
+        return 0.0 if torch.equal(found, expected) else math.inf
+    error = ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return error if error == error else math.inf  # NaN: an element that nobody wrote
+
+
+def _results(function: Callable, name: str, arguments: tuple) -> list[Tensor]:
+    """What a call returns and what it writes in place, flat."""
+    returned = function(*arguments)
+    schema = getattr(ops, name)._schema.arguments
+    written = [
+        value
+        for value, about in zip(arguments, schema, strict=False)
+        if about.alias_info is not None and about.alias_info.is_write and about.name not in USED_UP - _wanted(name)
+    ]
+    return list(_flat([returned, *written]))
+
+
+def _wanted(name: str) -> set[str]:
+    return {"values"} if name == "decode_blocks_into" else set()
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _flat(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _copied(value: Any, dtype: torch.dtype | None) -> Any:
+    """Arguments of their own, so that nothing is written into another's; floating ones in `dtype` where it is given.
+
+    Of a quantized weight the parts stay what they are: they are read as codes and scales.
+    """
+    if isinstance(value, tuple):
+        return tuple(_copied(part, dtype) for part in value)
+    if isinstance(value, list):
+        weight = any(isinstance(part, Tensor) and part.dtype == torch.uint8 for part in value)
+        return [_copied(part, None if weight else dtype) for part in value]
+    if isinstance(value, torch.dtype):
+        return dtype if dtype is not None else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if dtype is None or not value.is_floating_point() else value.to(dtype, copy=True)

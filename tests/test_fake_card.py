@@ -1,0 +1,87 @@
+"""The first minute on a card, up to the first kernel, on a card that is only claimed: the suite, doctor, plan and a
+budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from fake_card import REFUSED, TOTAL
+
+HOUSE = Path(__file__).resolve().parents[1]
+PATHS = os.pathsep.join(str(HOUSE / name) for name in (".", "kernels", "tests/support", "scripts/benchmarks"))
+CLAIM = "import json, sys, torch, fake_card; calls = fake_card.install({capability}); "
+
+
+def python(code: str, capability: str = "") -> subprocess.CompletedProcess:
+    """`code` where a card is claimed, and `calls` are what is asked of it."""
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+    script = CLAIM.format(capability=capability) + code
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+
+
+def refused(said: str) -> bool:
+    return any(words in said for words in REFUSED)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    tiny.write_model(folder / "model")
+    tiny.write_data(folder / "data.jsonl")
+    return folder
+
+
+def test_a_budget_is_set_on_a_card_before_anything_is_loaded(place):
+    """CUDA's context is counted within it."""
+    options = {"model": str(place / "model"), "data": str(place / "data.jsonl"), "output": str(place / "run")}
+    options |= {"memory": 8_000_000_000, "device": "auto", "steps": 1}
+    code = f"import qlora; from qlora.config.commands import FinetuneConfig; options = {options!r}\n"
+    code += "try:\n    qlora.finetune(FinetuneConfig(**options))\nexcept BaseException as error:\n"
+    code += "    print('RAISED', json.dumps([repr(error), [c for c in calls if c[0] == '_cuda_setMemoryFraction']]))"
+    done = python(code)
+    told, _, found = done.stdout.partition("RAISED")
+    raised, fractions = json.loads(found)
+    assert "memory   8000 MB: --batch-size 4" in told and refused(raised), done.stdout + done.stderr
+    assert fractions == [["_cuda_setMemoryFraction", (8_000_000_000 - 500_000_000) / TOTAL, 0]]
+
+
+def test_the_suite_begins():
+    """It tells what the card is and begins its parts; what fails is torch without CUDA alone."""
+    code = (
+        "import gpu_suite; from qlora.models.device import resolve_device; "
+        "gpu_suite.work(['kernels', 'train', 'plan'], resolve_device('cuda'), True)"
+    )
+    done = python(code)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told[0]["about"]["device"] == "a claimed card" and told[0]["about"]["capability"] == "8.9", done.stderr
+    assert [line["begin"] for line in told if "begin" in line] == ["kernels", "train", "plan"]
+    assert [line["end"] for line in told if "end" in line] == ["kernels", "train", "plan"]
+    failed = [line["row"]["value"] for line in told if "row" in line and str(line["row"]["value"]).startswith("failed")]
+    assert failed and [value for value in failed if not refused(value)] == []
+
+
+def test_doctor_and_plan_answer():
+    code = "from qlora.cli import main; code = main(['doctor', '--json']); print('PLAN', flush=True); "
+    code += "sys.exit(code or main(['plan', '--model', 'smollm2-135m', '--memory', '24GB', '--json']))"
+    done = python(code)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    doctor, plan = map(json.loads, done.stdout.split("PLAN"))
+    assert doctor["gpus"][0]["name"] == "a claimed card" and doctor["used"]["device"] == "cuda:0"
+    (entry,) = (entry for entry in doctor["missing"] if entry["what"] == "our kernels on the card")
+    assert "a small one failed" in entry["why"]
+    assert plan["device"] == "cuda" and plan["fits"] and plan["baseline"] == 500_000_000
+
+
+def test_an_old_card_is_said_to_be_slow():
+    done = python("from qlora.cli import main; sys.exit(main(['doctor', '--json']))", "(7, 5)")
+    found = json.loads(done.stdout)
+    assert found["used"]["dtype"] == "fp32", done.stderr
+    (note,) = found["used"]["notes"]
+    assert "a claimed card has no bf16, so auto is fp32" in note and "fp16" in note
