@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -48,14 +49,22 @@ def choose_all_codes(model: torch.nn.Module, weights: Originals, batches: list[t
                     layer.magnitude.copy_(layer.current_row_norms())
 
 
-def train(model: torch.nn.Module, examples: list[Example], steps: int, rate: float, seed: int) -> None:
-    """AdamW with a cosine schedule, the same batches for every start."""
-    model.train()
+def train(model: torch.nn.Module, examples: list[Example], steps: list[int], rate: float, seed: int) -> Iterator[int]:
+    """AdamW with a cosine schedule over the last of `steps`, the same batches for every start; pauses after each of
+    `steps` with the model in evaluation mode.
+    """
     optimizer = torch.optim.AdamW(qlora.adapter_parameters(model), lr=rate, weight_decay=0.0)
-    for step in range(steps):
+    for step in range(steps[-1]):
         batch = pack([examples[i] for i in step_indices(len(examples), BATCH, seed, step)])
-        optimizer_step(model, optimizer, [batch], learning_rate(step, steps, rate, 4, "cosine"), 1.0, step)
-    model.eval()
+        optimizer_step(model.train(), optimizer, [batch], learning_rate(step, steps[-1], rate, 4, "cosine"), 1.0, step)
+        if step + 1 in steps:
+            model.eval()
+            yield step + 1
+
+
+def steps(text: str) -> list[int]:
+    """ "30,60" as a rising list."""
+    return sorted(int(part) for part in text.split(","))
 
 
 def main() -> None:
@@ -71,8 +80,9 @@ def main() -> None:
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--steps", type=steps, default=[], help="30,60: held-out loss after 30 and after 60, the last")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--shift", type=int, default=0, help="blocks begin this many columns later (Llama only)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -83,9 +93,10 @@ def main() -> None:
     )
     weights = originals(resolve(given.model))
     rows = []
+    settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
     for method in given.methods.split(","):
         for seed in range(given.seeds):
-            sixteen = None
+            sixteen: dict[int, float] = {}
             for start in ("16 bits", *given.starts.split(",")):
                 bits = 16 if start == "16 bits" else 4
                 if bits == 16 and not given.steps:
@@ -106,15 +117,13 @@ def main() -> None:
                     row |= {"loss16": gap.loss16, "over": gap.loss / gap.loss16 - 1, "kl": gap.kl}
                     row |= {"base over": gap.loss_base / gap.loss16 - 1, "base kl": gap.kl_base}
                 if given.steps:
-                    train(model, examples, given.steps, given.rate, seed)
-                    loss = evaluate(model, held_out, 8).loss
-                    sixteen = loss if bits == 16 else sixteen
-                    assert sixteen is not None
-                    row |= {"trained": loss, "trained over": loss / sixteen - 1}
+                    for step in train(model, examples, given.steps, given.rate, seed):
+                        loss = evaluate(model, held_out, 8).loss
+                        sixteen.setdefault(step, loss)  # 16 bits come first
+                        row |= {f"after {step}": loss, f"after {step} over": loss / sixteen[step] - 1}
                 rows.append(row)
                 print(*(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
-    write(given.json, about("torch", "transformers") | settings | {"rows": rows})
+                write(given.json, about("torch", "transformers") | settings | {"rows": rows})
 
 
 if __name__ == "__main__":
