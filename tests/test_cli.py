@@ -39,7 +39,8 @@ COMPANIONS = {
     "top_p": ["--temperature", "0.5"],
     "warmup": ["--steps", "100"],
 }
-OPTIONS = [(command, entry) for command in COMMANDS for entry in entries(COMMANDS[command].options)]
+IN_PAIRS = {("quantize", "calibrate"), ("quantize", "codes")}  # neither without the other: run/test_codes.py
+OPTIONS = [(c, e) for c in COMMANDS for e in entries(COMMANDS[c].options) if (c, e.name) not in IN_PAIRS]
 
 
 def other_value(entry, kind) -> tuple[list[str], Any]:

@@ -19,6 +19,7 @@ HOUSE = Path(__file__).resolve().parents[1]
 FLOORS = (
     (
         "calibrate.error_start",
+        "calibrate.stages",
         "data.batch",
         "data.doctor_page",
         "errors",
@@ -74,6 +75,7 @@ FLOORS = (
     ("config.data_command", "layers.adapters", "layers.targets", "models.quantize", "optim.pages"),
     ("layers.attach", "layers.forward_mode", "layers.fused", "models.originals", "optim.moments", "run.inputs"),
     (
+        "calibrate.codes",
         "calibrate.start",
         "export.peft",
         "layers.loss",
@@ -104,7 +106,7 @@ FLOORS = (
         "train.checkpoint",
         "train.loop",
     ),
-    ("plan.meta", "run.identity", "run.output", "run.report", "run.verify"),
+    ("plan.meta", "run.codes", "run.identity", "run.output", "run.report", "run.verify"),
     ("plan.fit",),
     ("plan.report",),
     ("run.commands", "run.run"),

@@ -81,7 +81,7 @@ def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beg
     """Give the fresh adapters of `model` the start that undoes the quantization error, in place."""
     began = time.monotonic()
     batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed, config.batch_size)
-    weights = originals(inputs.source)
+    weights = originals(inputs.unquantized)
     layers = start_by_error(model, weights, batches)
     records = _records(inputs, config.seed)
     gap = measure_gap(model, weights, records, config.batch_size) if can_measure(model, weights) else None

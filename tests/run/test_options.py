@@ -77,6 +77,7 @@ TESTED_ELSEWHERE = {
     "allow_endless",  # below
     "adapter_init",  # test_start.py, as the one below it
     "calibrate",
+    "codes",  # test_codes.py
 }
 
 
