@@ -61,11 +61,11 @@ def choose_codes_of(
     for moments in input_moments(model, widths, batches, budget, widest):
         H = moments.blocks
         for name in moments.layers:
-            found[name] = _choose(layers[name], weights.weight(name, H.device), H)
+            found[name] = choose_layer(layers[name], weights.weight(name, H.device), H)
     return found
 
 
-def _choose(layer: NF4Linear, W: Tensor, H: Tensor) -> LayerCodes:
+def choose_layer(layer: NF4Linear, W: Tensor, H: Tensor) -> LayerCodes:
     """GPTQ's codes of W [out, in] for a layer, if its error under H [parts, width, width] falls by them."""
     was = layer.quantized
     size, before = _error(W, None, H), _error(W, was, H)
