@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qlora.calibrate.error_start import weighted_error
+from qlora.calibrate.error_start import LayerError, weighted_error
 from qlora.calibrate.gptq import gptq
 from qlora.calibrate.moments import BUDGET, input_moments
 from qlora.layers.linear import NF4Linear
@@ -28,20 +27,10 @@ WIDEST = 8192  # inputs whose H is taken whole: 268 MB
 ROWS = 1 << 20  # values of a weight that are looked at together, about
 
 
-@dataclass(frozen=True)
-class LayerCodes:
-    """The mean squared error of a layer's output over that output's mean square, with the nearest codes and with those
-    that were chosen.
-    """
-
-    nearest: float
-    chosen: float
-
-
 @torch.no_grad()
 def choose_codes_of(
     model: nn.Module, weights: Originals, batches: Sequence[Tensor], budget: int = BUDGET, widest: int = WIDEST
-) -> dict[str, LayerCodes]:
+) -> dict[str, LayerError]:
     """Give the quantized layers of a base the codes of GPTQ, in place; what came of it, by layer.
 
     Layers without a 16-bit weight, or that the text never reaches, keep the nearest codes.
@@ -57,7 +46,7 @@ def choose_codes_of(
         name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear) and name in weights.there
     }
     widths = {name: layer.in_features for name, layer in layers.items()}
-    found: dict[str, LayerCodes] = {}
+    found: dict[str, LayerError] = {}
     for moments in input_moments(model, widths, batches, budget, widest):
         H = moments.blocks
         for name in moments.layers:
@@ -65,18 +54,18 @@ def choose_codes_of(
     return found
 
 
-def choose_layer(layer: NF4Linear, W: Tensor, H: Tensor) -> LayerCodes:
+def choose_layer(layer: NF4Linear, W: Tensor, H: Tensor) -> LayerError:
     """GPTQ's codes of W [out, in] for a layer, if its error under H [parts, width, width] falls by them."""
     was = layer.quantized
     size, before = _error(W, None, H), _error(W, was, H)
     if not 0 < before < math.inf or not 0 < size < math.inf:
-        return LayerCodes(0.0, 0.0)
+        return LayerError(0.0, 0.0)
     made = gptq(was, W, H)
     after = before if made is was else _error(W, made, H)
     if not after < before:
-        return LayerCodes(before / size, before / size)
+        return LayerError(before / size, before / size)
     layer.quantized = made
-    return LayerCodes(before / size, after / size)
+    return LayerError(before / size, after / size)
 
 
 def _error(W: Tensor, quantized: QuantizedWeight | None, H: Tensor) -> float:

@@ -98,6 +98,9 @@ class Calibrated(Options):
         group=QUANTIZATION,
         help="NF4 codes nearest to each weight, or chosen by calibration text so that a layer's output errs least",
     )
+    verbose: bool = option(
+        False, group=OUTPUT, resume="free", help="tell the quantization error of each layer that text has lowered"
+    )
 
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora.calibrate.codes import WIDEST
 from qlora.calibrate.moments import BUDGET
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
@@ -103,9 +104,11 @@ class MetaRun:
         self.adapter_bytes = 4 * sum(self.adapters)
         starts = begins_by_error(config, source)
         self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
-        calibrates = starts or chooses_codes(config, source)
-        tokens = calibration_text(config.calibrate)[1]
-        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype], tokens) if calibrates else 0
+        chosen = chooses_codes(config, source)
+        about = calibration_text(config.calibrate)[1], chosen
+        self.calibration_bytes = (
+            calibration_bytes(model, self.targets, DTYPES[dtype], *about) if starts or chosen else 0
+        )
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}
@@ -226,10 +229,10 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     return factors + [out for out, _ in shapes if dora]
 
 
-def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype, tokens: int) -> int:
+def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype, tokens: int, chosen: bool) -> int:
     """What the start that undoes the base's error takes beside the forward passes of a text of so many `tokens`:
     hidden states, moments and one layer's error, or later one layer's 16-bit weight and the logits of three models.
-    Codes that the text chooses take no more.
+    Codes that the text chooses take a layer's weight in float32 twice and its codes, and its H six times.
     """
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     widest = max((columns for _, columns in shapes), default=0)
@@ -238,7 +241,8 @@ def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.d
     vocabulary = model.config.get_text_config().vocab_size
     hidden = 2 * tokens * model.config.get_text_config().hidden_size * dtype.itemsize  # before and after a layer
     start = hidden + moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
-    return max(start, 2 * dtype.itemsize * largest + 3 * CHUNK * vocabulary * (dtype.itemsize + 4))
+    codes = hidden + moments + 5 * 4 * min(widest, WIDEST) ** 2 + (2 * 4 + 1) * largest if chosen else 0
+    return max(start, codes, 2 * dtype.itemsize * largest + 3 * CHUNK * vocabulary * (dtype.itemsize + 4))
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

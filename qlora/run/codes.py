@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora.calibrate.codes import choose_codes_of
+from qlora.calibrate.error_start import error_table
 from qlora.calibrate.moments import rectangles
 from qlora.config.commands import FinetuneConfig, QuantizeConfig
 from qlora.config.shared import calibration_text
@@ -67,7 +68,7 @@ def quantize_command(config: QuantizeConfig) -> Path:
     examples = tokenize(read_records(data or ""), tokenizer, max_tokens=TOKENS).examples
     refuse_tokens(source_limits(source), examples, tokenizer, "calibrate")
     text = rectangles(examples, count, 0, BATCH)
-    model, said = chosen_base(source, config.quantization(), text, config.dtype)
+    model, said = chosen_base(source, config.quantization(), text, config.dtype, verbose=config.verbose)
     print(said, flush=True)
     made = made_by(source, config.quantization(), text)
     return write_quantized(
@@ -76,7 +77,12 @@ def quantize_command(config: QuantizeConfig) -> Path:
 
 
 def chosen_base(
-    source: Source, quantization: Quantization, text: Sequence[Tensor], dtype: str, device: str = "auto"
+    source: Source,
+    quantization: Quantization,
+    text: Sequence[Tensor],
+    dtype: str,
+    device: str = "auto",
+    verbose: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """The model in NF4 with codes chosen by batches of token ids, and a line about it.
 
@@ -93,15 +99,16 @@ def chosen_base(
         raise UserError(problem("codes", "gptq", rule, "Save the model as safetensors, or leave it out"))
     model = load_source(source, quantization, dtype=dtype, device=device)
     layers = choose_codes_of(model, weights, text)
-    moved = [layer for layer in layers.values() if layer.chosen < layer.nearest]
+    moved = [layer for layer in layers.values() if layer.after < layer.before]
     before, after = (
         100 * sum(errors) / max(1, len(layers))
-        for errors in ([layer.nearest for layer in layers.values()], [layer.chosen for layer in layers.values()])
+        for errors in ([layer.before for layer in layers.values()], [layer.after for layer in layers.values()])
     )
     errors = f"{before:.2f} % of the output, now {after:.2f} %"
     seconds = time.monotonic() - began
     said = f"codes    chosen in {len(moved)} of {len(weights.shapes)} layers ({errors}), by {tokens:,} tokens"
-    return model, f"{said} in {seconds:.0f} s"
+    said = f"{said} in {seconds:.0f} s"
+    return model, f"{said}\n{error_table(layers)}" if verbose else said
 
 
 def made_by(source: Source, quantization: Quantization, text: Sequence[Tensor]) -> str:
@@ -131,7 +138,7 @@ def base_of_run(config: FinetuneConfig, inputs: Inputs, output: Path, dtype: str
             rule = "holds a base that was made by other text, or of another model"
             raise UserError(problem("output", folder, rule, remedy))
     else:
-        model, said = chosen_base(source, config.quantization(), text, dtype, str(device))
+        model, said = chosen_base(source, config.quantization(), text, dtype, str(device), config.verbose)
         print(said, flush=True)
         write_quantized(source, folder, config.quantization(), dtype=dtype, chosen=(model, made))
     base = resolve(str(folder), trust_remote_code=config.trust_remote_code)

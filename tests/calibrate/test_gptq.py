@@ -122,10 +122,10 @@ def test_no_layer_errs_more_than_with_the_nearest_codes():
     batches = [torch.arange(2, 98).view(4, 24)]
     found = choose_codes_of(model, Kept(dense), batches)
     assert found.keys() == before.keys()
-    assert found["model.layers.0.mlp.up_proj"].chosen == found["model.layers.0.mlp.up_proj"].nearest == 0
+    assert found["model.layers.0.mlp.up_proj"].after == found["model.layers.0.mlp.up_proj"].before == 0
     moved = {n for n, codes in before.items() if not torch.equal(codes, model.get_submodule(n).quantized.packed)}
-    assert moved == {name for name, layer in found.items() if layer.chosen < layer.nearest}
-    assert len(moved) == len(before) - 1 and all(layer.chosen <= layer.nearest for layer in found.values())
+    assert moved == {name for name, layer in found.items() if layer.after < layer.before}
+    assert len(moved) == len(before) - 1 and all(layer.after <= layer.before for layer in found.values())
 
 
 def test_codes_that_err_more_are_not_taken():
@@ -137,5 +137,5 @@ def test_codes_that_err_more_are_not_taken():
     errors = [weighted_error(W - nf4.dequantize(weight), H) for weight in (better, usual)]
     assert errors[0] < errors[1]
     found = choose_layer(layer, W, H.unsqueeze(0))
-    assert found.chosen == found.nearest and torch.equal(layer.quantized.packed, better.packed)
-    assert found.nearest == pytest.approx(errors[0] / weighted_error(W, H), rel=1e-4)
+    assert found.after == found.before and torch.equal(layer.quantized.packed, better.packed)
+    assert found.before == pytest.approx(errors[0] / weighted_error(W, H), rel=1e-4)

@@ -78,6 +78,7 @@ TESTED_ELSEWHERE = {
     "adapter_init",  # test_start.py, as the one below it
     "calibrate",
     "codes",  # test_codes.py
+    "verbose",  # test_start.py
 }
 
 
