@@ -129,18 +129,10 @@ def _eval(config: EvalConfig) -> None:
 
 def _quantize(config: QuantizeConfig) -> None:
     _quiet()
-    from qlora.export.bnb import quantize_checkpoint
+    from qlora.run.codes import quantize_command
 
     with steady():
-        quantize_checkpoint(
-            config.model,
-            config.output,
-            quantization=config.quantization(),
-            dtype=config.dtype,
-            shard_size=config.shard_size,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-        )
+        quantize_command(config)
         print(f'\nTry it:    qlora generate --model {shlex.quote(config.output)} --prompt "..."', flush=True)
 
 

@@ -22,6 +22,7 @@ Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 BLOCKSIZES: tuple[int, ...] = get_args(Blocksize)
 Scales = Literal["absmax", "mse"]
 SCALES: tuple[str, ...] = get_args(Scales)
+Codes = Literal["nearest", "gptq"]
 Method = Literal["lora", "dora"]
 METHODS: tuple[str, ...] = get_args(Method)
 Init = Literal["kaiming", "gaussian"]

@@ -34,14 +34,14 @@ NEEDED = {
     "verify-resume": ["--model", "m", "--data", "d", "--output", "o"],
     "data": ["--model", "m", "--data", "d"],
 }
-# What another flag needs beside it to make sense.
-COMPANIONS = {
+COMPANIONS = {  # what another flag needs beside it to make sense
     "calibrate": ["--adapter-init", "error"],
     "eval_every": ["--eval-fraction", "0.1"],
     "top_p": ["--temperature", "0.5"],
     "warmup": ["--steps", "100"],
 }
-OPTIONS = [(command, entry) for command in COMMANDS for entry in entries(COMMANDS[command].options)]
+PAIRED = {"quantize-calibrate", "quantize-codes"}  # run/test_codes.py
+OPTIONS = [(c, e) for c in COMMANDS for e in entries(COMMANDS[c].options) if f"{c}-{e.name}" not in PAIRED]
 
 
 def other_value(entry, kind) -> tuple[list[str], Any]:

@@ -15,11 +15,28 @@ alternatives not taken: a plain SVD of E (LoftQ), which does not know which inpu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 ROUNDS = 10  # of the subspace iteration
 SPARE = 8  # directions more than asked for, for it to converge
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The mean squared error of a layer's output over that output's mean square, before and after it was lowered."""
+
+    before: float
+    after: float
+
+
+def error_table(layers: Mapping[str, LayerError]) -> str:
+    """A line for each layer, the worst first: what share of its output is error, and what it was."""
+    worst = sorted(layers.items(), key=lambda item: -item[1].after)
+    return "\n".join(f"         {100 * e.after:7.3f} % (was {100 * e.before:7.3f} %)  {name}" for name, e in worst)
 
 
 def weighted_error(E: Tensor, H: Tensor) -> float:

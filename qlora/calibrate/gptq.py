@@ -23,39 +23,63 @@ DAMPING = 0.1  # of the mean of the diagonal; more than the start needs, as GPTQ
 
 
 def gptq(weight: QuantizedWeight, W: Tensor, H: Tensor, damping: float = DAMPING) -> QuantizedWeight:
-    """`weight` with codes chosen for W [out, in] under H [in, in]; its scales stay. As it is where blocks cross rows.
+    """`weight` with codes chosen for W [out, in] under H; its scales stay. As it is where blocks cross rows or parts.
+
+    Args:
+        weight: W, quantized.
+        W: the weight in 16 or 32 bits.
+        H: [in, in], or [parts, in / parts, in / parts]: the parts on its diagonal, between which no error is fed.
+        damping: of the mean of H's diagonal, added to it.
 
     Raises:
         torch.linalg.LinAlgError: H is not finite.
     """
     out, columns = weight.shape
-    if columns % weight.blocksize or columns % 2:
+    H = H if H.dim() == 3 else H.unsqueeze(0)
+    width = H.shape[1]
+    if width % weight.blocksize or columns % 2:
         return weight
     scales = reference.decode_absmax(weight).view(out, -1)
-    codes = choose_codes(W.float(), scales, H, weight.levels, weight.blocksize, damping)
+    codes = torch.empty(out, columns, dtype=torch.uint8, device=W.device)
+    for start, part in zip(range(0, columns, width), H, strict=True):
+        inside = slice(start, start + width)
+        blocks = scales[:, start // weight.blocksize : (start + width) // weight.blocksize]
+        codes[:, inside] = choose_codes(W[:, inside], blocks, part, weight.levels, weight.blocksize, damping)
     pairs = codes.view(-1, 2)
     packed = (pairs[:, 0] << 4 | pairs[:, 1]).view(-1, 1)
     return QuantizedWeight([packed, *weight.parts[1:]], weight.layout)
 
 
 def choose_codes(W: Tensor, scales: Tensor, H: Tensor, levels: Tensor, blocksize: int, damping: float) -> Tensor:
-    """Codes [out, in] uint8 of W [out, in], with scales [out, in / blocksize] and 16 rising levels."""
+    """Codes [out, in] uint8 of W [out, in], with scales [out, in / blocksize] and 16 rising levels.
+
+    In memory are W and, for a BLOCK, errors in float32, the codes, and three of H. Columns lie in rows of their own
+    here, where the loop passes over them.
+    """
     order = H.diagonal().argsort(descending=True, stable=True)
-    H = damped(H, damping)[order][:, order]
+    U = _feedback(damped(H, damping)[order][:, order])
+    left = W.t()[order].float()  # [in, out]
+    by_block = scales.t().contiguous()
+    inverses = torch.where(by_block > 0, 1 / by_block, 0)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=W.device)
+    block_of = (order // blocksize).tolist()
+    for start in range(0, len(left), BLOCK):
+        part = slice(start, min(start + BLOCK, len(left)))
+        errors = torch.empty_like(left[part])
+        for j in range(part.start, part.stop):
+            chosen = torch.bucketize(left[j] * inverses[block_of[j]], midpoints)
+            codes[j] = chosen
+            errors[j - start] = error = (left[j] - levels[chosen] * by_block[block_of[j]]) / U[j, j]
+            left[j + 1 : part.stop].addr_(U[j, j + 1 : part.stop], error, alpha=-1)
+        left[part.stop :].addmm_(U[part, part.stop :].t(), errors, alpha=-1)
+    return torch.empty_like(codes).index_copy_(0, order, codes).t()
+
+
+def _feedback(H: Tensor) -> Tensor:
+    """U [in, in], the upper Cholesky factor of the inverse of H, which is changed; an input that never came counts as
+    independent of all others.
+    """
     dead = H.diagonal() <= 0
     H.diagonal()[dead] = 1
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-    W, by_column = W[:, order].clone(), scales[:, order // blocksize]
-    inverse = torch.where(by_column > 0, 1 / by_column, 0)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    for start in range(0, W.shape[1], BLOCK):
-        part = slice(start, min(start + BLOCK, W.shape[1]))
-        errors = torch.empty_like(W[:, part])
-        for j in range(part.start, part.stop):
-            chosen = torch.bucketize(W[:, j] * inverse[:, j], midpoints)
-            codes[:, j] = chosen
-            errors[:, j - start] = error = (W[:, j] - levels[chosen] * by_column[:, j]) / U[j, j]
-            W[:, j + 1 : part.stop] -= error.unsqueeze(1) * U[j, j + 1 : part.stop]
-        W[:, part.stop :] -= errors @ U[part, part.stop :]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)

@@ -2,11 +2,12 @@
 
     rows of text -> model, its own forward -> a hook on each layer -> H, shared by layers of the same input (q, k, v)
 
-The model runs as it is, whatever its architecture; all H together can be larger than the model, so they are taken for
-as many layers at a time as `budget` bytes hold, with the text run once for each such group, no further than its last
-layer. Text is cut to rectangles without padding, so no moment is of padding; the first position is left out, since it
-draws attention to itself with values that are a hundred times larger and the same in every text. The alternative, layer
-by layer on stored hidden states (GPTQ), runs the text once but must know how each architecture calls its layers.
+The text goes from one decoder layer to the next (`stages`), so a layer may be changed before the later ones are fed; of
+one layer's H, as many are held at a time as `budget` bytes hold. Where a model does not allow that, the text is run
+whole for each such group of layers, no further than its last one. Text is cut to rectangles without padding, so no
+moment is of padding; the first position is left out, since it draws attention to itself with values that are a hundred
+times larger and the same in every text. Of a very wide input only blocks on the diagonal of H are taken where the
+caller says so: H of 28,672 inputs is 3.3 GB. The alternative, all H at once, can be larger than the model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.calibrate.stages import Enough, Stages, decoder_layers, forward
 from qlora.data.batch import Example, by_length
 from qlora.data.order import epoch_order
 
@@ -47,19 +49,44 @@ def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: 
 
 @dataclass
 class Moments:
-    """The sum of x xt over the inputs of one or more layers, and how many there were."""
+    """The sum of x xt over the inputs of one or more layers, and how many there were.
+
+    Attributes:
+        sums: [blocks, width, width], the blocks on the diagonal of H; one where H was not cut.
+    """
 
     layers: list[str]
     sums: Tensor
     count: int = 0
 
     @property
-    def mean(self) -> Tensor:
+    def blocks(self) -> Tensor:
+        """The mean of x xt, [blocks, width, width]."""
         return self.sums / max(1, self.count)
 
+    @property
+    def mean(self) -> Tensor:
+        """H [in, in], of moments that were not cut."""
+        (found,) = self.blocks
+        return found
 
-class _Enough(Exception):
-    """The last layer of a group has been fed."""
+    def add(self, rows: Tensor) -> None:
+        """Take inputs [n, in] in float32."""
+        width = self.sums.shape[1]
+        for b, total in enumerate(self.sums):
+            part = rows[:, b * width : (b + 1) * width]
+            total.addmm_(part.t(), part)
+        self.count += len(rows)
+
+
+def block_width(inputs: int, widest: int | None, unit: int = 64) -> int:
+    """The width of the blocks that H is cut into: `inputs` itself, or its largest part of at most `widest` that is a
+    multiple of `unit`.
+    """
+    if widest is None or inputs <= widest:
+        return inputs
+    fitting = (inputs // parts for parts in range(2, inputs // unit + 1) if inputs % (parts * unit) == 0)
+    return next((width for width in fitting if width <= widest), inputs)
 
 
 @dataclass
@@ -67,6 +94,7 @@ class _Hooks:
     """Adds up what the layers of a group are fed. `last`: the layer that is fed last, once a batch has shown it."""
 
     names: dict[nn.Module, str]
+    widest: int | None = None
     batch: tuple[int, int] = (0, 0)
     found: dict[str, Moments] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
@@ -81,18 +109,27 @@ class _Hooks:
             same = next((moments for tensor, moments in self.seen if tensor is x), None)
             if same is not None:
                 same.layers.append(name)
-            width = x.shape[-1]
-            new = Moments([name], torch.zeros(width, width, device=x.device))
+            width = block_width(x.shape[-1], self.widest)
+            new = Moments([name], torch.zeros(x.shape[-1] // width, width, width, device=x.device))
             self.found[name] = new if same is None else same
         moments = self.found[name]
         if moments.layers[0] == name:
             self.seen.append((x, moments))
             del self.seen[:-2]
-            rows = self._rows(x)
-            moments.sums.addmm_(rows.t(), rows)
-            moments.count += len(rows)
+            moments.add(self._rows(x))
         if name == self.last:
-            raise _Enough
+            raise Enough
+
+    def begin(self, batch: Tensor) -> None:
+        """A batch [b, t] comes next."""
+        self.batch, self.order, self.seen = (batch.shape[0], batch.shape[1]), [], []
+
+    def moments(self) -> Iterator[Moments]:
+        """What was found, each H once."""
+        self.seen = []
+        for name, moments in self.found.items():
+            if moments.layers[0] == name and moments.count:
+                yield moments
 
     def _rows(self, x: Tensor) -> Tensor:
         """The inputs [n, in] in float32, without those of the first position where they can be told."""
@@ -113,44 +150,58 @@ def _hooked(hooks: _Hooks) -> Iterator[None]:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, widths: dict[str, int], batches: Sequence[Tensor], budget: int = BUDGET
+    model: nn.Module, widths: dict[str, int], batches: Sequence[Tensor], budget: int = BUDGET, widest: int | None = None
 ) -> Iterator[Moments]:
-    """The moments of every layer that `widths` names, with its number of inputs, in the order of `widths`.
+    """The moments of every layer that `widths` names, with its number of inputs: decoder layer by decoder layer where
+    the model can be run so, else in the order of `widths`.
 
-    A layer may be changed once its moments came: the layers of later groups are then fed by the changed model. A layer
-    that the text never reaches gets none.
+    A layer may be changed once its moments came: later layers, or layers of later groups, are then fed by the changed
+    model. A layer that the text never reaches gets none.
 
     Args:
         model: in evaluation mode.
         widths: inputs by layer.
         batches: token ids [b, t].
         budget: bytes of moments to hold at once, counted as if no two layers shared theirs.
+        widest: inputs that H is taken of whole; of more, blocks on its diagonal. None: always whole.
     """
-    inner = getattr(model, "base_model", model)  # without the head
-    device = next(model.parameters()).device
-    for group in _groups(widths, budget):
-        hooks = _Hooks({model.get_submodule(name): name for name in group})
+    found = decoder_layers(model, widths)
+    stages = None if found is None else Stages(model, found[1], batches)
+    if found is None or stages is None or not stages.works():
+        yield from _by_whole_text(model, _groups(widths, budget, widest), batches, widest)
+        return
+    inside = [name for name in widths if name.startswith(f"{found[0]}.")]
+    outside = {name: width for name, width in widths.items() if name not in inside}
+    yield from _by_whole_text(model, _groups(outside, budget, widest), batches, widest)
+    for i in range(len(found[1])):
+        layer = {name: widths[name] for name in inside if name.startswith(f"{found[0]}.{i}.")}
+        for group in _groups(layer, budget, widest):
+            hooks = _Hooks({model.get_submodule(name): name for name in group}, widest)
+            with _hooked(hooks):
+                stages.run(i, hooks.begin)
+            yield from hooks.moments()
+
+
+def _by_whole_text(
+    model: nn.Module, groups: Iterator[list[str]], batches: Sequence[Tensor], widest: int | None
+) -> Iterator[Moments]:
+    """The text from its beginning for each group of layers, as far as the last of them."""
+    for group in groups:
+        hooks = _Hooks({model.get_submodule(name): name for name in group}, widest)
         with _hooked(hooks):
             for batch in batches:
-                hooks.batch, hooks.order, hooks.seen = (batch.shape[0], batch.shape[1]), [], []
-                ids = batch.to(device)
-                try:
-                    inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-                except _Enough:
-                    continue
+                hooks.begin(batch)
+                forward(model, batch)
                 hooks.last = hooks.order[-1] if hooks.order else None
-        hooks.seen = []
-        for name, moments in hooks.found.items():
-            if moments.layers[0] == name and moments.count:
-                yield moments
+        yield from hooks.moments()
 
 
-def _groups(widths: dict[str, int], budget: int) -> Iterator[list[str]]:
+def _groups(widths: dict[str, int], budget: int, widest: int | None) -> Iterator[list[str]]:
     """Consecutive layers whose moments fit the budget together, at least one each."""
     group: list[str] = []
     held = 0
     for name, width in widths.items():
-        size = 4 * width * width
+        size = 4 * width * block_width(width, widest)
         if group and held + size > budget:
             yield group
             group, held = [], 0

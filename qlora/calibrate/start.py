@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import damped, error_factors, row_gains, weighted_error
+from qlora.calibrate.error_start import LayerError, damped, error_factors, row_gains, weighted_error
 from qlora.calibrate.moments import BUDGET, input_moments
 from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.attach import adapters_of, named_adapters
@@ -28,17 +27,9 @@ ROWS = 1 << 20  # values of a weight that are looked at together, about
 EXACT = 1e-10  # a share of error that is rounding in float32
 
 
-@dataclass(frozen=True)
-class LayerStart:
-    """The mean squared error of a layer's output over that output's mean square, before and after the start."""
-
-    before: float
-    after: float
-
-
 def start_by_error(
     model: torch.nn.Module, weights: Originals, batches: Sequence[Tensor], budget: int = BUDGET
-) -> dict[str, LayerStart]:
+) -> dict[str, LayerError]:
     """Give every adapter of a quantized layer the start that undoes its error, in place; what came of it, by layer.
 
     The start itself is kept with the adapter (`attach.Adapter.start`), since a merge onto the 16-bit weights has to
@@ -56,7 +47,7 @@ def start_by_error(
         if isinstance(layer.base, NF4Linear) and name in weights.there
     }
     widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
-    found: dict[str, LayerStart] = {}
+    found: dict[str, LayerError] = {}
     for moments in input_moments(model, widths, batches, budget):
         H = moments.mean
         for name in moments.layers:
@@ -66,7 +57,7 @@ def start_by_error(
 
 
 @torch.no_grad()
-def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
+def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerError:
     """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
 
     In memory are E [out, in] in float32 and a few rows of all else.
@@ -80,7 +71,7 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
         size += weighted_error(dense, H)
         before += weighted_error(E[part], H)
     if not EXACT * size < before < math.inf:  # nothing to undo, no inputs, or no numbers
-        return LayerStart(0.0, 0.0)
+        return LayerError(0.0, 0.0)
     A, B = error_factors(E, damped(H, DAMPING), layer.lora_A, layer.scaling)
     gains = None if layer.magnitude is None else torch.ones_like(layer.magnitude)
     for part, Q in quantized.chunks(elements=ROWS):
@@ -92,13 +83,13 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerStart:
             left -= V.mul_((gains[part] - 1).unsqueeze(1))
         after += weighted_error(left, H)
     if not after < before:
-        return LayerStart(before / size, before / size)
+        return LayerError(before / size, before / size)
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     layer.forget_row_norms()
     if layer.magnitude is not None and gains is not None:
         layer.magnitude.copy_(layer.current_row_norms() * gains)
-    return LayerStart(before / size, after / size)
+    return LayerError(before / size, after / size)
 
 
 def keep_start(model: torch.nn.Module) -> None:

@@ -28,8 +28,8 @@ from qlora.config.shared import (
     Records,
     Seed,
     Shards,
-    Verified,
     Spoken,
+    Verified,
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
@@ -235,7 +235,9 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
         if values.get("bits") == 16 and given.get("adapter_init") == "error":
             rule = "16-bit weights have no quantization error"
             found.append(problem("adapter_init", "error", rule, "Leave it out, or use `bits=4`"))
-        if "calibrate" in given and given.get("adapter_init") == "zero":
+        if values.get("bits") == 16 and given.get("codes") == "gptq":
+            found.append(problem("codes", "gptq", "16-bit weights have no codes", "Leave it out, or use `bits=4`"))
+        if "calibrate" in given and given.get("adapter_init") == "zero" and given.get("codes") == "nearest":
             rule, remedy = "nothing is calibrated without an error to undo", "Leave it out, or use `adapter_init=error`"
             found.append(problem("calibrate", given["calibrate"], rule, remedy))
         held_out = {"eval_data", "eval_fraction"}
@@ -344,7 +346,7 @@ class ExportConfig(MergeConfig):
 
 
 @dataclass(kw_only=True)
-class QuantizeConfig(Code, Shards, Blocks, Output, NamedModel):
+class QuantizeConfig(Code, Shards, Calibrated, Blocks, Output, NamedModel):
     """Options of `qlora quantize`."""
 
     dtype: Dtype = option("auto", group=OUTPUT, help="the dtype of the weights that are not quantized")
@@ -352,6 +354,18 @@ class QuantizeConfig(Code, Shards, Blocks, Output, NamedModel):
     def quantization(self) -> Quantization:
         """How linear weights are written."""
         return Quantization(4, self.blocksize, self.double_quant, self.scales)
+
+    @staticmethod
+    def conflicts(values: Mapping[str, Any]) -> list[str]:
+        found = Calibrated.conflicts(values)
+        given, codes = values.get("calibrate"), values.get("codes")
+        if given is None and codes == "gptq":
+            rule, remedy = "is needed by codes=gptq", "Give data such as train.jsonl, like what the model will read"
+            found.append(problem("calibrate", "(not given)", rule, remedy))
+        if given is not None and codes == "nearest":
+            rule = "nothing is calibrated with the nearest codes"
+            found.append(problem("calibrate", given, rule, "Leave it out, or use `codes=gptq`"))
+        return found
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from qlora.config.options import DATA, GENERATION, MACHINE, MODEL, OUTPUT, QUANTIZATION, Options, option
 from qlora.errors import problem
 from qlora.sizes import parse_size
-from qlora.specs import Blocksize, Scales, VerifySpec
+from qlora.specs import Blocksize, Codes, Scales, VerifySpec
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
@@ -95,7 +95,15 @@ class Calibrated(Options):
         group=QUANTIZATION,
         min_length=1,
         help="text that shows which errors of the base matter, as data or data:tokens "
-        f"(default: {CALIBRATION_TOKENS} tokens of the training data)",
+        f"(default: {CALIBRATION_TOKENS} tokens, of a run's training data)",
+    )
+    codes: Codes = option(
+        "nearest",
+        group=QUANTIZATION,
+        help="NF4 codes nearest to each weight, or chosen by calibration text so that a layer's output errs least",
+    )
+    verbose: bool = option(
+        False, group=OUTPUT, resume="free", help="tell the quantization error of each layer that text has lowered"
     )
 
     @staticmethod

@@ -4,7 +4,9 @@
 
 `quantize_checkpoint` writes a base; `write_requantized` a base with its adapter merged, which rounds the update onto
 the 4-bit grid: what that costs, its verification says. transformers loads both through bitsandbytes, and `load_base` as
-they are. The alternative, to let transformers quantize and save, holds the whole model and needs bitsandbytes' kernels.
+they are. With `codes="gptq"` the quantized model is in memory first, its codes are chosen (`calibrate.codes`), and each
+layer is written as it is there. The alternative, to let transformers quantize and save, holds the whole model and needs
+bitsandbytes' kernels.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from qlora.errors import UserError, problem
 from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
 from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_into, write_model
 from qlora.layers import nf4
-from qlora.layers.linear import is_linear
+from qlora.layers.linear import NF4Linear, is_linear
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.quantize import QuantizePass
-from qlora.models.source import load_tokenizer, resolve
+from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.specs import ExportSpec, Quantization
 
 
@@ -52,10 +54,31 @@ def quantize_checkpoint(
     """
     folder = check_new_folder(output)
     source = resolve(model, revision, trust_remote_code=trust_remote_code)
+    return write_quantized(source, folder, quantization or Quantization(), dtype=dtype, shard_size=shard_size)
+
+
+def write_quantized(
+    source: Source,
+    folder: Path,
+    quantization: Quantization,
+    *,
+    dtype: str = "auto",
+    shard_size: int = 10**9,
+    chosen: tuple[nn.Module, str] | None = None,
+) -> Path:
+    """`quantize_checkpoint` of a model that was found already, into a folder that was looked at.
+
+    Args:
+        chosen: the same model in NF4, whose layers are written in the place of those that would be quantized here, and
+            a hash of what decided its codes.
+
+    Raises:
+        UserError: see `quantize_checkpoint`.
+    """
     if source.packed:
-        raise UserError(problem("model", model, "is NF4 already", "Use it as it is"))
+        raise UserError(problem("model", source.name, "is NF4 already", "Use it as it is"))
     target = DTYPES[resolve_dtype(dtype, CPU)]
-    layers = QuantizePass(source, quantization or Quantization())
+    layers = QuantizePass(source, quantization)
     skipped: list[str] = []
 
     def prepare(empty: nn.Module) -> None:
@@ -66,11 +89,15 @@ def quantize_checkpoint(
         layer = parameter.removesuffix(".weight")
         if layer not in layers.shapes or parameter == layer:
             return {parameter: in_dtype(parameter, value, value.dtype)}
-        parts = nf4.to_bitsandbytes(layers.quantized(parameter, value), target)
+        held = None if chosen is None else chosen[0].get_submodule(layer)
+        weight = held.quantized if isinstance(held, NF4Linear) else layers.quantized(parameter, value)
+        parts = {key: part.cpu() for key, part in nf4.to_bitsandbytes(weight, target).items()}
         return {parameter + suffix: tensor for suffix, tensor in parts.items()}
 
     def finish(written: PreTrainedModel) -> None:
         state_four_bit(written, target, bool(layers.quantization.double_quant), skipped)
+        if chosen is not None:
+            written.config.qlora = {"codes": "gptq", "made_by": chosen[1]}
 
     form = Written(dtype=target, read_as=target, shard_size=shard_size, as_stored=layers.reads_stored)
     return write_model(source, folder, transform, form, load_tokenizer(source), prepare=prepare, finish=finish)

@@ -125,7 +125,7 @@ def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
         spilled=spilled,
         loading=in_memory + still.loading,
         evaluating=lasting + max(evaluations) if evaluations else 0,
-        calibrating=in_memory + run.adapter_bytes + forward + run.calibration_bytes if run.start_bytes else 0,
+        calibrating=in_memory + run.adapter_bytes + forward + run.calibration_bytes if run.calibration_bytes else 0,
         tokens=sum(at_peak),
     )
 

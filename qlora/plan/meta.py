@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlora.calibrate.codes import WIDEST
 from qlora.calibrate.moments import BUDGET
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
+from qlora.config.shared import calibration_text
 from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, brief, problem
 from qlora.layers.linear import NF4Linear, linear_names
@@ -34,7 +36,7 @@ from qlora.models.packed import stored_types
 from qlora.models.source import Source, load_config
 from qlora.plan.tracker import StepBytes, run_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
-from qlora.run.inputs import begins_by_error
+from qlora.run.inputs import begins_by_error, chooses_codes
 from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
@@ -107,7 +109,9 @@ class MetaRun:
         self.adapter_bytes = 4 * sum(self.adapters)
         starts = begins_by_error(config, source)
         self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
-        self.calibration_bytes = calibration_bytes(model, self.targets, DTYPES[dtype], self.device) if starts else 0
+        chosen = chooses_codes(config, source)
+        about = DTYPES[dtype], self.device, calibration_text(config.calibrate)[1], chosen
+        self.calibration_bytes = calibration_bytes(model, self.targets, *about) if starts or chosen else 0
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}
@@ -233,19 +237,23 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     return factors + [out for out, _ in shapes if dora]
 
 
-def calibration_bytes(model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str) -> int:
-    """What the start that undoes the base's error takes beside the forward passes: moments and one layer's error, or
-    later one layer's 16-bit weight and the logits of three models.
+def calibration_bytes(
+    model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str, tokens: int, chosen: bool
+) -> int:
+    """What the start that undoes the base's error takes beside the forward passes of a text of so many `tokens`:
+    hidden states, moments and one layer's error, or later one layer's 16-bit weight and the logits of three models.
+    Codes that the text chooses take a layer's weight in float32 twice and its codes, and its H six times.
     """
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     widest = max((columns for _, columns in shapes), default=0)
     moments = max(4 * widest * widest, min(BUDGET, sum(4 * columns * columns for _, columns in shapes)))
     largest = max((out * columns for out, columns in shapes), default=0)
     vocabulary = model.config.get_text_config().vocab_size
-    start = moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
-    return max(
-        start, 2 * dtype.itemsize * largest + 3 * chunk_size(kind, vocabulary) * vocabulary * (dtype.itemsize + 4)
-    )
+    hidden = 2 * tokens * model.config.get_text_config().hidden_size * dtype.itemsize  # before and after a layer
+    start = hidden + moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
+    codes = hidden + moments + 5 * 4 * min(widest, WIDEST) ** 2 + (2 * 4 + 1) * largest if chosen else 0
+    logits = 3 * chunk_size(kind, vocabulary) * vocabulary * (dtype.itemsize + 4)
+    return max(start, codes, 2 * dtype.itemsize * largest + logits)
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

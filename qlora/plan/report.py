@@ -27,7 +27,7 @@ def table(plan: Plan) -> str:
         lines.append(_line("less: mapped", -plan.mapped, "stays in the checkpoint's files"))
     lines += [_line("training", plan.training), _line("loading", plan.loading)]
     if plan.calibrating:
-        lines.append(_line("calibrating", plan.calibrating, "the start of the adapters"))
+        lines.append(_line("calibrating", plan.calibrating, "the start of the adapters, or the codes"))
     if plan.spilled:
         lines.append(_line("(optimizer, spilled)", plan.spilled))
     return "\n".join([*lines, _line("peak", plan.peak, f"in a micro-batch of {plan.tokens} tokens")])

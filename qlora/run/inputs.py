@@ -84,6 +84,7 @@ class Inputs:
         dataset: what became of the training data; `held_dataset`: of the held-out data, None without any.
         quantization: how the base is quantized, resolved: what an option that was not given means for this model.
         calibration: the text of `calibrate`, or that of the training.
+        original: the model in 16 bits, where `source` is a 4-bit base that the run wrote of it.
         moment: what the chat template took for now; None where it writes no date.
     """
 
@@ -96,6 +97,12 @@ class Inputs:
     quantization: Quantization
     calibration: list[Example]
     moment: datetime | None = None
+    original: Source | None = None
+
+    @property
+    def unquantized(self) -> Source:
+        """Where the weights are before they are quantized."""
+        return self.original or self.source
 
 
 def read_inputs(
@@ -122,6 +129,7 @@ def read_inputs(
     source = problems.gather(lambda: find_model(config, weights=weights))
     quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
     problems.gather(lambda: begins_by_error(config, source.value))
+    problems.gather(lambda: chooses_codes(config, source.value))
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
     shown = problems.gather(lambda: read_records(calibrating) if calibrating else [])
@@ -183,6 +191,18 @@ def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
         rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
         raise UserError(problem("adapter_init", "error", rule, remedy))
     return config.adapter_init == "error"
+
+
+def chooses_codes(config: FinetuneConfig, source: Source) -> bool:
+    """Whether the run trains on a base of its own, with codes that its text chose.
+
+    Raises:
+        UserError: it should, and the source has no 16-bit weights.
+    """
+    if config.codes == "gptq" and source.packed:
+        rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
+        raise UserError(problem("codes", "gptq", rule, remedy))
+    return config.codes == "gptq"
 
 
 def _resolved(source: Source, quantization: Quantization, weights: bool) -> Quantization:

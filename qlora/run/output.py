@@ -1,6 +1,6 @@
 """The output folder of a run: locked, looked at before anything is loaded, written to from then on.
 
-    output/ config.yaml   metrics.jsonl   checkpoints/step-000123/   adapter/   (tensorboard/)
+    output/ config.yaml   metrics.jsonl   checkpoints/step-000123/   adapter/   (tensorboard/)   (base/)
 
 A lock of the folder itself goes with the process, however that ends; where the file system has none, the run says so
 and goes on. The alternative, a lock file, stays behind after a kill and has to be removed by hand.
@@ -26,7 +26,7 @@ from qlora.optim.memory_errors import ALLOCATION_ERRORS, out_of_memory
 from qlora.train.checkpoint import latest_checkpoint
 from qlora.train.metrics import Totals, cut_back
 
-OWN_FILES = {"adapter", "checkpoints", "config.yaml", "metrics.jsonl", "metrics.torn", "tensorboard"}
+OWN_FILES = {"adapter", "base", "checkpoints", "config.yaml", "metrics.jsonl", "metrics.torn", "tensorboard"}
 FORBIDDEN = {errno.EACCES, errno.EPERM}  # a fault of the output's only for a file in it
 
 

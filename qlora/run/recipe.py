@@ -30,6 +30,7 @@ from qlora.export.peft_write import save_adapter
 from qlora.models.device import device_notes, resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
+from qlora.run.codes import base_of_run
 from qlora.run.identity import check_same_run, moment_of, quantization_of, run_identity
 from qlora.run.inputs import Inputs, begins_by_error, examples_of_step, micro_batches, read_inputs
 from qlora.run.optimizer import adapter_optimizer
@@ -37,6 +38,7 @@ from qlora.run.output import check_output
 from qlora.run.report import FinetuneResult, after, before, how_to_go_on, not_finite, outcome
 from qlora.run.run import Run
 from qlora.run.start import Beginning, begin
+from qlora.specs import Quantization
 from qlora.train.checkpoint import drop_checkpoints, load_checkpoint, save_checkpoint
 from qlora.train.loop import Schedule, train
 from qlora.train.metrics import require_tensorboard
@@ -67,6 +69,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             check_same_run(identity, checkpoint)
         run.keep_memory(inputs)
         config = run.config  # with settings that keep the budget
+        if config.codes == "gptq":
+            inputs = base_of_run(config, inputs, run.keep_place(), resolve_dtype(config.dtype, run.device), run.device)
 
         parts = build(config, inputs, length, run.device, run.output, checkpoint)
         model, optimizer = parts.model, run.own(parts.optimizer)
@@ -170,16 +174,11 @@ def build(
     if config.dtype == "auto":
         for note in device_notes(device, dtype):
             print(f"device   {note}", file=sys.stderr, flush=True)
-    spec = ModelSpec(
-        quantization_of(config, checkpoint),
-        config.adapter(),
-        dtype,
-        config.gradient_checkpointing,
-        config.packing,
-        config.seed,
-    )
+    made = quantization_of(config, checkpoint) if inputs.original is None else Quantization(4)  # as the run's base is
+    spec = ModelSpec(made, config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed)
     model = assemble(inputs.source, spec, device)
-    beginning = begin(model, config, inputs) if checkpoint is None and begins_by_error(config, inputs.source) else None
+    begins = checkpoint is None and begins_by_error(config, inputs.unquantized)
+    beginning = begin(model, config, inputs) if begins else None
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
     examples = examples_of_step(config, inputs.train, length["examples"])
     batches = micro_batches(config, inputs.train, length["examples"])

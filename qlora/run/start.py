@@ -15,9 +15,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from qlora.calibrate.error_start import LayerError, error_table
 from qlora.calibrate.gap import Gap, can_measure, measure_gap
 from qlora.calibrate.moments import rectangles
-from qlora.calibrate.start import LayerStart, start_by_error
+from qlora.calibrate.start import start_by_error
 from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
 from qlora.data.batch import Example
@@ -33,11 +34,12 @@ RECORDS = 16  # that the gap is measured on, at most
 class Beginning:
     """What came of an error start. `gap` is None where not every 16-bit weight could be read."""
 
-    layers: dict[str, LayerStart]
+    layers: dict[str, LayerError]
     adapted: int
     tokens: int
     gap: Gap | None
     seconds: float
+    verbose: bool = False  # tell each layer's error too
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -69,6 +71,8 @@ class Beginning:
         started = f"{len(self.layers)} of {self.adapted} layers undo their quantization error"
         errors = f"{100 * before:.2f} % of the output, now {100 * after:.2f} %"
         text = f"start    {started} ({errors}), by {self.tokens:,} tokens in {self.seconds:.0f} s"
+        if self.verbose:
+            text = f"{text}\n{error_table(self.layers)}"
         if self.gap is None:
             return f"{text}\n         the gap to 16 bits is not measured: not every weight was found in the checkpoint"
         gap, percent = self.gap, 100 / self.gap.loss16
@@ -81,12 +85,14 @@ def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beg
     """Give the fresh adapters of `model` the start that undoes the quantization error, in place."""
     began = time.monotonic()
     batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed, config.batch_size)
-    weights = originals(inputs.source)
+    weights = originals(inputs.unquantized)
     layers = start_by_error(model, weights, batches)
     records = _records(inputs, config.seed)
     gap = measure_gap(model, weights, records, config.batch_size) if can_measure(model, weights) else None
     adapted = sum(1 for _ in named_adapters(model))
-    return Beginning(layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began)
+    return Beginning(
+        layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began, config.verbose
+    )
 
 
 def _records(inputs: Inputs, seed: int) -> list[Example]:

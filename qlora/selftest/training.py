@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from qlora.config.commands import FinetuneConfig
-from qlora.export.merge import merge
+from qlora.export.formats import merge
 from qlora.layers import nf4
 from qlora.layers.attach import adapter_parameters, attach, disabled
 from qlora.layers.linear import NF4Linear
@@ -97,7 +97,7 @@ def merged(device: torch.device) -> tuple[float, float]:
         folder = Path(name)
         write_model(folder)
         finetune(_options(folder, device, "run"))
-        merge(folder / "run/adapter", folder / "merged", dtype="fp32")
+        merge(folder / "run/adapter", folder / "merged", dtype="fp32", verify=False)
         plain = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
         adapted, _ = load_adapted(folder / "run/adapter", device=str(device))
         ids = torch.arange(2, 40, device=device).view(2, -1)

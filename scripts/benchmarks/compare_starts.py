@@ -9,7 +9,9 @@ after the same training of all of them. Calibration text is the training data, o
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,16 +19,16 @@ import transformers
 from record import about, write
 
 import qlora
+from qlora.calibrate.codes import choose_codes_of
 from qlora.calibrate.gap import measure_gap
-from qlora.calibrate.gptq import gptq
-from qlora.calibrate.moments import input_moments, rectangles
+from qlora.calibrate.moments import rectangles
 from qlora.calibrate.start import start_by_error
 from qlora.data.batch import Example, pack
 from qlora.data.order import step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
-from qlora.models.originals import Originals, originals
+from qlora.models.originals import originals
 from qlora.models.source import resolve
 from qlora.train.step import learning_rate, optimizer_step
 
@@ -34,28 +36,40 @@ BATCH = 4
 STARTS = ("zero", "error", "gptq", "gptq and error")
 
 
-def choose_all_codes(model: torch.nn.Module, weights: Originals, batches: list[torch.Tensor]) -> None:
-    """GPTQ codes for every adapted layer, in place."""
-    layers = dict(qlora.named_adapters(model))
-    widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
-    for moments in input_moments(model, widths, batches):
-        for name in moments.layers:
-            base, layer = layers[name].base, layers[name]
-            base.quantized = gptq(base.quantized, weights.weight(name), moments.mean)
-            layer.forget_row_norms()
-            if layer.magnitude is not None:
-                with torch.no_grad():
-                    layer.magnitude.copy_(layer.current_row_norms())
+def shifted(name: str, shift: int, folder: Path) -> str:
+    """A folder with the same Llama model whose blocks begin elsewhere: the residual stream and the MLP's values in
+    another order, by `shift`. (The inputs of o_proj stay: the heads of grouped attention cannot be rolled.)
+    """
+    if not shift:
+        return name
+    model = qlora.load_base(name, bits=16, dtype="bf16")
+    for parameter, value in model.named_parameters():
+        kind = parameter.split(".")[-2]
+        inputs = value.dim() == 1 or kind not in ("o_proj",)
+        outputs = kind in ("o_proj", "down_proj", "gate_proj", "up_proj")
+        value.data = value.data.roll(shift, dims=-1) if inputs else value.data
+        value.data = value.data.roll(shift, dims=0) if outputs else value.data
+    model.save_pretrained(folder)
+    qlora.load_tokenizer(name).save_pretrained(folder)
+    return str(folder)
 
 
-def train(model: torch.nn.Module, examples: list[Example], steps: int, rate: float, seed: int) -> None:
-    """AdamW with a cosine schedule, the same batches for every start."""
-    model.train()
+def train(model: torch.nn.Module, examples: list[Example], steps: list[int], rate: float, seed: int) -> Iterator[int]:
+    """AdamW with a cosine schedule over the last of `steps`, the same batches for every start; pauses after each of
+    `steps` with the model in evaluation mode.
+    """
     optimizer = torch.optim.AdamW(qlora.adapter_parameters(model), lr=rate, weight_decay=0.0)
-    for step in range(steps):
+    for step in range(steps[-1]):
         batch = pack([examples[i] for i in step_indices(len(examples), BATCH, seed, step)])
-        optimizer_step(model, optimizer, [batch], learning_rate(step, steps, rate, 4, "cosine"), 1.0, step)
-    model.eval()
+        optimizer_step(model.train(), optimizer, [batch], learning_rate(step, steps[-1], rate, 4, "cosine"), 1.0, step)
+        if step + 1 in steps:
+            model.eval()
+            yield step + 1
+
+
+def steps(text: str) -> list[int]:
+    """ "30,60" as a rising list."""
+    return sorted(int(part) for part in text.split(","))
 
 
 def main() -> None:
@@ -71,8 +85,9 @@ def main() -> None:
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--steps", type=steps, default=[], help="30,60: held-out loss after 30 and after 60, the last")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--shift", type=int, default=0, help="blocks begin this many columns later (Llama only)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -81,40 +96,41 @@ def main() -> None:
         tokenize(read_records(path)[:count], tokenizer, max_tokens=512).examples
         for path, count in ((given.data, given.records), (given.train, None), (given.calibrate or given.train, None))
     )
-    weights = originals(resolve(given.model))
+    folder = tempfile.TemporaryDirectory()
+    place = shifted(given.model, given.shift, Path(folder.name))
+    weights = originals(resolve(place))
     rows = []
+    settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
     for method in given.methods.split(","):
         for seed in range(given.seeds):
-            sixteen = None
+            sixteen: dict[int, float] = {}
             for start in ("16 bits", *given.starts.split(",")):
                 bits = 16 if start == "16 bits" else 4
                 if bits == 16 and not given.steps:
                     continue
-                model = qlora.load_base(given.model, bits=bits, dtype=given.dtype)
-                torch.manual_seed(seed)
-                qlora.attach_adapters(model, method=method, rank=given.rank, alpha=2.0 * given.rank).eval()
+                model = qlora.load_base(place, bits=bits, dtype=given.dtype)
                 batches = rectangles(text, given.tokens, seed, BATCH)
                 row: dict[str, object] = {"method": method, "seed": seed, "start": start}
-                began = time.monotonic()
+                began = time.process_time()
                 if "gptq" in start:
-                    choose_all_codes(model, weights, batches)
+                    choose_codes_of(model, weights, batches)
+                torch.manual_seed(seed)
+                qlora.attach_adapters(model, method=method, rank=given.rank, alpha=2.0 * given.rank).eval()
                 if "error" in start:
                     start_by_error(model, weights, batches)
-                row["seconds"] = time.monotonic() - began
+                row["cpu seconds"] = time.process_time() - began
                 if bits == 4:
                     gap = measure_gap(model, weights, held_out, 8)
                     row |= {"loss16": gap.loss16, "over": gap.loss / gap.loss16 - 1, "kl": gap.kl}
                     row |= {"base over": gap.loss_base / gap.loss16 - 1, "base kl": gap.kl_base}
                 if given.steps:
-                    train(model, examples, given.steps, given.rate, seed)
-                    loss = evaluate(model, held_out, 8).loss
-                    sixteen = loss if bits == 16 else sixteen
-                    assert sixteen is not None
-                    row |= {"trained": loss, "trained over": loss / sixteen - 1}
+                    for step in train(model, examples, given.steps, given.rate, seed):
+                        loss = evaluate(model, held_out, 8).loss
+                        sixteen.setdefault(step, loss)  # 16 bits come first
+                        row |= {f"after {step}": loss, f"after {step} over": loss / sixteen[step] - 1}
                 rows.append(row)
                 print(*(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
-    write(given.json, about("torch", "transformers") | settings | {"rows": rows})
+                write(given.json, about("torch", "transformers") | settings | {"rows": rows})
 
 
 if __name__ == "__main__":

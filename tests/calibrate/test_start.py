@@ -8,7 +8,8 @@ import peft
 import pytest
 import tiny
 import torch
-from helpers import relative
+import transformers
+from helpers import relative, without_quantized_gemm
 
 from qlora import UserError, attach_adapters, load_base, merge, named_adapters, save_adapter
 from qlora.calibrate.gap import can_measure, measure_gap
@@ -166,6 +167,26 @@ def test_peft_computes_the_same_on_the_same_base(folders, tmp_path, method):
         for name, layer in named_adapters(model):
             plain.get_submodule(name).weight.copy_(layer.base.frozen.dense(torch.float32))
     theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    with theirs.disable_adapter():
+        assert relative(logits(theirs), logits(model)) > 1e-3
+    assert relative(logits(theirs), logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_on_bitsandbytes_computes_the_same(folders, tmp_path, method):
+    """On the original, which bitsandbytes quantizes itself as `load_in_4bit`."""
+    model, _, _ = started(folders("llama"), method=method)
+    save_adapter(model, tmp_path)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folders("llama"), quantization_config=config, dtype=torch.float32
+    )
+    theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), str(tmp_path)).eval()
     with theirs.disable_adapter():
         assert relative(logits(theirs), logits(model)) > 1e-3
     assert relative(logits(theirs), logits(model)) < 1e-5

@@ -77,6 +77,8 @@ TESTED_ELSEWHERE = {
     "allow_endless",  # below
     "adapter_init",  # test_start.py, as the one below it
     "calibrate",
+    "codes",  # test_codes.py
+    "verbose",  # test_start.py
 }
 
 

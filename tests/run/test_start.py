@@ -108,3 +108,15 @@ def test_only_some_layers_found_is_said(error, place, tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
     finetune(error(model=str(tmp_path / "pickled")))
     assert "0 of 14 layers" in capsys.readouterr().out
+
+
+def test_the_error_of_each_layer_is_told_on_request(error, capsys):
+    finetune(error(steps=1))
+    assert "down_proj" not in capsys.readouterr().out.split("start    ")[1]
+    finetune(error("more", steps=1, verbose=True, codes="gptq"))
+    said = capsys.readouterr().out
+    for part in (said.split("codes    ")[1].split("model    ")[0], said.split("start    ")[1]):
+        lines = [line.split() for line in part.splitlines() if " % (was " in line and "layers." in line]
+        now, was = ([float(value) for value in column] for column in zip(*[(w[0], w[3]) for w in lines], strict=True))
+        assert len(lines) == 14 and now == sorted(now, reverse=True)
+        assert all(one < other for one, other in zip(now, was, strict=True))
