@@ -81,6 +81,7 @@ def _save_adapter(model: nn.Module, folder: Path, state_dict: Mapping[str, Tenso
     folder = folder.expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(problem("save_directory", folder, "is a file", "Give a folder"))
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_folder(folder / ".adapter") as part:
@@ -99,6 +100,9 @@ def _save_adapter(model: nn.Module, folder: Path, state_dict: Mapping[str, Tenso
         (folder / MANIFEST).unlink(missing_ok=True)  # of an adapter that was here
     except OSError as error:
         raise UserError(disk_problem(folder, error)) from error
+    finally:
+        if new and folder.is_dir() and not any(folder.iterdir()):  # nothing was written
+            folder.rmdir()
 
 
 def _refuse_others(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:

@@ -192,6 +192,20 @@ def test_fingerprint(saved_models, tmp_path):
     assert load_base(str(tmp_path)).qlora.base.fingerprint not in prints
 
 
+@pytest.mark.parametrize("part", ["lm_head.weight", "model.layers.1.self_attn.q_proj.bias", "vocabulary"])
+def test_the_fingerprint_covers_head_biases_and_vocabulary(saved_models, tmp_path, part):
+    """Qwen2's head is its own. The linear layers are the same, so the first half, all that older adapters have, is."""
+    model = random_model("qwen2")
+    if part == "vocabulary":
+        model.resize_token_embeddings(328)
+    else:
+        with torch.no_grad():
+            model.get_parameter(part)[..., 0] += 1
+    model.save_pretrained(tmp_path)
+    one, other = (load_base(str(folder)).qlora.base.fingerprint for folder in (saved_models("qwen2"), tmp_path))
+    assert one.split("-")[0] == other.split("-")[0] and one.split("-")[1] != other.split("-")[1]
+
+
 def test_transformers_generates_with_it(tokenizer):
     base = load_base("smollm2-135m")
     chat = [{"role": "user", "content": "What is the capital of France? One word."}]
