@@ -66,7 +66,7 @@ def target_states(model: PreTrainedModel, batch: Batch, mode: ForwardMode) -> tu
     states, labels = (_packed_states if mode.packed else _padded_states)(model, batch, device)
     # Asked of the labels on the CPU, so that nothing waits for a GPU.
     wanted = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    return states.index_select(0, _sent(wanted, device)), _sent(labels[wanted], device)
+    return states.index_select(0, sent(wanted, device)), sent(labels[wanted], device)
 
 
 def _packed_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -74,8 +74,8 @@ def _packed_states(model: PreTrainedModel, batch: Batch, device: torch.device) -
     if backends.kind_of(device) != "cuda" and batch.tokens >= 8 * ROUND:
         batch = batch.filled(ROUND)
     states = model.get_decoder()(
-        input_ids=_sent(batch.input_ids, device),
-        position_ids=_sent(batch.position_ids, device),
+        input_ids=sent(batch.input_ids, device),
+        position_ids=sent(batch.position_ids, device),
         attention_mask=attention.NO_MASK,
         **attention.borders(batch.cu_seqlens, device),
         use_cache=False,
@@ -87,7 +87,7 @@ def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -
     """States [b * t, width] and labels [b * t] of the rectangle."""
     rows = batch.padded()
     states = model.get_decoder()(
-        input_ids=_sent(rows.input_ids, device), attention_mask=_mask(rows, device), use_cache=False
+        input_ids=sent(rows.input_ids, device), attention_mask=_mask(rows, device), use_cache=False
     ).last_hidden_state
     return states.flatten(0, 1), rows.labels.flatten()
 
@@ -95,10 +95,10 @@ def _padded_states(model: PreTrainedModel, batch: Batch, device: torch.device) -
 def _mask(rows: PaddedBatch, device: torch.device) -> Tensor | None:
     """The mask of the padding. On the meta device None without any, since nobody can look at its values there."""
     full = device.type == "meta" and bool(rows.attention_mask.all())
-    return None if full else _sent(rows.attention_mask, device)
+    return None if full else sent(rows.attention_mask, device)
 
 
-def _sent(t: Tensor, device: torch.device) -> Tensor:
+def sent(t: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`. The driver copies a little pageable memory aside and returns; for more it waits
     until the card has come that far, so that goes through pinned memory, which torch keeps until it was read.
     """

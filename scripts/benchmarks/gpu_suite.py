@@ -2,7 +2,7 @@
 bitsandbytes.
 
     export PYTHONPATH=.:kernels
-    python3 scripts/benchmarks/gpu_suite.py --only first --json scripts/results/gpu.json    what decides, in 8 minutes
+    python3 scripts/benchmarks/gpu_suite.py --only first --json scripts/results/gpu.json   what decides, under 8 minutes
     python3 scripts/benchmarks/gpu_suite.py --only rest --json scripts/results/gpu_rest.json
     python3 scripts/benchmarks/gpu_suite.py --only kernels,train                            some parts
     python3 scripts/benchmarks/gpu_suite.py --device cpu --small      tiny shapes, where there is no card

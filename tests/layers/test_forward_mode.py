@@ -13,7 +13,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 from qlora.data.batch import IGNORE_INDEX, Example, pack
 from qlora.errors import UserError
-from qlora.layers import attention
+from qlora.layers import attention, forward
 from qlora.layers.attach import adapter_parameters
 from qlora.layers.forward import ForwardMode
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode, forward_mode
@@ -164,3 +164,28 @@ def test_a_packed_model_takes_what_transformers_own_collator_makes():
     features = [{name: list(value) for name, value in feature.items()} for feature in features]
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features, return_tensors="pt")
     torch.testing.assert_close(model(**theirs, use_cache=False).loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_refusal_to_pack():
+    """Else a run on a card that is nearly full would be padded, without a word."""
+    model = build("llama")
+
+    def full(module, args, kwargs):
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.get_decoder().register_forward_pre_hook(full, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_forward_mode(model)
+    handle.remove()
+    assert choose_forward_mode(model).packed
+
+
+def test_long_copies_to_a_card_are_pinned(monkeypatch):
+    """Of more than 64 KB; for these CUDA would wait. A tensor on a card that is not there is not made."""
+    said = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: said.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: said.append(str(device)) or self)
+    for count, device in ((8192, "cuda:0"), (8193, "cuda:0"), (8193, "cpu")):
+        forward.sent(torch.zeros(count, dtype=torch.int64), torch.device(device))
+    assert said == ["cuda:0", "pinned", "cuda:0", "cpu"]
