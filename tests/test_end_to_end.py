@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
-from helpers import without_quantized_gemm
+from helpers import relative, without_quantized_gemm
 
 from qlora import load_base
 from qlora.data.batch import pack
@@ -115,6 +115,24 @@ def test_merged_in_bf16(run, held_out, tokenizer, tmp_path):
         max_new_tokens=48,
     )
     assert json.loads(answers[0])
+
+
+def test_folded_into_a_base_for_any_server(run, held_out, tmp_path):
+    """`qlora export --to bnb4-lora`: bitsandbytes and PEFT compute the trained DoRA model of the files, and the command
+    found the same.
+    """
+    from qlora import load_adapter
+
+    out = tmp_path / "folded"
+    done = qlora("export", "--adapter", run / "adapter", "--to", "bnb4-lora", "--dtype", "fp32", "--output", out)
+    found = json.loads((out / "export_report.json").read_text())["verified"]
+    assert found["kl"] < 1e-8 and found["top1_agreement"] == 1 and found["greedy_equal"] == 4 and "KL" in done.stdout
+    base = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), out / "adapter").eval()
+    ours = load_adapter(load_base("smollm2-135m", dtype="fp32"), run / "adapter").eval()
+    ids = torch.tensor([held_out[0].input_ids])
+    with torch.no_grad():
+        assert relative(theirs(input_ids=ids).logits, ours(input_ids=ids).logits) < 1e-5
 
 
 def test_fitted_scales_in_bitsandbytes(tmp_path):

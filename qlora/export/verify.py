@@ -243,10 +243,10 @@ class Limit:
 LOSSY = Limit(1.0)
 ROUNDING = {
     ("fp32", "fp32"): Limit(1e-6, 1e-3),
-    ("fp16", "fp32"): Limit(1e-4, 1e-2),
-    ("bf16", "fp32"): Limit(3e-3, 4e-2),
+    ("fp16", "fp32"): Limit(1e-4, 4e-2),
+    ("bf16", "fp32"): Limit(3e-3, 0.15),
 }
-COARSE = {"fp32": ROUNDING["fp32", "fp32"], "fp16": Limit(1e-3, 3e-2), "bf16": Limit(3e-2, 1e-1)}
+COARSE = {"fp32": ROUNDING["fp32", "fp32"], "fp16": Limit(1e-3, 0.1), "bf16": Limit(3e-2, 0.3)}
 
 
 def usual_limit(exact: bool, rounded: Iterable[str], computed: str) -> Limit:

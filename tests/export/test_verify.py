@@ -38,11 +38,11 @@ def opened(adapter, output):
 
 
 def damage(path, wanted):
-    """Halve one row of one tensor of a file."""
+    """Turn the sign of half of one tensor of a file."""
     tensors = load_file(path)
     name = next(name for name in tensors if wanted in name)
     tensors[name] = tensors[name].clone()
-    tensors[name][: len(tensors[name]) // 2] *= 0.5
+    tensors[name][: len(tensors[name]) // 2] *= -1
     save_file(tensors, path, metadata={"format": "pt"})
 
 
