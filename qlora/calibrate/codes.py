@@ -3,8 +3,10 @@
     base in NF4, nearest codes -> moments, decoder layer by decoder layer -> GPTQ's codes in place -> the next layer
 
 `gptq` has the mathematics, `moments` takes the moments. A layer whose weighted error would not fall keeps its nearest
-codes, and so does one whose width is no multiple of the block size. The alternative, a pass over the checkpoint that
-holds one layer at a time, saves the 4-bit model in memory but would need a loader for each architecture.
+codes, and so does one whose width is no multiple of the block size. The first position of a text counts: errors are fed
+to where H is small, and the values of that position, hundreds of times larger, would lie there unseen. The alternative,
+a pass over the checkpoint that holds one layer at a time, saves the 4-bit model in memory but would need a loader for
+each architecture.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def choose_codes_of(
     }
     widths = {name: layer.in_features for name, layer in layers.items()}
     found: dict[str, LayerError] = {}
-    for moments in input_moments(model, widths, batches, budget, widest):
+    for moments in input_moments(model, widths, batches, budget, widest, first=True):
         H = moments.blocks
         for name in moments.layers:
             found[name] = choose_layer(layers[name], weights.weight(name, H.device), H)

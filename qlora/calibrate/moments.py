@@ -5,9 +5,10 @@
 The text goes from one decoder layer to the next (`stages`), so a layer may be changed before the later ones are fed; of
 one layer's H, as many are held at a time as `budget` bytes hold. Where a model does not allow that, the text is run
 whole for each such group of layers, no further than its last one. Text is cut to rectangles without padding, so no
-moment is of padding; the first position is left out, since it draws attention to itself with values that are a hundred
-times larger and the same in every text. Of a very wide input only blocks on the diagonal of H are taken where the
-caller says so: H of 28,672 inputs is 3.3 GB. The alternative, all H at once, can be larger than the model.
+moment is of padding. The first position draws attention to itself with values that are a hundred times larger and the
+same in every text; a caller leaves it out (the adapter's start) or must not (`codes`). Of a very wide input only blocks
+on the diagonal of H are taken where the caller says so: H of 28,672 inputs is 3.3 GB. The alternative, all H at once,
+can be larger than the model.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class _Hooks:
 
     names: dict[nn.Module, str]
     widest: int | None = None
+    first: bool = False
     batch: tuple[int, int] = (0, 0)
     found: dict[str, Moments] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
@@ -132,7 +134,9 @@ class _Hooks:
                 yield moments
 
     def _rows(self, x: Tensor) -> Tensor:
-        """The inputs [n, in] in float32, without those of the first position where they can be told."""
+        """The inputs [n, in] in float32, those of the first position if wanted, or if they cannot be told."""
+        if self.first:
+            return x.reshape(-1, x.shape[-1]).float()
         if x.dim() == 3 and x.shape[:2] == self.batch:
             x = x[:, 1:]
         elif x.dim() == 2 and len(x) == self.batch[0] * self.batch[1]:
@@ -150,7 +154,12 @@ def _hooked(hooks: _Hooks) -> Iterator[None]:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, widths: dict[str, int], batches: Sequence[Tensor], budget: int = BUDGET, widest: int | None = None
+    model: nn.Module,
+    widths: dict[str, int],
+    batches: Sequence[Tensor],
+    budget: int = BUDGET,
+    widest: int | None = None,
+    first: bool = False,
 ) -> Iterator[Moments]:
     """The moments of every layer that `widths` names, with its number of inputs: decoder layer by decoder layer where
     the model can be run so, else in the order of `widths`.
@@ -164,30 +173,31 @@ def input_moments(
         batches: token ids [b, t].
         budget: bytes of moments to hold at once, counted as if no two layers shared theirs.
         widest: inputs that H is taken of whole; of more, blocks on its diagonal. None: always whole.
+        first: count the first position of each text too.
     """
     found = decoder_layers(model, widths)
     stages = None if found is None else Stages(model, found[1], batches)
     if found is None or stages is None or not stages.works():
-        yield from _by_whole_text(model, _groups(widths, budget, widest), batches, widest)
+        yield from _by_whole_text(model, _groups(widths, budget, widest), batches, widest, first)
         return
     inside = [name for name in widths if name.startswith(f"{found[0]}.")]
     outside = {name: width for name, width in widths.items() if name not in inside}
-    yield from _by_whole_text(model, _groups(outside, budget, widest), batches, widest)
+    yield from _by_whole_text(model, _groups(outside, budget, widest), batches, widest, first)
     for i in range(len(found[1])):
         layer = {name: widths[name] for name in inside if name.startswith(f"{found[0]}.{i}.")}
         for group in _groups(layer, budget, widest):
-            hooks = _Hooks({model.get_submodule(name): name for name in group}, widest)
+            hooks = _Hooks({model.get_submodule(name): name for name in group}, widest, first)
             with _hooked(hooks):
                 stages.run(i, hooks.begin)
             yield from hooks.moments()
 
 
 def _by_whole_text(
-    model: nn.Module, groups: Iterator[list[str]], batches: Sequence[Tensor], widest: int | None
+    model: nn.Module, groups: Iterator[list[str]], batches: Sequence[Tensor], widest: int | None, first: bool
 ) -> Iterator[Moments]:
     """The text from its beginning for each group of layers, as far as the last of them."""
     for group in groups:
-        hooks = _Hooks({model.get_submodule(name): name for name in group}, widest)
+        hooks = _Hooks({model.get_submodule(name): name for name in group}, widest, first)
         with _hooked(hooks):
             for batch in batches:
                 hooks.begin(batch)

@@ -107,3 +107,20 @@ def test_what_is_wide_is_cut_into_blocks_on_the_diagonal():
     for b in range(3):
         part = slice(64 * b, 64 * b + 64)
         assert torch.allclose(cut[name][b], whole[name][0][part, part])
+
+
+def test_the_first_position_is_counted_where_it_is_asked_for():
+    model = tiny.llama().eval()
+    name = "model.layers.1.mlp.down_proj"
+    fed = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: fed.append(x[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            model(input_ids=batch)
+    hook.remove()
+    for first in (True, False):
+        found = {}
+        for moments in input_moments(model, widths(model), BATCHES, first=first):
+            found |= dict.fromkeys(moments.layers, moments.mean)
+        x = torch.cat([values[:, 0 if first else 1 :].flatten(0, 1) for values in fed])
+        assert torch.allclose(found[name], x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
