@@ -8,8 +8,7 @@
     README.md, tokenizer files, manifest.json (see qlora/manifest.py)
 
 `read_adapter` is the one reader: what it refuses, nobody uses (load, merge, eval, generate, resume). Whatever is wrong
-with a file is said at once, tensor by tensor. The alternative, PEFT's own save and load, would make
-it a dependency at run time, and it passes over missing tensors with a warning.
+with a file is said at once, tensor by tensor. The alternative, PEFT's own reader, passes over missing tensors.
 """
 
 from __future__ import annotations
@@ -165,8 +164,7 @@ def _read_own(folder: Path) -> dict[str, Any]:
     names = [name for name, kind in kinds.items() if not isinstance(own.get(name) or kind(), kind)]
     names = names or ["files"] * (not all(isinstance(name, str) for name in own.get("files") or ()))
     if names:
-        rule = f"is damaged ({', '.join(names)})"
-        raise UserError(problem("adapter", folder / OWN_CONFIG, rule, "Use another copy of the adapter"))
+        raise UserError(problem("adapter", folder / OWN_CONFIG, f"is damaged ({', '.join(names)})", "Use another copy"))
     return own
 
 
@@ -273,8 +271,9 @@ def _check_manifest(folder: Path) -> None:
     if not problems and (folder / OWN_CONFIG).is_file() and not (folder / MANIFEST).exists():
         names = _read_own(folder).get("files") or []
         missing = [name for name in names if name not in (MANIFEST, *FREE) and not os.path.exists(folder / name)]
-        missing = [shortened(repr(name), 80) if len(name) > 80 else name for name in missing]
-        problems = [problem("adapter", folder, f"{name} is missing", "Use another copy") for name in missing]
+        problems = [
+            problem("adapter", folder, f"{shortened(name, 99)} is missing", "Use another copy") for name in missing
+        ]
         if read_json(folder / OWN_CONFIG).get("manifest") is not False:  # `save_pretrained` writes none
             said = f"{folder.name} has no {MANIFEST}, so that damage to it cannot be seen"
             print(f"note: {said}: it is of an earlier version, or the file was removed", file=sys.stderr, flush=True)
