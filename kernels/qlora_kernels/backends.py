@@ -346,6 +346,13 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return kind_of(q.device) == "cpu" and NATIVE is not None and NATIVE.supports_attention(q, k, v)
 
 
+def in_use(device: torch.device) -> str:
+    """The backend that is chosen for a device; on a card this asks it, and recalls what is avoided there."""
+    if device.type == "cpu":
+        return "native" if NATIVE is not None else "reference"
+    return (_cuda(device.index) if device.type == "cuda" else _other())[0]
+
+
 def describe() -> dict[str, str]:
     """Which code runs the operators, by device type, in words (for `qlora doctor`)."""
     cpu = CPU_BACKEND if NATIVE is None else NATIVE.describe()

@@ -26,7 +26,8 @@ Told = dict[str, Any]
 
 
 def _operators(device: torch.device, names: list[str]) -> Iterator[Told]:
-    backends.AVOIDED.clear()  # what failed before is asked again
+    backends.in_use(device)  # which recalls what failed before: that is asked again
+    backends.AVOIDED.clear()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills `torch.empty` with NaN or the largest integer
     for name in names:
         yield {"begin": name}

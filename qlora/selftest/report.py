@@ -66,11 +66,11 @@ def selftest(device: str, only: str | None = None) -> dict[str, Any]:
         UserError: no such device or check, or the cache cannot be written.
     """
     place, names = resolve_device(device), _chosen(only)
-    backend, index = _backend(place)
+    backend = backends.in_use(place)
     rows = list(_rows("operators", place, names["operators"]))
     wrong = {row.name: _why(row) for row in rows if not row.ok and backend in row.ran.split()}
     if backend != "reference":
-        key = backends.machine(backend, index)
+        key = backends.machine(backend, place.index)
         known = {name: why for name, why in avoided.read(key).items() if name not in names["operators"]}
         remedy = "Make it writable, or set XDG_CACHE_HOME"
         with guard("selftest", avoided.file(), "the cache cannot be written", remedy):
@@ -87,13 +87,6 @@ def _chosen(only: str | None) -> dict[str, list[str]]:
     if unknown := sorted(asked - every):
         raise UserError(problem("only", ", ".join(unknown), "is no check", f"Choose from {', '.join(sorted(every))}"))
     return {section: [name for name in names if name in asked] for section, (_, names) in SECTIONS.items()}
-
-
-def _backend(device: torch.device) -> tuple[str, int | None]:
-    """The backend in use there, and the card's number."""
-    if device.type == "cpu":
-        return "native" if backends.NATIVE is not None else "reference", None
-    return backends._cuda(device.index)[0], device.index
 
 
 def _why(row: Row) -> str:
@@ -140,7 +133,7 @@ def _rows(section: str, device: torch.device, names: list[str]) -> Iterator[Row]
             elif names:
                 under_way = under_way if under_way in names else names[0]  # or it died between two
                 names.remove(under_way)
-                ran = _backend(device)[0] if section == "operators" else ""
+                ran = backends.in_use(device) if section == "operators" else ""
                 yield Row(section, under_way, failed=told["lost"], ran=ran)
 
 
