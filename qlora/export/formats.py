@@ -165,7 +165,7 @@ def export_adapter(
         base, closeness = _closest(found, spec, written, expected)
         if expected is not None and closeness is not None and verify is not None:
             exact = row.exact and not spec.double_quant and (base == "dequantized" or files.base.bits != 4)
-            _refuse_far(closeness[base], usual_limit(exact, (found.dtype, spec.dtype), expected.dtype), verify)
+            _refuse_far(closeness[base], usual_limit(exact, spec.dtype, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)
         write_json(part / REPORT, _report(found, spec, base, expected, closeness))
