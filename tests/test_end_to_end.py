@@ -129,7 +129,8 @@ def test_folded_into_a_base_for_any_server(run, held_out, tmp_path):
     assert found["kl"] < 1e-8 and found["top1_agreement"] == 1 and found["greedy_equal"] == 4 and "KL" in done.stdout
     base = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), out / "adapter").eval()
-    ours = load_adapter(load_base("smollm2-135m", dtype="fp32"), run / "adapter").eval()
+    trained = json.loads((run / "adapter" / "qlora.json").read_text())["base"]["dtype"]
+    ours = load_adapter(load_base("smollm2-135m", dtype=trained).float(), run / "adapter").eval()
     ids = torch.tensor([held_out[0].input_ids])
     with torch.no_grad():
         assert relative(theirs(input_ids=ids).logits, ours(input_ids=ids).logits) < 1e-5

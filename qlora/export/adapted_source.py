@@ -77,7 +77,8 @@ class AdaptedSource:
             UserError: see `load_source` and `put_adapter`.
         """
         recipe = self.files.base.quantization(self.source.packed)
-        return put_adapter(load_source(self.source, recipe, dtype=dtype, device="cpu"), self.files).eval()
+        base: nn.Module = load_source(self.source, recipe, dtype=self.dtype, device="cpu")  # rounded as in training
+        return put_adapter(base.to(DTYPES[dtype]), self.files).eval()
 
     def parameters(self) -> int:
         """How many the base has."""

@@ -184,7 +184,7 @@ def export_adapter(
             type = written_type(found, spec) if spec.to.startswith("gguf") else None
             coarse = not row.exact or spec.double_quant or type in ("Q8_0", "Q4_0")
             exact = not coarse and (base == "dequantized" or files.base.bits != 4)
-            rounded = (found.dtype, {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype))
+            rounded = {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype)
             _refuse_far(closeness[base], usual_limit(exact, rounded, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,16 +249,15 @@ ROUNDING = {
 COARSE = {"fp32": ROUNDING["fp32", "fp32"], "fp16": Limit(1e-3, 0.1), "bf16": Limit(3e-2, 0.3)}
 
 
-def usual_limit(exact: bool, rounded: Iterable[str], computed: str) -> Limit:
+def usual_limit(exact: bool, written: str, computed: str) -> Limit:
     """The limit of an export.
 
     Args:
         exact: whether the format loses nothing but rounding.
-        rounded: the dtypes that weights were rounded to: in training, and in the files.
+        written: the dtype of the files.
         computed: that of the comparison.
     """
-    coarsest = max(rounded, key=list(COARSE).index)
-    return ROUNDING.get((coarsest, computed), COARSE[computed]) if exact else LOSSY
+    return ROUNDING.get((written, computed), COARSE[computed]) if exact else LOSSY
 
 
 def _logits(model: nn.Module, text: Text) -> Tensor:

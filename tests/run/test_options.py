@@ -26,7 +26,7 @@ CHANGES = {
     "blocksize": (32, "base adapter"),
     "double_quant": (False, "base adapter"),
     "scales": ("mse", "base adapter"),
-    "dtype": ("bf16", "base adapter"),
+    "dtype": ("bf16", "base"),
     "method": ("lora", "adapter optimizer"),
     "rank": (2, "adapter"),
     "alpha": (4.0, "adapter"),
