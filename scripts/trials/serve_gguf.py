@@ -1,6 +1,6 @@
 """SmolLM2, and an adapter on it, as llama.cpp serves them: greedy texts and KL against our own model, by GGUF type.
 
-    python scripts/trials/serve_gguf.py [--prompts 20] [--tokens 32] [--output results.json]
+    python scripts/trials/serve_gguf.py [--prompts 20] [--tokens 32] [--types F16 Q8_0] [--output results.json]
 
 llama.cpp writes greedily after each prompt and lists the log probabilities of its 512 likeliest tokens; our model (in
 float32, the adapted one on its NF4 base) sees the same tokens. The rest of the vocabulary counts as one token, which
@@ -62,21 +62,32 @@ def kl(logs: torch.Tensor, top: dict[int, float]) -> float:
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, files: tuple[Path, ...], prompts: list[list[int]], tokens: int) -> dict[str, float]:
-    """How many texts are those of `model`, and the mean and largest KL of a token."""
-    equal, values = 0, []
+    """How many texts are those of `model`, the mean and largest KL of a token, and the largest `gap`: by how much our
+    likeliest token had the larger logit where llama.cpp took another.
+    """
+    equal, values, gap = 0, [], 0.0
     with LlamaCpp(*files, context=512) as served:
         for ids in prompts:
             found, listed = served.write(ids, tokens, LISTED)
             logits = model(input_ids=torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1].float()
-            equal += logits.argmax(-1).tolist() == found
+            best, chosen = logits.max(-1), logits.gather(-1, torch.tensor(found).unsqueeze(-1)).squeeze(-1)
+            equal += best.indices.tolist() == found
+            gap = max(gap, (best.values - chosen).max().item())
             values += [kl(*pair) for pair in zip(logits.log_softmax(-1), listed, strict=True)]
-    return {"texts": len(prompts), "equal": equal, "kl": sum(values) / len(values), "largest_kl": max(values)}
+    return {
+        "texts": len(prompts),
+        "equal": equal,
+        "kl": sum(values) / len(values),
+        "largest_kl": max(values),
+        "gap": gap,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--types", nargs="+", default=["F16", "BF16", "Q8_0", "Q4_0"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     tokenizer = load_tokenizer("smollm2-135m")
@@ -89,13 +100,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as place:
         plain = load_base("smollm2-135m", bits=16, dtype="fp32")
-        for type in ("F16", "BF16", "Q8_0", "Q4_0"):
+        for type in arguments.types:
             row(f"base, {type}", plain, convert_to_gguf("smollm2-135m", Path(place, type), type=type))
         del plain
         base = load_base("smollm2-135m", dtype="fp32")
         ours = disturb(attach_adapters(base, method="dora", rank=8), spread=0.01, magnitudes=0.05)
         save_adapter(ours, Path(place, "adapter"))
-        for to, type in (("gguf", "F16"), ("gguf", "Q8_0"), ("gguf", "Q4_0"), ("gguf-lora", "Q8_0")):
+        for to, type in [*(("gguf", type) for type in arguments.types), ("gguf-lora", "Q8_0")]:
             spec = ExportSpec(to, type=type)
             folder = export_adapter(Path(place, "adapter"), Path(place, to + type), spec, verify=None).folder
             files = (folder / MODEL,) if to == "gguf" else (folder / BASE, folder / ADAPTER)

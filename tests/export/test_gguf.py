@@ -235,7 +235,8 @@ def test_smollm2(tmp_path, smollm2_dense, tokenizer):
             found, listed = served.write(ids, 12, 400)
             with torch.no_grad():
                 logits = smollm2_dense(input_ids=torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1]
-            assert logits.argmax(-1).tolist() == found
+            chosen = logits.gather(-1, torch.tensor(found).unsqueeze(-1))
+            assert (logits.amax(-1, keepdim=True) - chosen).max() < 0.02  # another token only where two are as likely
             for logs, top in zip(logits.log_softmax(-1), listed, strict=True):
                 q = torch.tensor(list(top.values()))
                 p = logs[list(top)]

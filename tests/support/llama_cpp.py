@@ -86,6 +86,8 @@ def _serve(path: str, lora: str, context: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, context, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    # Keys and values in fp16, its default, are a rounding of the server's and none of the file's.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if lora:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = lora, 1.0
