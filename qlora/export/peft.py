@@ -366,10 +366,8 @@ def _read_peft(folder: Path) -> dict[str, Any]:
 
 def _current(key: str) -> str:
     """A key as PEFT names it today."""
-    for old, new in OLD_KEYS.items():
-        if key.endswith("." + old):
-            return key.removesuffix(old) + new
-    return key
+    old, new = next(((old, new) for old, new in OLD_KEYS.items() if key.endswith("." + old)), ("", ""))
+    return key.removesuffix(old) + new
 
 
 def _modules(keys: Iterable[str]) -> list[str]:
