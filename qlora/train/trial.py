@@ -18,6 +18,7 @@ from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.forward_mode import probe_examples
 from qlora.layers.loss import loss_sum
 from qlora.models.info import info
+from qlora.optim.memory_errors import ALLOCATION_ERRORS, out_of_memory
 from qlora.train.rng import random_states, set_random_states
 
 
@@ -27,7 +28,7 @@ def trial_step(model: PreTrainedModel) -> None:
     Parameters, random states and mode stay as they are.
 
     Raises:
-        UserError: the model cannot be trained, in one line with its type and what its code said.
+        UserError: memory ran out, or the model cannot be trained, in one line with its type and what its code said.
     """
     kind, training, states = model.config.model_type, model.training, random_states()
     batch = pack(probe_examples(model.config.get_text_config().vocab_size))
@@ -38,7 +39,13 @@ def trial_step(model: PreTrainedModel) -> None:
         for layer, _ in dropouts:
             layer.dropout_p = 0.0  # nothing is drawn
         with guard("model", kind, rule, remedy), torch.enable_grad():
-            loss_sum(model.train(), batch).backward()
+            try:
+                loss_sum(model.train(), batch).backward()
+            except ALLOCATION_ERRORS as error:
+                if not out_of_memory(error):
+                    raise
+                rule = "memory: it ran out in a step on two short examples"
+                raise UserError(f"{rule}. Free some, or use `gradient_checkpointing` or a smaller model.") from error
         reached = {name: _reached(layer.lora_B.grad) for name, layer in named_adapters(model)}
     finally:
         for layer, dropout in dropouts:

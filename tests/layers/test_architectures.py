@@ -229,3 +229,14 @@ def test_a_new_head_is_not_adapted_in_silence():
     names = {name for name, _ in named_adapters(attach_adapters(model, targets=["query", "value"]))}
     assert names and all(name.startswith("bert.") for name in names)
     attach_adapters(transformers.BertModel(transformers.BertConfig(**ENCODER)))
+
+
+def test_memory_that_runs_out_in_the_trial_is_said():
+    model = attach_adapters(build("llama"), method="lora", rank=3)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_submodule("model.layers.1").register_forward_hook(full)
+    with pytest.raises(UserError, match="memory: it ran out in a step on two short examples"):
+        trial_step(model)
