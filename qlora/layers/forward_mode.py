@@ -31,7 +31,7 @@ from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.forward import ForwardMode, head_logits, target_logits, target_states
 from qlora.models.info import info
 from qlora.models.transformers_seam import attention_implementation, takes_attention
-from qlora.optim.memory_errors import out_of_memory
+from qlora.optim.memory_errors import memory_told, out_of_memory
 
 PACKING = ("auto", "on", "off")
 # How far (in units of their spread) logits may lie from the model's own. An example that sees another, or a wrong
@@ -116,7 +116,8 @@ def _find(model: PreTrainedModel, may_pack: bool) -> ForwardMode:
         vocabulary = model.config.get_text_config().vocab_size
         first, second = probe_examples(vocabulary)
         batch = pack([first, second])
-        with guard("model", model.config.model_type, "does not run on two short examples", "Use another model"):
+        rule = "does not run on two short examples"
+        with guard("model", model.config.model_type, rule, "Use another model"), memory_told("two short examples"):
             later = _example([*first.input_ids[:-1], (first.input_ids[-1] + 1) % vocabulary])
             logits, changed = target_logits(model, pack([first, later]))[0].chunk(2)
             _check_causal(model, logits, changed)

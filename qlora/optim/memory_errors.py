@@ -8,8 +8,12 @@ catch everything, would hide defects.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from qlora.errors import UserError
 
 # The types to catch, among which `out_of_memory` tells. torch.OutOfMemoryError is a RuntimeError.
 ALLOCATION_ERRORS = (MemoryError, OSError, RuntimeError)
@@ -24,3 +28,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("DefaultCPUAllocator", "bad_alloc")
     )
+
+
+@contextmanager
+def memory_told(where: str) -> Iterator[None]:
+    """A boundary to a model's own code inside of which memory may run out: that is not the model's fault.
+
+    Raises:
+        UserError: it did, in `where`.
+    """
+    try:
+        yield
+    except ALLOCATION_ERRORS as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"memory: it ran out in {where}. Free some, or use a smaller model.") from error

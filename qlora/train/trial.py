@@ -18,7 +18,7 @@ from qlora.layers.attach import adapter_parameters, named_adapters
 from qlora.layers.forward_mode import probe_examples
 from qlora.layers.loss import loss_sum
 from qlora.models.info import info
-from qlora.optim.memory_errors import ALLOCATION_ERRORS, out_of_memory
+from qlora.optim.memory_errors import memory_told
 from qlora.train.rng import random_states, set_random_states
 
 
@@ -39,13 +39,8 @@ def trial_step(model: PreTrainedModel) -> None:
         for layer, _ in dropouts:
             layer.dropout_p = 0.0  # nothing is drawn
         with guard("model", kind, rule, remedy), torch.enable_grad():
-            try:
+            with memory_told("a step on two short examples"):
                 loss_sum(model.train(), batch).backward()
-            except ALLOCATION_ERRORS as error:
-                if not out_of_memory(error):
-                    raise
-                rule = "memory: it ran out in a step on two short examples"
-                raise UserError(f"{rule}. Free some, or use `gradient_checkpointing` or a smaller model.") from error
         reached = {name: _reached(layer.lora_B.grad) for name, layer in named_adapters(model)}
     finally:
         for layer, dropout in dropouts:

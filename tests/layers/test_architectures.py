@@ -238,5 +238,10 @@ def test_memory_that_runs_out_in_the_trial_is_said():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.get_submodule("model.layers.1").register_forward_hook(full)
+    with pytest.raises(UserError, match="memory: it ran out in two short examples"):
+        choose_forward_mode(model)
+    model.get_submodule("model.layers.1")._forward_hooks.clear()
+    choose_forward_mode(model)
+    model.get_submodule("model.layers.1").register_forward_hook(full)
     with pytest.raises(UserError, match="memory: it ran out in a step on two short examples"):
         trial_step(model)
