@@ -26,7 +26,7 @@ class UserError(ValueError):
 def problem(name: str, value: object, rule: str, remedy: str) -> str:
     """One line in the form every error of ours has: `name=value: rule. What to do.`"""
     end = "" if remedy.endswith("?") else "."
-    return f"{name}={shortened(value)}: {rule.rstrip('.')}. {remedy.rstrip('.')}{end}"
+    return _printable(f"{shortened(name)}={shortened(value)}: {rule.rstrip('.')}. {remedy.rstrip('.')}{end}")
 
 
 @contextmanager
@@ -85,4 +85,9 @@ def shortened(value: object, most: int = 300) -> str:
     text = str(value)
     if len(text) > most:
         text = f"{text[: most - 60]} ... {text[-50:]}"
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """A text on one line: what a file says may hold ends of lines and worse."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -86,7 +86,7 @@ def test_values_are_shortened_before_they_are_written_out():
         deep = [deep] * 9  # 9**30 values
     assert len(shortened(deep)) <= 300 and len(problem("x", "y" * 10**6, "is long", "Cut it")) < 400
     assert "16610 bits" in shortened(10**5000)
-    assert "\n" not in problem("path", "a\nb", "has a line end", "Leave it out")
+    assert problem("a\nb", "c\nd", "e\nf", "g\nh") == r"a\nb=c\nd: e\nf. g\nh."
 
 
 def test_a_guard_knows_no_list_of_exceptions():
