@@ -38,7 +38,8 @@ importlib.metadata.version = told
 def run(code: str, *absent: str, **variables: str) -> subprocess.CompletedProcess:
     """`code` in a process without these modules."""
     paths = os.pathsep.join((str(HOUSE), str(HOUSE / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": paths} | variables
+    kept = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}  # a command sets it
+    environment = {**kept, "PYTHONPATH": paths} | variables
     script = BLOCK.format(absent=repr(set(absent))) + code
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 

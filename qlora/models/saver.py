@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from qlora.errors import UserError
+
 
 class Saver:
     """The method `save_pretrained` of one model; it is copied and pickled with the model."""
@@ -30,10 +32,16 @@ class Saver:
         self._model = weakref.ref(state["model"])
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """See `export.pretrained.save_pretrained`."""
-        importlib.import_module("qlora.export.pretrained").save_pretrained(
-            self._model(), save_directory, *args, **options
-        )
+        """See `export.pretrained.save_pretrained`.
+
+        Raises:
+            UserError: nobody holds the model any more, as in `load_base(...).save_pretrained(folder)`.
+        """
+        model = self._model()
+        if model is None:
+            rule = "model: nothing holds it any more, so it is gone before it is saved"
+            raise UserError(f"{rule}. Give it a name first: `model = load_base(...)`.")
+        importlib.import_module("qlora.export.pretrained").save_pretrained(model, save_directory, *args, **options)
 
 
 def saves_what_loads(model: nn.Module) -> None:

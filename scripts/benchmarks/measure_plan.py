@@ -124,7 +124,8 @@ def write_file(folder: str) -> None:
     """SmolLM2 in bf16 as safetensors."""
     import qlora
 
-    qlora.load_base("smollm2-135m", bits=16, dtype="bf16", device="cpu").save_pretrained(folder)
+    model = qlora.load_base("smollm2-135m", bits=16, dtype="bf16", device="cpu")
+    model.save_pretrained(folder)
 
 
 def run(row: tuple, folder: str) -> dict:

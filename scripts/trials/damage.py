@@ -37,7 +37,7 @@ import tiny
 
 from qlora.config.commands import EvalConfig, FinetuneConfig
 from qlora.errors import UserError
-from qlora.export.formats import merge
+from qlora.export.formats import REPORT, merge
 from qlora.run.commands import evaluate_command
 from qlora.run.recipe import finetune
 
@@ -83,7 +83,8 @@ def evaluated(place: Path) -> object:
 def merged(place: Path) -> object:
     """The weights of the merged model, and its files."""
     folder = merge(place / ADAPTER, place / "merged", dtype="fp32")
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")}
+    told = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")]
+    files = {path.name: path.read_bytes() for path in told if path.name != REPORT}  # which names the adapter's folder
     return _bits(folder / "model.safetensors"), files
 
 

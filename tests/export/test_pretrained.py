@@ -219,3 +219,8 @@ def test_trainer_finds_its_best_model_again(saved_models, tmp_path):
     state = json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())
     assert state["best_metric"] == min(scores) and not best.endswith("checkpoint-6"), scores
     assert torch.equal(logits(load_adapter(based(saved_models, "llama"), best)), logits(run.model))
+
+
+def test_a_model_that_nobody_holds_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="nothing holds it any more"):
+        tiny.adapted(tiny.llama()).save_pretrained(tmp_path)
