@@ -224,3 +224,6 @@ def test_trainer_finds_its_best_model_again(saved_models, tmp_path):
 def test_a_model_that_nobody_holds_is_one_line(tmp_path):
     with pytest.raises(UserError, match="nothing holds it any more"):
         tiny.adapted(tiny.llama()).save_pretrained(tmp_path)
+    tiny.write_model(tmp_path / "base")
+    load_base(str(tmp_path / "base"), bits=16, device="cpu").save_pretrained(tmp_path / "again")  # as ever
+    assert (tmp_path / "again/model.safetensors").is_file()
