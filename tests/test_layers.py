@@ -80,6 +80,7 @@ FLOORS = (
         "layers.weight",
         "models.source",
         "optim.pinned_tier",
+        "run.watch",
     ),
     ("config.commands", "data.doctor", "layers.linear", "models.limits", "models.packed", "optim.pager"),
     ("config.data_command", "generate", "layers.adapters", "layers.targets", "models.quantize", "optim.pages"),

@@ -3,16 +3,14 @@
     base in NF4, nearest codes -> moments, decoder layer by decoder layer -> GPTQ's codes in place -> the next layer
 
 `gptq` has the mathematics, `moments` takes the moments. A layer whose weighted error would not fall keeps its nearest
-codes, and so does one whose width is no multiple of the block size. The first position of a text counts: errors are fed
-to where H is small, and the values of that position, hundreds of times larger, would lie there unseen. The alternative,
-a pass over the checkpoint that holds one layer at a time, saves the 4-bit model in memory but would need a loader for
-each architecture.
+codes, and so does one whose width is no multiple of the block size. The alternative, a pass over the checkpoint that
+holds one layer at a time, saves the 4-bit model in memory but would need a loader for each architecture.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,12 @@ ROWS = 1 << 20  # values of a weight that are looked at together, about
 
 @torch.no_grad()
 def choose_codes_of(
-    model: nn.Module, weights: Originals, batches: Sequence[Tensor], budget: int = BUDGET, widest: int = WIDEST
+    model: nn.Module,
+    weights: Originals,
+    batches: Sequence[Tensor],
+    budget: int = BUDGET,
+    widest: int = WIDEST,
+    done: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerError]:
     """Give the quantized layers of a base the codes of GPTQ, in place; what came of it, by layer.
 
@@ -43,16 +46,18 @@ def choose_codes_of(
         batches: token ids [b, t] without padding.
         budget: bytes of moments at a time.
         widest: inputs among which errors are fed on; of more, within blocks of at most so many.
+        done: is called after each layer.
     """
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear) and name in weights.there
     }
     widths = {name: layer.in_features for name, layer in layers.items()}
     found: dict[str, LayerError] = {}
-    for moments in input_moments(model, widths, batches, budget, widest, first=True):
+    for moments in input_moments(model, widths, batches, budget, widest):
         H = moments.blocks
         for name in moments.layers:
             found[name] = choose_layer(layers[name], weights.weight(name, H.device), H)
+            done()
     return found
 
 

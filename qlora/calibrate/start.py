@@ -10,7 +10,7 @@ by the quantized model, since that is what it will see in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,11 @@ EXACT = 1e-10  # a share of error that is rounding in float32
 
 
 def start_by_error(
-    model: torch.nn.Module, weights: Originals, batches: Sequence[Tensor], budget: int = BUDGET
+    model: torch.nn.Module,
+    weights: Originals,
+    batches: Sequence[Tensor],
+    budget: int = BUDGET,
+    done: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerError]:
     """Give every adapter of a quantized layer the start that undoes its error, in place; what came of it, by layer.
 
@@ -40,6 +44,7 @@ def start_by_error(
         weights: of the base before it was quantized.
         batches: token ids [b, t] without padding.
         budget: bytes of moments at a time.
+        done: is called after each layer.
     """
     layers = {
         name: layer
@@ -48,10 +53,11 @@ def start_by_error(
     }
     widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
     found: dict[str, LayerError] = {}
-    for moments in input_moments(model, widths, batches, budget):
+    for moments in input_moments(model, widths, batches, budget, rounded=True):
         H = moments.mean
         for name in moments.layers:
             found[name] = start_layer(layers[name], weights.weight(name, H.device), H)
+            done()
     keep_start(model)
     return found
 

@@ -70,8 +70,11 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
     init: Init = option(
         **declared(AdapterSpec, "init"), group=ADAPTER, aka="init_lora_weights", help="how A is drawn at the start"
     )
-    adapter_init: Literal["zero", "error"] = option(
-        "zero", group=ADAPTER, help="what the adapter does at the start: nothing, or undo the error of a 4-bit base"
+    adapter_init: Literal["auto", "error", "zero"] = option(
+        "auto",
+        group=ADAPTER,
+        help="what the adapter does at the start: undo the error of a 4-bit base, or nothing; "
+        "auto: error, where the 16-bit weights are at hand",
     )
     targets: str | list[str] = option(
         **declared(AdapterSpec, "targets"),
@@ -237,7 +240,8 @@ class FinetuneConfig(Compute, Seed, Calibrated, Blocks, Bits, Output, Records, N
             found.append(problem("adapter_init", "error", rule, "Leave it out, or use `bits=4`"))
         if values.get("bits") == 16 and given.get("codes") == "gptq":
             found.append(problem("codes", "gptq", "16-bit weights have no codes", "Leave it out, or use `bits=4`"))
-        if "calibrate" in given and given.get("adapter_init") == "zero" and given.get("codes") == "nearest":
+        nothing = given.get("adapter_init") == "zero" or values.get("bits") == 16
+        if "calibrate" in given and nothing and given.get("codes") == "nearest":
             rule, remedy = "nothing is calibrated without an error to undo", "Leave it out, or use `adapter_init=error`"
             found.append(problem("calibrate", given["calibrate"], rule, remedy))
         held_out = {"eval_data", "eval_fraction"}

@@ -37,6 +37,7 @@ from qlora.models.load import load_source
 from qlora.models.originals import originals
 from qlora.models.source import Source, load_tokenizer, resolve
 from qlora.run.inputs import Inputs
+from qlora.run.watch import watched
 from qlora.specs import Quantization
 
 BATCH = 4  # rows of calibration text in one forward pass
@@ -98,7 +99,8 @@ def chosen_base(
         rule = f"no 16-bit weight of {source.name} can be read by itself: a pickle, or under other names than its own"
         raise UserError(problem("codes", "gptq", rule, "Save the model as safetensors, or leave it out"))
     model = load_source(source, quantization, dtype=dtype, device=device)
-    layers = choose_codes_of(model, weights, text)
+    with watched("codes", len(weights.shapes)) as done:
+        layers = choose_codes_of(model, weights, text, done=done)
     moved = [layer for layer in layers.values() if layer.after < layer.before]
     before, after = (
         100 * sum(errors) / max(1, len(layers))

@@ -22,22 +22,26 @@ from qlora.errors import UserError, problem
 from qlora.export.peft import OWN_CONFIG
 from qlora.files import read_json
 from qlora.models.info import BaseInfo
-from qlora.run.inputs import Inputs
+from qlora.run.inputs import Inputs, begins_by_error
 from qlora.specs import Quantization
 from qlora.train.checkpoint import read_state
 
 
-def run_identity(config: FinetuneConfig, inputs: Inputs, length: dict[str, int], dtype: str) -> dict[str, Any]:
+def run_identity(
+    config: FinetuneConfig, inputs: Inputs, length: dict[str, int], dtype: str, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """What decides the numbers of a run: its options, its tokens, its length.
 
     Args:
         dtype: what the option means here, as "auto" depends on the machine.
+        checkpoint: what the run goes on from.
     """
     free = changeable(FinetuneConfig)
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
     options |= dataclasses.asdict(inputs.quantization)  # as it is, given or not
     del options["cast_to"]  # see `quantization_of`
     options["dtype"] = dtype
+    options["adapter_init"] = adapter_init_of(config, inputs, checkpoint)
     digest = hashlib.sha256()
     for example in [*inputs.train, *(inputs.calibration if config.calibrate else ())]:
         digest.update(struct.pack("q", len(example.input_ids)) + array("q", example.input_ids).tobytes())
@@ -58,6 +62,13 @@ def quantization_of(config: FinetuneConfig, checkpoint: Path | None) -> Quantiza
     return dataclasses.replace(made, cast_to=BaseInfo(**base).cast_to)
 
 
+def adapter_init_of(config: FinetuneConfig, inputs: Inputs, checkpoint: Path | None) -> str:
+    """How the adapters of a run begin; where `auto` goes on, as they began."""
+    if config.adapter_init == "auto" and checkpoint is not None:
+        return str(read_state(checkpoint)["run"]["options"].get("adapter_init", "zero"))
+    return "error" if begins_by_error(config, inputs.unquantized) else "zero"
+
+
 def moment_of(checkpoint: Path | None) -> datetime | None:
     """What a template that writes the date took for now in the run that wrote `checkpoint`: a resume takes the same."""
     moment = None if checkpoint is None else read_state(checkpoint)["run"].get("moment")
@@ -75,7 +86,7 @@ def check_same_run(identity: dict[str, Any], checkpoint: Path) -> None:
     now = identity["options"]
     # Checkpoints from before an option do not name it: it had what is its default now.
     before = {name: value for name, value in defaults(FinetuneConfig).items() if name in now}
-    was = before | {"scales": now["scales"] and "absmax"} | began["options"]
+    was = before | {"scales": now["scales"] and "absmax", "adapter_init": "zero"} | began["options"]
     anew = "or start anew in another folder"
     problems = [
         problem(name, now.get(name), f"the run began with {name}={was.get(name)}", f"Resume with that, {anew}")

@@ -190,7 +190,8 @@ def begins_by_error(config: FinetuneConfig, source: Source) -> bool:
     if source.packed and config.adapter_init == "error":
         rule, remedy = "the model is 4-bit already and has no 16-bit weights", "Leave it out, or use the original"
         raise UserError(problem("adapter_init", "error", rule, remedy))
-    return config.adapter_init == "error"
+    wanted = config.adapter_init != "zero" and config.bits == 4
+    return wanted and not source.packed
 
 
 def chooses_codes(config: FinetuneConfig, source: Source) -> bool:

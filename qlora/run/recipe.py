@@ -63,8 +63,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             epochs=config.epochs,
             warmup=config.warmup,
         )
-        identity = run_identity(config, inputs, length, resolve_dtype(config.dtype, run.device))
         checkpoint = run.checkpoint
+        identity = run_identity(config, inputs, length, resolve_dtype(config.dtype, run.device), checkpoint)
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
         run.keep_memory(inputs)

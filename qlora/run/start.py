@@ -26,6 +26,7 @@ from qlora.data.order import epoch_order
 from qlora.layers.attach import named_adapters
 from qlora.models.originals import originals
 from qlora.run.inputs import Inputs
+from qlora.run.watch import watched
 
 RECORDS = 16  # that the gap is measured on, at most
 
@@ -86,10 +87,11 @@ def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beg
     began = time.monotonic()
     batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed, config.batch_size)
     weights = originals(inputs.unquantized)
-    layers = start_by_error(model, weights, batches)
+    adapted = sum(1 for _ in named_adapters(model))
+    with watched("start", adapted) as done:
+        layers = start_by_error(model, weights, batches, done=done)
     records = _records(inputs, config.seed)
     gap = measure_gap(model, weights, records, config.batch_size) if can_measure(model, weights) else None
-    adapted = sum(1 for _ in named_adapters(model))
     return Beginning(
         layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began, config.verbose
     )

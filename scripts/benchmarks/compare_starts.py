@@ -67,7 +67,7 @@ def train(model: torch.nn.Module, examples: list[Example], steps: list[int], rat
             yield step + 1
 
 
-def steps(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """ "30,60" as a rising list."""
     return sorted(int(part) for part in text.split(","))
 
@@ -85,9 +85,16 @@ def main() -> None:
     parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--steps", type=steps, default=[], help="30,60: held-out loss after 30 and after 60, the last")
+    parser.add_argument(
+        "--steps", type=numbers, default=[], help="30,60: held-out loss after 30 and after 60, the last"
+    )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--shift", type=int, default=0, help="blocks begin this many columns later (Llama only)")
+    parser.add_argument(
+        "--shifts",
+        type=numbers,
+        default=[0],
+        help="0,16,32: blocks begin so many columns later (Llama), by seed in turn",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -97,20 +104,21 @@ def main() -> None:
         for path, count in ((given.data, given.records), (given.train, None), (given.calibrate or given.train, None))
     )
     folder = tempfile.TemporaryDirectory()
-    place = shifted(given.model, given.shift, Path(folder.name))
-    weights = originals(resolve(place))
+    places = [shifted(given.model, shift, Path(folder.name) / str(shift)) for shift in given.shifts]
     rows = []
     settings = {name: str(value) for name, value in vars(given).items() if name not in ("json", "data", "train")}
     for method in given.methods.split(","):
         for seed in range(given.seeds):
             sixteen: dict[int, float] = {}
+            turn = seed % len(places)
+            place, weights = places[turn], originals(resolve(places[turn]))
             for start in ("16 bits", *given.starts.split(",")):
                 bits = 16 if start == "16 bits" else 4
                 if bits == 16 and not given.steps:
                     continue
                 model = qlora.load_base(place, bits=bits, dtype=given.dtype)
                 batches = rectangles(text, given.tokens, seed, BATCH)
-                row: dict[str, object] = {"method": method, "seed": seed, "start": start}
+                row: dict[str, object] = {"method": method, "seed": seed, "shift": given.shifts[turn], "start": start}
                 began = time.process_time()
                 if "gptq" in start:
                     choose_codes_of(model, weights, batches)

@@ -58,7 +58,7 @@ def test_moments_are_those_of_what_each_layer_is_fed(name, budget):
     layers = dict(named_adapters(model))
     fed: dict[str, list[torch.Tensor]] = {module: [] for module in layers}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, x, module=module: fed[module].append(x[0][:, 1:].flatten(0, 1)))
+        layer.register_forward_pre_hook(lambda _, x, module=module: fed[module].append(x[0].flatten(0, 1)))
         for module, layer in layers.items()
     ]
     batches = rectangles(TEXT, 150, 0, 3)
