@@ -82,6 +82,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         if parts.beginning is not None:
             notes |= parts.beginning.notes()
             print(parts.beginning, flush=True)
+        elif checkpoint is None and config.bits == 4 and config.adapter_init == "auto":
+            print("start    adapters of no effect: a model that is 4-bit already has no 16-bit weights", flush=True)
 
         def save(step: int) -> None:
             refuse_infinite_parameters(model, step)

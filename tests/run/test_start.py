@@ -36,7 +36,7 @@ def test_what_a_run_says_of_its_start(error, config, place, tmp_path, capsys):
     assert first["gap_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
     own = json.loads((result.adapter / "qlora.json").read_text())
     assert own["start"] == "error" and START in own["files"] and "kl_at_the_start" in own["notes"]
-    result = finetune(config("zero"))
+    result = finetune(config("zero", adapter_init="zero"))
     assert not (result.adapter / START).exists() and metrics(tmp_path / "zero")[0]["step"] == 1
     assert json.loads((result.adapter / "qlora.json").read_text())["start"] == "zero"
 
@@ -66,20 +66,39 @@ def test_the_start_is_that_of_the_calibration_text(error, place, tmp_path):
 
 def test_a_resume_from_another_start_is_refused(error, config, tmp_path):
     finetune(error(save_every=2))
-    (problem,) = refused(config(resume=True))
+    (problem,) = refused(config(resume=True, adapter_init="zero"))
     assert problem.startswith("adapter_init=zero: the run began with adapter_init=error")
     assert finetune(error(resume=True)).steps == 4
-    finetune(config("old"))  # a checkpoint from before the option
+    finetune(config("old", adapter_init="zero"))  # a checkpoint from before the option
     path = unsealed(tmp_path / "old/checkpoints/step-000004") / "state.json"
     state = json.loads(path.read_text())
     del state["run"]["options"]["adapter_init"], state["run"]["options"]["calibrate"]
     path.write_text(json.dumps(state))
-    assert finetune(config("old", resume=True)).steps == 4
+    (problem,) = refused(error("old", resume=True))
+    assert problem.startswith("adapter_init=error: the run began with adapter_init=zero")
+    for goes_on in ("auto", "zero"):
+        assert finetune(config("old", adapter_init=goes_on, resume=True)).steps == 4
+
+
+def test_adapters_undo_the_error_unless_told_otherwise_where_that_is_possible(config, place, tmp_path, capsys):
+    quantize_checkpoint(str(place / "model"), tmp_path / "nf4")
+    for output, changes, start in (
+        ("usual", {}, "error"),
+        ("none", {"adapter_init": "zero"}, "zero"),
+        ("sixteen", {"bits": 16}, "zero"),
+        ("packed", {"model": str(tmp_path / "nf4")}, "zero"),
+    ):
+        capsys.readouterr()
+        result = finetune(config(output, **({"steps": 1, "adapter_init": "auto"} | changes)))
+        said = capsys.readouterr().out
+        assert json.loads((result.adapter / "qlora.json").read_text())["start"] == start
+        assert ("undo their quantization error" in said) == (start == "error")
+        assert ("is 4-bit already has no 16-bit weights" in said) == (output == "packed")
 
 
 def test_what_is_impossible_is_refused_before_anything_is_loaded(error, place, tmp_path):
-    quantize_checkpoint(str(place / "model"), tmp_path / "packed")
-    packed = {"model": str(tmp_path / "packed")}
+    quantize_checkpoint(str(place / "model"), tmp_path / "nf4")
+    packed = {"model": str(tmp_path / "nf4")}
     (problem,) = refused(error(**packed))
     assert problem.startswith("adapter_init=error: the model is 4-bit already and has no 16-bit weights")
     problems = refused(error(calibrate="nowhere.jsonl", eval_data="nothing.jsonl"))
@@ -90,7 +109,8 @@ def test_what_is_impossible_is_refused_before_anything_is_loaded(error, place, t
     "options, name",
     [
         ({"bits": 16, "adapter_init": "error"}, "adapter_init=error"),
-        ({"calibrate": "x.jsonl"}, "calibrate=x.jsonl"),
+        ({"calibrate": "x.jsonl", "adapter_init": "zero"}, "calibrate=x.jsonl"),
+        ({"calibrate": "x.jsonl", "bits": 16}, "calibrate=x.jsonl"),
         ({"adapter_init": "error", "calibrate": "x.jsonl:0"}, "calibrate=x.jsonl:0"),
     ],
 )
