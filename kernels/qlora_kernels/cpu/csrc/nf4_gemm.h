@@ -20,7 +20,7 @@ namespace qlora {
 namespace {
 
 constexpr int64_t kWidth = 16 * kTileVectors, kStride = 832, kDepthMost = 768, kRanksBelow = kStride - kDepthMost;
-constexpr int64_t kPanelBytes = 1 << 19;  // of decoded panels that a thread keeps
+constexpr int64_t kPanelBytes = 3 << 18;  // of decoded panels that a thread keeps
 constexpr int kSumRanks = kTileRows > 8 ? 8 : 4;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -194,18 +194,30 @@ void narrow(const float* x, int64_t inner, const float* tiles, int64_t rank, int
 
 // ---------------------------------------------------------------- sums over tokens
 
-// out [kSumRanks, kTileVectors], rows kStripColumns apart, += left^T x.
-__attribute__((noinline)) void sum_tokens(const float* left, int64_t ranks, const float* x, int64_t columns,
-                                          int64_t tokens, float* out) {
-  F16 sum[kSumRanks][kTileVectors];
+// out [kSumRanks, kTileVectors], rows kStripColumns apart, += left^T x; dots += the sums of x y.
+template <bool kDots>
+__attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left, const float* x, const float* y,
+                                          int64_t tokens, float* out, float* dots) {
+  constexpr int64_t kAheadRows = 16;  // whose lines are fetched: no prefetcher sees them coming
+  const int64_t ranks = s.ranks, columns = s.columns;
+  F16 sum[kSumRanks][kTileVectors], dot[kTileVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kSumRanks; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVectors; ++v) sum[r][v] = F16::load(out + r * kStripColumns + 16 * v);
+#pragma GCC unroll 2
+  for (int v = 0; kDots && v < kTileVectors; ++v) dot[v] = F16::load(dots + 16 * v);
   for (int64_t t = 0; t < tokens; ++t, x += columns, left += ranks) {
     F16 row[kTileVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kTileVectors; ++v) row[v] = F16::load(x + 16 * v);
+    for (int v = 0; v < kTileVectors; ++v) {
+      row[v] = F16::load(x + 16 * v);
+      __builtin_prefetch(x + kAheadRows * columns + 16 * v);
+      if (!kDots) continue;
+      dot[v] = madd(row[v], F16::load(y + 16 * v), dot[v]);
+      __builtin_prefetch(y + kAheadRows * columns + 16 * v);
+    }
+    if (kDots) y += columns;
 #pragma GCC unroll 16
     for (int r = 0; r < kSumRanks; ++r) {
       const F16 factor = F16::broadcast(left[r]);
@@ -217,27 +229,25 @@ __attribute__((noinline)) void sum_tokens(const float* left, int64_t ranks, cons
   for (int r = 0; r < kSumRanks; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVectors; ++v) sum[r][v].store(out + r * kStripColumns + 16 * v);
+#pragma GCC unroll 2
+  for (int v = 0; kDots && v < kTileVectors; ++v) dot[v].store(dots + 16 * v);
 }
 
 void sums(const LayerSums& s, int64_t column, int64_t columns, float* out, float* dots) {
   constexpr int64_t kTokens = 64;  // of a strip of columns, which then lie in the first cache
   for (int64_t i = 0; i < s.ranks * kStripColumns; ++i) out[i] = 0.0f;
-  for (int64_t c = 0; s.y != nullptr && c < columns; ++c) dots[c] = 0.0f;
+  for (int64_t c = 0; c < columns; ++c) dots[c] = 0.0f;
   for (int64_t t = 0; t < s.tokens; t += kTokens) {
-    const int64_t n = least(kTokens, s.tokens - t);
-    const float* const x = s.x + t * s.columns + column;
+    const int64_t n = least(kTokens, s.tokens - t), at = t * s.columns + column;
     for (int64_t c = 0; c < columns; c += kWidth)
-      for (int64_t r = 0; r < s.ranks; r += kSumRanks)
-        sum_tokens(s.left + t * s.ranks + r, s.ranks, x + c, s.columns, n, out + r * kStripColumns + c);
-    for (int64_t i = 0; s.y != nullptr && i < n; i += kDotRun) {
-      const float* const y = s.y + (t + i) * s.columns + column;
-      if (n - i >= kDotRun) {
-        dots_of_rows<kDotRun>(x + i * s.columns, s.columns, y, s.columns, columns, dots);
-        continue;
+      for (int64_t r = 0; r < s.ranks; r += kSumRanks) {
+        const float *left = s.left + t * s.ranks + r, *x = s.x + at + c;
+        float* const to = out + r * kStripColumns + c;
+        if (r == 0 && s.y != nullptr)
+          sum_tokens<true>(s, left, x, s.y + at + c, n, to, dots + c);
+        else
+          sum_tokens<false>(s, left, x, nullptr, n, to, nullptr);
       }
-      for (int64_t k = i; k < n; ++k)
-        dots_of_rows<1>(x + k * s.columns, s.columns, y + (k - i) * s.columns, s.columns, columns, dots);
-    }
   }
 }
 
