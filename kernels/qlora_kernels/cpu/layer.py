@@ -4,10 +4,10 @@ product is in the same sums, and in the backward pass all of the adapter's gradi
     bf16      on AMX (csrc/nf4_gemm_amx.cpp), where DoRA's n is made on the way too
     float32   on AVX2 and AVX-512 (csrc/nf4_gemm.h)
 
-Where torch's own switch allows float32 products of less than float32's precision
-(`torch.set_float32_matmul_precision("high")`, which allows TF32 on a card) and the processor has AVX-512 VNNI, the large
-product is one of 16-bit integers (csrc/nf4_gemm_vnni.h): nearly twice the speed, and about TF32's precision. The
-alternative, a switch of our own, would be a second word for one thing.
+Where torch's own switch allows less than float32's precision (`torch.set_float32_matmul_precision("high")`, which
+allows TF32 on a card) and the processor has AVX-512 VNNI, the large product is one of 16-bit integers
+(csrc/nf4_gemm_vnni.h): 1.7 times the speed, and about TF32's precision. The alternative, a switch of our own, would be
+a second word for one thing.
 """
 
 from __future__ import annotations
