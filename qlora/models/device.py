@@ -72,8 +72,9 @@ def native_bf16_cpu() -> bool:
 
 @contextmanager
 def products_of(dtype: str, device: torch.device) -> Iterator[None]:
-    """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be of less precision (torch's switch,
-    "high"): kernels that have 16-bit integers use them and lose a tenth of what bf16 would. Who asks for fp32 gets it.
+    """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be less precise (torch's switch,
+    "high"): kernels that have 16-bit integers use them, and lose a fifth of what bf16 would or less. Who asks for fp32
+    gets it.
     """
     before = torch.get_float32_matmul_precision()
     try:
