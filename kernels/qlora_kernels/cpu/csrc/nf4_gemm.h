@@ -125,7 +125,7 @@ inline Depth depth_of(int64_t inner, int64_t rank, int64_t i) {
   return {start, stop - start, 0, i + 1 == parts && rank <= kRanksBelow ? rank : 0};
 }
 
-int64_t room(int64_t inner, int64_t rank) {
+int64_t room(int64_t, int64_t rank) {
   const int64_t copies = kTileRows * kStride, panel = kStride * kWidth;
   return int64_t(sizeof(float)) * (copies + 2 * kTileRows * kWidth + most(panel, kPanelBytes / 4) + panel +
                                    pieces_of(rank, 16) * 16 * kTileRows);
