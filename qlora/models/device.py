@@ -6,6 +6,9 @@ tensor fail, would read the data and load the model before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from qlora.errors import UserError, problem
@@ -65,3 +68,18 @@ def device_notes(device: torch.device, dtype: str) -> list[str]:
 def native_bf16_cpu() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def products_of(dtype: str, device: torch.device) -> Iterator[None]:
+    """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be less precise (torch's switch,
+    "high"): kernels that have 16-bit integers use them, and lose a fifth of what bf16 would or less. Who asks for fp32
+    gets it.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        if dtype == "auto" and device.type == "cpu" and not native_bf16_cpu() and before == "highest":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

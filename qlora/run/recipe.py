@@ -27,7 +27,7 @@ from qlora.data.order import run_length
 from qlora.errors import UserError
 from qlora.evaluate import evaluate
 from qlora.export.peft_write import save_adapter
-from qlora.models.device import device_notes, resolve_device, resolve_dtype
+from qlora.models.device import device_notes, products_of, resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.codes import base_of_run
@@ -95,7 +95,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         def held_out_loss(before_batch: Callable[[], None]) -> float:
             return evaluate(model, inputs.held_out, config.batch_size, before_batch=before_batch).loss
 
-        with stops_explained(run, parts), run.begin(first, length["steps"]) as log:
+        precision = products_of(config.dtype, run.device)
+        with precision, stops_explained(run, parts), run.begin(first, length["steps"]) as log:
             if started and not inputs.held_out:
                 log({"step": 0, "tokens": 0, "memory_bytes": run.memory.peak()} | started)
             train(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.errors import UserError
-from qlora.models.device import resolve_device
+from qlora.models.device import products_of, resolve_device
 
 
 @pytest.fixture
@@ -35,3 +35,29 @@ def test_without_a_card(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here"):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "dtype, device, bf16, before, inside",
+    [
+        ("auto", "cpu", False, "highest", "high"),
+        ("auto", "cpu", False, "medium", "medium"),
+        ("auto", "cpu", True, "highest", "highest"),
+        ("fp32", "cpu", False, "highest", "highest"),
+        ("auto", "cuda:0", False, "highest", "highest"),
+    ],
+)
+def test_float32_products_are_less_precise_only_where_auto_finds_no_bf16(
+    monkeypatch, dtype, device, bf16, before, inside
+):
+    """And only inside; what the caller allowed stands."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: bf16)
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyboardInterrupt), products_of(dtype, torch.device(device)):
+            assert torch.get_float32_matmul_precision() == inside
+            raise KeyboardInterrupt
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")

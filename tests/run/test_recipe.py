@@ -7,6 +7,7 @@ import json
 
 import huggingface_hub
 import pytest
+import torch
 from runs import metrics, refused
 
 from qlora.config.commands import EvalConfig, FinetuneConfig, PlanConfig
@@ -53,6 +54,18 @@ def test_a_run(config, tmp_path, capsys):
         and str(result.adapter) in said.out
     )
     assert "step 12/12" in said.err
+
+
+def test_auto_for_want_of_bf16_allows_float32_products_by_integers(config, monkeypatch):
+    """While it trains, and where nobody asked for fp32."""
+    allowed, allow = [], torch.set_float32_matmul_precision
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: (allowed.append(name), allow(name)))
+    for dtype, expected in (("auto", ["high", "highest"]), ("fp32", ["highest"])):
+        allowed.clear()
+        finetune(config(dtype, dtype=dtype, steps=1))
+        assert allowed == expected
 
 
 def test_the_adapter_is_the_last_checkpoint_and_evaluates_to_the_last_loss(config, place, tmp_path):

@@ -42,6 +42,7 @@ SOURCES: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
         "api_nf4.cpp",
         "api_adapter.cpp",
+        "api_layer.cpp",
         "api_step.cpp",
         "api_attention.cpp",
         "api_optim.cpp",
@@ -65,7 +66,10 @@ HEADERS = (
     "dispatch.h",
     "elementwise.h",
     "kernels.h",
+    "layer.h",
+    "nf4_gemm.h",
     "nf4_gemm_amx.h",
+    "nf4_gemm_vnni.h",
     "nf4_kernels.h",
     "skinny_gemm_amx.h",
     "tables.h",

@@ -21,9 +21,9 @@ import torch
 
 from qlora_kernels import BackendError, reference
 from qlora_kernels.cpu import build
-from qlora_kernels.cpu.adapter import AdapterKernels
 from qlora_kernels.cpu.attention import AttentionKernels
-from qlora_kernels.cpu.binding import INTEGER, POINTER, SIZE, Subject
+from qlora_kernels.cpu.binding import INTEGER, POINTER, SIZE
+from qlora_kernels.cpu.layer import LayerKernels
 from qlora_kernels.cpu.nf4 import NF4Kernels
 from qlora_kernels.cpu.optim import OptimizerKernels
 from qlora_kernels.cpu.step import StepKernels
@@ -54,7 +54,7 @@ def load() -> tuple[Native | None, str]:
     return native, native.describe()
 
 
-class Native(NF4Kernels, AdapterKernels, StepKernels, AttentionKernels, OptimizerKernels):
+class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerKernels):
     """The operators of `ops`, same arguments and results, on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):
@@ -66,9 +66,9 @@ class Native(NF4Kernels, AdapterKernels, StepKernels, AttentionKernels, Optimize
             "qlora_huge_pages": [POINTER, SIZE],
         }
         results = {"qlora_select": ctypes.c_char_p, "qlora_select_attention": INTEGER, "qlora_threaded": INTEGER}
-        for subject in Subject.__subclasses__():
-            signatures |= getattr(subject, "SIGNATURES", {})
-            results |= getattr(subject, "RESULTS", {})
+        for subject in type(self).__mro__:
+            signatures |= vars(subject).get("SIGNATURES", {})
+            results |= vars(subject).get("RESULTS", {})
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, results.get(name)
@@ -103,7 +103,7 @@ class Native(NF4Kernels, AdapterKernels, StepKernels, AttentionKernels, Optimize
         name = next((name for name in names if name), None)
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
-        self.isa = name.decode()
+        self.isa, self.layers = name.decode(), self.library.qlora_layers()
         # What multiplies bf16: attention has a kernel only where something does. AMX, where nothing is forced, takes an
         # adapter's sums too.
         wanted = {"": 2, "avx512": 1}.get(isa, 0)

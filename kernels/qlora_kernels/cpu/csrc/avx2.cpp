@@ -300,13 +300,41 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
   }
 }
 
+// For nf4_gemm.h.
+constexpr int kTileRows = 6, kTileVectors = 1;
+
+inline void transpose8(const float* in, int64_t stride, float* out, int64_t out_stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(in + i * stride);
+  for (int i = 0; i < 8; i += 2) {  // pairs of rows: columns 0 and 1 of each half, then 2 and 3
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)  // four rows: one column of each half
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0x44);
+      a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + 2 + k], 0xee);
+    }
+  for (int k = 0; k < 4; ++k) {
+    _mm256_storeu_ps(out + k * out_stride, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
+    _mm256_storeu_ps(out + (4 + k) * out_stride, _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
+  }
+}
+
+inline void transpose16(const float* in, int64_t stride, float* out, int64_t out_stride) {
+  for (int i = 0; i < 16; i += 8)
+    for (int k = 0; k < 16; k += 8) transpose8(in + i * stride + k, stride, out + k * out_stride + i, out_stride);
+}
+
 }  // namespace
 }  // namespace qlora
 
 #include "nf4_kernels.h"
 #include "elementwise.h"
+#include "nf4_gemm.h"
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
+const Layer avx2_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums};
 }  // namespace qlora
 #endif

@@ -288,13 +288,43 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
   }
 }
 
+// For nf4_gemm.h.
+constexpr int kTileRows = 14, kTileVectors = 2;
+
+inline void transpose16(const float* in, int64_t stride, float* out, int64_t out_stride) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + i * stride);
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows: columns 0 and 1 of each four, then 2 and 3
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)  // four rows: one column of each four
+    for (int k = 0; k < 2; ++k) {
+      a[i + 2 * k] = _mm512_shuffle_ps(b[i + k], b[i + 2 + k], 0x44);
+      a[i + 2 * k + 1] = _mm512_shuffle_ps(b[i + k], b[i + 2 + k], 0xee);
+    }
+  for (int k = 0; k < 4; ++k) {  // quarters: column k of each four, of rows 0 to 15
+    const __m512 low = _mm512_shuffle_f32x4(a[k], a[4 + k], 0x88), high = _mm512_shuffle_f32x4(a[k], a[4 + k], 0xdd),
+                 more = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0x88),
+                 most = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0xdd);
+    _mm512_storeu_ps(out + k * out_stride, _mm512_shuffle_f32x4(low, more, 0x88));
+    _mm512_storeu_ps(out + (4 + k) * out_stride, _mm512_shuffle_f32x4(high, most, 0x88));
+    _mm512_storeu_ps(out + (8 + k) * out_stride, _mm512_shuffle_f32x4(low, more, 0xdd));
+    _mm512_storeu_ps(out + (12 + k) * out_stride, _mm512_shuffle_f32x4(high, most, 0xdd));
+  }
+}
+
 }  // namespace
 }  // namespace qlora
 
 #include "nf4_kernels.h"
 #include "elementwise.h"
+#include "nf4_gemm.h"
+#include "nf4_gemm_vnni.h"
 
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
+const Layer avx512_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums};
+const Layer avx512_vnni_layer = {kTileRows, kWidth, integer_room, narrow, integers, integer_wide, sums};
 }  // namespace qlora
 #endif

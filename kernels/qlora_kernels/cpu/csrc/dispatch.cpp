@@ -12,6 +12,7 @@
 namespace qlora {
 
 const Kernels* kernels = &portable_kernels;
+const Layer *layer = nullptr, *integer_layer = nullptr;
 const Attention* attention = nullptr;
 
 namespace {
@@ -89,8 +90,16 @@ const char* qlora_select(int isa) {
   const Kernels* found = named(isa);
   if (found == nullptr) return nullptr;
   kernels = found;
+  layer = integer_layer = nullptr;
+#if defined(__x86_64__)
+  if (isa > 0) layer = isa == 1 ? &avx2_layer : &avx512_layer;
+  if (isa == 2 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
+#endif
   return found->name;
 }
+
+// What multiplies a layer in float32: 0: nothing here, 1: float32, 2: 16-bit integers too.
+int qlora_layers() { return integer_layer != nullptr ? 2 : layer != nullptr ? 1 : 0; }
 
 // 0: none, 1: by AVX512-BF16, 2: by AMX if there. What is now in use.
 int qlora_select_attention(int wanted) {

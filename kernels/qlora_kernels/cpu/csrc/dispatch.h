@@ -10,11 +10,13 @@
 
 #include "attention_bf16.h"
 #include "kernels.h"
+#include "layer.h"
 
 namespace qlora {
 
-extern const Kernels* kernels;      // of the instruction set in use
-extern const Attention* attention;  // or null
+extern const Kernels* kernels;              // of the instruction set in use
+extern const Layer *layer, *integer_layer;  // a layer in float32, and by narrower products; or null
+extern const Attention* attention;          // or null
 
 // How many of `wanted` threads to use for these pieces: one in a process that is a fork.
 int threads_for(int64_t pieces, int wanted);

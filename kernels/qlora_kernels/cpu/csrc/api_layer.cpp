@@ -1,0 +1,170 @@
+// An adapted layer in float32, forward and backward, on every instruction set that has a `Layer`.
+
+#include "dispatch.h"
+
+using namespace qlora;
+
+namespace {
+
+inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The memory that a call works in, handed out from the front in lines.
+struct Work {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* const taken = reinterpret_cast<T*>(next);
+    next += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
+    return taken;
+  }
+};
+
+struct Call {
+  const Layer& kernel;
+  int64_t tokens, rank;
+  int threads;
+  int64_t own;  // bytes of each thread
+  char* rooms;
+};
+
+int64_t in_eights(int64_t rank) { return ceil_div(rank, 8) * 8; }
+
+int64_t own_bytes(const Layer& l, int64_t inner, int64_t rank) {
+  const int64_t sums = int64_t(sizeof(float)) * (in_eights(rank) + 1) * kStripColumns;
+  return ceil_div(maximum(l.room(inner, rank), sums), 64) * 64;
+}
+
+Call call_of(int by_integers, int64_t tokens, int64_t inner, int64_t rank, int threads, Work& work) {
+  const Layer& l = by_integers ? *integer_layer : *layer;
+  const int64_t own = own_bytes(l, inner, rank);
+  return {l, tokens, rank, threads, own, work.take<char>(threads * own)};
+}
+
+// u [tokens, rank] = x factor, and x in integers. factor [inner, rank], or transposed [rank, inner]; either x may be
+// null.
+void prepare(const Call& c, const float* narrow, const float* x, int64_t inner, const float* factor, bool transposed,
+             float* tiles, float* u, Integers to) {
+  const int64_t strips = ceil_div(c.rank, 16), step = 256, pieces = ceil_div(inner, step);
+  if (narrow != nullptr)
+    parallel(strips * pieces, c.threads, [&](int64_t p) {
+      const int64_t s = p / pieces, first = p % pieces * step, last = minimum(inner, first + step);
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t k = 16 * s; k < 16 * s + 16; ++k)
+          tiles[(s * inner + i) * 16 + k % 16] = k >= c.rank  ? 0.0f
+                                                 : transposed ? factor[k * inner + i]
+                                                              : factor[i * c.rank + k];
+    });
+  const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), cut = threads_for(blocks, c.threads);
+  parallel(cut, c.threads, [&](int64_t p) {
+    const int64_t token = blocks * p / cut * c.kernel.tile,
+                  stop = minimum(c.tokens, blocks * (p + 1) / cut * c.kernel.tile);
+    if (narrow != nullptr) c.kernel.narrow(narrow, inner, tiles, c.rank, token, stop - token, c.rooms + p * c.own, u);
+    if (x != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
+  });
+}
+
+// A thread's share: panels, and where there are too few, parts of the tokens too.
+void multiply(const Call& c, const LayerProduct& product) {
+  const int64_t panels = product.outer / c.kernel.width, blocks = ceil_div(c.tokens, c.kernel.tile);
+  const int64_t parts = minimum(blocks, ceil_div(c.threads, panels)), shares = threads_for(parts * panels, c.threads);
+  parallel(shares, c.threads, [&](int64_t i) {
+    for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
+      const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
+      const int64_t token = blocks * part / parts * c.kernel.tile,
+                    end = minimum(c.tokens, blocks * (part + 1) / parts * c.kernel.tile);
+      c.kernel.wide(product, token, end - token, at % panels, count, c.rooms + i * c.own);
+      at += count;
+    }
+  });
+}
+
+// left^T x for each strip of columns: put(column, columns, sums [rank in 8s, kStripColumns], dots [columns]).
+template <class F>
+void sum_over_tokens(const Call& c, const float* x, const float* y, const float* left, float* padded, int64_t columns,
+                     F put) {
+  const int64_t ranks = in_eights(c.rank), strips = ceil_div(columns, kStripColumns),
+                cut = threads_for(strips, c.threads);
+  for (int64_t t = 0; ranks != c.rank && t < c.tokens; ++t)
+    for (int64_t k = 0; k < ranks; ++k) padded[t * ranks + k] = k < c.rank ? left[t * c.rank + k] : 0.0f;
+  const LayerSums sums{x, y, ranks == c.rank ? left : padded, c.tokens, columns, ranks};
+  parallel(cut, c.threads, [&](int64_t p) {
+    float *const out = reinterpret_cast<float*>(c.rooms + p * c.own), *const dots = out + ranks * kStripColumns;
+    for (int64_t s = strips * p / cut; s < strips * (p + 1) / cut; ++s) {
+      const int64_t column = s * kStripColumns, count = minimum(kStripColumns, columns - column);
+      c.kernel.sums(sums, column, count, out, dots);
+      put(column, count, out, dots);
+    }
+  });
+}
+
+Integers integers_of(const Call& c, int64_t inner, Work& work) {
+  if (c.kernel.integers == nullptr) return {};
+  const int64_t rows = ceil_div(c.tokens, c.kernel.tile) * c.kernel.tile, parts = ceil_div(inner, 64);
+  int16_t* const values = work.take<int16_t>(rows * parts * 64);
+  return {values, work.take<float>(rows * parts)};
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of `work`, aligned to 64, for either pass below.
+int64_t qlora_layer_bytes(int by_integers, int64_t tokens, int64_t rows, int64_t columns, int64_t rank, int threads) {
+  const int64_t inner = maximum(rows, columns), ranks = in_eights(rank);
+  Work work{nullptr};
+  const Call c = call_of(by_integers, tokens, inner, rank, threads, work);
+  integers_of(c, inner, work);
+  work.take<float>(ceil_div(rank, 16) * 16 * inner);
+  work.take<float>(tokens * rank);
+  work.take<float>(tokens * ranks);
+  return work.next - static_cast<char*>(nullptr);
+}
+
+// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u [tokens, rank] = x_narrow down^T, W' = diag(gain) W; down
+// [rank, columns], up [rows, rank]; rank 0: y = x W'^T.
+void qlora_layer_forward(const Weight* weight, const float* gain, int by_integers, const float* x, int64_t tokens,
+                         const float* x_narrow, const float* down, const float* up, int64_t rank, char* memory,
+                         float* u, float* y, int threads) {
+  Weight w = *weight;
+  w.gain = gain;
+  Work work{memory};
+  const Call c = call_of(by_integers, tokens, maximum(w.rows, w.columns), rank, threads, work);
+  const Integers integers = integers_of(c, w.columns, work);
+  float* const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.columns);
+  prepare(c, rank > 0 ? x_narrow : nullptr, x, w.columns, down, true, tiles, u, integers);
+  multiply(c, {w, true, x, tokens, w.columns, w.rows, rank, u, up, y, integers});
+}
+
+// Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
+// dy W' + v down unless null. rank 0: dx = dy W'.
+void qlora_layer_backward(const Weight* weight, const float* gain, int by_integers, const float* dy, const float* x,
+                          const float* down, const float* up, const float* u, const float* y, int64_t tokens,
+                          int64_t rank, float scaling, const float* safe, char* memory, float* dx, float* dA, float* dB,
+                          float* dm, int threads) {
+  Weight w = *weight;
+  w.gain = gain;
+  Work work{memory};
+  const Call c = call_of(by_integers, tokens, maximum(w.rows, w.columns), rank, threads, work);
+  const Integers integers = integers_of(c, w.rows, work);
+  float *const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.rows), *const v = work.take<float>(tokens * rank),
+               *const padded = work.take<float>(tokens * in_eights(rank));
+  prepare(c, rank > 0 ? dy : nullptr, dx != nullptr ? dy : nullptr, w.rows, up, false, tiles, v, integers);
+  if (rank > 0) {
+    sum_over_tokens(c, dy, y, u, padded, w.rows, [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
+      for (int64_t j = row; j < row + rows; ++j) {
+        const float factor = gain == nullptr ? scaling : scaling * gain[j];
+        for (int64_t k = 0; k < rank; ++k) dB[j * rank + k] = factor * sums[k * kStripColumns + j - row];
+        if (y != nullptr) dm[j] = dots[j - row] / safe[j];
+      }
+    });
+    sum_over_tokens(c, x, nullptr, v, padded, w.columns,
+                    [&](int64_t column, int64_t columns, const float* sums, const float*) {
+                      for (int64_t k = 0; k < rank; ++k)
+                        for (int64_t i = 0; i < columns; ++i)
+                          dA[k * w.columns + column + i] = sums[k * kStripColumns + i];
+                    });
+  }
+  if (dx != nullptr) multiply(c, {w, false, dy, tokens, w.rows, w.columns, rank, v, down, dx, integers});
+}
+
+}  // extern "C"

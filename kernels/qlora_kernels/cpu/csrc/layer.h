@@ -1,0 +1,52 @@
+// What nf4_gemm.h and nf4_gemm_vnni.h have for api_layer.cpp, which cuts the work: an adapted layer in float32.
+#pragma once
+#include "kernels.h"
+
+namespace qlora {
+
+// x in integers, see nf4_gemm_vnni.h: [tile][64 of inner][row of the tile][64], and a scale for each 64.
+struct Integers {
+  int16_t* values;
+  float* scales;
+};
+
+// y [tokens, outer] = x [tokens, inner] times W'^T or W', W' = diag(gain) W, plus left times an adapter's wide factor.
+// Columns in 64s, blocks of no less; rows in 32s.
+struct LayerProduct {
+  Weight weight;    // [rows, columns], with a gain per row or none
+  bool transposed;  // W^T: inner = columns, outer = rows; else the other way round
+  const float* x;
+  int64_t tokens, inner, outer;
+  int64_t rank;
+  const float* left;    // [tokens, rank]
+  const float* factor;  // with W^T: [rows, rank]; with W: [rank, columns]
+  float* y;
+  Integers integers;  // of x, where the product is by integers
+};
+
+// For some columns of x [tokens, columns]: out [rank in 8s, kStripColumns] = left^T x, and dots_c = sum_t x_tc y_tc.
+struct LayerSums {
+  const float *x, *y;  // y or null
+  const float* left;   // [tokens, rank in 8s, the rest zeros]
+  int64_t tokens, columns, ranks;
+};
+constexpr int64_t kStripColumns = 128;
+
+struct Layer {
+  int64_t tile, width;  // tokens and columns of y that are summed at a time; work is cut at tiles
+  // Bytes that a thread needs for each of those below, aligned to 64.
+  int64_t (*room)(int64_t inner, int64_t rank);
+  // u [tokens, rank] = x factor of some tokens, the factor as tiles [rank / 16, inner, 16].
+  void (*narrow)(const float* x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens,
+                 char* work, float* u);
+  // Some tokens of x in integers; null where the product takes x as it is.
+  void (*integers)(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out);
+  void (*wide)(const LayerProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
+  void (*sums)(const LayerSums&, int64_t column, int64_t columns, float* out, float* dots);
+};
+
+#if defined(__x86_64__)
+extern const Layer avx2_layer, avx512_layer, avx512_vnni_layer;
+#endif
+
+}  // namespace qlora
