@@ -29,6 +29,7 @@ ENCODED = {"packed": U8, "absmax": F32, "weight": BF16, "levels": F32, "midpoint
 BLOCKS = dict.fromkeys(("maxima", "values", "offset", "midpoints", "absmax", "levels"), F32) | {"codes": U8}
 NORMS = {"into": (F32, F32, I32), "sizes": ("i32", "i32", "i32", "any", "i32"), "dynamic_map": F32}
 STEP = dict.fromkeys(("y", "x", "weight", "dx", "dy", "gate", "up", "dgate", "dup", "logits"), BF16)
+FINISH = (F32, F32, F32, F32, "fp32", ("i32", "i32"))
 DOTS = {"into": (F32, F32, I32), "values": (BF16, BF16), "sizes": ("i32",) * 4 + ("any",)}
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -109,11 +110,21 @@ COMPILED = {  # name -> kernel, types, constants, options as the callers give th
     "swiglu, backward": (step.swiglu_backward_kernel, STEP, {"BLOCK": 1024}, FUSED, True),
     "swiglu, backward with dots": (
         step.swiglu_backward_dots_kernel,
-        {**STEP, "gradients": (BF16, BF16), "reduced": (F32, F32, I32)},
+        {**STEP, "gradients": (BF16, BF16), "values": (BF16, BF16), "reduced": (F32, F32, I32)},
         {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128},
         FUSED,
         True,
     ),
+    **{
+        name: (
+            step.rotate_kernel,
+            {**dict.fromkeys(("into", "x", "angles"), (BF16, BF16)), "sizes": ("i32",) * 4, "strides": ("i32",) * 4},
+            {"BACK": back, "HEADS": 16, "HALF": 64},
+            EXACT,
+            True,
+        )
+        for name, back in (("rotate", False), ("rotate, backward", True))
+    },
     "cross entropy": (
         step.cross_entropy_kernel,
         {**STEP, "losses": F32, "targets": "*i64"},
@@ -128,15 +139,43 @@ COMPILED = {  # name -> kernel, types, constants, options as the callers give th
         EXACT,
         True,
     ),
+    "LoRA factors of three layers": (
+        adapter.join_lora_factors_kernel,
+        {
+            **{"into": (BF16, BF16, F32, F32), "factors": ((F32,) * 4,) * 3, "scaling": "fp32"},
+            **{"rows": ("i32",) * 3, "rank": "any"},
+        },
+        {"DORA": True, "BLOCK": 2048, "RANK": 16, "COUNT": 3},
+        EXACT,
+        True,
+    ),
+    "dequantize three layers": (
+        nf4.dequantize_joined_kernel,
+        {"out": BF16, "weights": (WEIGHT["weight"],) * 3, "row_scale": F32, "rows": ("i32",) * 3},
+        {**DOUBLE, "ROW_SCALE": 1, "WORDS": 512, "COUNT": 3},
+        EXACT,
+        True,
+    ),
+    "gradients of three layers, finished": (
+        adapter.finish_gradients_kernel,
+        {"dm": F32, "dots": F32, "finish": FINISH},
+        {"COLUMNS": 128, "DORA": True, "COUNT": 3},
+        FUSED,
+        True,
+    ),
     **{
         name: (
             adapter.columnwise_dot_kernel,
-            {**DOTS, "finish": (F32, F32, BF16, F32, "fp32") if finish else ()},
-            {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish},
+            {**DOTS, "finish": finish},
+            {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": bool(finish), "COUNT": count},
             FUSED,
             True,
         )
-        for name, finish in (("columnwise dot", False), ("gradients", True))
+        for name, finish, count in (
+            ("columnwise dot", (), 1),
+            ("gradients", (*FINISH[:5], ()), 1),
+            ("gradients of three layers", FINISH, 3),
+        )
     },
 }
 
