@@ -241,7 +241,7 @@ def load_source(
         made.cast_to,
     )
     if backends.has_fused_elementwise(place):
-        fuse(loaded)
+        fuse(loaded, join=backends.has_joined_products(place))
     if made.bits != 16:  # transformers itself saves a model in 16 bits, until it gets an adapter
         saves_what_loads(loaded)
     return loaded.eval()

@@ -14,6 +14,8 @@ import math
 from itertools import chain
 
 import torch
+from launches import OURS, Launches
+from triton.runtime import interpreter
 from triton_model import check_model
 
 from qlora_kernels import reference
@@ -205,6 +207,49 @@ def check_layers(rows: int, columns: int) -> None:
             close(got, wanted) if wanted.numel() else equal(got, wanted)
 
 
+def check_launches() -> None:
+    """As many as `launches.OURS` says, by which the launches of a step are counted."""
+    rows = [70, 6]
+    w = [quantized(n, 192, 64, nested=True) for n in rows]
+    A, B, m = (
+        [torch.randn(*shape) for shape in shapes] for shapes in ([(3, 192)] * 2, [(70, 3), (6, 3)], [(70,), (6,)])
+    )
+    x, y = torch.randn(5, 192), torch.randn(5, 76)
+    heads, cos, factors = torch.randn(5, 4, 16), torch.randn(5, 16), torch.randn(2, 76)
+    parts, layouts = [*w[0].parts, *w[1].parts], [*w[0].layout, *w[1].layout]
+    cases = {
+        "dequantize_4bit": (nf4, (w[0].parts, w[0].layout, m[0], torch.float32)),
+        "dequantize_4bit_joined": (nf4, (parts, layouts, factors[0], torch.float32)),
+        "prepare_lora_factors": (adapter, (A[0], B[0], m[0], m[0], 1.0, torch.float32)),
+        "join_lora_factors": (adapter, (A, B, m, m, 1.0, torch.float32)),
+        "adapter_gradients": (adapter, (y, torch.randn(76, 3), x[:, :3], y, *factors, 1.0)),
+        "joined_gradients": (adapter, (y, torch.randn(76, 6), x[:, :6], y, None, factors, rows, 1.0)),
+        "columnwise_dot": (adapter, (y, y)),
+        "rms_norm": (step, (x, x[0], 1e-6)),
+        "rms_norm_backward": (step, (x, x, x[0], x[:, 0].contiguous())),
+        "swiglu_joined": (step, (x,)),
+        "swiglu_joined_backward": (step, (x[:, :96].contiguous(), x, True)),
+        "rotate": (step, (heads, heads, cos, cos)),
+        "rotate_backward": (step, (heads, heads, cos, cos)),
+    }
+    begin, grids = type(interpreter.interpreter_builder).set_grid_dim, []
+
+    def counted(self, *grid) -> None:
+        grids.append(grid)
+        begin(self, *grid)
+
+    type(interpreter.interpreter_builder).set_grid_dim = counted
+    try:
+        for name, (module, arguments) in cases.items():
+            grids.clear()
+            with Launches() as products:
+                getattr(module, name)(*arguments)
+            found = len(grids) + sum(products.found[product] for product in ("mm", "mul", "div"))
+            assert found == OURS.get(name, 1), (name, grids, products.found)
+    finally:
+        type(interpreter.interpreter_builder).set_grid_dim = begin
+
+
 def check_rotation(tokens: int, heads: int, groups: int, width: int, positions: int) -> None:
     """Of parts of one matrix, as a product of q, k and v makes them, and of heads before tokens, as attention's
     gradients come.
@@ -327,6 +372,7 @@ INTERPRETED = {
     "another codebook, encoding": (check_encoding, 33, 77, 64, OTHER),
     "another codebook, decoding": (check_decoding, 70, 192, 64, OTHER),
     "another codebook, row norms": (check_row_norms, 70, 192, 3, OTHER),
+    "launches": (check_launches,),
     "a model's steps": (check_model,),
 }
 

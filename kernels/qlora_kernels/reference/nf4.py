@@ -212,13 +212,11 @@ def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], r
 def dequantize_4bit_joined(
     weights: list[Tensor], layouts: list[int], row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`dequantize_4bit` of several weights of one width, below each other: parts and layouts of all in one list each."""
+    """`dequantize_4bit` of weights of one width, below each other: parts and layouts of all in one list each."""
     split = list(zip(*split_weights(weights, layouts), strict=True))
     rows = [layout[0] for _, layout in split]
     scales: list[Tensor | None] = [None] * len(split) if row_scale is None else list(row_scale.split(rows))
-    return torch.cat(
-        [dequantize_4bit(*weight, scale, dtype) for weight, scale in zip(split, scales, strict=True)]
-    )
+    return torch.cat([dequantize_4bit(*weight, scale, dtype) for weight, scale in zip(split, scales, strict=True)])
 
 
 def split_weights(weights: list[Tensor], layouts: list[int]) -> tuple[list[list[Tensor]], list[list[int]]]:

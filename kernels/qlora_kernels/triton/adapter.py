@@ -199,17 +199,17 @@ def join_lora_factors(
 @triton.jit
 def _finish_dB(finish, column, columns, rank, SCALED: tl.constexpr, COUNT: tl.constexpr):
     _, row_scale, raw, dB, scaling, ends = finish
-    factor = tl.zeros_like(column).to(tl.float32) + tl.cast(scaling, tl.float32)
+    factor = tl.full(column.shape, 1.0, tl.float32) * tl.cast(scaling, tl.float32)
     if SCALED:
-        factor *= tl.load(row_scale + column, mask=column < columns, other=0.0)
-    block = tl.zeros_like(column)
+        factor = tl.cast(scaling, tl.float32) * tl.load(row_scale + column, mask=column < columns, other=0.0)
+    first = column * (rank * COUNT)
     for i in tl.static_range(COUNT - 1):
-        block += (column >= ends[i]).to(tl.int32) * rank
+        first += (column >= ends[i]).to(tl.int32) * rank
     for start in range(0, rank, 16):
         k = start + tl.arange(0, 16)
         inside = (column < columns)[:, None] & (k < rank)[None, :]
         into_dB = dB + column[:, None] * rank + k[None, :]  # before the load: the other way round takes more registers
-        at = (column * (rank * COUNT) + block)[:, None] + k[None, :]
+        at = first[:, None] + k[None, :]
         value = tl.load(raw + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(into_dB, value * factor[:, None], mask=inside)
 
@@ -342,7 +342,7 @@ def _finished(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(v, dB, dm); `sums` are y and dots of `joined_gradients`, `dora` (row_scale, m_clamped) or nothing."""
-    (y, dots), (tokens, columns), rank = sums, dy.shape, xA.shape[1] // len(outs)
+    (y, dots), columns, rank = sums, dy.shape[1], xA.shape[1] // len(outs)
     takes = (
         dy.numel() > 0
         and dy.dtype == xA.dtype

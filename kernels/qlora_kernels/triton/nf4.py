@@ -122,9 +122,7 @@ def dequantize_kernel(
     WORDS: tl.constexpr,
 ):
     sizes = (n, bytes, columns)
-    _decode_words(
-        out, weight, row_scale, tl.program_id(0), sizes, BLOCKSIZE, NESTED_BLOCKSIZE, ROW_SCALE, WORDS
-    )
+    _decode_words(out, weight, row_scale, tl.program_id(0), sizes, BLOCKSIZE, NESTED_BLOCKSIZE, ROW_SCALE, WORDS)
 
 
 @triton.jit
@@ -148,7 +146,7 @@ def dequantize_joined_kernel(
         end = begin + tl.cdiv(n, WORDS * 8)
         if program >= begin and program < end:
             _decode_words(
-                out + first.to(tl.int64) * columns if i else out,
+                out + first * columns,
                 weights[i],
                 row_scale + first,
                 program - begin,

@@ -127,8 +127,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
 # ---------------------------------------------------------------- SwiGLU
 
 
-# A row of gate, up and their gradients begins `stride` after the one before: they may be the halves of one matrix. Those
-# of the product and of its gradient lie without gaps.
+# A row of gate, up and their gradients begins `stride` after the one before: they may be the halves of one matrix. The
+# product and its gradient lie without gaps.
 
 
 @triton.jit
@@ -217,7 +217,8 @@ def swiglu_joined(y: Tensor) -> Tensor:
     if not _alike(y) or y.dim() != 2 or y.shape[1] % 2 or y.numel() == 0:
         return NotImplemented
     h = y.new_empty(y.shape[0], y.shape[1] // 2)
-    _swiglu(h, *y.chunk(2, dim=1), y.shape[1])
+    gate, up = y.chunk(2, dim=1)
+    _swiglu(h, gate, up, y.shape[1])
     return h
 
 
@@ -283,7 +284,6 @@ def _swiglu_backward(
             COLUMNS=128,
             **FUSED,
         )
-
 
 
 # ---------------------------------------------------------------- rotation
