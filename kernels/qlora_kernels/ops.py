@@ -33,6 +33,7 @@ from qlora_kernels import reference
 
 LIBRARY = torch.library.Library("qlora", "FRAGMENT")
 OPERATORS: list[str] = []  # every operator, in the order of this file
+SHAPES: dict[str, Callable] = {}  # their shape functions, which allocate and compute nothing
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -46,6 +47,7 @@ def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.O
         LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"qlora::{name}", function, lib=LIBRARY)
         OPERATORS.append(name)
+        SHAPES[name] = function
         return getattr(torch.ops.qlora, name).default
 
     return define

@@ -128,26 +128,25 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
     """Whether these, which get one input, can be one product now: in training, adapters of one kind on quantized
     weights, nothing of which anybody hooks, drops out or writes into. `biased`: biases may be added to what they make.
     """
-    if not torch.is_grad_enabled() or not all(isinstance(layer, AdaptedLinear) for layer in layers):
-        return False
-    if not biased and any(layer._modules["base"].bias is not None for layer in layers):  # type: ignore[union-attr]
-        return False
-    return all(map(_plain, layers)) and len({_kind(layer) for layer in layers}) == 1
+    first: Any = layers[0]
+    return torch.is_grad_enabled() and all(
+        isinstance(layer, AdaptedLinear)
+        and _plain(layer, biased)
+        and layer.scaling == first.scaling
+        and layer._parameters["lora_A"].shape == first._parameters["lora_A"].shape  # type: ignore[union-attr]
+        and (layer._parameters.get("magnitude") is None) == (first._parameters.get("magnitude") is None)
+        for layer in layers
+    )
 
 
-def _plain(layer: Any) -> bool:
+def _plain(layer: Any, biased: bool) -> bool:
     base = layer._modules["base"]
-    if type(base) is not NF4Linear or not all(p.requires_grad for p in layer._parameters.values() if p is not None):
+    if type(base) is not NF4Linear or not layer.enabled or layer.copies_output:
         return False
-    dropped = layer.training and layer.dropout_p > 0
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return layer.enabled and not (dropped or hooked or layer.copies_output)
-
-
-def _kind(layer: Any) -> tuple:
-    """What has to be alike."""
-    A = layer._parameters["lora_A"]
-    return A.shape, A.device, layer.scaling, "magnitude" in layer._parameters and layer.magnitude is not None
+    if layer._forward_hooks or layer._forward_pre_hooks or (layer.training and layer.dropout_p > 0):
+        return False
+    learns = all(p is None or p.requires_grad for p in layer._parameters.values())
+    return learns and (biased or base.bias is None)
 
 
 def _arguments(layers: Sequence[AdaptedLinear]) -> tuple[Joined, list[Tensor]]:
