@@ -69,6 +69,7 @@ FLOORS = (
         "models.gguf_config",
         "models.info",
         "optim.disk_tier",
+        "selftest.first_use",
         "train.metrics",
     ),
     (
