@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import triton
 
@@ -194,9 +195,15 @@ def plain(type_):
     return tuple(map(plain, type_)) if isinstance(type_, tuple) else "i32" if type_ == "any" else type_
 
 
+def _bytes(store: str) -> int:
+    """What one thread writes by a store of PTX, such as st.global.v4.b32."""
+    many, bits = re.search(r"\.v(\d)", store), re.search(r"\.[bfus](\d+)$", store)
+    return (int(many.group(1)) if many else 1) * int(bits.group(1)) // 8 if bits else 0
+
+
 def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
-    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether
-    it has to do without spills or contraction.
+    """Of a kernel on a card: bytes that spill, registers, instructions, the bytes of its widest store, shared memory,
+    and the order of what threads share; whether it has to do without spills or contraction.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -221,12 +228,18 @@ def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
         file.write(ptx)
         file.flush()
         contraction = [] if options["enable_fp_fusion"] else ["--fmad=false"]
-        command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", file.name + ".cubin"]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        code = Path(file.name + ".cubin")
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(code)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code.unlink()
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
     return {
         "spilled": int(spilled.group(1)) + int(spilled.group(2)),
         "registers": int(re.search(r"Used (\d+) registers", words).group(1)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA `)", listing, re.MULTILINE)),
+        "stores": max(map(_bytes, re.findall(r"st\.global\S*", ptx)), default=0),
         "shared": compiled.metadata.shared,
         "hot": hot,
         "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),
