@@ -16,6 +16,7 @@ from helpers import ISAS
 
 from qlora.errors import UserError
 from qlora.selftest import operators, training
+from qlora.selftest.first_use import NEEDED
 from qlora.selftest.report import selftest
 from qlora_kernels import backends, ops
 
@@ -121,3 +122,84 @@ def test_a_damaged_cache_holds_nothing(tmp_path, monkeypatch):
     for text in ("{", "[1]", '{"one": 3}', "\x00"):
         avoided.file().write_text(text)
         assert avoided.read("one") == {}
+
+
+# ---------------------------------------------------------------- the short form, at the first use of a card
+
+CHECK = """
+import torch
+from qlora.selftest.first_use import check_first_use
+from qlora_kernels import backends, ops
+check_first_use(torch.device("cpu"))
+print("checked", len(backends.ROUTES))
+x = torch.randn(3, 70)
+assert torch.allclose(ops.swiglu(x, x), x * x.sigmoid() * x)
+print(backends.routes()["swiglu"])
+"""
+
+
+def test_a_broken_kernel_is_gone_round_from_the_first_use_on(kernels, tmp_path):
+    done = run(tmp_path, CHECK, BREAK="wrong")
+    line = "kernels  swiglu (native) failed its check at the first use (error inf at 130x576"
+    assert done.returncode == 0 and done.stderr.count(line) == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "'reference': 1" in done.stdout  # what follows is right
+    assert len(json.loads((tmp_path / "cache/qlora/checked.json").read_text())) == 1
+    again = run(tmp_path, CHECK, BREAK="wrong")
+    assert "checked 0" in again.stdout and "swiglu (native) failed `qlora selftest` here" in again.stderr
+
+
+def test_what_is_right_is_checked_once(kernels, tmp_path):
+    first, second = (run(tmp_path, CHECK) for _ in range(2))
+    assert first.stderr == second.stderr == "" and not (tmp_path / "cache/qlora/avoided.json").exists()
+    assert f"checked {len(NEEDED)}" in first.stdout and "checked 0" in second.stdout
+
+
+def test_a_device_that_answers_no_more_is_one_line(kernels, tmp_path):
+    """As a card after a kernel that read what is not its own: the next start goes round that."""
+    code = CHECK.replace("check_first_use(torch", f"{DEAD}\ncheck_first_use(torch")
+    done = run(tmp_path, code, BREAK="wrong")
+    assert "device=cpu: swiglu (native) failed and the device answers no more" in done.stderr
+    assert not (tmp_path / "cache/qlora/checked.json").exists()
+    assert "swiglu" in (tmp_path / "cache/qlora/avoided.json").read_text()
+
+
+DEAD = """
+def ones(*arguments, **options):
+    raise RuntimeError("an illegal memory access was encountered")
+torch.ones = ones"""
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(kernels, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(tmp_path, CHECK, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.returncode == 0 and f"checked {len(NEEDED)}" in done.stdout, done.stderr
+
+
+def test_a_card_needs_no_other_kernels(planned_step):
+    """Those of a step on a card that have a Triton kernel are all checked."""
+    from qlora_kernels.triton import adapter, nf4, optim, step
+
+    named = {name for name in ops.OPERATORS if any(hasattr(module, name) for module in (nf4, adapter, step, optim))}
+    ran = planned_step & named
+    assert ran and ran <= set(NEEDED) | {"row_norms_4bit_all"}, ran - set(NEEDED)
+
+
+@pytest.fixture
+def planned_step(tmp_path: Path) -> set[str]:
+    """The operators that a DoRA step of a card calls."""
+    from launches import Launches
+    from transformers import LlamaConfig
+
+    from qlora.config.commands import FinetuneConfig
+    from qlora.data.batch import Example, pack
+    from qlora.layers.loss import loss_sum
+    from qlora.plan.meta import MetaRun
+    from qlora.run.inputs import find_model
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+    LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path)
+    config = FinetuneConfig(model=str(tmp_path), data="-", output="-", device="cuda", dtype="bf16", method="dora")
+    model = MetaRun(config, find_model(config, weights=False)).model(2, False)
+    with backends.planned_for("cuda"), Launches() as launches:
+        loss_sum(model.train(), pack([Example((1,) * 9, (False,) + (True,) * 8)])).backward()
+    return set(launches.found)

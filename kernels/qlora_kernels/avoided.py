@@ -65,7 +65,27 @@ def write(key: str, failed: dict[str, str]) -> None:
         found[key] = failed
     elif found.pop(key, None) is None:
         return
+    _put(path, found)
+
+
+def _put(path: Path, found: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(found, indent=2), encoding="utf-8")
     part.replace(path)
+
+
+def checked() -> list[str]:
+    """The machines whose kernels were checked at their first use; a file that cannot be read holds none."""
+    try:
+        found = json.loads(file().with_name("checked.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def note_checked(key: str) -> None:
+    """Raises:
+    OSError: the cache cannot be written.
+    """
+    _put(file().with_name("checked.json"), [*checked(), key])

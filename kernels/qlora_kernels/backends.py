@@ -330,6 +330,11 @@ def has_fused_elementwise(device: torch.device) -> bool:
     return NATIVE is not None if kind_of(device) == "cpu" else _runs_triton(device)
 
 
+def has_joined_products(device: torch.device) -> bool:
+    """Whether adapted layers of one input are best computed as one: where launches are what costs."""
+    return _runs_triton(device)
+
+
 def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
     """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
     product is faster.

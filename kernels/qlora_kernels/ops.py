@@ -2,10 +2,11 @@
 it, in `backends`.
 
     nf4        quantize_4bit, fit_scales_4bit, encode_4bit, quantize_absmax: a weight to codes and scales
-               dequantize_4bit, dequantize_4bit_into, gemv_4bit, matmul_4bit: a quantized weight dense, or in a product
+               dequantize_4bit, dequantize_4bit_into, dequantize_4bit_joined, gemv_4bit, matmul_4bit: a quantized weight
+               dense, or in a product
     adapter    adapted_linear, adapted_linear_backward: a layer with LoRA or DoRA, whole
                row_norms_4bit, row_norms_4bit_all: DoRA's n;  prepare_lora_factors, columnwise_dot, matmul_tn,
-               adapter_gradients: its parts
+               adapter_gradients: its parts;  join_lora_factors, joined_gradients: those of layers of one input as one
     step       cross_entropy_, rms_norm, swiglu, geglu, rotate and their gradients: what lies between the products of a
                layer
     attention  attention, attention_backward: causal, within the examples of a packed row
@@ -32,6 +33,7 @@ from qlora_kernels import reference
 
 LIBRARY = torch.library.Library("qlora", "FRAGMENT")
 OPERATORS: list[str] = []  # every operator, in the order of this file
+SHAPES: dict[str, Callable] = {}  # their shape functions, which allocate and compute nothing
 
 
 def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.OpOverload]:
@@ -45,6 +47,7 @@ def operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable], torch._ops.O
         LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"qlora::{name}", function, lib=LIBRARY)
         OPERATORS.append(name)
+        SHAPES[name] = function
         return getattr(torch.ops.qlora, name).default
 
     return define
@@ -96,6 +99,13 @@ def dequantize_4bit(weight: list[Tensor], layout: list[int], row_scale: Optional
 @operator(mutates=("out",))
 def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Optional[Tensor]) -> None:
     return None
+
+
+@operator()
+def dequantize_4bit_joined(
+    weights: list[Tensor], layouts: list[int], row_scale: Optional[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return weights[0].new_empty(sum(layouts[::4]), layouts[1], dtype=dtype)
 
 
 @operator()
@@ -197,6 +207,32 @@ def adapter_gradients(
     return torch.empty_like(xA), dB, dB.new_empty(0 if y is None else dB.shape[0])
 
 
+@operator()
+def join_lora_factors(
+    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rank, columns), rows = A[0].shape, sum(b.shape[0] for b in B)
+    A_cast = A[0].new_empty(len(A) * rank, columns, dtype=dtype)
+    B_scaled = B[0].new_empty(rows, len(B) * rank, dtype=dtype)
+    return A_cast, B_scaled, B[0].new_empty(2, rows if m else 0)
+
+
+@operator()
+def joined_gradients(
+    dy: Tensor,
+    B_scaled: Tensor,
+    xA: Tensor,
+    y: Optional[Tensor],
+    dots: Optional[Tensor],
+    factors: Tensor,
+    outs: list[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, ranks = B_scaled.shape
+    dB = B_scaled.new_empty(rows, ranks // len(outs), dtype=_wide(dy))
+    return torch.empty_like(xA), dB, dB.new_empty(0 if y is None and dots is None else rows)
+
+
 # ---------------------------------------------------------------- step
 
 
@@ -228,6 +264,16 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 @operator()
 def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(up), gate.new_empty(2, gate.shape[1], dtype=_wide(gate))
+
+
+@operator()
+def swiglu_joined(y: Tensor) -> Tensor:
+    return y.new_empty(y.shape[0], y.shape[1] // 2)
+
+
+@operator()
+def swiglu_joined_backward(dh: Tensor, y: Tensor, dots: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty(y.shape[1] if dots else 0, dtype=_wide(y))
 
 
 @operator()

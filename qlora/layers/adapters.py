@@ -68,12 +68,15 @@ def merged_weight(
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n."""
+    """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n; `keep` is
+    then called with n.
+    """
 
     weight: FrozenWeight
     scaling: float
     n: Tensor | None = None
     base_row_norms: Tensor | None = None
+    keep: Callable[[Tensor], None] | None = None
 
 
 def one_token(x: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants) -> Tensor:
@@ -92,8 +95,8 @@ def forward_product(
     x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants
 ) -> tuple[Tensor, list[Tensor]]:
     """y [tokens, out] before the bias, and what the backward pass needs: xA = x_adapter At [tokens, r], A and s g B in
-    the dtype of x, and factors [2 or 3, out] float32 (g, the m that is safe to divide by, and n where the product made
-    it; empty without m).
+    the dtype of x, and float32 g and the m that is safe to divide by, [out] each and empty without m. A fused product
+    has these as one [3, out] with n, or [0, out].
 
     Both products are rounded together: in one sum where one kernel makes them, elsewhere the low-rank product comes
     first and the large one is accumulated onto it. In bf16 this matters: the large product rounded first already lies
@@ -103,6 +106,8 @@ def forward_product(
     weight, scaling, n = constants.weight, constants.scaling, constants.n
     if weight.supports_fused_gemm(x):
         y, *saved = ops.adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, *weight.operands)
+        if constants.keep is not None:
+            constants.keep(saved[-1][2])
         return y, saved
     fold = m is not None and weight.quantized is not None
     A_cast, B_scaled, row_scale, m_clamped = ops.prepare_lora_factors(
@@ -111,12 +116,18 @@ def forward_product(
     if m is not None and n is not None and not fold:
         m_clamped, n = reference.clamp_magnitude(m, n)
         row_scale = m_clamped / n
-    factors = row_scale.new_empty(0) if m is None else torch.stack((row_scale, m_clamped))
     xA = x_adapter @ A_cast.t()
     y = matmul(x, weight.scratch(x.dtype, row_scale if fold else None).t(), onto=xA @ B_scaled.t())
     if m is not None and not fold:
         y *= row_scale.to(x.dtype)
-    return y, [xA, A_cast, B_scaled, factors]
+    return y, [xA, A_cast, B_scaled, row_scale, m_clamped]
+
+
+def row_scale_and_m(saved: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """g and the m that is safe to divide by, [out] each, from what `forward_product` saves; (None, None) without m."""
+    _, _, _, *factors = saved
+    g_and_m = factors if len(factors) == 2 else list(factors[0][:2])
+    return (g_and_m[0], g_and_m[1]) if g_and_m and len(g_and_m[0]) else (None, None)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -138,13 +149,13 @@ def backward_product(
         shared: x_adapter is x; the whole gradient is dx then.
     """
     weight, scaling = constants.weight, constants.scaling
-    xA, A_cast, B_scaled, factors = saved
+    xA, A_cast, B_scaled = saved[:3]
     need_x, need_xa, need_A, need_B, need_m = needs
-    if shared and weight.supports_fused_gemm(dy):
+    if shared and len(saved) == 4 and weight.supports_fused_gemm(dy):  # a fused product made these
         dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, *weight.operands, need_x)
         return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
     dx = dxa = dA = dm = None
-    row_scale, m_clamped = (factors[0], factors[1]) if len(factors) else (None, None)
+    row_scale, m_clamped = row_scale_and_m(saved)
     if row_scale is not None and weight.quantized is None:
         dm = ops.columnwise_dot(dy, y) / m_clamped if need_m else None
         dy, y, row_scale = dy * row_scale.to(dy.dtype), None, None
@@ -163,7 +174,7 @@ def backward_product(
 
 
 class AdaptedProduct(torch.autograd.Function):
-    """(y, factors) of `forward_product` from x, the adapter's input (x after dropout, or x itself), A, B and m.
+    """y of `forward_product` from x, the adapter's input (x after dropout, or x itself), A, B and m.
 
     Saves what `forward_product` says, and y where m learns; the base weight is decoded again in the backward pass. A, B
     and m are float32, and so are their gradients.
@@ -174,13 +185,11 @@ class AdaptedProduct(torch.autograd.Function):
         ctx.constants, ctx.shared = constants, x_adapter is x
         y, saved = forward_product(x, x_adapter, A, B, m, constants)
         ctx.save_for_backward(x_adapter, y if ctx.needs_input_grad[4] else None, *saved)
-        factors = saved[-1]
-        ctx.mark_non_differentiable(factors)
-        return y, factors
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _):
+    def backward(ctx, dy):
         x_adapter, y, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         return *backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared), None
@@ -268,17 +277,16 @@ class AdaptedLinear(nn.Module):
             return Constants(weight, self.scaling)
         n = self.row_norms.get(self.version())
         if n is None and weight.supports_fused_gemm(x):
-            return Constants(weight, self.scaling, None, self.base_row_norms())
+            return Constants(weight, self.scaling, None, self.base_row_norms(), self.keep_row_norms)
         return Constants(weight, self.scaling, self.current_row_norms() if n is None else n)
 
     def adapter_input(self, x: Tensor) -> Tensor:
         """x after dropout, or x itself."""
         return dropout(x, self.dropout_p, self.draws) if self.training and self.dropout_p > 0 else x
 
-    def keep_row_norms(self, constants: Constants, factors: Tensor) -> None:
-        """Keep the n that a fused product made on its way."""
-        if constants.base_row_norms is not None:
-            self.row_norms.put(self.version(), factors[2])
+    def keep_row_norms(self, n: Tensor) -> None:
+        """Keep the n [out] that a fused product made on its way."""
+        self.row_norms.put(self.version(), n)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -292,8 +300,7 @@ class AdaptedLinear(nn.Module):
         if x_adapter is flat and constants.weight.uses_gemv(x):
             y = one_token(flat[0], A, B, m, constants)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y, factors = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants)
-        self.keep_row_norms(constants, factors)
+        y = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants)
         y = y if bias is None else y + bias.to(y.dtype)
         y = y.clone() if self.copies_output else y
         return y.view(*x.shape[:-1], y.shape[-1])

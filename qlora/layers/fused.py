@@ -6,7 +6,8 @@ chains of elementwise operations.
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
 
 Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the
-magnitude gradients in the pass over gate and up that the gradient of the product makes anyway.
+magnitude gradients in the pass over gate and up that the gradient of the product makes anyway. On a card adapters of
+one input are one product (`joined`).
 
 `fuse` replaces a module where the code of its forward is known (`transformers_code`), so what is replaced computes the
 same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast
@@ -18,15 +19,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora.layers import transformers_code
-from qlora.layers.adapters import AdaptedLinear, Constants, backward_product, forward_product
+from qlora.layers import joined, transformers_code
+from qlora.layers.adapters import AdaptedLinear, Constants, backward_product, forward_product, row_scale_and_m
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
 from qlora_kernels import ops
@@ -95,7 +96,7 @@ class _Gated(torch.autograd.Function):
 
 
 class GatedDoRA(torch.autograd.Function):
-    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n], and the factors of both (see `forward_product`).
+    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n].
 
     dm_j = sum_t dy_tj y_tj / m_j of gate and up is summed as their gradients dy are made, while both are at hand; each
     layer by itself would save its y and read both again.
@@ -110,25 +111,26 @@ class GatedDoRA(torch.autograd.Function):
         y_up, saved_up = forward_product(x, x_up, A_up, B_up, m_up, up)
         ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
         ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
-        factors = saved_gate[-1], saved_up[-1]
-        ctx.mark_non_differentiable(*factors)
-        return GATED_PRODUCTS[activation].value(y_gate, y_up), *factors
+        ctx.saved_by_gate = len(saved_gate)
+        return GATED_PRODUCTS[activation].value(y_gate, y_up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh: Tensor, *of_factors):
+    def backward(ctx, dh: Tensor):
         x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
+        of_gate, of_up = saved[: ctx.saved_by_gate], saved[ctx.saved_by_gate :]
         dgate, dup, dots = GATED_PRODUCTS[ctx.activation].gradients_and_dots(dh, y_gate, y_up)
         need_x, _, _, _, *needs = ctx.needs_input_grad
         (gate, up), (gate_shared, up_shared) = ctx.constants, ctx.shared
         wanted: tuple[bool, ...] = (need_x, *needs[4:7], False)
-        dx_up, *of_up, _ = backward_product(dup, x_up, saved[4:], None, up, wanted, up_shared)
+        dx_up, *up_gradients, _ = backward_product(dup, x_up, of_up, None, up, wanted, up_shared)
         del dup
         wanted = (need_x, *needs[:3], False)
-        dx, *of_gate, _ = backward_product(dgate, x_gate, saved[:4], None, gate, wanted, gate_shared)
+        dx, *gate_gradients, _ = backward_product(dgate, x_gate, of_gate, None, gate, wanted, gate_shared)
         if dx is not None and dx_up is not None:
             dx = dx + dx_up
-        return dx, None, None, None, *of_gate, dots[0] / saved[3][1], *of_up, dots[1] / saved[7][1]
+        m_gate, m_up = (cast(Tensor, row_scale_and_m(part)[1]) for part in (of_gate, of_up))
+        return dx, None, None, None, *gate_gradients, dots[0] / m_gate, *up_gradients, dots[1] / m_up
 
 
 class GatedMLP(nn.Module):
@@ -138,15 +140,19 @@ class GatedMLP(nn.Module):
     RMSNorm, (1 + weight) x / rms(x), is another function and left alone.)
     """
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str):
+    def __init__(
+        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str, join: bool = False
+    ):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.activation = gate_proj, up_proj, down_proj, activation
+        self.join = join and activation == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
+        if self.join and joined.joinable((gate, up), biased=False):
+            return self.down_proj(_in_eager(joined.swiglu)(x, gate, up))
         if torch.is_grad_enabled() and _magnitude_learns(gate) and _magnitude_learns(up):
-            gated = _not_compiled if torch.compiler.is_compiling() else gated_dora
-            return self.down_proj(gated(x, gate, up, self.activation))
+            return self.down_proj(_in_eager(gated_dora)(x, gate, up, self.activation))
         return self.down_proj(_Gated.apply(gate(x), up(x), self.activation))
 
 
@@ -158,13 +164,18 @@ def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: st
     for layer in (gate, up):
         constants.append(layer.constants(flat))
         tensors += [layer.adapter_input(flat), *layer.factors()]
-    hidden, *factors = GatedDoRA.apply(flat, *constants, activation, *tensors)
-    for layer, part, made in zip((gate, up), constants, factors, strict=True):
-        layer.keep_row_norms(part, made)
+    hidden = GatedDoRA.apply(flat, *constants, activation, *tensors)
     return hidden.view(*x.shape[:-1], -1)
 
 
-_not_compiled = torch.compiler.disable(gated_dora)  # see `adapters`
+def _in_eager(function: Callable) -> Callable:
+    """What a graph of torch.compile calls from outside of itself, see `adapters`."""
+    return _not_compiled[function] if torch.compiler.is_compiling() else function
+
+
+_not_compiled = {
+    function: torch.compiler.disable(function) for function in (gated_dora, joined.products, joined.swiglu)
+}
 
 
 def _magnitude_learns(layer: nn.Module) -> TypeGuard[AdaptedLinear]:
@@ -211,12 +222,13 @@ class RotaryAttention:
     """
 
     form: transformers_code.AttentionForm
+    join: bool
 
     def forward(
         self: Any, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ):
         shape, form = (*hidden_states.shape[:-1], -1, self.head_dim), self.form
-        q, k, v = (layer(hidden_states).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.view(shape) for part in self.projected(hidden_states))
         if form.norms:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -232,6 +244,12 @@ class RotaryAttention:
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*shape[:-2], -1).contiguous()), weights
+
+    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        layers = self.q_proj, self.k_proj, self.v_proj
+        if self.join and joined.joinable(layers):
+            return _in_eager(joined.products)(x, layers)
+        return tuple(layer(x) for layer in layers)
 
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         whole = cos.dim() == 3 and cos.shape[1:] == q.shape[2:] and cos.shape[0] in (1, q.shape[0])
@@ -264,16 +282,20 @@ def _rebuild(base: type, form: transformers_code.AttentionForm, state: dict[str,
     return module
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Replace, in place, every RMSNorm, gated MLP and rotary attention whose code is known; returns `model`."""
+def fuse(model: nn.Module, join: bool = False) -> nn.Module:
+    """Replace, in place, every RMSNorm, gated MLP and rotary attention whose code is known; returns `model`.
+
+    `join`: adapted layers of one input are one product, see `joined`; `backends.has_joined_products` knows where.
+    """
     for name, module in list(model.named_modules()):
         kind = transformers_code.kind_of(module)
         if kind == "rms_norm":
             _replace(model, name, RMSNorm(module.weight, module.variance_epsilon))
         elif isinstance(kind, transformers_code.GatedForm):
-            _replace(model, name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj, kind.activation))
+            _replace(model, name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj, kind.activation, join))
         elif isinstance(kind, transformers_code.AttentionForm):
             module.__class__ = _fused_class(type(module), kind)
+            module.join = join
     return model
 
 

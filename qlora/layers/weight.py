@@ -141,15 +141,12 @@ def matmul(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
     2 columns), columns from 448 to 1024; docs/log.md). Half of the rows at a time, both threads work.
     """
     rows, columns = x.shape[0], w.shape[1]
+    one_thread = x.dtype == torch.bfloat16 and 448 <= columns <= 1024 and columns <= rows < 2 * columns
+    if not one_thread or x.device.type != "cpu":
+        return torch.mm(x, w) if onto is None else onto.addmm_(x, w)
     out = onto if onto is not None else x.new_empty(rows, columns)
-    one_thread = (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and 448 <= columns <= 1024
-        and columns <= rows < 2 * columns
-    )
     half = -(-rows // 2)
-    for part in (slice(0, half), slice(half, rows)) if one_thread else (slice(None),):
+    for part in (slice(0, half), slice(half, rows)):
         if onto is None:
             torch.mm(x[part], w, out=out[part])
         else:

@@ -29,6 +29,7 @@ from qlora.models.quantize import QuantizePass, check_finite
 from qlora.models.saver import saves_what_loads
 from qlora.models.source import Source, is_pickled, load_config, refuse_size, resolve
 from qlora.models.transformers_seam import LOADING, forget_quantizer, stream_config
+from qlora.selftest.first_use import check_first_use
 from qlora.specs import Quantization
 from qlora_kernels import backends
 
@@ -211,6 +212,8 @@ def load_source(
         UserError: see `load_base`.
     """
     place = resolve_device(device)
+    if place.type != "cpu":  # a CPU's kernels are tested by CI on every instruction set
+        check_first_use(place)
     dtype = resolve_dtype(dtype, place)
     layers = QuantizePass(source, quantization)
     loaded = load_streaming(
@@ -241,7 +244,7 @@ def load_source(
         made.cast_to,
     )
     if backends.has_fused_elementwise(place):
-        fuse(loaded)
+        fuse(loaded, join=backends.has_joined_products(place))
     if made.bits != 16:  # transformers itself saves a model in 16 bits, until it gets an adapter
         saves_what_loads(loaded)
     return loaded.eval()

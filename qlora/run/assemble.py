@@ -64,7 +64,7 @@ def assemble(
     else:
         model = empty_base(source, spec, architecture)
         if backends.has_fused_elementwise(torch.device("meta")):  # as `load_source` asks of the real device
-            fuse(model)
+            fuse(model, join=backends.has_joined_products(torch.device("meta")))
     with nullcontext() if architecture is None else torch.device("meta"):
         attach(model, spec.adapter, draws=draws)
     if spec.gradient_checkpointing:

@@ -34,7 +34,7 @@ def trace() -> dict[str, dict[str, int]]:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         attach(quantize_(model), AdapterSpec(method="dora"))
     if backends.has_fused_elementwise(device):
-        fuse(model)
+        fuse(model, join=backends.has_joined_products(device))
     forward_mode(model)
     lengths = (70, 33)
     batch = pack([Example(tuple(range(n)), (False,) + (True,) * (n - 1)) for n in lengths])

@@ -24,7 +24,7 @@ BLOCKSIZE = 64
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 EXACT = {
     *("quantize_4bit", "fit_scales_4bit", "encode_4bit", "quantize_absmax"),
-    *("dequantize_4bit", "dequantize_4bit_into", "encode_blocks_into", "decode_blocks_into"),
+    *("dequantize_4bit", "dequantize_4bit_into", "dequantize_4bit_joined", "encode_blocks_into", "decode_blocks_into"),
 }
 IN_FLOAT32 = {"adamw_", "total_norm", "row_norms_4bit", "row_norms_4bit_all"}  # whatever the activations are in
 USED_UP = {"work", "values"}  # written in place, but no result: see `encode_blocks_into`
@@ -153,6 +153,19 @@ def _gradients(d: Draw) -> tuple:
     return (dy, up, u, y, d.scales(d.rows), d.scales(d.rows), 0.7)
 
 
+def _joined(d: Draw) -> tuple:
+    """A layer beside another of fewer rows, as q beside k."""
+    (A, B), m, few = d.factors(), d.scales(d.rows), max(1, d.rows // 2)
+    return ([A, 2 * A], [B, B[:few]], [m, m[:few]], [d.scales(d.rows), d.scales(few)], 0.7, d.dtype)
+
+
+def _joined_gradients(d: Draw) -> tuple:
+    outs = [d.rows, max(1, d.rows // 2)]
+    rows, ranks = sum(outs), 2 * d.rank
+    dy, y, B, xA = (d.low(*shape) for shape in ((d.tokens, rows), (d.tokens, rows), (rows, ranks), (d.tokens, ranks)))
+    return (dy, B, xA, y, None, torch.stack((d.scales(rows), d.scales(rows))), outs, 0.7)
+
+
 def _elementwise(d: Draw, count: int) -> tuple:
     return tuple(d.low(d.tokens, d.columns) for _ in range(count))
 
@@ -179,6 +192,7 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
     "quantize_absmax": lambda d: (d.scales(d.rows * 3), NESTED_BLOCKSIZE),
     "dequantize_4bit": _decode,
     "dequantize_4bit_into": _decode_into,
+    "dequantize_4bit_joined": lambda d: (*_norms(d, 3)[:2], d.scales(3 * d.rows), d.dtype),
     "gemv_4bit": _gemv,
     "matmul_4bit": _matmul,
     "row_norms_4bit": _norms,
@@ -186,6 +200,8 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
     "adapted_linear": Draw.forward,
     "adapted_linear_backward": Draw.backward,
     "prepare_lora_factors": _prepare,
+    "join_lora_factors": _joined,
+    "joined_gradients": _joined_gradients,
     "columnwise_dot": lambda d: _elementwise(d, 2),
     "matmul_tn": lambda d: (d.low(d.tokens, d.rank), d.low(d.tokens, d.columns)),
     "adapter_gradients": _gradients,
@@ -195,6 +211,8 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
     "swiglu": lambda d: _elementwise(d, 2),
     "swiglu_backward": lambda d: _elementwise(d, 3),
     "swiglu_backward_dots": lambda d: _elementwise(d, 3),
+    "swiglu_joined": lambda d: (d.low(d.tokens, 2 * d.columns),),
+    "swiglu_joined_backward": lambda d: (d.low(d.tokens, d.columns), d.low(d.tokens, 2 * d.columns), True),
     "geglu": lambda d: _elementwise(d, 2),
     "geglu_backward": lambda d: _elementwise(d, 3),
     "rotate": _rotation,

@@ -40,7 +40,7 @@ def part_kernels(bench: Bench) -> None:
     odd = [(1, 1, 64), (33, 77, 64), (130, 576, 64), (7, 4096, 4096), (64, 512, 256), (5, 96, 32)]
     # This also fills every `torch.empty` with NaN, or with the largest integer.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for check in (check_nf4, check_norms, check_step, check_state):
+    for check in (check_nf4, check_norms, check_joined, check_step, check_state):
         worst = Worst()
         with bench.attempt(check.__name__.replace("_", " ")):
             for rows, columns, blocksize in real + odd:
@@ -129,6 +129,21 @@ def check_norms(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: 
         for name, (found, expected) in zip(("v", "dB", "dm"), pairs, strict=True):
             if expected.numel():
                 worst(f"adapter_gradients, {name}", found, expected, 1.6e-2)
+
+
+def check_joined(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:
+    """Layers of one input as one, and the rotation behind them; arguments as `qlora selftest` draws them."""
+    from qlora.selftest.operators import BLOCKSIZE, CASES, Draw
+    from qlora_kernels import ops, reference
+
+    if blocksize != BLOCKSIZE or rows == 1:
+        return
+    limit = 1.6e-2 if dtype == torch.bfloat16 else 1e-4
+    names = ("dequantize_4bit_joined", "join_lora_factors", "joined_gradients")
+    for name in (*names, "swiglu_joined", "swiglu_joined_backward", "rotate", "rotate_backward"):
+        arguments = CASES[name](Draw(bench.device, rows, columns, 40, dtype))
+        found, expected = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)
+        worst(f"{name}, {str(dtype)[6:]}", found, expected, 0.0 if name in names[:2] else limit)
 
 
 def check_step(bench: Bench, worst: Worst, rows: int, columns: int, blocksize: int, dtype: torch.dtype) -> None:

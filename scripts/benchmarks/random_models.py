@@ -127,7 +127,7 @@ def build(shape: str, device: torch.device | str = "cpu", layer: Callable = ours
     model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)  # its frequencies are computed, not loaded
     if layer is ours and backends.has_fused_elementwise(device):
-        fuse(model)
+        fuse(model, join=backends.has_joined_products(device))
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
 

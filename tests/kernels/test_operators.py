@@ -31,6 +31,7 @@ def nf4_arguments() -> dict[str, tuple]:
         "quantize_absmax": (absmax, NESTED_BLOCKSIZE),
         "dequantize_4bit": (parts, layout, row_scale, torch.bfloat16),
         "dequantize_4bit_into": (torch.zeros(10, 128, dtype=torch.float16), parts, layout, None),
+        "dequantize_4bit_joined": ([*parts, *parts], [*layout, *layout], torch.rand(20), torch.bfloat16),
         "gemv_4bit": (dense[0].bfloat16(), parts, layout),
         "matmul_4bit": (torch.randn(32, 128).bfloat16(), parts, layout, row_scale, True),
     }
@@ -42,6 +43,7 @@ def adapter_arguments() -> dict[str, tuple]:
     parts, layout = weight.parts, weight.layout
     dy, y, x, xA = (torch.randn(32, n).bfloat16() for n in (10, 10, 128, 4))
     sums = (dense.bfloat16(), A.t().contiguous().bfloat16(), B.bfloat16(), dense.bfloat16(), None, torch.ones(128), 2.0)
+    joined = torch.rand(2, 10), [4, 6], 2.0
     saved = [x, xA, A.bfloat16(), B.bfloat16(), torch.rand(3, 10)]
     return {
         "row_norms_4bit": (parts, layout, A, B, 2.0),
@@ -49,6 +51,8 @@ def adapter_arguments() -> dict[str, tuple]:
         "adapted_linear": (x, x.flip(0), A, B, row_scale, None, row_scale, 2.0, parts, layout),
         "adapted_linear_backward": (dy, saved, y, 2.0, parts, layout, True),
         "prepare_lora_factors": (A, B, row_scale, row_scale, 2.0, torch.bfloat16),
+        "join_lora_factors": ([A, A], [B, B], [row_scale] * 2, [row_scale] * 2, 2.0, torch.bfloat16),
+        "joined_gradients": (dy, *(torch.randn(n, 4).bfloat16() for n in (10, 32)), y, None, *joined),
         "columnwise_dot": (dense.bfloat16(), dense.bfloat16()),
         "matmul_tn": (B.bfloat16(), dense.bfloat16()),
         "adapter_gradients": sums,
@@ -68,6 +72,8 @@ def step_arguments() -> dict[str, tuple]:
         "swiglu": (x, x),
         "swiglu_backward": (x, x, x.flip(0)),
         "swiglu_backward_dots": (low, low, low.flip(0)),
+        "swiglu_joined": (low,),
+        "swiglu_joined_backward": (low[:, :64].contiguous(), low, True),
         "rotate": (heads, heads[:, :1], cos, sin),
         "rotate_backward": (heads, heads[:, :1], cos, sin),
         "attention": (heads, heads[:, :1], heads[:, 1:], [0, 3, 10], 0.125),

@@ -107,7 +107,7 @@ def test_gradcheck(kind, size, dora, shared):
 
     def product(x, other, A, B, *m):
         constants = Constants(weight, 0.7, n)
-        y, _ = AdaptedProduct.apply(x, x if shared else other, A, B, m[0] if m else None, constants)
+        y = AdaptedProduct.apply(x, x if shared else other, A, B, m[0] if m else None, constants)
         return y + model.layer.bias
 
     inputs = (x, other, A, B) + ((m,) if dora else ())

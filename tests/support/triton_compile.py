@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import triton
 
@@ -29,6 +30,7 @@ ENCODED = {"packed": U8, "absmax": F32, "weight": BF16, "levels": F32, "midpoint
 BLOCKS = dict.fromkeys(("maxima", "values", "offset", "midpoints", "absmax", "levels"), F32) | {"codes": U8}
 NORMS = {"into": (F32, F32, I32), "sizes": ("i32", "i32", "i32", "any", "i32"), "dynamic_map": F32}
 STEP = dict.fromkeys(("y", "x", "weight", "dx", "dy", "gate", "up", "dgate", "dup", "logits"), BF16)
+FINISH = (F32, F32, F32, F32, "fp32", ("i32", "i32"))
 DOTS = {"into": (F32, F32, I32), "values": (BF16, BF16), "sizes": ("i32",) * 4 + ("any",)}
 
 DOUBLE = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256}
@@ -109,11 +111,21 @@ COMPILED = {  # name -> kernel, types, constants, options as the callers give th
     "swiglu, backward": (step.swiglu_backward_kernel, STEP, {"BLOCK": 1024}, FUSED, True),
     "swiglu, backward with dots": (
         step.swiglu_backward_dots_kernel,
-        {**STEP, "gradients": (BF16, BF16), "reduced": (F32, F32, I32)},
+        {**STEP, "gradients": (BF16, BF16), "values": (BF16, BF16), "reduced": (F32, F32, I32)},
         {"SHARE": 64, "TOKENS": 8, "COLUMNS": 128},
         FUSED,
         True,
     ),
+    **{
+        name: (
+            step.rotate_kernel,
+            {**dict.fromkeys(("into", "x", "angles"), (BF16, BF16)), "sizes": ("i32",) * 4, "strides": ("i32",) * 4},
+            {"BACK": back, "HEADS": 16, "HALF": 64},
+            EXACT,
+            True,
+        )
+        for name, back in (("rotate", False), ("rotate, backward", True))
+    },
     "cross entropy": (
         step.cross_entropy_kernel,
         {**STEP, "losses": F32, "targets": "*i64"},
@@ -128,15 +140,43 @@ COMPILED = {  # name -> kernel, types, constants, options as the callers give th
         EXACT,
         True,
     ),
+    "LoRA factors of three layers": (
+        adapter.join_lora_factors_kernel,
+        {
+            **{"into": (BF16, BF16, F32, F32), "factors": ((F32,) * 4,) * 3, "scaling": "fp32"},
+            **{"rows": ("i32",) * 3, "rank": "any"},
+        },
+        {"DORA": True, "BLOCK": 2048, "RANK": 16, "COUNT": 3},
+        EXACT,
+        True,
+    ),
+    "dequantize three layers": (
+        nf4.dequantize_joined_kernel,
+        {"out": BF16, "weights": (WEIGHT["weight"],) * 3, "row_scale": F32, "rows": ("i32",) * 3},
+        {**DOUBLE, "ROW_SCALE": 1, "WORDS": 512, "COUNT": 3},
+        EXACT,
+        True,
+    ),
+    "gradients of three layers, finished": (
+        adapter.finish_gradients_kernel,
+        {"dm": F32, "dots": F32, "finish": FINISH},
+        {"COLUMNS": 128, "DORA": True, "COUNT": 3},
+        FUSED,
+        True,
+    ),
     **{
         name: (
             adapter.columnwise_dot_kernel,
-            {**DOTS, "finish": (F32, F32, BF16, F32, "fp32") if finish else ()},
-            {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": finish},
+            {**DOTS, "finish": finish},
+            {"SHARE": 64, "TOKENS": 16, "COLUMNS": 128, "FINISH": bool(finish), "COUNT": count},
             FUSED,
             True,
         )
-        for name, finish in (("columnwise dot", False), ("gradients", True))
+        for name, finish, count in (
+            ("columnwise dot", (), 1),
+            ("gradients", (*FINISH[:5], ()), 1),
+            ("gradients of three layers", FINISH, 3),
+        )
     },
 }
 
@@ -155,9 +195,15 @@ def plain(type_):
     return tuple(map(plain, type_)) if isinstance(type_, tuple) else "i32" if type_ == "any" else type_
 
 
+def _bytes(store: str) -> int:
+    """What one thread writes by a store of PTX, such as st.global.v4.b32."""
+    many, bits = re.search(r"\.v(\d)", store), re.search(r"\.[bfus](\d+)$", store)
+    return (int(many.group(1)) if many else 1) * int(bits.group(1)) // 8 if bits else 0
+
+
 def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
-    """Of a kernel on a card: bytes that spill, registers, shared memory, and the order of what threads share; whether
-    it has to do without spills or contraction.
+    """Of a kernel on a card: bytes that spill, registers, instructions, the bytes of its widest store, shared memory,
+    and the order of what threads share; whether it has to do without spills or contraction.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -182,12 +228,18 @@ def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
         file.write(ptx)
         file.flush()
         contraction = [] if options["enable_fp_fusion"] else ["--fmad=false"]
-        command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        command = [ptxas.path, "-v", *contraction, f"--gpu-name={architecture}", file.name, "-o", file.name + ".cubin"]
         words = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        code = Path(file.name + ".cubin")
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(code)]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code.unlink()
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words)
     return {
         "spilled": int(spilled.group(1)) + int(spilled.group(2)),
         "registers": int(re.search(r"Used (\d+) registers", words).group(1)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP|BRA `)", listing, re.MULTILINE)),
+        "stores": max(map(_bytes, re.findall(r"st\.global\S*", ptx)), default=0),
         "shared": compiled.metadata.shared,
         "hot": hot,
         "contracted": not options["enable_fp_fusion"] and bool(re.search(r"\sfma\.rn\.f32", ptx)),

@@ -14,6 +14,8 @@ import math
 from itertools import chain
 
 import torch
+from launches import OURS, Launches
+from triton.runtime import interpreter
 from triton_model import check_model
 
 from qlora_kernels import reference
@@ -135,6 +137,40 @@ def check_adapter_gradients(tokens: int, columns: int, rank: int) -> None:
         assert adapter.adapter_gradients(dy, B_scaled, xA, *others, 0.7) is NotImplemented
 
 
+def check_joined(tokens: int, columns: int, rank: int, *rows: int) -> None:
+    """Layers of one input as one: their weights, their factors, their gradients."""
+    As, Bs = [torch.randn(rank, columns) for _ in rows], [torch.randn(n, rank) for n in rows]
+    ms, ns, outs = [torch.randn(n) for n in rows], [torch.rand(n) + 0.1 for n in rows], list(rows)
+    factors = torch.empty(0)
+    for given in (([], []), (ms, ns)):
+        arguments = (As, Bs, *given, 0.7, torch.float32)
+        for got, wanted in zip(
+            adapter.join_lora_factors(*arguments), reference.join_lora_factors(*arguments), strict=True
+        ):
+            equal(got, wanted)
+            factors = got
+    for nested in (True, False):
+        weights = [quantized(n, columns, 64, nested) for n in rows]
+        lists = list(chain(*(w.parts for w in weights))), list(chain(*(w.layout for w in weights)))
+        for row_scale in (None, factors[0]):
+            arguments = (*lists, row_scale, torch.float32)
+            decoded = nf4.dequantize_4bit_joined(*arguments)
+            if columns % 64:
+                assert decoded is NotImplemented
+                continue
+            equal(decoded, reference.dequantize_4bit_joined(*arguments))
+    dy, y, B = torch.randn(tokens, sum(rows)), torch.randn(tokens, sum(rows)), torch.randn(sum(rows), rank * len(rows))
+    xA, dots = torch.randn(tokens, rank * len(rows)), torch.randn(sum(rows))
+    none = factors[:, :0]
+    for *sums, numbers in ((None, None, none), (y, None, factors), (None, dots, factors)):
+        arguments = (dy, B, xA, *sums, numbers, outs, 0.7)
+        for got, wanted in zip(
+            adapter.joined_gradients(*arguments), reference.joined_gradients(*arguments), strict=True
+        ):
+            close(got, wanted) if wanted.numel() else equal(got, wanted)
+    assert adapter.joined_gradients(dy, B, xA, y, None, none, outs, 0.7) is NotImplemented
+
+
 def check_factors(rank: int, columns: int, rows: int) -> None:
     A, B, m, n = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(rows), torch.rand(rows)
     m[0], n[-1] = -1e-9, 0.0
@@ -163,6 +199,71 @@ def check_layers(rows: int, columns: int) -> None:
         step.swiglu_backward_dots(dy, x, up), reference.swiglu_backward_dots(dy, x, up), strict=True
     ):
         close(got, wanted)
+    y = torch.cat((x, up), dim=1)
+    close(step.swiglu_joined(y), reference.swiglu_joined(y))
+    for dots in (False, True):
+        found, expected = step.swiglu_joined_backward(dy, y, dots), reference.swiglu_joined_backward(dy, y, dots)
+        for got, wanted in zip(found, expected, strict=True):
+            close(got, wanted) if wanted.numel() else equal(got, wanted)
+
+
+def check_launches() -> None:
+    """As many as `launches.OURS` says, by which the launches of a step are counted."""
+    rows = [70, 6]
+    w = [quantized(n, 192, 64, nested=True) for n in rows]
+    A, B, m = (
+        [torch.randn(*shape) for shape in shapes] for shapes in ([(3, 192)] * 2, [(70, 3), (6, 3)], [(70,), (6,)])
+    )
+    x, y = torch.randn(5, 192), torch.randn(5, 76)
+    heads, cos, factors = torch.randn(5, 4, 16), torch.randn(5, 16), torch.randn(2, 76)
+    parts, layouts = [*w[0].parts, *w[1].parts], [*w[0].layout, *w[1].layout]
+    cases = {
+        "dequantize_4bit": (nf4, (w[0].parts, w[0].layout, m[0], torch.float32)),
+        "dequantize_4bit_joined": (nf4, (parts, layouts, factors[0], torch.float32)),
+        "prepare_lora_factors": (adapter, (A[0], B[0], m[0], m[0], 1.0, torch.float32)),
+        "join_lora_factors": (adapter, (A, B, m, m, 1.0, torch.float32)),
+        "adapter_gradients": (adapter, (y, torch.randn(76, 3), x[:, :3], y, *factors, 1.0)),
+        "joined_gradients": (adapter, (y, torch.randn(76, 6), x[:, :6], y, None, factors, rows, 1.0)),
+        "columnwise_dot": (adapter, (y, y)),
+        "rms_norm": (step, (x, x[0], 1e-6)),
+        "rms_norm_backward": (step, (x, x, x[0], x[:, 0].contiguous())),
+        "swiglu_joined": (step, (x,)),
+        "swiglu_joined_backward": (step, (x[:, :96].contiguous(), x, True)),
+        "rotate": (step, (heads, heads, cos, cos)),
+        "rotate_backward": (step, (heads, heads, cos, cos)),
+    }
+    begin, grids = type(interpreter.interpreter_builder).set_grid_dim, []
+
+    def counted(self, *grid) -> None:
+        grids.append(grid)
+        begin(self, *grid)
+
+    type(interpreter.interpreter_builder).set_grid_dim = counted
+    try:
+        for name, (module, arguments) in cases.items():
+            grids.clear()
+            with Launches() as products:
+                getattr(module, name)(*arguments)
+            found = len(grids) + sum(products.found[product] for product in ("mm", "mul", "div"))
+            assert found == OURS.get(name, 1), (name, grids, products.found)
+    finally:
+        type(interpreter.interpreter_builder).set_grid_dim = begin
+
+
+def check_rotation(tokens: int, heads: int, groups: int, width: int, positions: int) -> None:
+    """Of parts of one matrix, as a product of q, k and v makes them, and of heads before tokens, as attention's
+    gradients come.
+    """
+    whole = torch.randn(tokens, heads + groups + 1, width)
+    cos, sin = torch.randn(positions, width), torch.randn(positions, width)
+    turned = torch.randn(heads, tokens, width).transpose(0, 1)
+    for q in (whole[:, :heads], turned):
+        for name in ("rotate", "rotate_backward"):
+            arguments = (q, whole[:, heads : heads + groups], cos, sin)
+            for got, wanted in zip(getattr(step, name)(*arguments), getattr(reference, name)(*arguments), strict=True):
+                assert got.is_contiguous()
+                close(got, wanted)
+    assert step.rotate(whole, whole, cos.double(), sin) is NotImplemented
 
 
 def check_loss(rows: int, vocabulary: int) -> None:
@@ -251,10 +352,18 @@ INTERPRETED = {
         f"gradients {t}x{c} rank {k}": (check_adapter_gradients, t, c, k)
         for t, c, k in ((1, 1, 1), (3, 200, 16), (150, 130, 3), (5, 64, 80))
     },
+    **{
+        f"joined {t}x{c} rank {k}, {', '.join(map(str, rows))} rows": (check_joined, t, c, k, *rows)
+        for t, c, k, rows in ((1, 64, 1, (1, 1)), (150, 192, 17, (130, 6, 70)), (3, 77, 4, (300, 7)), (2, 64, 16, (5,)))
+    },
     **{f"layers {r}x{c}": (check_layers, r, c) for r, c in ((1, 1), (5, 77), (3, 1088), (150, 130))},
     **{
         f"factors rank {k}, {c} to {r}": (check_factors, k, c, r)
         for k, c, r in ((1, 1, 1), (3, 70, 33), (16, 1088, 300), (80, 64, 5))
+    },
+    **{
+        f"rotation {t} tokens {h}+{g} heads of {d}": (check_rotation, t, h, g, d, p)
+        for t, h, g, d, p in ((1, 1, 1, 2, 1), (6, 5, 2, 20, 3), (3, 40, 1, 64, 3))
     },
     **{f"loss {r}x{c}": (check_loss, r, c) for r, c in ((1, 1), (3, 77), (2, 9001))},
     **{f"adamw {n}": (check_adamw, n) for n in (1, 1000, 2500)},
@@ -263,6 +372,7 @@ INTERPRETED = {
     "another codebook, encoding": (check_encoding, 33, 77, 64, OTHER),
     "another codebook, decoding": (check_decoding, 70, 192, 64, OTHER),
     "another codebook, row norms": (check_row_norms, 70, 192, 3, OTHER),
+    "launches": (check_launches,),
     "a model's steps": (check_model,),
 }
 

@@ -11,7 +11,13 @@ NEEDED = (  # by two DoRA steps of an NF4 model
     "row_norms_4bit_all",
     "prepare_lora_factors",
     "adapter_gradients",
-    "swiglu_backward_dots",
+    "dequantize_4bit_joined",
+    "join_lora_factors",
+    "joined_gradients",
+    "swiglu_joined",
+    "swiglu_joined_backward",
+    "rotate",
+    "rotate_backward",
     "rms_norm",
     "cross_entropy_",
     "adamw_",
@@ -55,7 +61,7 @@ def two_steps() -> tuple[torch.Tensor, torch.Tensor]:
     from qlora.train.step import optimizer_step
 
     model = quantize_(random_model("llama").requires_grad_(False))
-    model = fuse(adapted(model, "dora")).train()
+    model = fuse(adapted(model, "dora"), join=True).train()
     parameters = qlora.adapter_parameters(model)
     start = [p.detach().clone() for p in parameters]
     optimizer = qlora.PagedAdamW(parameters, lr=1e-2)

@@ -26,6 +26,7 @@ SHARED = (  # checks of kernels with sums over several programs
     "columnwise dot 3x200",
     "columnwise dot 300x130",
     "gradients 150x130 rank 3",
+    "joined 150x192 rank 17, 130, 6, 70 rows",
     "layers 150x130",
 )
 CHECKS = (  # and one of each other kind
@@ -36,6 +37,7 @@ CHECKS = (  # and one of each other kind
     "gradients 3x200 rank 16",
     "layers 5x77",
     "factors rank 3, 70 to 33",
+    "rotation 6 tokens 5+2 heads of 20",
     "loss 3x77",
     "adamw 2500",
     "8-bit 1280 blocks of 256",

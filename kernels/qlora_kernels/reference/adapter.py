@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.reference.common import chunk_elements, widened_product
-from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit
+from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit, split_weights
 from qlora_kernels.weight import QuantizedWeight
 
 
@@ -63,13 +63,6 @@ def row_norms_4bit_all(
         norms(*w, *rest)
         for *w, rest in zip(*split_weights(weights, layouts), zip(A, B, scaling, strict=True), strict=True)
     ]
-
-
-def split_weights(weights: list[Tensor], layouts: list[int]) -> tuple[list[list[Tensor]], list[list[int]]]:
-    """Parts and layouts by weight, from the flat lists of `row_norms_4bit_all`; all weights have as many parts."""
-    size = 4 * len(weights) // max(1, len(layouts))
-    parts = [weights[i : i + size] for i in range(0, len(weights), max(1, size))]
-    return parts, [layouts[i : i + 4] for i in range(0, len(layouts), 4)]
 
 
 def clamp_magnitude(m: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +127,39 @@ def adapter_gradients(
     dB *= scaling if row_scale is None else (scaling * row_scale).unsqueeze(1)
     dm = dB.new_empty(0) if y is None or m_clamped is None else dot(dy, y) / m_clamped
     return dy @ B_scaled, dB, dm
+
+
+def join_lora_factors(
+    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`prepare_lora_factors` of k layers of one input and one rank, whose products are to be one: A [k r, in] below
+    each other, the scaled B [out, k r] along the diagonal with zeros beside them, out = out1 + out2 + ..., and
+    (row_scale, m_clamped) [2, out]; [2, 0] where m and n are empty lists.
+    """
+    norms = zip(m, n, strict=True) if m else [(None, None)] * len(A)
+    parts = [prepare_lora_factors(a, b, *mn, scaling, dtype) for a, b, mn in zip(A, B, norms, strict=True)]
+    As, Bs, row_scales, ms = zip(*parts, strict=True)
+    return torch.cat(As), torch.block_diag(*Bs), torch.stack((torch.cat(row_scales), torch.cat(ms)))
+
+
+def joined_gradients(
+    dy: Tensor,
+    B_scaled: Tensor,
+    xA: Tensor,
+    y: Tensor | None,
+    dots: Tensor | None,
+    factors: Tensor,
+    outs: list[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adapter_gradients` of the layers of `join_lora_factors`, of `outs` rows each: v [tokens, k r], dB [out, r] below
+    each other, dm [out]. The sums of dm are `dots` where they are given, those of dy y where y is, else dm is empty.
+    """
+    raw, rank = widened_product(dy.t(), xA), xA.shape[1] // len(outs)
+    dB = torch.cat([rows[:, i * rank : (i + 1) * rank] for i, rows in enumerate(raw.split(outs))])
+    dB *= scaling if not factors.numel() else (scaling * factors[0]).unsqueeze(1)
+    dots = dots if y is None else columnwise_dot(dy, y)
+    return dy @ B_scaled, dB, dB.new_empty(0) if dots is None else dots / factors[1]
 
 
 def adapted_linear(

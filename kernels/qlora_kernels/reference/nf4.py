@@ -209,6 +209,23 @@ def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], r
     out.copy_(dequantize_4bit(weight, layout, row_scale, out.dtype))
 
 
+def dequantize_4bit_joined(
+    weights: list[Tensor], layouts: list[int], row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`dequantize_4bit` of weights of one width, below each other: parts and layouts of all in one list each."""
+    split = list(zip(*split_weights(weights, layouts), strict=True))
+    rows = [layout[0] for _, layout in split]
+    scales: list[Tensor | None] = [None] * len(split) if row_scale is None else list(row_scale.split(rows))
+    return torch.cat([dequantize_4bit(*weight, scale, dtype) for weight, scale in zip(split, scales, strict=True)])
+
+
+def split_weights(weights: list[Tensor], layouts: list[int]) -> tuple[list[list[Tensor]], list[list[int]]]:
+    """Parts and layouts by weight, from the flat lists of several weights, which all have as many parts."""
+    size = 4 * len(weights) // max(1, len(layouts))
+    parts = [weights[i : i + size] for i in range(0, len(weights), max(1, size))]
+    return parts, [layouts[i : i + 4] for i in range(0, len(layouts), 4)]
+
+
 def decoded_rows(weight: QuantizedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(rows, W[rows] in `dtype`) a chunk at a time; a chunk may begin inside a block."""
     (rows, columns), blocksize = weight.shape, weight.blocksize

@@ -64,6 +64,18 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     return dgate, dup, torch.stack((columnwise_dot(dgate, gate), columnwise_dot(dup, up)))
 
 
+def swiglu_joined(y: Tensor) -> Tensor:
+    """`swiglu` of the halves (gate, up) of y [tokens, 2 n]."""
+    return swiglu(*y.chunk(2, dim=1))
+
+
+def swiglu_joined_backward(dh: Tensor, y: Tensor, dots: bool) -> tuple[Tensor, Tensor]:
+    """dy [tokens, 2 n] of dh [tokens, n], and [2 n]: the `columnwise_dot` of dy with y, or [0] without `dots`."""
+    gate, up = y.chunk(2, dim=1)
+    dy = torch.cat(swiglu_backward(dh, gate, up), dim=1)
+    return dy, columnwise_dot(dy, y) if dots else widened(y[:0, 0])
+
+
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up of one shape, rounded to the dtype before the product. arXiv:2002.05202.
 

@@ -2,7 +2,7 @@
 
     nf4, nf4_encode          codes to numbers, a matrix times one vector; quantizing
     adapter, adapter_norms   the factors of LoRA and DoRA, and their gradients; DoRA's row norms
-    step                     the loss, RMSNorm, SwiGLU
+    step                     the loss, RMSNorm, SwiGLU, the rotation
     optim                    AdamW, 8-bit moments
     common                   what they share
 

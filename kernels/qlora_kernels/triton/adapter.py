@@ -2,6 +2,7 @@
 
     prepare_lora_factors   all that a layer's product needs of A, B, m and n in one launch: a small step is bound by
                            its launches
+    join_lora_factors      the same for q, k and v, or gate and up, as one matrix each, see `reference`
     columnwise_dot         sum_t a[t, j] * b[t, j] in float32, in two stages, so that narrow matrices fill a card: a
                            program sums a tile of columns over its share of the tokens, and the last of a tile's adds
                            the shares up, always in the same order, so that every run gives the same bits
@@ -12,6 +13,8 @@ other bits in every run.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +23,13 @@ from torch import Tensor
 from qlora_kernels.reference.common import widened_product
 from qlora_kernels.triton.adapter_norms import row_norms_4bit, row_norms_4bit_all
 from qlora_kernels.triton.common import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
+from qlora_kernels.triton.nf4 import MOST_JOINED
 
 __all__ = [
     "adapter_gradients",
     "columnwise_dot",
+    "join_lora_factors",
+    "joined_gradients",
     "prepare_lora_factors",
     "row_norms_4bit",
     "row_norms_4bit_all",
@@ -36,20 +42,31 @@ SHARE = 64  # tokens that a program of `columnwise_dot` sums
 
 
 @triton.jit
-def prepare_lora_factors_kernel(
-    into, factors, scaling, count, rows, rank, DORA: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr
+def _factors_of_layer(
+    into,
+    factors,
+    scaling,
+    sizes,
+    first,
+    LAYER: tl.constexpr,
+    COUNT: tl.constexpr,
+    DORA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
 ):
-    """The first programs convert A, flat, the others BLOCK // RANK rows of B each. NaN stays NaN: a comparison with it
-    is false.
+    """Of layer LAYER of COUNT, whose rows begin at `first` in B_scaled; `sizes`: the elements of A, the rows of B, the
+    rank. The first programs convert A, flat, the others BLOCK // RANK rows of B each. NaN stays NaN: a comparison with
+    it is false.
     """
+    program = tl.program_id(0)
     A_cast, B_scaled, row_scale, m_clamped = into
     A, B, m, n = factors
-    program = tl.program_id(0)
+    count, rows, rank = sizes
     pieces = tl.cdiv(count, BLOCK)
     if program < pieces:
         at = program * BLOCK + tl.arange(0, BLOCK)
         element = tl.load(A + at, mask=at < count, other=0.0)
-        tl.store(A_cast + at, element.to(A_cast.dtype.element_ty), mask=at < count)
+        tl.store(A_cast + LAYER * count + at, element.to(A_cast.dtype.element_ty), mask=at < count)
     else:
         row = (program - pieces) * (BLOCK // RANK) + tl.arange(0, BLOCK // RANK)
         k = tl.arange(0, RANK)
@@ -63,10 +80,42 @@ def prepare_lora_factors_kernel(
             size = tl.where(size < 1e-6 * norm, 1e-6 * norm, size)
             size = tl.where(magnitude.to(tl.int32, bitcast=True) < 0, -size, size)
             factor = tl.div_rn(size, norm)
-            tl.store(m_clamped + row, size, mask=row < rows)
-            tl.store(row_scale + row, factor, mask=row < rows)
+            tl.store(m_clamped + first + row, size, mask=row < rows)
+            tl.store(row_scale + first + row, factor, mask=row < rows)
             value = value * factor[:, None]
-        tl.store(B_scaled + row[:, None] * rank + k[None, :], value.to(B_scaled.dtype.element_ty), mask=inside)
+        to = B_scaled + (first + row)[:, None] * (COUNT * rank) + k[None, :]
+        for other in tl.static_range(COUNT):  # zeros beside it
+            here = value if other == LAYER else tl.zeros_like(value)
+            tl.store(to + other * rank, here.to(B_scaled.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prepare_lora_factors_kernel(
+    into, factors, scaling, count, rows, rank, DORA: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr
+):
+    _factors_of_layer(into, factors, scaling, (count, rows, rank), 0, 0, 1, DORA, BLOCK, RANK)
+
+
+@triton.jit
+def join_lora_factors_kernel(
+    into,
+    factors,
+    scaling,
+    count,
+    rows,
+    rank,
+    DORA: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """`factors`: of each of COUNT layers. A program of a layer with fewer rows than another has nothing to do."""
+    first = 0
+    for i in tl.static_range(COUNT):
+        if tl.program_id(1) == i:
+            sizes = (count, rows[i], rank)
+            _factors_of_layer(into, factors[i], scaling, sizes, first, i, COUNT, DORA, BLOCK, RANK)
+        first += rows[i]
 
 
 def prepare_lora_factors(
@@ -103,15 +152,95 @@ def prepare_lora_factors(
     return A_cast, B_scaled, row_scale, m_clamped
 
 
+def join_lora_factors(
+    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rank, columns), rows = A[0].shape, tuple(b.shape[0] for b in B)
+    takes = (
+        dtype in DTYPES
+        and rank <= 1024
+        and len(rows) <= MOST_JOINED
+        and min(rank, columns, *rows) > 0
+        and all(a.shape == (rank, columns) for a in A)
+        and all(b.shape[1] == rank for b in B)
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (*A, *B, *m, *n))
+    )
+    if not takes:
+        return NotImplemented
+    if m and not [t.numel() for t in (*m, *n)] == [*rows, *rows]:
+        raise ValueError(f"{[t.numel() for t in m]} magnitudes and {[t.numel() for t in n]} norms for {rows} rows")
+    A_cast = A[0].new_empty(len(A) * rank, columns, dtype=dtype)
+    B_scaled = B[0].new_empty(sum(rows), len(B) * rank, dtype=dtype)
+    factors = B[0].new_empty(2, sum(rows) if m else 0)
+    width = max(16, power_of_2(rank))
+    with on(A_cast):
+        join_lora_factors_kernel[(cdiv(rank * columns, 2048) + cdiv(max(rows), 2048 // width), len(rows))](
+            (A_cast, B_scaled, *factors.unbind()),
+            tuple(zip(A, B, m or B, n or B, strict=True)),
+            scaling,
+            rank * columns,
+            rows,
+            rank,
+            DORA=bool(m),
+            BLOCK=2048,
+            RANK=width,
+            COUNT=len(rows),
+            **EXACT,
+        )
+    return A_cast, B_scaled, factors
+
+
 # ---------------------------------------------------------------- gradients
+
+# `finish` in kernels is (m_clamped, row_scale, raw, dB, scaling, ends): dB [columns, rank] = scaling row_scale raw, of
+# which a column takes the block of its layer. `ends`: the first column behind the first layer and behind the second.
+
+
+@triton.jit
+def _finish_dB(finish, column, columns, rank, SCALED: tl.constexpr, COUNT: tl.constexpr):
+    _, row_scale, raw, dB, scaling, ends = finish
+    factor = tl.full(column.shape, 1.0, tl.float32) * tl.cast(scaling, tl.float32)
+    if SCALED:
+        factor = tl.cast(scaling, tl.float32) * tl.load(row_scale + column, mask=column < columns, other=0.0)
+    first = column * (rank * COUNT)
+    for i in tl.static_range(COUNT - 1):
+        first += (column >= ends[i]).to(tl.int32) * rank
+    for start in range(0, rank, 16):
+        k = start + tl.arange(0, 16)
+        inside = (column < columns)[:, None] & (k < rank)[None, :]
+        into_dB = dB + column[:, None] * rank + k[None, :]  # before the load: the other way round takes more registers
+        at = first[:, None] + k[None, :]
+        value = tl.load(raw + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(into_dB, value * factor[:, None], mask=inside)
+
+
+@triton.jit
+def finish_gradients_kernel(
+    dm, dots, finish, columns, rank, COLUMNS: tl.constexpr, DORA: tl.constexpr, COUNT: tl.constexpr
+):
+    """dB, and dm = dots / m_clamped where there are magnitudes."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    _finish_dB(finish, column, columns, rank, DORA, COUNT)
+    if DORA:
+        total = tl.load(dots + column, mask=column < columns, other=0.0)
+        divisor = tl.load(finish[0] + column, mask=column < columns, other=1.0)
+        tl.store(dm + column, tl.div_rn(total, divisor), mask=column < columns)
 
 
 @triton.jit
 def columnwise_dot_kernel(
-    into, values, finish, sizes, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, FINISH: tl.constexpr
+    into,
+    values,
+    finish,
+    sizes,
+    SHARE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FINISH: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """out [columns]; sums [share, columns]: the sum over SHARE tokens, TOKENS at a time; `values` are a and b. FINISH:
-    out is divided by m_clamped, and on the way dB [columns, rank] = scaling row_scale raw.
+    out is divided by m_clamped, and dB made on the way.
     """
     out, sums, arrived = into
     a, b = values
@@ -120,15 +249,7 @@ def columnwise_dot_kernel(
     share = tl.program_id(1)
     if FINISH:
         if share == 0:
-            _, row_scale, raw, dB, scaling = finish
-            factor = tl.cast(scaling, tl.float32) * tl.load(row_scale + column, mask=column < columns, other=0.0)
-            for start in range(0, rank, 16):
-                k = start + tl.arange(0, 16)
-                inside = (column < columns)[:, None] & (k < rank)[None, :]
-                at = column[:, None] * rank + k[None, :]
-                into_dB = dB + at  # before the load: the other way round takes more registers
-                value = tl.load(raw + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(into_dB, value * factor[:, None], mask=inside)
+            _finish_dB(finish, column, columns, rank, True, COUNT)
     total = tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
@@ -151,7 +272,7 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _columnwise_dot(a: Tensor, b: Tensor, finish: tuple = (), rank: int = 0) -> Tensor:
-    """`finish`: m_clamped, row_scale, raw, dB and scaling of the kernel, if it shall finish the gradients."""
+    """`finish`: as the kernel takes it, if it shall finish the gradients."""
     tokens, columns = a.shape
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
     groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
@@ -167,6 +288,7 @@ def _columnwise_dot(a: Tensor, b: Tensor, finish: tuple = (), rank: int = 0) -> 
             TOKENS=16,
             COLUMNS=128,
             FINISH=bool(finish),
+            COUNT=1 + len(finish[5]) if finish else 1,
             **FUSED,
         )
     return out
@@ -186,11 +308,70 @@ def adapter_gradients(
     """
     if y is None or row_scale is None or m_clamped is None:
         return NotImplemented
-    takes = y.shape == dy.shape and y.numel() > 0 and dy.dtype == y.dtype == xA.dtype and dy.dtype in DTYPES
-    if not takes or any(
-        t.dtype != torch.float32 or not t.is_contiguous() or t.numel() != y.shape[1] for t in (row_scale, m_clamped)
-    ):
+    if row_scale.shape != m_clamped.shape or not row_scale.is_contiguous() or not m_clamped.is_contiguous():
+        return NotImplemented
+    return _finished(dy, B_scaled, xA, (y, None), (row_scale, m_clamped), [B_scaled.shape[0]], scaling)
+
+
+def joined_gradients(
+    dy: Tensor,
+    B_scaled: Tensor,
+    xA: Tensor,
+    y: Tensor | None,
+    dots: Tensor | None,
+    factors: Tensor,
+    outs: list[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `adapter_gradients`: two products and one launch that finishes them."""
+    if len(outs) > MOST_JOINED or not factors.is_contiguous():
+        return NotImplemented
+    dora = tuple(factors.unbind()) if factors.numel() else ()
+    if len(dora) == (y is None and dots is None):  # the one without the other
+        return NotImplemented
+    return _finished(dy, B_scaled, xA, (y, dots), dora, outs, scaling)
+
+
+def _finished(
+    dy: Tensor,
+    B_scaled: Tensor,
+    xA: Tensor,
+    sums: tuple[Tensor | None, Tensor | None],
+    dora: tuple[Tensor, ...],
+    outs: list[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, dB, dm); `sums` are y and dots of `joined_gradients`, `dora` (row_scale, m_clamped) or nothing."""
+    (y, dots), columns, rank = sums, dy.shape[1], xA.shape[1] // len(outs)
+    takes = (
+        dy.numel() > 0
+        and dy.dtype == xA.dtype
+        and dy.dtype in DTYPES
+        and sum(outs) == columns
+        and (y is None or (y.shape == dy.shape and y.dtype == dy.dtype))
+        and all(t.dtype == torch.float32 and t.shape == (columns,) for t in dora)
+        and (dots is None or (dots.dtype == torch.float32 and dots.is_contiguous() and dots.shape == (columns,)))
+    )
+    if not takes:
         return NotImplemented
     raw = widened_product(dy.t(), xA).contiguous()
-    dB = torch.empty(raw.shape, dtype=torch.float32, device=dy.device)
-    return dy @ B_scaled, dB, _columnwise_dot(dy, y, (m_clamped, row_scale, raw, dB, scaling), xA.shape[1])
+    dB = torch.empty(columns, rank, dtype=torch.float32, device=dy.device)
+    row_scale, m_clamped = dora or (dB, dB)
+    ends = tuple(itertools.accumulate(outs[:-1]))
+    finish = (m_clamped, row_scale, raw, dB, scaling, ends)
+    if y is not None:
+        return dy @ B_scaled, dB, _columnwise_dot(dy, y, finish, rank)
+    dm = dB.new_empty(columns if dora else 0)
+    with on(dB):
+        finish_gradients_kernel[(cdiv(columns, 128),)](
+            dm,
+            dB if dots is None else dots,
+            finish,
+            columns,
+            rank,
+            COLUMNS=128,
+            DORA=bool(dora),
+            COUNT=len(outs),
+            **FUSED,
+        )
+    return dy @ B_scaled, dB, dm

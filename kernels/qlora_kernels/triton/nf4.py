@@ -1,6 +1,6 @@
 """Quantized weights in Triton: codes to numbers, and the product with one vector. (To codes: `nf4_encode`.)
 
-    dequantize   one launch: codes, double-quantized scales, row scale and cast
+    dequantize   one launch: codes, double-quantized scales, row scale and cast; of up to three weights below each other
     gemv         y = W x, decoded in registers: a token of generation costs one read of the codes
 
 A thread decodes whole words: 4 bytes, 8 weights, which share a scale because every block size is a multiple of 8. So a
@@ -27,6 +27,7 @@ from qlora_kernels.triton.nf4_encode import encode_4bit, fit_scales_4bit, quanti
 __all__ = [
     "dequantize_4bit",
     "dequantize_4bit_into",
+    "dequantize_4bit_joined",
     "encode_4bit",
     "fit_scales_4bit",
     "gemv_4bit",
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_absmax",
 ]  # the operators of this subject
 
+MOST_JOINED = 3  # weights in one launch: q, k and v
 WORDS = 512  # words that a program decodes: 4 for each of its 128 threads
 
 
@@ -69,20 +71,22 @@ def word_levels(weight, word, bytes, COUNT: tl.constexpr):
 
 
 @triton.jit
-def dequantize_kernel(
+def _decode_words(
     out,
     weight,
     row_scale,
-    n,
-    bytes,
-    columns,
+    program,
+    sizes,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """ROW_SCALE: 0 none, 1 on the scales of blocks (each lies in one row), 2 on the values."""
-    first = tl.program_id(0).to(tl.int64) * WORDS
+    """WORDS words of a weight. `sizes`: its values, the bytes of its codes, its columns. ROW_SCALE: 0 none, 1 on the
+    scales of blocks (each lies in one row), 2 on the values.
+    """
+    n, bytes, columns = sizes
+    first = program.to(tl.int64) * WORDS
     local = tl.arange(0, WORDS)
     word = first + local
     block = (
@@ -102,6 +106,57 @@ def dequantize_kernel(
     if ROW_SCALE == 2:
         value = value * tl.load(row_scale + (element + first * 8) // columns, mask=inside, other=0.0)
     tl.store(out + first * 8 + element, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dequantize_kernel(
+    out,
+    weight,
+    row_scale,
+    n,
+    bytes,
+    columns,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    sizes = (n, bytes, columns)
+    _decode_words(out, weight, row_scale, tl.program_id(0), sizes, BLOCKSIZE, NESTED_BLOCKSIZE, ROW_SCALE, WORDS)
+
+
+@triton.jit
+def dequantize_joined_kernel(
+    out,
+    weights,
+    row_scale,
+    rows,
+    columns,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    WORDS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """The same of COUNT weights of `rows` each, below each other; rows * columns are whole words."""
+    program = tl.program_id(0)
+    begin, first = 0, 0  # the first program of a weight, its first row
+    for i in tl.static_range(COUNT):
+        n = rows[i] * columns
+        end = begin + tl.cdiv(n, WORDS * 8)
+        if program >= begin and program < end:
+            _decode_words(
+                out + first * columns,
+                weights[i],
+                row_scale + first,
+                program - begin,
+                (n, n // 2, columns),
+                BLOCKSIZE,
+                NESTED_BLOCKSIZE,
+                ROW_SCALE,
+                WORDS,
+            )
+        begin, first = end, first + rows[i]
 
 
 @triton.jit
@@ -181,6 +236,40 @@ def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], r
         return NotImplemented
     reference.mark_mutated(out)
     return None
+
+
+def dequantize_4bit_joined(
+    weights: list[Tensor], layouts: list[int], row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    split = list(zip(*reference.split_weights(weights, layouts), strict=True))
+    taken = [kernel_weight(*weight) for weight in split]
+    rows, (columns, blocksize) = tuple(layouts[::4]), layouts[1:3]
+    alike = len({(*layout[1:], len(parts)) for parts, layout in split}) == 1
+    if (
+        None in taken
+        or not alike
+        or len(rows) > MOST_JOINED
+        or dtype not in DTYPES
+        or columns % blocksize
+        or sum(rows) * columns >= 1 << 31
+        or (row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.shape != (sum(rows),)))
+    ):
+        return NotImplemented
+    out = torch.empty(sum(rows), columns, dtype=dtype, device=weights[0].device)
+    with on(out):
+        dequantize_joined_kernel[(sum(cdiv(n * columns, WORDS * 8) for n in rows),)](
+            out,
+            tuple(one[0] for one in taken if one),
+            weights[2] if row_scale is None else row_scale.contiguous(),
+            rows,
+            columns,
+            ROW_SCALE=0 if row_scale is None else 1,
+            WORDS=WORDS,
+            COUNT=len(rows),
+            **next(one[1] for one in taken if one),
+            **EXACT,
+        )
+    return out
 
 
 def _decode(out: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None) -> bool:

@@ -1,12 +1,12 @@
-"""What lies between a layer's products, in Triton: the loss, RMSNorm, SwiGLU and their gradients.
+"""What lies between a layer's products, in Triton: the loss, RMSNorm, SwiGLU, the rotation and their gradients.
 
     cross_entropy_         a row of logits is read once for its sum and once to become its gradient
     rms_norm, swiglu       one pass each, where PyTorch's chains write three to five tensors
     swiglu_backward_dots   with the sums of DoRA's gradients for gate and up, which are at hand in that pass
+    rotate                 q and k in one launch and one pass, read with whatever strides they have, rounded once
 
 The alternative, liger-kernel, is not used: the gradient of its SwiGLU overwrites the gate's and the up projection's
 outputs, behind autograd's back. DoRA has saved those for the gradient of its magnitudes, which would silently be wrong.
-What it would add is the rotary embedding in one launch, which stays PyTorch's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import reference
-from qlora_kernels.triton.common import DTYPES, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
+from qlora_kernels.triton.common import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
 
 SHARE = 64  # tokens that a program of `swiglu_backward_dots` sums
 WIDEST = 1 << 15  # of a row that one program holds
@@ -127,12 +127,18 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) ->
 # ---------------------------------------------------------------- SwiGLU
 
 
+# A row of gate, up and their gradients begins `stride` after the one before: they may be the halves of one matrix. The
+# product and its gradient lie without gaps.
+
+
 @triton.jit
-def swiglu_kernel(y, gate, up, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
+def swiglu_kernel(y, gate, up, columns, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < columns, row * stride + column
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty)
-    tl.store(y + at, silu * tl.load(up + at, mask=at < n, other=0.0), mask=at < n)
+    tl.store(y + row * columns + column, silu * tl.load(up + at, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -145,33 +151,45 @@ def _gated_gradients(dy, gate, up):
 
 
 @triton.jit
-def swiglu_backward_kernel(dgate, dup, dy, gate, up, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
+def swiglu_backward_kernel(dgate, dup, dy, gate, up, columns, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = column < columns, row * stride + column
     g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
-    dg, du = _gated_gradients(tl.load(dy + at, mask=inside, other=0.0), g, u)
+    dg, du = _gated_gradients(tl.load(dy + row * columns + column, mask=inside, other=0.0), g, u)
     tl.store(dgate + at, dg, mask=inside)
     tl.store(dup + at, du, mask=inside)
 
 
 @triton.jit
 def swiglu_backward_dots_kernel(
-    gradients, reduced, dy, gate, up, tokens, columns, SHARE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr
+    gradients,
+    reduced,
+    dy,
+    values,
+    tokens,
+    columns,
+    stride,
+    SHARE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The same, and dots [2, columns]: the sums of d gate * gate and d up * up; sums [2, shares, columns]: over SHARE
     tokens.
     """
     dgate, dup = gradients
+    gate, up = values
     dots, sums, arrived = reduced
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.program_id(1)
     first, second = tl.zeros([TOKENS, COLUMNS], tl.float32), tl.zeros([TOKENS, COLUMNS], tl.float32)
     for start in range(0, SHARE, TOKENS):
         token = (share * SHARE + start + tl.arange(0, TOKENS)).to(tl.int64)
-        at = token[:, None] * columns + column[None, :]
+        at = token[:, None] * stride + column[None, :]
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
-        dg, du = _gated_gradients(tl.load(dy + at, mask=inside, other=0.0), g, u)
+        from_dy = dy + token[:, None] * columns + column[None, :]
+        dg, du = _gated_gradients(tl.load(from_dy, mask=inside, other=0.0), g, u)
         tl.store(dgate + at, dg, mask=inside)
         tl.store(dup + at, du, mask=inside)
         first += dg.to(tl.float32) * g.to(tl.float32)
@@ -190,19 +208,32 @@ def swiglu_backward_dots_kernel(
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if not _alike(gate, up) or gate.shape != up.shape or gate.numel() == 0:
         return NotImplemented
-    y, n = torch.empty_like(gate), gate.numel()
-    with on(gate):
-        swiglu_kernel[(cdiv(n, 1024),)](y, gate, up, n, BLOCK=1024, **FUSED)
+    y = torch.empty_like(gate)
+    _swiglu(y, gate, up, gate.shape[-1])
     return y
+
+
+def swiglu_joined(y: Tensor) -> Tensor:
+    if not _alike(y) or y.dim() != 2 or y.shape[1] % 2 or y.numel() == 0:
+        return NotImplemented
+    h = y.new_empty(y.shape[0], y.shape[1] // 2)
+    gate, up = y.chunk(2, dim=1)
+    _swiglu(h, gate, up, y.shape[1])
+    return h
+
+
+def _swiglu(y: Tensor, gate: Tensor, up: Tensor, stride: int) -> None:
+    columns = y.shape[-1]
+    with on(y):
+        swiglu_kernel[(y.numel() // columns, cdiv(columns, 1024))](y, gate, up, columns, stride, BLOCK=1024, **FUSED)
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     if not _alike(dy, gate, up) or gate.shape != up.shape or gate.numel() == 0:
         return NotImplemented
-    dgate, dup, n = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-    with on(gate):
-        swiglu_backward_kernel[(cdiv(n, 1024),)](dgate, dup, dy, gate, up, n, BLOCK=1024, **FUSED)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _swiglu_backward((dgate, dup), dy, (gate, up), gate.shape[-1], dots=None)
     return dgate, dup
 
 
@@ -210,23 +241,141 @@ def swiglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     dy = dy.contiguous()
     if not _alike(dy, gate, up) or gate.shape != up.shape or gate.dim() != 2 or gate.numel() == 0:
         return NotImplemented
-    tokens, columns = gate.shape
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dots = torch.empty(2, gate.shape[1], dtype=torch.float32, device=gate.device)
+    _swiglu_backward((dgate, dup), dy, (gate, up), gate.shape[1], dots)
+    return dgate, dup, dots
+
+
+def swiglu_joined_backward(dh: Tensor, y: Tensor, dots: bool) -> tuple[Tensor, Tensor]:
+    dh = dh.contiguous()
+    if not _alike(dh, y) or y.dim() != 2 or y.shape != (dh.shape[0], 2 * dh.shape[1]) or y.numel() == 0:
+        return NotImplemented
+    dy, sums = torch.empty_like(y), torch.empty(y.shape[1] if dots else 0, dtype=torch.float32, device=y.device)
+    _swiglu_backward(dy.chunk(2, dim=1), dh, y.chunk(2, dim=1), y.shape[1], sums if dots else None)
+    return dy, sums
+
+
+def _swiglu_backward(
+    into: tuple[Tensor, ...], dy: Tensor, values: tuple[Tensor, ...], stride: int, dots: Tensor | None
+) -> None:
+    """Into the gradients of gate and up, and into `dots` [2, columns] or [2 columns] where it is given."""
+    columns = dy.shape[-1]
+    tokens = dy.numel() // columns
+    if dots is None:
+        with on(dy):
+            swiglu_backward_kernel[(tokens, cdiv(columns, 1024))](
+                *into, dy, *values, columns, stride, BLOCK=1024, **FUSED
+            )
+        return
     groups, shares = cdiv(columns, 128), cdiv(tokens, SHARE)
-    sums = torch.empty(2, shares, columns, dtype=torch.float32, device=gate.device)
-    dots = torch.empty(2, columns, dtype=torch.float32, device=gate.device)
-    with on(gate):
+    sums = torch.empty(2, shares, columns, dtype=torch.float32, device=dy.device)
+    with on(dy):
         swiglu_backward_dots_kernel[(groups, shares)](
-            (dgate, dup),
-            (dots, sums, counters(gate.device, groups)),
+            into,
+            (dots, sums, counters(dy.device, groups)),
             dy,
-            gate,
-            up,
+            values,
             tokens,
             columns,
+            stride,
             SHARE=SHARE,
             TOKENS=8,
             COLUMNS=128,
             **FUSED,
         )
-    return dgate, dup, dots
+
+
+# ---------------------------------------------------------------- rotation
+
+
+@triton.jit
+def rotate_kernel(into, x, angles, sizes, strides, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """A token's heads of q, then of k, HEADS at a time; `x` and `into` are q and k, the results without gaps.
+
+    (x1, x2) becomes (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), BACK (x1 cos1 + x2 sin2, x2 cos2 - x1 sin1).
+    """
+    q_heads, k_heads, half, positions = sizes
+    token, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    of_q = tl.cdiv(q_heads, HEADS)
+    column = tl.arange(0, HALF)
+    angle = (token % positions) * (2 * half) + column
+    cos1, cos2, sin1, sin2 = _halves_of(angles, angle, column, half)
+    if program < of_q:
+        head = program * HEADS + tl.arange(0, HEADS)
+        inside = (head < q_heads)[:, None] & (column < half)[None, :]
+        at = token * strides[0] + head[:, None] * strides[1] + column[None, :]
+        to = (token * q_heads + head[:, None]) * (2 * half) + column[None, :]
+        _rotate_heads(into[0] + to, x[0] + at, half, inside, cos1, cos2, sin1, sin2, BACK)
+    else:
+        head = (program - of_q) * HEADS + tl.arange(0, HEADS)
+        inside = (head < k_heads)[:, None] & (column < half)[None, :]
+        at = token * strides[2] + head[:, None] * strides[3] + column[None, :]
+        to = (token * k_heads + head[:, None]) * (2 * half) + column[None, :]
+        _rotate_heads(into[1] + to, x[1] + at, half, inside, cos1, cos2, sin1, sin2, BACK)
+
+
+@triton.jit
+def _halves_of(angles, at, column, half):
+    """cos and sin of the first and of the second half of a head, float32 [1, HALF]."""
+    cos, sin = angles
+    inside = column < half
+    cos1 = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos2 = tl.load(cos + half + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin1 = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin2 = tl.load(sin + half + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return cos1, cos2, sin1, sin2
+
+
+@triton.jit
+def _rotate_heads(into, x, half, inside, cos1, cos2, sin1, sin2, BACK: tl.constexpr):
+    x1 = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x + half, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        y1, y2 = x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1
+    else:
+        y1, y2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
+    tl.store(into, y1.to(into.dtype.element_ty), mask=inside)
+    tl.store(into + half, y2.to(into.dtype.element_ty), mask=inside)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotated(q, k, cos, sin, back=False)
+
+
+def rotate_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotated(dq, dk, cos, sin, back=True)
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    takes = (
+        q.dim() == k.dim() == 3
+        and all(t.dtype == q.dtype and t.dtype in DTYPES and t.stride(-1) == 1 for t in (q, k, cos, sin))
+        and q.shape[::2] == k.shape[::2]
+        and q.shape[2] % 2 == 0
+        and cos.shape == sin.shape == (cos.shape[0], q.shape[2])
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and q.numel() > 0
+        and k.numel() > 0
+        and q.shape[0] % cos.shape[0] == 0
+    )
+    if not takes:
+        return NotImplemented
+    tokens, heads, width = q.shape
+    half = width // 2
+    block = max(1, 1024 // power_of_2(half))  # heads, of which a thread holds 8 pairs
+    into = q.new_empty(q.shape), k.new_empty(k.shape)
+    with on(q):
+        rotate_kernel[(tokens, cdiv(heads, block) + cdiv(k.shape[1], block))](
+            into,
+            (q, k),
+            (cos, sin),
+            (heads, k.shape[1], half, cos.shape[0]),
+            (q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
+            BACK=back,
+            HEADS=block,
+            HALF=power_of_2(half),
+            **EXACT,
+        )
+    return into
