@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from qlora import posix
+from qlora.threads import cpu_quota, how_threads_wait
 
 DISTRIBUTION = "qlora-trainer"
 COSTS = {  # what a part of the project needs a dependency for, where that is not everything
@@ -144,12 +145,17 @@ def _required() -> dict[str, Requirement]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Its name, its cores, and how many of them this process may use."""
+    """Its name, its cores, how many of them this process may use, and the time on them that its container allows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name or platform.processor() or platform.machine(), "cores": os.cpu_count(), "usable_cores": usable}
+    return {
+        "name": name or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "quota_cores": cpu_quota(Path("/")),
+    }
 
 
 def _memory() -> dict[str, int | None]:
@@ -190,6 +196,7 @@ def _torch() -> dict[str, Any]:
     return {
         "instructions": instructions,
         "threads": torch.get_num_threads(),
+        "threads_wait": how_threads_wait(),
         "gpus": gpus,
         "triton": _version("triton"),
         "used": {
@@ -204,10 +211,11 @@ def _torch() -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     """The report for people."""
     cpu, memory = found["cpu"], found["memory"]
+    quota = "" if cpu["quota_cores"] is None else f", {cpu['quota_cores']:g} of them by this container's quota"
     rows = [
         ("qlora", found["qlora"] or "not installed, run from its folder"),
         ("python", f"{found['python']} on {found['system']}"),
-        ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"),
+        ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable{quota}"),
     ]
     if "used" in found:
         rows += [
@@ -215,7 +223,8 @@ def as_text(found: dict[str, Any]) -> str:
                 "",
                 f"{', '.join(found['instructions']) or 'no known vector instructions'}; "
                 f"torch uses {found['threads']} threads",
-            )
+            ),
+            ("", f"a thread that waits: {found['threads_wait']}"),
         ]
         rows += [
             (

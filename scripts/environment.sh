@@ -22,3 +22,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
     echo "$want" > "$stamp"
 fi
 source "$root/.venv/bin/activate"
+
+# Threads that wait sleep soon, as in the commands (qlora/threads.py): beside other work a test is not several times slower.
+if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-}" ]; then
+    export GOMP_SPINCOUNT=1000 KMP_BLOCKTIME=1
+fi

@@ -35,6 +35,7 @@ FLOORS = (
         "selftest.operators",
         "sizes",
         "streams",
+        "threads",
     ),
     (
         "calibrate.gptq",
