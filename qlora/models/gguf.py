@@ -26,7 +26,7 @@ from qlora.models.gguf_layout import row_order, shift
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2", "stablelm")
 
 
-CHUNK = 1 << 22  # values decoded at a time: 16 MB of float32
+CHUNK = 1 << 18  # values decoded at a time: 1 MB of float32, and its parts, stay in the second cache
 
 
 class GGUFTensor:
@@ -55,10 +55,15 @@ class GGUFTensor:
         return self.undo(out)
 
     def _decoded(self, rows: slice) -> Tensor:
-        """Some rows in float32; a copy, as what is float32 already lies in the file."""
+        """Some rows in float32; a copy, as what is float32 already lies in the file.
+
+        The library decodes 16 rows at a time; as one long row, which has the same blocks, they are decoded at once.
+        """
         import gguf
 
-        return torch.from_numpy(gguf.dequantize(self.data[rows], self.kind).copy())
+        data = self.data[rows]
+        values = gguf.dequantize(data.reshape(1, -1), self.kind).reshape(*data.shape[:-1], -1)
+        return torch.from_numpy(values.copy())
 
 
 def _stored(path: Path, header: Header) -> dict[str, tuple[Any, tuple[int, ...], Any]]:

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from qlora.errors import UserError, guard, problem
+from qlora.models.gguf_cache import cached_config, cached_tokenizer
 from qlora.models.gguf_config import read_config
 from qlora.models.gguf_header import read_header
 from qlora.models.hub import download
@@ -262,10 +263,15 @@ def load_tokenizer(
     """
     source = model if isinstance(model, Source) else resolve(model, revision, trust_remote_code=trust_remote_code)
     if source.gguf is not None:
-        # Of Gemma 1 transformers reads the tokenizer, but not the config that its AutoTokenizer looks at first.
-        reader = PreTrainedTokenizerFast if read_header(source.gguf).architecture == "gemma" else AutoTokenizer
-        return read_tokenizer(source.folder, source.name or source.gguf, reader, gguf_file=source.gguf.name)
+        path, name = source.gguf, source.name or source.gguf
+        return cached_tokenizer(path, lambda: _gguf_tokenizer(path, name))
     return read_tokenizer(source.folder, source.name or source.folder, trust_remote_code=source.trust_remote_code)
+
+
+def _gguf_tokenizer(path: Path, name: object) -> PreTrainedTokenizerBase:
+    # Of Gemma 1 transformers reads the tokenizer, but not the config that its AutoTokenizer looks at first.
+    reader = PreTrainedTokenizerFast if read_header(path).architecture == "gemma" else AutoTokenizer
+    return read_tokenizer(path.parent, name, reader, gguf_file=path.name)
 
 
 def read_tokenizer(
@@ -297,7 +303,8 @@ def load_config(source: Source) -> PretrainedConfig:
             a rope scaling of a GGUF file that cannot be said in a config.
     """
     if source.gguf is not None:
-        return read_config(source.gguf)
+        path = source.gguf
+        return cached_config(path, lambda: read_config(path))
     raw = _read_config(source.folder)
     kind = raw.get("model_type")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING

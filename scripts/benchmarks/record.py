@@ -55,19 +55,21 @@ def about(*packages: str, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on: commit, processor, threads, the kernels of `device`, versions."""
     import torch
 
+    from qlora.threads import how_threads_wait
     from qlora_kernels import backends
 
     return {
         "commit": commit(),
         "machine": processor(),
         "threads": torch.get_num_threads(),
+        "threads_wait": how_threads_wait(),
         "backend": backends.describe()[device],
         "versions": versions(*packages),
     }
 
 
 def child(script: str, *arguments: object, environment: dict[str, str] | None = None, quiet: bool = False) -> Any:
-    """Run `script` in a process of its own.
+    """Run `script` in a process of its own, whose threads wait as those of a command do (`qlora.threads`).
 
     Args:
         environment: variables besides those of this process.
@@ -79,13 +81,17 @@ def child(script: str, *arguments: object, environment: dict[str, str] | None = 
     Raises:
         CalledProcessError: it failed; an exit code of -9 means that the machine had not enough memory for it.
     """
+    from qlora.threads import be_a_good_neighbour
+
+    variables = os.environ | (environment or {})
+    be_a_good_neighbour(variables)
     done = subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL if quiet else None,
         text=True,
         check=True,
-        env=os.environ | (environment or {}),
+        env=variables,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
