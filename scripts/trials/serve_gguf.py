@@ -1,7 +1,7 @@
 """SmolLM2 and trained adapters on it, as llama.cpp serves them: greedy texts and KL against our own model.
 
     python scripts/trials/serve_gguf.py --adapter runs/dora/adapter --adapter runs/lora/adapter
-        [--prompts 20] [--tokens 32] [--types F16 BF16 Q8_0 Q4_0] [--output results.json]
+        [--what base gguf gguf-lora] [--types F16 BF16 Q8_0 Q4_0] [--prompts 20] [--tokens 32] [--output results.json]
 
 llama.cpp writes greedily after each prompt and lists the log probabilities of its 512 likeliest tokens; our model (in
 float32, the adapted one on its NF4 base) sees the same tokens. The rest of the vocabulary counts as one token, which
@@ -9,7 +9,9 @@ can only make a KL smaller, by less than the mass of that rest. Of each KL two p
 
     kl_file       ours || what is in the file, decoded by our reader, in float32          the format's own rounding
     kl_inputs     ours || the same with the inputs of every product rounded as llama.cpp rounds them: to fp16 for F16,
-                  to bf16 for BF16, to Q8_0 (32 int8 and a scale) for Q8_0 and Q4_0       and the server's arithmetic
+                  to bf16 for BF16, to Q8_0 (32 int8 and a scale) for Q8_0 and Q4_0       and the server's products
+
+It prints a line of JSON for each file; `differences` are the first tokens that differ, by which logit ours was larger.
 """
 
 from __future__ import annotations
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", default=[], type=Path, help="of SmolLM2; may be given again")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--what", nargs="+", default=["base", "gguf", "gguf-lora"])
     parser.add_argument("--types", nargs="+", default=["F16", "BF16", "Q8_0", "Q4_0"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -171,16 +174,15 @@ def main() -> None:
             arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as place:
-        plain = load_base("smollm2-135m", bits=16, dtype="fp32").eval()
-        for type in arguments.types:
+        for type in arguments.types if "base" in arguments.what else []:
+            plain = load_base("smollm2-135m", bits=16, dtype="fp32").eval()
             file = convert_to_gguf("smollm2-135m", Path(place, type), type=type)
             row("base", type, plain, (file,), load_base(str(file), bits=16, dtype="fp32").eval())
-        del plain
         for number, adapter in enumerate(arguments.adapter):
             files = read_adapter(adapter)
             found, _ = open_adapted(files, Path(place, "none"), [], model=None, trust_remote_code=False)
             ours, method = found.load("fp32"), files.spec.method
-            for to, type in [(to, type) for to in ("gguf", "gguf-lora") for type in arguments.types]:
+            for to, type in [(to, type) for to in arguments.what if to != "base" for type in arguments.types]:
                 written = exported(found, to, type, Path(place, f"{number}-{to}-{type}"))
                 row(f"{method} {adapter}, {to}", type, ours, *written)
 
