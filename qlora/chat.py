@@ -6,6 +6,9 @@ On a terminal there are prompts, labels and tokens per second; elsewhere each li
 else, so that a program can talk. Ctrl-C ends the reply at the next token, not the chat: a handler notes it, and the
 listener is asked. The alternative, an exception in the middle of a forward pass, could leave a model half switched.
 
+A reply computes what is new since the voice's last one: the keys and values of the conversation stay in memory, as many
+as one generation of it needs, for each voice.
+
 Comparing, all voices answer the same conversation, which goes on with the reply of the one that is spoken to: so the
 replies differ by the adapter alone.
 """
@@ -16,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +29,7 @@ from transformers import PreTrainedModel
 
 from qlora.data.chat import no_template
 from qlora.errors import UserError, problem
-from qlora.generate import Listener, Sampling, generate_batch
+from qlora.generate import Listener, Remembered, Sampling, generate_batch
 from qlora.run.adapted import Voice, speaking
 
 HELP = """\
@@ -105,6 +109,7 @@ class Conversation:
         system: the system message.
         messages: user and assistant in turn, without the system message.
         replies: how many were asked for.
+        remembered: what each voice computed of the conversation; adapters change keys and values.
     """
 
     voices: Sequence[Voice]
@@ -113,6 +118,7 @@ class Conversation:
     compare: bool = False
     messages: list[dict] = field(default_factory=list)
     replies: int = 0
+    remembered: dict[str, Remembered] = field(default_factory=lambda: defaultdict(Remembered))
 
     @property
     def repliers(self) -> list[Voice]:
@@ -216,7 +222,8 @@ def _reply(
     interrupted: Callable[[], bool],
 ) -> str:
     """One reply, shown as it is written; what there is of it where it was interrupted."""
-    listener, start = Listener(screen.reply, interrupted), time.perf_counter()
+    remembered = conversation.remembered[voice.name]
+    listener, start = Listener(screen.reply, interrupted, remembered=remembered), time.perf_counter()
     sampling = manner.sampling
     with speaking(model, voice):
         (text,) = generate_batch(

@@ -18,6 +18,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,9 +70,32 @@ def whole_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
             raise UserError(disk_problem(final, error)) from error
         raise
     finally:
-        if _identity(part) == _identity(handle):  # else it has its name, and another process may use this one
-            shutil.rmtree(part, ignore_errors=True)
-        os.close(handle)
+        with _signals_wait():
+            if _identity(part) == _identity(handle):  # else it has its name, and another process may use this one
+                shutil.rmtree(part, ignore_errors=True)
+            os.close(handle)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Within it a signal that would raise an exception waits for the end: a second Ctrl-C leaves nothing half removed.
+    Others, such as those that end the process without Python, act at once.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # Python hears them only there
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _claimed(final: Path) -> tuple[Path, int]:

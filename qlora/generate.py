@@ -5,26 +5,32 @@ Generation is transformers' own `generate`, which knows every architecture's cac
 only the end tokens are used: it may carry a repetition penalty, and then "greedy" would not be greedy. The alternative,
 a decoding loop of our own, would have to know the caches of all architectures.
 
-An answer can be heard while it is written (`Listener`): what is heard adds up to what is returned. Its text is decoded
-anew with each token, since a letter may lie in several of them and tokenizers treat the first one differently.
+An answer can be heard while it is written (`Listener`): what is heard adds up to what is returned. A piece is what a
+token adds to the text of those since the last piece but one: a letter may lie in several tokens, and tokenizers treat
+the first one of a text differently. So an answer costs as many tokenizer calls as it has tokens, each for a few of
+them; to decode all of it each time would cost the square of its length.
+
+Of a conversation, `Remembered` keeps the keys and values: its next answer computes only the tokens that are new.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from qlora.data.chat import prompt_ids, shared, stop_ids
@@ -55,11 +61,54 @@ class Listener:
         heard: called with each new piece of text.
         stopped: asked after each token whether the answer is to end there.
         tokens: how many were written so far, the one that ends the answer included.
+        remembered: what was computed for earlier answers of the conversation, by the same model and adapter.
     """
 
     heard: Callable[[str], object]
     stopped: Callable[[], bool] = lambda: False
     tokens: int = 0
+    remembered: Remembered | None = None
+
+
+@dataclass
+class Remembered:
+    """Keys and values of the first tokens of a conversation, in the model's own cache.
+
+    It serves every prompt that begins with some of the same tokens: what follows them is dropped. A layer with a window
+    that is full cannot drop anything, and other layers than attention keep no tokens: then all is computed again.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    begun: DynamicCache | None = None
+
+    def begin(self, model: PreTrainedModel, row: list[int]) -> dict[str, Any]:
+        """The options of `generate` that go on from what a prompt shares with what is held. Until `keep`, nothing is
+        held: an answer may be interrupted with some of its layers done.
+        """
+        cache, held, same = self.cache, len(self.tokens), shared(self.tokens, row[:-1])
+        self.cache, self.tokens = None, []
+        if cache is None or same == 0 or not _cut(cache, held - same):
+            cache = DynamicCache(config=model.config)
+        self.begun = cache if all(type(layer) in _CUT for layer in cache.layers) else None
+        return {} if self.begun is None else {"past_key_values": self.begun}
+
+    def keep(self, tokens: list[int]) -> None:
+        """Hold what `generate` computed of a prompt and its answer; the last token was never an input."""
+        if self.begun is not None:
+            self.cache, self.tokens = self.begun, tokens[: self.begun.get_seq_length()]
+
+
+_CUT = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _cut(cache: DynamicCache, count: int) -> bool:
+    """Drop the last `count` tokens; False where that cannot be."""
+    if count and any(layer.is_sliding and layer.get_seq_length() >= layer.sliding_window for layer in cache.layers):
+        return False
+    if count:
+        cache.crop(-count)
+    return True
 
 
 @torch.no_grad()
@@ -92,6 +141,7 @@ def generate_batch(
         UserError: an empty prompt, one the chat template refuses, or one longer than the model's positions.
     """
     rows = prompt_rows(model, tokenizer, prompts, system=system, raw=raw)
+    remembered = None if listener is None else listener.remembered
     positions = model_limits(model).positions
     width = max(map(len, rows))
     if positions is not None:
@@ -102,9 +152,8 @@ def generate_batch(
         max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, eos_token_id=stops or None, **_choice(sampling)
     )
 
-    def answer(tokens: list[int]) -> str:
-        text = str(tokenizer.decode(_before_stop(tokens, stops), skip_special_tokens=True))
-        return text if raw else text.strip()
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(_before_stop(tokens, stops), skip_special_tokens=True))
 
     training = model.training
     model.eval()
@@ -121,25 +170,37 @@ def generate_batch(
                     [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device
                 ),
                 generation_config=config,
-                **({} if listener is None else _hearing(listener, answer)),
+                **({} if listener is None else _hearing(listener, Streamer(listener, text, strips=not raw))),
+                **({} if remembered is None else remembered.begin(speaker, rows[0])),
             )
     finally:
         model.train(training)
-    return [answer(tokens) for tokens in output[:, width:].tolist()]
+    if remembered is not None:
+        remembered.keep(output[0].tolist())
+    answers = [text(tokens) for tokens in output[:, width:].tolist()]
+    return answers if raw else [answer.strip() for answer in answers]
 
 
-def _hearing(listener: Listener, answer: Callable[[list[int]], str]) -> dict[str, Any]:
+def _hearing(listener: Listener, streamer: Streamer) -> dict[str, Any]:
     """The options of `generate` that let a listener hear and stop an answer."""
-    return {"streamer": Streamer(listener, answer), "stopping_criteria": StoppingCriteriaList([_Stop(listener)])}
+    return {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([_Stop(listener)])}
 
 
 class Streamer(BaseStreamer):
-    """Hands on the new text of one answer. `generate` puts the prompt first, then token by token."""
+    """Hands on the new text of one answer. `generate` puts the prompt first, then token by token.
 
-    def __init__(self, listener: Listener, answer: Callable[[list[int]], str]):
-        self.listener, self.answer = listener, answer
+    Args:
+        listener: hears it.
+        text: of some tokens.
+        strips: whether white space at both ends is not said.
+    """
+
+    def __init__(self, listener: Listener, text: Callable[[list[int]], str], *, strips: bool):
+        self.listener, self.text, self.strips = listener, text, strips
         self.tokens: list[int] | None = None  # None: the prompt was not put yet
-        self.said = ""
+        self.pieces: list[str] = []
+        self.held = ""  # white space that is said if something follows
+        self._first = self._next = 0  # the tokens of the last piece, and where those that are not said begin
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then one token at a time."""
@@ -148,20 +209,29 @@ class Streamer(BaseStreamer):
             return
         self.tokens += value.reshape(-1).tolist()
         self.listener.tokens = len(self.tokens)
-        text = self.answer(self.tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the next token may complete the letter
-            self._say(text)
+        said, text = self.text(self.tokens[self._first : self._next]), self.text(self.tokens[self._first :])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or not text.startswith(said):
+            return  # the next token may complete the letter
+        self._first, self._next = self._next, len(self.tokens)
+        self._say(text[len(said) :])
 
     def end(self) -> None:
         """Say what was held back; where a tokenizer rewrote what was said, what follows that place."""
-        text = self.answer(self.tokens or [])
-        self.said = self.said[: shared(self.said, text)]
-        self._say(text)
+        text, said = self.text(self.tokens or []), "".join(self.pieces)
+        text = text.strip() if self.strips else text
+        self._hand_on(text[shared(said, text) :])
 
     def _say(self, text: str) -> None:
-        if len(text) > len(self.said) and text.startswith(self.said):
-            self.listener.heard(text[len(self.said) :])
-            self.said = text
+        if self.strips:
+            text = self.held + text if self.pieces else text.lstrip()
+            kept = text.rstrip()
+            text, self.held = kept, text[len(kept) :]
+        self._hand_on(text)
+
+    def _hand_on(self, text: str) -> None:
+        if text:
+            self.listener.heard(text)
+            self.pieces.append(text)
 
 
 class _Stop(StoppingCriteria):

@@ -20,6 +20,7 @@ from tiny import talkative
 import qlora
 from qlora.chat import Conversation, Manner, Screen, chat
 from qlora.cli import main
+from qlora.data.chat import prompt_ids
 from qlora.errors import UserError
 from qlora.generate import Sampling, generate_batch
 from qlora.run.adapted import Voice, load_voices, speaking
@@ -109,6 +110,24 @@ def test_all_voices_answer_the_same_conversation(loaded, monkeypatch, capsys):
     compared = "".join(f"[{name}] {replies[name]}\n" for name in ("two", "base", "one"))
     assert out == f"{first}\n{compared}{last}\n" and len(set(replies.values())) == 3
     assert conversation.messages[3]["content"] == replies["one"]
+
+
+def test_a_reply_computes_what_is_new_since_the_voices_last_one(loaded, monkeypatch, capsys):
+    """Of the conversation only the last turns; each voice remembers its own, as adapters change keys and values."""
+    model, fed = loaded[0], []
+    handle = model.register_forward_pre_hook(
+        lambda model, arguments, named: fed.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    lines = ["first " * 20, "second", "/use two", "third", "/use one", "fourth"]
+    out, _, conversation = talk(loaded, lines, monkeypatch, capsys)
+    handle.remove()
+    prompts = [count for count in fed if count > 1]
+    texts = [message["content"] for message in conversation.messages]
+    whole = [len(prompt_ids(conversation.messages[:n], loaded[1][0].tokenizer)) for n in (1, 3, 5, 7)]
+    assert prompts[0] == whole[0] > 120 and prompts[2] == whole[2]  # the second voice has computed nothing yet
+    assert prompts[1] < whole[1] - 120 and prompts[3] < whole[3] - 120
+    replies = [said(loaded, name, texts[:n]) for name, n in (("one", 1), ("one", 3), ("two", 5), ("one", 7))]
+    assert out == "".join(f"{text}\n" for text in replies)
 
 
 def test_a_mistake_is_a_line_and_the_chat_goes_on(loaded, monkeypatch, capsys):

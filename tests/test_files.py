@@ -6,6 +6,8 @@ import ctypes
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -118,6 +120,33 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path):
     (tmp_path / ".out.part/deep/half").write_text("half")
     write(tmp_path / "out")
     assert contents(tmp_path) == {"out/file": "new"}
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_while_it_clears_up_leaves_nothing_either(tmp_path, number):
+    """It comes with the first file that is removed, and is heard when all are gone."""
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from qlora.files import whole_folder\n"
+        "from qlora.train.signals import as_interrupts\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sent = []\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'os.remove' and not sent:\n"
+        "        sent.append(event)\n"
+        "        os.kill(os.getpid(), signal.Signals[sys.argv[2]])\n"
+        "with as_interrupts():\n"
+        "    try:\n"
+        "        with whole_folder(pathlib.Path(sys.argv[1])) as part:\n"
+        "            for i in range(20):\n"
+        "                (part / str(i)).touch()\n"
+        "            sys.addaudithook(hook)\n"
+        "            raise ValueError\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), number], capture_output=True, text=True)
+    assert done.stdout == "heard\n" and list(tmp_path.iterdir()) == [], done.stderr
 
 
 def test_a_planted_link_is_not_followed(tmp_path):

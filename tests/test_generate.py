@@ -17,7 +17,7 @@ from qlora.data.chat import prompt_ids, stop_ids
 from qlora.data.prompts import read_prompts
 from qlora.errors import UserError
 from qlora.export.peft_write import save_adapter
-from qlora.generate import Listener, Sampling, Streamer, generate_batch
+from qlora.generate import Listener, Remembered, Sampling, Streamer, generate_batch
 from qlora.run.commands import generate_command
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
@@ -165,11 +165,64 @@ def test_what_is_heard_adds_up_to_the_answer(name, raw):
 
 def test_a_letter_of_several_tokens_is_heard_whole():
     tokenizer, pieces = tiny.tokenizer(), []
-    streamer = Streamer(Listener(pieces.append), lambda tokens: tokenizer.decode(tokens))
-    for token in [0, *tokenizer("aé€b").input_ids]:  # the prompt comes first
+    streamer = Streamer(Listener(pieces.append), lambda tokens: tokenizer.decode(tokens), strips=True)
+    for token in [0, *tokenizer("  aé€ \n🙂b ").input_ids]:  # the prompt comes first
         streamer.put(torch.tensor([token]))
     streamer.end()
-    assert pieces == ["a", "é", "€", "b"]
+    assert pieces == ["a", "é", "€", " \n🙂", "b"]
+
+
+def test_a_piece_decodes_a_few_tokens_only(tokenizer):
+    """Of SmolLM2's tokenizer, whose tokens hold parts of letters: what is decoded grows with the text, not with its
+    square. Half of a letter at the end is said as it is decoded.
+    """
+    pieces, decoded = [], []
+
+    def text(tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return tokenizer.decode(tokens)
+
+    written = "naïve café — 你好世界, 🙂🙃 e\u0301 ﬁ ٣٤٥.\n" * 20
+    tokens = (
+        tokenizer(written, add_special_tokens=False).input_ids + tokenizer("🙂", add_special_tokens=False).input_ids[:1]
+    )
+    streamer = Streamer(Listener(pieces.append), text, strips=False)
+    for token in [0, *tokens]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == tokenizer.decode(tokens) == written + "\N{REPLACEMENT CHARACTER}"
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
+    assert sum(decoded) < 10 * len(tokens) < len(tokens) ** 2 / 20
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma3", "windowed", "lfm2"])
+def test_what_is_remembered_changes_no_answer(name):
+    """Prompts that go on, go back and begin anew, with windows that are full and layers that are no attention; where
+    everything is attended to, only what is new is computed.
+    """
+    tokenizer, model = tiny.tokenizer(), talkative(name)
+    remembered, options, fed = Remembered(), {"max_new_tokens": 8, "raw": True}, []
+    handle = model.register_forward_pre_hook(
+        lambda model, arguments, named: fed.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def answered(prompt: str) -> tuple[str, int]:
+        """(the answer, the tokens that the first forward pass took)."""
+        (expected,) = generate_batch(model, tokenizer, [prompt], **options)
+        fed.clear()
+        listener = Listener(lambda text: None, remembered=remembered)
+        assert generate_batch(model, tokenizer, [prompt], listener=listener, **options) == [expected]
+        return expected, fed[0]
+
+    first = "x y z " * 5
+    found, computed = answered(first)
+    assert computed == len(first)
+    counts = [answered(prompt)[1] for prompt in (first + found + " more", first + "and", first[:10], "other", "o")]
+    handle.remove()
+    if name not in ("windowed", "lfm2"):
+        assert counts[0] < len(found.encode()) + 6 and counts[1:] == [3, 1, 5, 1]
+    else:
+        assert counts[1:] == [len(first + "and"), 10, 5, 1]
 
 
 def test_a_listener_ends_the_answer():

@@ -254,8 +254,8 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
 
-def shared(one: str, two: str) -> int:
-    """How many characters two texts begin with alike."""
+def shared(one: Sequence[object], two: Sequence[object]) -> int:
+    """How many characters two texts, or tokens two rows, begin with alike."""
     unlike = (at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
     return next(unlike, min(len(one), len(two)))
 

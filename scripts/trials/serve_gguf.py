@@ -1,10 +1,17 @@
-"""SmolLM2, and an adapter on it, as llama.cpp serves them: greedy texts and KL against our own model, by GGUF type.
+"""SmolLM2 and trained adapters on it, as llama.cpp serves them: greedy texts and KL against our own model.
 
-    python scripts/trials/serve_gguf.py [--prompts 20] [--tokens 32] [--types F16 Q8_0] [--output results.json]
+    python scripts/trials/serve_gguf.py --adapter runs/dora/adapter --adapter runs/lora/adapter
+        [--what base gguf gguf-lora] [--types F16 BF16 Q8_0 Q4_0] [--prompts 20] [--tokens 32] [--output results.json]
 
 llama.cpp writes greedily after each prompt and lists the log probabilities of its 512 likeliest tokens; our model (in
 float32, the adapted one on its NF4 base) sees the same tokens. The rest of the vocabulary counts as one token, which
-can only make a KL smaller, by less than the mass of that rest. The adapter is a DoRA away from its start.
+can only make a KL smaller, by less than the mass of that rest. Of each KL two parts are computed beside it:
+
+    kl_file       ours || what is in the file, decoded by our reader, in float32          the format's own rounding
+    kl_inputs     ours || the same with the inputs of every product rounded as llama.cpp rounds them: to fp16 for F16,
+                  to bf16 for BF16, to Q8_0 (32 int8 and a scale) for Q8_0 and Q4_0       and the server's products
+
+It prints a line of JSON for each file; `differences` are the first tokens that differ, by which logit ours was larger.
 """
 
 from __future__ import annotations
@@ -13,21 +20,28 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HOUSE = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "tests/support")]
 
+import gguf
 import torch
+import transformers
 from llama_cpp import LlamaCpp
-from tiny import disturb
+from torch import nn
 
-from qlora import attach_adapters, load_base, load_tokenizer, save_adapter
-from qlora.export.formats import export_adapter
+from qlora import load_base, load_tokenizer
+from qlora.export.adapted_source import AdaptedSource, open_adapted
+from qlora.export.formats import FORMATS, export_adapter
 from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
+from qlora.export.peft import read_adapter
 from qlora.specs import ExportSpec
 
 LISTED = 512
+ENDS = [0, 2, 4]  # tokens that end a text for llama.cpp, which is told to write on and takes none of them; nor do we
 PROMPTS = [
     "The capital of France is",
     "Water boils at",
@@ -60,59 +74,117 @@ def kl(logs: torch.Tensor, top: dict[int, float]) -> float:
     return float((p.exp() * (p - q)).sum() + rest)
 
 
+def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Mean KL in nats a token, of logits [tokens, vocabulary] of each text."""
+    logs = [(p.double().log_softmax(-1), q.double().log_softmax(-1)) for p, q in zip(wanted, found, strict=True)]
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in logs]).mean().item()
+
+
 @torch.no_grad()
-def measure(model: torch.nn.Module, files: tuple[Path, ...], prompts: list[list[int]], tokens: int) -> dict[str, float]:
-    """How many texts are those of `model`, the mean and largest KL of a token, and the largest `gap`: by how much our
-    likeliest token had the larger logit where llama.cpp took another.
+def logits_of(model: nn.Module, texts: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """[written tokens, vocabulary] of each (prompt, text)."""
+    return [
+        model(input_ids=torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1].float().clone()
+        for ids, found in texts
+    ]
+
+
+def rounded(type: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A hook that rounds the input of a product as llama.cpp does where the weight is of this type."""
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0]
+        if type in ("F16", "BF16"):
+            return (x.to(torch.float16 if type == "F16" else torch.bfloat16).float(), *inputs[1:])
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return (torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), kind), kind)).view_as(x), *inputs[1:])
+
+    return hook
+
+
+def differences(logits: list[torch.Tensor], texts: list[tuple[list[int], list[int]]]) -> list[dict[str, float]]:
+    """Where llama.cpp first took another token than we, for each text that differs: `margin`, by how much the logit of
+    ours is larger than that of theirs.
     """
-    equal, values, gap = 0, [], 0.0
+    found = []
+    for number, (all_logits, (_, written)) in enumerate(zip(logits, texts, strict=True)):
+        ours = all_logits.index_fill(-1, torch.tensor(ENDS), -torch.inf)
+        best, chosen = ours.max(-1), ours.gather(-1, torch.tensor(written).unsqueeze(-1)).squeeze(-1)
+        other = (best.indices != torch.tensor(written)).nonzero().flatten().tolist()
+        if other:
+            margin = (best.values - chosen)[other[0]].item()
+            found.append({"prompt": number, "token": other[0], "margin": margin})
+    return found
+
+
+def measure(
+    ours: nn.Module, decoded: nn.Module, type: str, files: tuple[Path, ...], prompts: list[list[int]], tokens: int
+) -> dict[str, Any]:
+    """How many texts are those of `ours`, where the others part, and the KL (see the head)."""
     with LlamaCpp(*files, context=512) as served:
-        for ids in prompts:
-            found, listed = served.write(ids, tokens, LISTED)
-            logits = model(input_ids=torch.tensor([ids + found])).logits[0, len(ids) - 1 : -1].float()
-            best, chosen = logits.max(-1), logits.gather(-1, torch.tensor(found).unsqueeze(-1)).squeeze(-1)
-            equal += best.indices.tolist() == found
-            gap = max(gap, (best.values - chosen).max().item())
-            values += [kl(*pair) for pair in zip(logits.log_softmax(-1), listed, strict=True)]
+        answers = [served.write(ids, tokens, LISTED) for ids in prompts]
+    texts = [(ids, found) for ids, (found, _) in zip(prompts, answers, strict=True)]
+    wanted = logits_of(ours, texts)
+    values = [
+        kl(*pair)
+        for logits, (_, listed) in zip(wanted, answers, strict=True)
+        for pair in zip(logits.log_softmax(-1), listed, strict=True)
+    ]
+    other = differences(wanted, texts)
+    file = mean_kl(wanted, logits_of(decoded, texts))
+    for module in decoded.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(rounded(type))
     return {
-        "texts": len(prompts),
-        "equal": equal,
+        "equal": len(texts) - len(other),
+        "texts": len(texts),
         "kl": sum(values) / len(values),
         "largest_kl": max(values),
-        "gap": gap,
+        "kl_file": file,
+        "kl_inputs": mean_kl(wanted, logits_of(decoded, texts)),
+        "differences": other,
     }
+
+
+def exported(found: AdaptedSource, to: str, type: str, place: Path) -> tuple[tuple[Path, ...], nn.Module]:
+    """(the files that llama.cpp loads, the model as our reader decodes them)."""
+    folder = export_adapter(found.files.folder, place, ExportSpec(to, type=type), verify=None).folder
+    files = (folder / MODEL,) if to == "gguf" else (folder / BASE, folder / ADAPTER)
+    return files, FORMATS[to].load(folder, found, torch.float32).eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", action="append", default=[], type=Path, help="of SmolLM2; may be given again")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--what", nargs="+", default=["base", "gguf", "gguf-lora"])
     parser.add_argument("--types", nargs="+", default=["F16", "BF16", "Q8_0", "Q4_0"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer("smollm2-135m")
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS[: arguments.prompts]]
     rows = []
 
-    def row(what: str, model: torch.nn.Module, *files: Path) -> None:
-        rows.append({"what": what} | measure(model, files, prompts, arguments.tokens))
+    def row(what: str, type: str, ours: nn.Module, files: tuple[Path, ...], decoded: nn.Module) -> None:
+        rows.append({"what": what, "type": type} | measure(ours, decoded, type, files, prompts, arguments.tokens))
         print(json.dumps(rows[-1]), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as place:
-        plain = load_base("smollm2-135m", bits=16, dtype="fp32")
-        for type in arguments.types:
-            row(f"base, {type}", plain, convert_to_gguf("smollm2-135m", Path(place, type), type=type))
-        del plain
-        base = load_base("smollm2-135m", dtype="fp32")
-        ours = disturb(attach_adapters(base, method="dora", rank=8), spread=0.01, magnitudes=0.05)
-        save_adapter(ours, Path(place, "adapter"))
-        for to, type in [*(("gguf", type) for type in arguments.types), ("gguf-lora", "Q8_0")]:
-            spec = ExportSpec(to, type=type)
-            folder = export_adapter(Path(place, "adapter"), Path(place, to + type), spec, verify=None).folder
-            files = (folder / MODEL,) if to == "gguf" else (folder / BASE, folder / ADAPTER)
-            row(f"DoRA, {to} {type}", ours, *files)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        for type in arguments.types if "base" in arguments.what else []:
+            plain = load_base("smollm2-135m", bits=16, dtype="fp32").eval()
+            file = convert_to_gguf("smollm2-135m", Path(place, type), type=type)
+            row("base", type, plain, (file,), load_base(str(file), bits=16, dtype="fp32").eval())
+        for number, adapter in enumerate(arguments.adapter):
+            files = read_adapter(adapter)
+            found, _ = open_adapted(files, Path(place, "none"), [], model=None, trust_remote_code=False)
+            ours, method = found.load("fp32"), files.spec.method
+            for to, type in [(to, type) for to in arguments.what if to != "base" for type in arguments.types]:
+                written = exported(found, to, type, Path(place, f"{number}-{to}-{type}"))
+                row(f"{method} {adapter}, {to}", type, ours, *written)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     with LlamaCpp(path, lora) as served:   served.write(ids, 8)   served.chat(messages)   served.tokenize(text)
 
+Its cache holds keys and values in fp16: set to float32, which the binding has a name for, it computes the same digits.
+
 The process reads a request and writes an answer, each a line of JSON. In this one a failed assertion of llama.cpp would
 end the tests, and its threads would meet their forks.
 """
@@ -86,8 +88,6 @@ def _serve(path: str, lora: str, context: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, context, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # Keys and values in fp16, its default, are a rounding of the server's and none of the file's.
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if lora:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path, adapter.scale = lora, 1.0

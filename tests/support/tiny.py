@@ -148,7 +148,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def talkative(name: str = "llama", **changes):
     """A random model of the tiny tokenizer's 258 tokens whose answers vary; with small weights they do not."""
     torch.manual_seed(1)
-    config = CONFIGS[name]()
+    config = (CONFIGS | MORE)[name]()
     for option, value in {
         "vocab_size": 258,
         "tie_word_embeddings": False,
