@@ -104,7 +104,8 @@ _CUT = (DynamicLayer, DynamicSlidingWindowLayer)
 
 def _cut(cache: DynamicCache, count: int) -> bool:
     """Drop the last `count` tokens; False where that cannot be."""
-    if count and any(layer.is_sliding and layer.get_seq_length() >= layer.sliding_window for layer in cache.layers):
+    windows = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if count and any(layer.get_seq_length() >= layer.sliding_window for layer in windows):
         return False
     if count:
         cache.crop(-count)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 
 from qlora_kernels.cpu.build import build
 
 build()  # before anything loads the library: an edited source is never tested through what it was compiled to before
+
+# A cache of the tests' own: theirs of small files would push out the user's, and what his holds would decide for them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import torch
 import transformers
