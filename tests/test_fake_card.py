@@ -112,3 +112,11 @@ def test_counters_of_a_graph_are_made_before_it():
     """Made while it is captured, they would lie in its own memory; too few of them are refused, with what to do."""
     said = python(GRAPH).stdout.strip()
     assert said == "True 4096 5000 counters for a CUDA graph: run the step once before it is captured"
+
+
+@pytest.mark.parametrize("capability, half", [("(7, 5)", "float16"), ("(8, 6)", "bfloat16")])
+def test_a_card_is_checked_in_the_16_bits_that_it_computes_in(capability, half):
+    code = "from qlora.selftest.operators import half, shapes; card = torch.device('cuda', 0); "
+    code += "print(half(card), sorted({str(draw.dtype) for draw in shapes(card)}))"
+    done = python(code, capability)
+    assert done.stdout.strip() == f"torch.{half} {sorted(['torch.float32', f'torch.{half}'])}", done.stderr

@@ -55,7 +55,7 @@ def check_first_use(device: torch.device) -> None:
 
 def _failure(name: str, device: torch.device) -> str:
     """Why the operator is wrong there, or ""."""
-    draw = operators.Draw(device, 130, 576, 40, torch.bfloat16)
+    draw = operators.Draw(device, 130, 576, 40, operators.half(device))
     try:
         error, limit = operators.errors(name, draw)
     except Exception as exception:  # of any kind: a compiler, a driver and a card each have their own

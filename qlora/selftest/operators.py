@@ -226,11 +226,17 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
 }
 
 
+def half(device: torch.device) -> torch.dtype:
+    """The 16-bit type to try a device with: bf16, but fp16 on a card that cannot compute in it."""
+    lacking = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacking else torch.bfloat16
+
+
 def shapes(device: torch.device) -> list[Draw]:
     """Odd ones, which end in the middle of every block and vector, and one of a real layer."""
     real = (4096, 4096, 512) if device.type == "cuda" else (1024, 2048, 64)
     odd = [(5, 77, 3), (33, 192, 17), (130, 576, 40)]
-    dtypes = (torch.bfloat16, torch.float32)
+    dtypes = (half(device), torch.float32)
     return [Draw(device, *shape, dtype) for shape in (*odd, real) for dtype in dtypes]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.selftest.operators import CASES, Draw
+from qlora.selftest.operators import CASES, Draw, half
 from qlora_kernels import ops
 
 NAMES = ("dequantize_4bit_into", "rms_norm", "swiglu", "swiglu_backward", "columnwise_dot", "adamw_")
@@ -24,9 +24,9 @@ ROUNDS = 5
 
 
 def share_of_copy(name: str, device: torch.device) -> float:
-    """The operator at the shape of a real layer, in bf16 on a card and float32 on a CPU."""
+    """The operator at the shape of a real layer, in 16 bits on a card and float32 on a CPU."""
     card = device.type == "cuda"
-    draw = Draw(device, 4096, 4096, 2048, torch.bfloat16) if card else Draw(device, 1024, 2048, 512, torch.float32)
+    draw = Draw(device, 4096, 4096, 2048, half(device)) if card else Draw(device, 1024, 2048, 512, torch.float32)
     arguments, call = CASES[name](draw), getattr(ops, name)
     source = torch.ones(1 << 24, device=device)
     target = torch.empty_like(source)
