@@ -406,6 +406,7 @@ def test_8bit_trains_the_real_model_as_well(tmp_path):
                 warmup=2,
                 max_tokens=160,
                 optimizer_state=state,
+                adapter_init="zero",
             )
         )
         losses.append(result.eval_loss_after)
