@@ -62,6 +62,7 @@ def options(place: Path, output: Path, seed: int) -> FinetuneConfig:
         save_every=dice.choice([0, 1, 2, 3]),
         save_minutes=dice.choice([1e-9, 0.0005, 10.0]),
         keep_checkpoints=dice.choice([0, 1, 2]),
+        adapter_init=dice.choice(["auto", "zero"]),
         resume="auto",
     )
 
