@@ -77,6 +77,7 @@ def measure(row: dict) -> dict:
             model = qlora.load_base(name, bits=row["bits"], dtype="bf16", device="cpu")
         name = folder if row["model"] == "1B" else name
         config = FinetuneConfig(
+            adapter_init="zero",  # the steps are measured here
             **{field: row[field] for field in FIELDS} | {"model": name},
             data="-",
             output=folder,
