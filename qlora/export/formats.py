@@ -71,6 +71,9 @@ def _by_transformers(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> 
     model: nn.Module = factory.from_pretrained(
         folder, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=found.source.trust_remote_code
     )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # beside 4-bit layers transformers leaves them in the dtype of their files
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes
             vars(module)["support_avx512bf16_for_cpu"] = False  # it would round constants to bf16; on cards it does not
@@ -185,6 +188,8 @@ def export_adapter(
             coarse = not row.exact or spec.double_quant or type in ("Q8_0", "Q4_0")
             exact = not coarse and (base == "dequantized" or files.base.bits != 4)
             rounded = {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype)
+            if spec.to == "bnb4-lora" and spec.dtype == found.dtype:
+                rounded = "fp32"  # constants and adapter are float32, and the rest has the dtype it was trained with
             _refuse_far(closeness[base], usual_limit(exact, rounded, expected.dtype), verify)
             _say_effect(expected, closeness[base])
         _keep(written[base], part)
