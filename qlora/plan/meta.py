@@ -40,7 +40,7 @@ from qlora.run.inputs import begins_by_error, chooses_codes
 from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
-LIBRARIES = 100_000_000
+LIBRARIES = 90_000_000
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000
 # CUDA, bytes: the workspaces of cuBLAS, 32 MiB for each of the two threads that multiply (less before Hopper)
