@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from qlora.errors import UserError, brief, problem
+from qlora.errors import UserError, guard
 from qlora.files import whole_folder
 from qlora.manifest import MANIFEST, damages, versions, write_manifest
 from qlora.models import gguf_config, gguf_header, gguf_layout
@@ -42,9 +42,7 @@ def cached_config(path: Path, read: Callable[[], PretrainedConfig]) -> Pretraine
     Raises:
         UserError: see `read`.
     """
-    found = _cached(path, "config", read, AutoConfig.from_pretrained, _config_facts)
-    found.name_or_path = str(path.parent)
-    return found
+    return _cached(path, "config", read, AutoConfig.from_pretrained, _config_facts)
 
 
 def cached_tokenizer(path: Path, read: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
@@ -53,9 +51,7 @@ def cached_tokenizer(path: Path, read: Callable[[], PreTrainedTokenizerBase]) ->
     Raises:
         UserError: see `read`.
     """
-    found = _cached(path, "tokenizer", read, AutoTokenizer.from_pretrained, _tokenizer_facts)
-    found.name_or_path = str(path.parent)
-    return found
+    return _cached(path, "tokenizer", read, AutoTokenizer.from_pretrained, _tokenizer_facts)
 
 
 def _cached(
@@ -63,42 +59,41 @@ def _cached(
 ) -> _Made:
     key = _key(path)
     place = None if key is None else _folder() / f"{key}-{kind}"
-    if place is not None and place.is_dir():
-        try:
-            harm = damages(place) if (place / MANIFEST).is_file() else [f"{MANIFEST} is missing"]
-            if not harm:
-                os.utime(place)  # the entry that was longest not asked for goes first
-                return load(place)
-        except Exception as error:  # of any kind: another library's reader
-            harm = [brief(error)]
-        line = problem("cache", place, f"is damaged ({harm[0]})", f"It is made again from {path.name}")
-        print(line, file=sys.stderr, flush=True)
-    made = read()
-    if place is not None:
-        with suppress(UserError, OSError, _Other):  # no room, no right, another process: then nothing is kept
-            return _keep(made, place, kind, load, facts)
-    return made
+    found = None if place is None or not place.is_dir() else _kept(place, load, f"It is made again from {path.name}")
+    if found is None:
+        found = read()
+        if place is not None:
+            with suppress(UserError, OSError):  # no room, no right, another process, another object: nothing is kept
+                found = _keep(found, place, kind, load, facts)
+    found.name_or_path = str(path.parent)
+    return found
 
 
-class _Other(Exception):
-    """What was read back is not what was saved."""
+def _kept(place: Path, load: Callable[[Path], _Made], remedy: str) -> _Made | None:
+    """What an entry holds; None, and a line, where it is damaged."""
+    try:
+        with guard("cache", place, "is damaged", remedy):
+            if harm := damages(place) if (place / MANIFEST).is_file() else [f"{MANIFEST} is missing"]:
+                raise ValueError(harm[0])
+            os.utime(place)  # the entry that was longest not asked for goes first
+            return load(place)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
 
 
 def _keep(made: _Made, place: Path, kind: str, load: Callable[[Path], _Made], facts: Callable[[_Made], Any]) -> _Made:
     """What the next start will read.
 
     Raises:
-        _Other: it is not the same.
-        UserError, OSError: it cannot be written.
+        UserError: it is not the same, or cannot be written.
+        OSError: it cannot be written.
     """
-    with whole_folder(place) as part:
+    with whole_folder(place) as part, guard("cache", place, "is not what was saved", "Read the GGUF file"):
         made.save_pretrained(part)
-        try:
-            again = load(part)
-        except Exception as error:
-            raise _Other from error
+        again = load(part)
         if facts(again) != facts(made):
-            raise _Other
+            raise ValueError("its files say something else")
         write_manifest(part, kind, versions(torch.device("cpu")), None, None)
     by_age = sorted((entry for entry in place.parent.glob("*-*") if entry.is_dir()), key=lambda p: p.stat().st_mtime)
     for old in by_age[:-MOST]:
