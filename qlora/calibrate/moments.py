@@ -13,6 +13,7 @@ says so: H of 28,672 inputs is 3.3 GB. The alternative, all H at once, can be la
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -123,8 +124,8 @@ class _Hooks:
         if name == self.last:
             raise Enough
 
-    def begin(self, batch: Tensor) -> None:
-        """A batch [b, t] comes next."""
+    def begin(self) -> None:
+        """A batch comes next."""
         self.order, self.seen = [], []
 
     def moments(self) -> Iterator[Moments]:
@@ -162,10 +163,11 @@ def input_moments(
         model: in evaluation mode.
         widths: inputs by layer.
         batches: token ids [b, t].
-        budget: bytes of moments to hold at once, counted as if no two layers shared theirs.
+        budget: bytes of moments to hold at once at most, see `held_bytes`.
         widest: inputs that H is taken of whole; of more, blocks on its diagonal. None: always whole.
         rounded: products of bf16 inputs may be rounded to bf16, which is some times faster; H then has no inverse.
     """
+    budget = held_bytes(model, widths, budget, widest)
     found = decoder_layers(model, widths)
     stages = None if found is None else Stages(model, found[1], batches)
     if found is None or stages is None or not stages.works():
@@ -191,10 +193,29 @@ def _by_whole_text(
         hooks = _Hooks({model.get_submodule(name): name for name in group}, widest, rounded)
         with _hooked(hooks):
             for batch in batches:
-                hooks.begin(batch)
+                hooks.begin()
                 forward(model, batch)
                 hooks.last = hooks.order[-1] if hooks.order else None
         yield from hooks.moments()
+
+
+def held_bytes(model: nn.Module, widths: dict[str, int], budget: int = BUDGET, widest: int | None = None) -> int:
+    """How many bytes of moments are held at a time: those of the decoder layer with most, as if no two layers shared
+    theirs, but no more than `budget` and no less than one H. The same whether the model can be run layer by layer.
+    """
+    found = decoder_layers(model, widths)
+    lists = "" if found is None else f"{found[0]}."
+    by_layer: Counter[str] = Counter()
+    for name, width in widths.items():
+        inside = bool(lists) and name.startswith(lists)
+        by_layer[name.removeprefix(lists).split(".")[0] if inside else ""] += _bytes(width, widest)
+    largest = max((_bytes(width, widest) for width in widths.values()), default=0)
+    return max(largest, min(budget, max(by_layer.values(), default=0)))
+
+
+def _bytes(width: int, widest: int | None) -> int:
+    """Of the moments of so many inputs."""
+    return 4 * width * block_width(width, widest)
 
 
 def _groups(widths: dict[str, int], budget: int, widest: int | None) -> Iterator[list[str]]:
@@ -202,7 +223,7 @@ def _groups(widths: dict[str, int], budget: int, widest: int | None) -> Iterator
     group: list[str] = []
     held = 0
     for name, width in widths.items():
-        size = 4 * width * block_width(width, widest)
+        size = _bytes(width, widest)
         if group and held + size > budget:
             yield group
             group, held = [], 0

@@ -70,13 +70,13 @@ class Stages:
         self.hidden: list[Tensor] = []
         self.in_tuple = [False] * len(layers)
 
-    def run(self, i: int, before: Callable[[Tensor], None]) -> None:
-        """Every batch as far as layer i (at or after `at`), which then is where the text stands; `before` sees the
-        batch.
+    def run(self, i: int, before: Callable[[], None]) -> None:
+        """Every batch as far as layer i (at or after `at`), which then is where the text stands; `before` is
+        called ahead of each.
         """
         reached: list[Tensor] = []
         for b, batch in enumerate(self.batches):
-            before(batch)
+            before()
 
             def made(j: int, own: Any, b: int = b) -> Any:
                 def run(*arguments: Any, **named: Any) -> Any:
@@ -124,7 +124,7 @@ class Stages:
             tried.at, tried.hidden = last, [seen[last]]
             first = seen[last + 1]
             with _forwards(self.layers[last:], lambda _, own: noted(last, own)):
-                tried.run(last, lambda _: None)
+                tried.run(last, lambda: None)
         except Exception:  # whatever a stranger's forward does without its layers: the text goes whole
             return False
         return order == [*range(last + 1), last] and torch.equal(first, seen[last + 1])

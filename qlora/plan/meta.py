@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.calibrate.codes import WIDEST
-from qlora.calibrate.moments import BUDGET
+from qlora.calibrate.moments import held_bytes
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
@@ -110,7 +110,8 @@ class MetaRun:
         starts = begins_by_error(config, source)
         self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
         chosen = chooses_codes(config, source)
-        about = DTYPES[dtype], self.device, calibration_text(config.calibrate)[1], chosen
+        tokens = calibration_text(config.calibrate)[1], config.batch_size * config.max_tokens
+        about = DTYPES[dtype], self.device, tokens, chosen
         self.calibration_bytes = calibration_bytes(model, self.targets, *about) if starts or chosen else 0
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
@@ -238,21 +239,24 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
 
 
 def calibration_bytes(
-    model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str, tokens: int, chosen: bool
+    model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str, tokens: tuple[int, int], chosen: bool
 ) -> int:
-    """What the start that undoes the base's error takes beside the forward passes of a text of so many `tokens`:
-    hidden states, moments and one layer's error, or later one layer's 16-bit weight and the logits of three models.
-    Codes that the text chooses take a layer's weight in float32 twice and its codes, and its H six times.
+    """What the start that undoes the base's error takes beside the forward passes of a text: hidden states, moments and
+    one layer's error, or later one layer's 16-bit weight and the logits of three models. Codes that the text chooses
+    take a layer's weight in float32 twice and its codes, and its H six times.
+
+    Args:
+        tokens: of the text, and the most that a batch of the records may have on which the gap is measured.
     """
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     widest = max((columns for _, columns in shapes), default=0)
-    moments = max(4 * widest * widest, min(BUDGET, sum(4 * columns * columns for _, columns in shapes)))
+    moments = held_bytes(model, {name: columns for name, (_, columns) in zip(targets, shapes, strict=True)})
     largest = max((out * columns for out, columns in shapes), default=0)
     vocabulary = model.config.get_text_config().vocab_size
-    hidden = 2 * tokens * model.config.get_text_config().hidden_size * dtype.itemsize  # before and after a layer
+    hidden = 2 * tokens[0] * model.config.get_text_config().hidden_size * dtype.itemsize  # before and after a layer
     start = hidden + moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
     codes = hidden + moments + 5 * 4 * min(widest, WIDEST) ** 2 + (2 * 4 + 1) * largest if chosen else 0
-    logits = 3 * chunk_size(kind, vocabulary) * vocabulary * (dtype.itemsize + 4)
+    logits = 3 * min(tokens[1], chunk_size(kind, vocabulary)) * vocabulary * (dtype.itemsize + 4)
     return max(start, codes, 2 * dtype.itemsize * largest + logits)
 
 

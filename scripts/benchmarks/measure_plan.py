@@ -4,10 +4,10 @@
 
 The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
 stays mapped from there and is no anonymous memory), and a Llama of the 1B shape with random NF4 weights. Three
-optimizer steps on random tokens of the largest batch the settings allow, in a process that keeps no freed memory
-(glibc's bounds are set so; a run with a budget gives it back only where it must, `measure_budget.py`); RssAnon is read
-every 3 ms. Both figures are above the process' baseline after its imports, which is printed too. Exit code 1 if one is
-off by more than 10 %.
+optimizer steps, after an error start where the row has one, on random tokens of the largest batch the settings allow,
+in a process that keeps no freed memory (glibc's bounds are set so; a run with a budget gives it back only where it
+must, `measure_budget.py`); RssAnon is read every 3 ms. Both figures are above the process' baseline after its imports,
+which is printed too. Exit code 1 if one is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from record import about, child, write
 
 FILE = "smollm2-135m, safetensors"
+TOKENS = 1024  # that an error start is made from
 KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
 FIELDS = (
     "model",
@@ -31,18 +32,23 @@ FIELDS = (
     "optimizer_memory",
     "accumulate",
     "bits",
+    "adapter_init",
 )
-QUICK = [("smollm2-135m", "dora", 16, 2, 128, False, "all", 1, 4), (FILE, "lora", 64, 1, 128, True, "none", 2, 4)]
+QUICK = [
+    ("smollm2-135m", "dora", 16, 2, 128, False, "all", 1, 4, "zero"),
+    (FILE, "lora", 64, 1, 128, True, "none", 2, 4, "zero"),
+    ("smollm2-135m", "dora", 16, 2, 256, True, "all", 1, 4, "error"),
+]
 GRID = [
     *QUICK,
-    (FILE, "dora", 16, 2, 128, False, "all", 1, 16),
-    ("smollm2-135m", "dora", 16, 4, 256, False, "all", 1, 4),
-    ("smollm2-135m", "dora", 16, 4, 256, True, "all", 1, 4),
-    ("smollm2-135m", "lora", 64, 4, 256, False, "20MB", 2, 4),
-    ("smollm2-135m", "lora", 16, 1, 1024, False, "all", 1, 4),
-    ("1B", "dora", 16, 1, 128, False, "all", 1, 4),
-    ("1B", "lora", 64, 1, 128, True, "none", 1, 4),
-    ("1B", "dora", 16, 2, 128, True, "50MB", 2, 4),
+    (FILE, "dora", 16, 2, 128, False, "all", 1, 16, "zero"),
+    ("smollm2-135m", "dora", 16, 4, 256, False, "all", 1, 4, "zero"),
+    ("smollm2-135m", "dora", 16, 4, 256, True, "all", 1, 4, "zero"),
+    ("smollm2-135m", "lora", 64, 4, 256, False, "20MB", 2, 4, "zero"),
+    ("smollm2-135m", "lora", 16, 1, 1024, False, "all", 1, 4, "zero"),
+    ("1B", "dora", 16, 1, 128, False, "all", 1, 4, "zero"),
+    ("1B", "lora", 64, 1, 128, True, "none", 1, 4, "zero"),
+    ("1B", "dora", 16, 2, 128, True, "50MB", 2, 4, "zero"),
 ]
 
 
@@ -54,8 +60,13 @@ def measure(row: dict) -> dict:
     from random_models import llama_config, random_batch
 
     import qlora
+    from qlora.calibrate.gap import measure_gap
+    from qlora.calibrate.moments import rectangles
+    from qlora.calibrate.start import start_by_error
     from qlora.cli import bound_kernel_caches
     from qlora.config.commands import FinetuneConfig
+    from qlora.data.batch import Example
+    from qlora.models.originals import originals
     from qlora.plan.fit import peak_batches, predict, requested
     from qlora.plan.meta import MetaRun
     from qlora.run.inputs import find_model
@@ -77,17 +88,23 @@ def measure(row: dict) -> dict:
             model = qlora.load_base(name, bits=row["bits"], dtype="bf16", device="cpu")
         name = folder if row["model"] == "1B" else name
         config = FinetuneConfig(
-            adapter_init="zero",  # the steps are measured here
             **{field: row[field] for field in FIELDS} | {"model": name},
             data="-",
             output=folder,
             dtype="bf16",
             device="cpu",
+            calibrate=f"-:{TOKENS}" if row["adapter_init"] == "error" else None,
         )
         torch.manual_seed(0)
         qlora.attach_adapters(model, method=config.method, rank=config.rank)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
+        if config.adapter_init == "error":
+            rows = torch.randint(5, 49000, (TOKENS // config.max_tokens, config.max_tokens)).tolist()
+            texts = [Example(tuple(ids), (False,) + (True,) * (len(ids) - 1)) for ids in rows]
+            weights = originals(find_model(config))
+            start_by_error(model.eval(), weights, rectangles(texts, TOKENS, 0, config.batch_size))
+            measure_gap(model, weights, texts[:4], config.batch_size)
         batch = random_batch(config.max_tokens, 49000, config.batch_size, lowest=5)
         optimizer = adapter_optimizer(model, config.optimizer(), folder)
         model.train()
@@ -136,7 +153,7 @@ def run(row: tuple, folder: str) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small runs")
+    parser.add_argument("--quick", action="store_true", help="three small runs")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

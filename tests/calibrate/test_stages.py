@@ -7,7 +7,7 @@ import tiny
 import torch
 import transformers
 
-from qlora.calibrate.moments import block_width, input_moments
+from qlora.calibrate.moments import block_width, held_bytes, input_moments
 from qlora.calibrate.stages import Stages, decoder_layers
 from qlora.layers.linear import linear_names
 
@@ -128,3 +128,13 @@ def test_moments_are_those_of_every_position(dtype, rounded):
     assert found[name].dtype == torch.float32
     size = x.square().mean(0).sqrt()  # an element's rounding is that of the products it sums
     assert bool(((found[name] - x.t() @ x / len(x)).abs() <= rounding * torch.outer(size, size) + 1e-9).all())
+
+
+def test_moments_held_are_those_of_one_decoder_layer_within_the_budget():
+    model = tiny.llama()
+    layer = sum(4 * model.get_submodule(name).in_features ** 2 for name in widths(model) if ".layers.0." in name)
+    largest = 4 * max(widths(model).values()) ** 2
+    assert largest < layer == held_bytes(model, widths(model))
+    assert held_bytes(model, widths(model), budget=layer - 1) == layer - 1
+    assert held_bytes(model, widths(model), budget=1) == largest and held_bytes(model, {}) == 0
+    assert held_bytes(tiny.llama().model.norm, widths(model)) == 2 * layer  # no list of decoder layers

@@ -172,7 +172,7 @@ def test_a_plan_follows_the_planned_device(tmp_path, monkeypatch):
 
 def test_the_order_of_sacrifice():
     config = PlanConfig(model="smollm2-135m", device="cpu", dtype="bf16", batch_size=4, max_tokens=256, rank=64)
-    config = dataclasses.replace(config, adapter_init="zero")  # a start takes more than half of these steps' memory
+    config = dataclasses.replace(config, adapter_init="zero")  # a start takes more than the least of these steps do
     run, lengths = meta_run(config), peak_batches(config)
     wanted = predict(run, requested(config), lengths)
     assert fit(run, wanted.budget, lengths)[0] == wanted
