@@ -344,6 +344,11 @@ def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> b
     return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
 
 
+def multiplies_by_integers() -> bool:
+    """Whether float32 products of a layer are made of integers where torch's switch allows less than float32."""
+    return NATIVE is not None and NATIVE.layers > 1
+
+
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` has a kernel for them on their device."""
     if ("attention", "native") in AVOIDED or ("attention_backward", "native") in AVOIDED:

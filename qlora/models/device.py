@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from qlora.errors import UserError, problem
+from qlora_kernels import backends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -70,6 +71,18 @@ def native_bf16_cpu() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _want_of_bf16(dtype: str, device: torch.device) -> bool:
+    """Whether "auto" is fp32 because a CPU has no bf16."""
+    return dtype == "auto" and device.type == "cpu" and not native_bf16_cpu()
+
+
+def arithmetic_of(dtype: str, device: torch.device) -> str:
+    """What decides the numbers of a run: the dtype, and whether `products_of` makes float32 products of integers."""
+    if _want_of_bf16(dtype, device) and backends.multiplies_by_integers():
+        return "auto (fp32, products by integers)"
+    return resolve_dtype(dtype, device)
+
+
 @contextmanager
 def products_of(dtype: str, device: torch.device) -> Iterator[None]:
     """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be less precise (torch's switch,
@@ -78,7 +91,7 @@ def products_of(dtype: str, device: torch.device) -> Iterator[None]:
     """
     before = torch.get_float32_matmul_precision()
     try:
-        if dtype == "auto" and device.type == "cpu" and not native_bf16_cpu() and before == "highest":
+        if _want_of_bf16(dtype, device) and before == "highest":
             torch.set_float32_matmul_precision("high")
         yield
     finally:

@@ -33,7 +33,7 @@ def run_identity(
     """What decides the numbers of a run: its options, its tokens, its length.
 
     Args:
-        dtype: what the option means here, as "auto" depends on the machine.
+        dtype: what the option means here, as "auto" depends on the machine; see `arithmetic_of`.
         checkpoint: what the run goes on from.
     """
     free = changeable(FinetuneConfig)

@@ -27,7 +27,7 @@ from qlora.data.order import run_length
 from qlora.errors import UserError
 from qlora.evaluate import evaluate
 from qlora.export.peft_write import save_adapter
-from qlora.models.device import device_notes, products_of, resolve_device, resolve_dtype
+from qlora.models.device import arithmetic_of, device_notes, products_of, resolve_device, resolve_dtype
 from qlora.optim.adamw import PagedAdamW
 from qlora.run.assemble import ModelSpec, assemble
 from qlora.run.codes import base_of_run
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
             warmup=config.warmup,
         )
         checkpoint = run.checkpoint
-        identity = run_identity(config, inputs, length, resolve_dtype(config.dtype, run.device), checkpoint)
+        identity = run_identity(config, inputs, length, arithmetic_of(config.dtype, run.device), checkpoint)
         if checkpoint is not None:
             check_same_run(identity, checkpoint)
         run.keep_memory(inputs)

@@ -16,6 +16,7 @@ from qlora.layers.attach import named_adapters
 from qlora.run.adapted import load_adapted
 from qlora.run.commands import evaluate_command, plan_command
 from qlora.run.recipe import finetune
+from qlora_kernels import backends
 
 
 def test_a_run(config, tmp_path, capsys):
@@ -66,6 +67,18 @@ def test_auto_for_want_of_bf16_allows_float32_products_by_integers(config, monke
         allowed.clear()
         finetune(config(dtype, dtype=dtype, steps=1))
         assert allowed == expected
+
+
+def test_a_run_by_integers_does_not_go_on_without(config, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    finetune(config(dtype="auto", save_every=2))
+    if backends.multiplies_by_integers():
+        (problem,) = refused(config(dtype="fp32", resume=True))
+        assert problem.startswith("dtype=fp32: the run began with dtype=auto (fp32, products by integers)")
+    else:
+        assert finetune(config(dtype="fp32", resume=True)).steps == 4
+    assert finetune(config(dtype="auto", resume=True)).steps == 4
 
 
 def test_the_adapter_is_the_last_checkpoint_and_evaluates_to_the_last_loss(config, place, tmp_path):
