@@ -20,6 +20,7 @@ from qlora.errors import problem
 
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 BLOCKSIZES: tuple[int, ...] = get_args(Blocksize)
+DTYPE_NAMES = ("bf16", "fp16", "fp32")
 Scales = Literal["absmax", "mse"]
 SCALES: tuple[str, ...] = get_args(Scales)
 Codes = Literal["nearest", "gptq"]
@@ -53,10 +54,14 @@ _BOUNDS = {
 
 
 def _range_problems(spec: Any) -> list[str]:
-    """A line for every field with a range whose value is no number in it; a whole one where its default is."""
+    """A line for every field with a range whose value is no number in it, a whole one where its default is; and for
+    every switch that is neither on nor off.
+    """
     problems = []
     for entry in dataclasses.fields(spec):
         limits, value = entry.metadata.get("limits"), getattr(spec, entry.name)
+        if isinstance(entry.default, bool) and not isinstance(value, bool):
+            problems.append(problem(entry.name, value, "must be True or False", f"The default is {entry.default}"))
         if limits is None:
             continue
         whole = isinstance(entry.default, int)
@@ -84,6 +89,11 @@ class Quantization:
         None  # bf16, fp16, fp32: what weights were rounded to first; None: quantized as they are stored
     )
 
+    def problems_of_nf4(self) -> list[str]:
+        """`problems`, for who quantizes whatever `bits` says."""
+        sixteen = problem("bits", 16, "leaves every weight as it is, and this quantizes to NF4", "Use `bits=4`")
+        return [*self.problems(), *([sixteen] if self.bits == 16 else [])]
+
     def resolved(self) -> ResolvedQuantization:
         """With the defaults of weights to quantize in the place of None."""
         given: dict[str, Any] = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -100,7 +110,7 @@ class Quantization:
         if self.scales is not None and self.scales not in SCALES:
             remedy = "absmax is the usual choice"
             found.append(problem("scales", self.scales, f"must be {' or '.join(SCALES)}", remedy))
-        if self.cast_to not in (None, "bf16", "fp16", "fp32") or (self.cast_to and self.bits == 16):
+        if self.cast_to not in (None, *DTYPE_NAMES) or (self.cast_to and self.bits == 16):
             rule = "must be bf16, fp16 or fp32, and is for `bits=4`"
             found.append(problem("cast_to", self.cast_to, rule, "Leave it out: weights are quantized as stored"))
         return found
@@ -181,8 +191,12 @@ class ExportSpec:
     base: str = "dequantized"  # what is merged into: the values that training saw, the checkpoint's own, or the closer
     dtype: str = "auto"  # of weights that are not quantized; auto: bf16 for "hf", else what the training computed in
     double_quant: bool = False  # of "bnb4-lora": its rescaled constants in 8 bits again
-    shard_size: int = 10**9  # bytes of the largest file
+    shard_size: int = limited(10**9, ge=1)  # bytes of the largest file
     type: str = "auto"  # of the matrices in a GGUF file; auto: F16 for "gguf", for "gguf-lora" see `write_gguf_lora`
+
+    def problems(self) -> list[str]:
+        """A line for every number or switch that no export can have; what suits which format, `export.formats` says."""
+        return _range_problems(self)
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,13 @@ class VerifySpec:
 
     data: str | None = None
     max_kl: float | None = None  # nats a token
+
+    def problems(self) -> list[str]:
+        """A line for a limit that is none: against NaN everything is close."""
+        number = isinstance(self.max_kl, (int, float)) and not isinstance(self.max_kl, bool)
+        if self.max_kl is None or (number and math.isfinite(self.max_kl) and self.max_kl > 0):
+            return []
+        return [problem("max_kl", self.max_kl, "must be a number above 0", "Leave it out for the format's own limit")]
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,13 @@ def quantize_checkpoint(
         UserError: the output is not empty, the model is quantized already, a weight holds NaN or inf, or the disk is
             full.
     """
+    quantization = quantization or Quantization()
+    problems = ExportSpec(shard_size=shard_size).problems() + quantization.problems_of_nf4()
+    if problems:
+        raise UserError(problems)
     folder = check_new_folder(output)
     source = resolve(model, revision, trust_remote_code=trust_remote_code)
-    return write_quantized(source, folder, quantization or Quantization(), dtype=dtype, shard_size=shard_size)
+    return write_quantized(source, folder, quantization, dtype=dtype, shard_size=shard_size)
 
 
 def write_quantized(

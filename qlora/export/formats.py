@@ -237,7 +237,7 @@ def _problems(spec: ExportSpec, verify: VerifySpec | None, trained: BaseInfo) ->
     """What is wrong with the options, before anything but the adapter is looked at."""
     if spec.to not in FORMATS:
         return [problem("to", spec.to, f"must be one of {', '.join(FORMATS)}", "hf is what most programs read")]
-    row, problems = FORMATS[spec.to], []
+    row, problems = FORMATS[spec.to], spec.problems()
     if spec.base not in MERGE_BASES:
         rule = f"must be one of {', '.join(MERGE_BASES)}"
         problems.append(problem("base", spec.base, rule, "dequantized is what was trained"))
@@ -257,6 +257,7 @@ def _problems(spec: ExportSpec, verify: VerifySpec | None, trained: BaseInfo) ->
     if verify is None and spec.base == "best":
         problems.append(problem("base", "best", "needs the verification, which compares both", "Leave out `verify`"))
     if verify is not None:
+        problems += verify.problems()
         missing = [name for name in row.readers if importlib.util.find_spec(name) is None]
         rule = f"needs {' and '.join(missing)}, which read this format"
         remedy = f"Install with: pip install {' '.join(missing)}; or use `verify=False`"

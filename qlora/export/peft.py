@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
@@ -36,6 +36,7 @@ from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
 from qlora.models.quantize import is_finite, same_weights
+from qlora.models.source import read_tokenizer
 from qlora.specs import AdapterSpec
 
 TENSORS, PEFT_CONFIG, OWN_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "qlora.json", "README.md"
@@ -254,9 +255,7 @@ def adapter_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) ->
     folder = Path(folder).expanduser()
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    with guard("adapter", folder, "its tokenizer cannot be loaded", "Use another copy of the adapter"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return tokenizer
+    return read_tokenizer(folder, folder, of="adapter", trust_remote_code=trust_remote_code)
 
 
 def _check_manifest(folder: Path) -> None:

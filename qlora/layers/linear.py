@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from qlora.errors import UserError, problem
 from qlora.layers import nf4, transformers_code
 from qlora.layers.weight import FrozenWeight
 from qlora.models.saver import saves_what_loads
@@ -159,8 +160,16 @@ def linear_names(model: nn.Module) -> list[str]:
     find: Any = getattr(model, "get_output_embeddings", None)
     head, alone = None if find is None else find(), left_alone(model)
     return [
-        name for name, module in model.named_modules() if is_linear(module) and module is not head and name not in alone
+        name
+        for name, module in model.named_modules()
+        if name and is_linear(module) and module is not head and name not in alone
     ]
+
+
+def no_linear(model: nn.Module) -> str:
+    """The line that refuses a module without a layer for us."""
+    rule = "has no linear layer beneath it but its output head"
+    return problem("model", type(model).__name__, rule, "Give the whole model; a layer alone: nn.Sequential(layer)")
 
 
 READ = "the model's own code reads its weight"
@@ -197,9 +206,14 @@ def quantize_(module: nn.Module, quantization: Quantization = DEFAULT) -> nn.Mod
     Peak memory: the module, and one layer twice. What is quantized already stays.
 
     Raises:
-        UserError: a weight holds NaN or inf (named), or the options are impossible.
+        UserError: a weight holds NaN or inf (named), the options are impossible, or there is nothing to quantize.
     """
-    for name in linear_names(module):
+    problems, names = quantization.problems_of_nf4(), linear_names(module)
+    if not names:
+        problems.append(no_linear(module))
+    if problems:
+        raise UserError(problems)
+    for name in names:
         layer = module.get_submodule(name)
         if not isinstance(layer, NF4Linear):
             module.set_submodule(name, NF4Linear.from_linear(layer, quantization, f"{name}.weight"))

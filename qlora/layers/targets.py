@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.errors import UserError, problem, shortened
-from qlora.layers.linear import is_linear, left_alone, linear_names
+from qlora.layers.linear import is_linear, left_alone, linear_names, no_linear
 
 REMEDY = "Use all-linear, names separated by commas, or a regular expression for the whole module name"
 _NAME = re.compile(r"[\w.]+")
@@ -33,9 +33,13 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """
     if targets == "all-linear":
         names = linear_names(model)
+        if not names:
+            raise UserError(no_linear(model))
         _refuse_heads(model, names)
         return names
     modules = {name: module for name, module in model.named_modules() if name}
+    if not isinstance(targets, (str, list, tuple)) or not all(isinstance(name, str) for name in targets):
+        raise UserError(problem("targets", targets, "must be text, or a list of it", REMEDY))
     names = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     if not names:
         raise UserError(problem("targets", "(none)", "names no layer", REMEDY))

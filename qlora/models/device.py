@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 
 from qlora.errors import UserError, problem
+from qlora.specs import DTYPE_NAMES
 from qlora_kernels import backends
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -28,7 +29,7 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(problem("device", device, "is no torch device", "Use auto, cpu, cuda or cuda:0")) from None
     if chosen.type != "cuda":
         return chosen
@@ -44,7 +45,13 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the device multiplies bf16 natively, else fp32."""
+    """ "auto" is bf16 where the device multiplies bf16 natively, else fp32.
+
+    Raises:
+        UserError: a name that is neither "auto" nor one of `DTYPES`.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(problem("dtype", dtype, f"must be one of auto, {', '.join(DTYPES)}", "auto suits the device"))
     if dtype != "auto":
         return dtype
     if device.type == "cuda":

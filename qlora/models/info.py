@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from qlora.errors import UserError, problem
-from qlora.specs import Quantization
+from qlora.errors import UserError, problem, shortened
+from qlora.specs import DTYPE_NAMES, Quantization
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class BaseInfo:
             value, names = getattr(self, field.name), str(field.type).split(" | ")
             if type(value).__name__.replace("NoneType", "None") not in names:
                 raise TypeError(f"{field.name} is {type(value).__name__}, not {field.type}")
+        for name in ("dtype", "stored", "cast"):
+            if getattr(self, name) not in (None, *DTYPE_NAMES):
+                raise ValueError(
+                    f"{name} is {shortened(repr(getattr(self, name)), 40)}, and none of {', '.join(DTYPE_NAMES)}"
+                )
 
     def quantization(self, packed: bool) -> Quantization:
         """What makes these weights again from a checkpoint; `packed`: one that is NF4 already."""

@@ -11,6 +11,7 @@ in it and keep nothing. The alternative not taken: a loader of our own for each 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -181,7 +182,7 @@ def embedding_rows(model: nn.Module) -> int | None:
 
 
 def load_base(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     dtype: str = "auto",
     device: str = "auto",

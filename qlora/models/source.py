@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -55,7 +57,7 @@ class Source:
 
 
 def resolve(
-    model: str, revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+    model: str | os.PathLike[str], revision: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
 ) -> Source:
     """Where a model lies: asked once by a command, and passed on. What is given stands in the Source as well.
 
@@ -67,6 +69,7 @@ def resolve(
     Raises:
         UserError: nothing there, with the nearest names; the download failed.
     """
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str):  # an adapter names its base in JSON
         raise UserError(problem("model", model, "must be text", "Give a folder, a .gguf file or a hub id"))
     path = local_path("model", model)
@@ -254,7 +257,7 @@ def _entries(value: Any, key: str = "", depth: int = 4) -> Iterator[tuple[str, A
 
 
 def load_tokenizer(
-    model: str | Source, *, trust_remote_code: bool = False, revision: str | None = None
+    model: str | os.PathLike[str] | Source, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model given as for `load_base`, with its chat template.
 
@@ -275,15 +278,15 @@ def _gguf_tokenizer(path: Path, name: object) -> PreTrainedTokenizerBase:
 
 
 def read_tokenizer(
-    folder: str | Path, name: object, reader: Any = AutoTokenizer, **options: Any
+    folder: str | Path, name: object, reader: Any = AutoTokenizer, *, of: str = "model", **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, which has tokenized a word; `name` is what an error calls the model or adapter.
+    """The tokenizer in a folder, which has tokenized a word; `name` is what an error calls the model or adapter (`of`).
 
     Raises:
         UserError: it does not load, or does not work: tokenizers reads many a damaged file and fails at the first text.
     """
-    remedy = "Put the tokenizer's files into the model's folder"
-    with guard("model", name, "its tokenizer cannot be loaded", remedy):
+    remedy = f"Put the tokenizer's files into the {of}'s folder"
+    with guard(of, name, "its tokenizer cannot be loaded", remedy):
         found: PreTrainedTokenizerBase = reader.from_pretrained(folder, **options)
         found.decode(found("word").input_ids)
         _ = len(found), found.all_special_tokens, found.all_special_ids
@@ -318,4 +321,30 @@ def load_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+    _check_generation(source.folder / "generation_config.json")
     return config
+
+
+def _check_generation(path: Path) -> None:
+    """What a model says of the ends of its answers: transformers passes over a file that it cannot read, and then other
+    tokens end an answer.
+
+    Raises:
+        UserError: the file is no generation config, or what it calls a token is none.
+    """
+    if not path.is_file():
+        return
+    stated, remedy = _json(path), "Get the model's folder again"
+    problems = [
+        problem(key, value, f"must be a token's number, or a list of them, in {path}", remedy)
+        for key, value in stated.items()
+        if key.endswith("_token_id") and not all(type(one) is int for one in _listed(value))
+    ]
+    if problems:
+        raise UserError(problems)
+    with guard("model", path, "does not say how to generate", remedy):
+        GenerationConfig.from_dict(stated)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -167,6 +167,29 @@ def test_a_tokenizer_that_does_not_load(model, name, change):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token_id": ["a"]},
+        {"eos_token_id": "2"},
+        {"pad_token_id": 1.5},
+        {"bos_token_id": True},
+        {"max_new_tokens": 0},
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_is_none(model, change):
+    """transformers passes over it, and then another token ends an answer."""
+    path = model / "generation_config.json"
+    load_base(str(model), dtype="fp32")
+    path.write_text(json.dumps(change))
+    assert str(path) in refused(model)
+    path.write_text('{"eos_token_id": ')
+    assert str(path) in refused(model)
+    path.write_text('{"eos_token_id": [2, 3], "pad_token_id": null}')
+    assert load_base(str(model)).generation_config.eos_token_id == [2, 3]
+
+
+@pytest.mark.parametrize(
     "name", ["", 3, ["a"], None, "x" * 5000, "a\0b", "~nobody-of-this-name/x", "a//b", "https://x/y"]
 )
 def test_a_name_that_leads_nowhere(name):
