@@ -23,7 +23,7 @@ from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.errors import UserError, problem
 from qlora.layers.loss import logit_chunks
 from qlora.models.limits import model_limits, refuse_tokens
-from qlora.train.rng import random_states, set_random_states
+from qlora.train.rng import undisturbed
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def evaluate(
         )
     if isinstance(model, PreTrainedModel):
         refuse_tokens(model_limits(model), examples)
-    training, states = model.training, random_states()
+    training = model.training
     model.eval()
     device = next(model.parameters()).device
     loss, right = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
     targets = 0
     try:
         # Not inference_mode: norms that adapters keep from here are used in training.
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed():
             for batch in by_length(examples, batch_size):
                 if before_batch is not None:
                     before_batch()
@@ -77,7 +77,6 @@ def evaluate(
                     targets += count
     finally:
         model.train(training)
-        set_random_states(states)
     mean = loss.item() / targets
     if not math.isfinite(mean):
         rule = "is no finite number over the data to evaluate on"

@@ -4,25 +4,35 @@
     Draws(seed)    one generator a device, seeded like torch's own: the same numbers on a CPU as those would give
 
 torch's global generators are one for all threads of a process, so two runs beside each other would take each other's
-numbers. The alternative, a seed for each layer and step, would change what every earlier run drew.
+numbers. A base with dropout of its own knows no others: for each of its steps they are set to the states that belong to
+the model (`Draws.lent`), and steps of such models take turns. The alternative, a seed for each layer and step, would
+change what every earlier run drew.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+TURN = threading.RLock()  # of torch's global generators, among the threads that set their states
+
 
 class Draws:
-    """The generators of a model's adapters. `dropout`: whether they draw in training, `device`: where."""
+    """The generators of a model's adapters. `dropout`: whether they draw in training, `device`: where, `base`: whether
+    the base draws too, from torch's own.
+    """
 
-    def __init__(self, seed: int, device: torch.device, dropout: bool = True):
+    def __init__(self, seed: int, device: torch.device, dropout: bool = True, base: bool = False):
         self.seed, self.device, self.dropout = seed, device, dropout
         self._generators: dict[str, torch.Generator] = {}
         self.on(device)
+        kinds = {"cpu", device.type} if base else set()
+        self.lent = {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds}
 
     def on(self, device: torch.device) -> torch.Generator:
         """The generator of a device."""
@@ -39,6 +49,36 @@ class Draws:
         for name, state in states.items():
             if name in self._generators:
                 self._generators[name].set_state(state)
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Inside, torch's global generators are this model's; after it they are what they were before."""
+        if not self.lent:
+            yield
+            return
+        with TURN:
+            outside = self._torch_states()
+            self._set_torch_states(self.lent)
+            try:
+                yield
+            finally:
+                self.lent = self._torch_states()
+                self._set_torch_states(outside)
+
+    def _torch_states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        return states if self.device.type == "cpu" else states | {"cuda": torch.cuda.get_rng_state(self.device)}
+
+    def _set_torch_states(self, states: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def base_drops(config: Any) -> bool:
+    """Whether a model of this config of transformers has dropout of its own in training."""
+    options = config.to_dict().items()
+    return any("drop" in name and isinstance(value, int | float) and value > 0 for name, value in options)
 
 
 def draws_of(model: nn.Module) -> Draws | None:

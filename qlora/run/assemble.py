@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora.errors import guard
 from qlora.layers.attach import attach
-from qlora.layers.dropout import Draws
+from qlora.layers.dropout import Draws, base_drops
 from qlora.layers.forward_mode import choose_forward_mode, expected_forward_mode
 from qlora.layers.fused import fuse
 from qlora.models.device import DTYPES
@@ -60,7 +60,7 @@ def assemble(
     if architecture is None:
         model = load_source(source, spec.quantization, dtype=spec.dtype, device=str(device))
         seed_generators(spec.seed)
-        draws = Draws(spec.seed, device, spec.adapter.dropout > 0)
+        draws = Draws(spec.seed, device, spec.adapter.dropout > 0, base_drops(model.config))
     else:
         model = empty_base(source, spec, architecture)
         if backends.has_fused_elementwise(torch.device("meta")):  # as `load_source` asks of the real device

@@ -1,5 +1,5 @@
 """The states of every random generator that a run draws from, as JSON: torch (all devices), Python, numpy, and the
-model's own, from which its adapters draw (`layers.dropout`).
+model's own, from which its adapters draw (`layers.dropout`). Where the base draws too, torch's are the model's own.
 
 A step that is taken again, an evaluation, and a resumed run put them back, so each draws what an undisturbed run draws.
 The alternative, seeding from the number of the step, would change the masks of dropout with how a step is cut.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import UserError, problem
-from qlora.layers.dropout import draws_of
+from qlora.layers.dropout import TURN, draws_of
 
 
 def seed_generators(seed: int) -> None:
@@ -35,10 +36,24 @@ def random_states(model: nn.Module | None = None) -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     array = numpy.random.get_state(legacy=False)
     array["state"]["key"] = array["state"]["key"].tolist()
-    here = {"torch": _text(torch.get_rng_state()), "cuda": [_text(state) for state in cuda]}
     draws = None if model is None else draws_of(model)
+    lent = {} if draws is None else draws.lent
+    if draws is not None and "cuda" in lent:
+        cuda[draws.device.index or 0] = lent["cuda"]
+    here = {"torch": _text(lent.get("cpu", torch.get_rng_state())), "cuda": [_text(state) for state in cuda]}
     own = {} if draws is None else {"adapters": {name: _text(state) for name, state in draws.states().items()}}
     return here | {"python": random.getstate(), "numpy": array} | own
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is drawn inside is drawn again after it: torch's generators, Python's and numpy's are put back."""
+    with TURN:
+        states = random_states()
+        try:
+            yield
+        finally:
+            set_random_states(states)
 
 
 def set_random_states(states: Mapping[str, Any], model: nn.Module | None = None) -> None:
@@ -61,11 +76,12 @@ def set_random_states(states: Mapping[str, Any], model: nn.Module | None = None)
     draws = None if model is None else draws_of(model)
     if model is None or draws is None:
         return
-    base_drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if "adapters" not in states and draws.dropout and (draws.device.type != "cpu" or base_drops):
+    if "adapters" not in states and draws.dropout and (draws.device.type != "cpu" or draws.lent):
         rule = "was written by a version whose dropout drew other numbers"
         raise UserError(problem("checkpoint", "(older)", rule, "Resume with the version it began with, or start anew"))
     draws.set_states({name: _bytes(state) for name, state in states.get("adapters", {"cpu": states["torch"]}).items()})
+    lent = dict(zip(("cpu", "cuda"), [states["torch"], *states["cuda"][draws.device.index or 0 :]], strict=False))
+    draws.lent |= {name: _bytes(state) for name, state in lent.items() if name in draws.lent}
 
 
 def _text(state: Tensor) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -150,7 +151,9 @@ def _optimizer_step(
 ) -> Metrics:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    total = accumulate(model, batches)
+    draws = draws_of(model)
+    with draws.lend() if draws is not None else nullcontext():
+        total = accumulate(model, batches)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = ops.total_norm(gradients)
     for group in optimizer.param_groups:

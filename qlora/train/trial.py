@@ -19,7 +19,7 @@ from qlora.layers.forward_mode import probe_examples
 from qlora.layers.loss import loss_sum
 from qlora.models.info import info
 from qlora.optim.memory_errors import memory_told
-from qlora.train.rng import random_states, set_random_states
+from qlora.train.rng import undisturbed
 
 
 def trial_step(model: PreTrainedModel) -> None:
@@ -30,7 +30,7 @@ def trial_step(model: PreTrainedModel) -> None:
     Raises:
         UserError: memory ran out, or the model cannot be trained, in one line with its type and what its code said.
     """
-    kind, training, states = model.config.model_type, model.training, random_states()
+    kind, training = model.config.model_type, model.training
     batch = pack(probe_examples(model.config.get_text_config().vocab_size))
     dropouts = [(layer, layer.dropout_p) for _, layer in named_adapters(model)]
     rule = "cannot be trained here: a step on two short examples failed"
@@ -38,7 +38,7 @@ def trial_step(model: PreTrainedModel) -> None:
     try:
         for layer, _ in dropouts:
             layer.dropout_p = 0.0  # nothing is drawn
-        with guard("model", kind, rule, remedy), torch.enable_grad():
+        with guard("model", kind, rule, remedy), torch.enable_grad(), undisturbed():
             with memory_told("a step on two short examples"):
                 loss_sum(model.train(), batch).backward()
         reached = {name: _reached(layer.lora_B.grad) for name, layer in named_adapters(model)}
@@ -48,7 +48,6 @@ def trial_step(model: PreTrainedModel) -> None:
         for parameter in adapter_parameters(model):
             parameter.grad = None
         model.train(training)
-        set_random_states(states)
     if reached and not any(reached.values()):
         raise UserError(problem("model", kind, "no gradient reaches any adapter", "Choose other `targets`"))
     info(model).unreached = tuple(name for name, found in reached.items() if not found)
