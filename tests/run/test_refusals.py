@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 import tiny
+import torch
+import transformers
 from helpers import unsealed
 from runs import metrics, refused, same_files
 
@@ -182,6 +184,19 @@ def test_options_that_the_base_contradicts(config, place, tmp_path):
         base = json.loads((tmp_path / output / "adapter/qlora.json").read_text())["base"]
         assert (base["blocksize"], base["double_quant"], base["scales"]) == (32, False, None)
     same_files(tmp_path / "left out/checkpoints/step-000001", tmp_path / "agreeing/checkpoints/step-000001")
+
+
+def test_a_model_that_cannot_recompute(config, tmp_path):
+    """Of a type whose class in transformers says so."""
+    options = transformers.OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=320, afn="gelu")
+    torch.manual_seed(0)
+    transformers.OpenAIGPTLMHeadModel(options).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    usual = {"model": str(tmp_path / "model"), "steps": 1, "bits": 4}
+    (line,) = refused(config("recomputed", gradient_checkpointing=True, **usual))
+    assert line.startswith("gradient_checkpointing=True: openai-gpt cannot recompute (")
+    assert line.endswith(". Leave it out.") and not (tmp_path / "recomputed/checkpoints").exists()
+    assert finetune(config("kept", **usual)).loss > 0
 
 
 def test_harmless_changes_and_moved_files_resume(config, place, tmp_path):
