@@ -81,10 +81,14 @@ def _quantized(model: nn.Module) -> dict[str, NF4Linear]:
 
 
 @torch.no_grad()
-def measure_gap(model: nn.Module, weights: Originals, examples: Sequence[Example], batch_size: int) -> Gap:
-    """The gap of a model in evaluation mode on these examples; the checkpoint is read once for each batch."""
+def measure_gap(
+    model: nn.Module, weights: Originals, examples: Sequence[Example], batch_size: int, fill: int = 0
+) -> Gap:
+    """The gap of a model in evaluation mode on these examples; the checkpoint is read once for each batch, which has
+    `batch_size` examples, or as many as have `fill` tokens.
+    """
     sums, count = torch.zeros(5, dtype=torch.float64), 0
-    for group in by_length(examples, batch_size):
+    for group in by_length(examples, batch_size, fill):
         for found, tokens in _differences(model, weights, pack(group)):
             sums += found.double().cpu()
             count += tokens

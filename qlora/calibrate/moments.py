@@ -27,14 +27,21 @@ from qlora.data.batch import Example, by_length
 from qlora.data.order import epoch_order
 
 BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it is
+FILL = 1024  # tokens of a forward pass, where examples are shorter: fewer passes cost less
 ROWS = 512  # inputs whose products are added up in the unit's own type
 
 
-def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: int) -> list[Tensor]:
+def forward_tokens(batch_size: int, max_tokens: int) -> int:
+    """How many tokens of short examples share a forward pass of a run's start: no more than its steps may have."""
+    return min(FILL, batch_size * max_tokens)
+
+
+def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: int, fill: int = 0) -> list[Tensor]:
     """About `tokens` tokens of `examples`, those that a run with this seed sees first, as batches [b, t]
     without padding.
 
-    Examples of like length share a batch and are cut to its shortest.
+    Examples of like length share a batch and are cut to its shortest: `batch_size` of them, or as many as have `fill`
+    tokens.
     """
     chosen: list[Example] = []
     left = tokens
@@ -44,7 +51,7 @@ def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: 
             chosen.append(example)
             left -= len(example.input_ids)
     batches = []
-    for group in by_length(chosen, batch_size):
+    for group in by_length(chosen, batch_size, fill):
         shortest = min(len(example.input_ids) for example in group)
         batches.append(torch.tensor([example.input_ids[:shortest] for example in group]))
     return batches

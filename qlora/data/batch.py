@@ -113,9 +113,18 @@ def _next_counts(example: Example) -> tuple[bool, ...]:
     return (*example.loss_mask[1:], False) if example.input_ids else ()
 
 
-def by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+def by_length(examples: Sequence[Example], batch_size: int, tokens: int = 0) -> list[list[Example]]:
     """Cut into batches in which examples of like length are together: packed attention then runs several of them at
     once, and a model that cannot run packed is padded less.
+
+    Args:
+        tokens: short examples share a batch, more than `batch_size` of them, as far as they have no more than so many.
     """
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):
+        fits = batches and (len(batches[-1]) + 1) * len(example.input_ids) <= tokens
+        if batches and (len(batches[-1]) < batch_size or fits):
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches

@@ -164,7 +164,7 @@ class QuantizePass:
         """Note the linear layers of the empty model.
 
         Raises:
-            UserError: the checkpoint quantizes a layer that is not linear, or that must stay dense.
+            UserError: a layer has no weights, or the checkpoint quantizes one that is not linear or must stay dense.
         """
         modules, alone = dict(model.named_modules()), {} if self.packed is None else left_alone(model)
         problems = []
@@ -180,6 +180,10 @@ class QuantizePass:
                 self.transposed.add(name)
                 rows, columns = columns, rows
             self.shapes[name] = (rows, columns)
+        empty = [name for name, shape in self.shapes.items() if 0 in shape]
+        if empty:
+            rule = f"its config describes layers without weights, {empty[0]} for one"
+            problems.append(problem("model", type(model).__name__, rule, "Get the whole checkpoint again"))
         if problems:
             raise UserError(problems)
 
@@ -215,9 +219,14 @@ class QuantizePass:
         return parts
 
     def dense(self, name: str, value: Tensor) -> Tensor:
-        """The weight parameter `name` as [out, in], unquantized; adds it to the fingerprint."""
+        """The weight parameter `name` as [out, in], unquantized; adds it to the fingerprint.
+
+        Raises:
+            UserError: another shape than the model has.
+        """
         layer = name.removesuffix(".weight")
         weight = value.t() if layer in self.transposed else value
+        self._check_shape(name, weight.shape)
         self.fingerprint.add(layer, weight)
         return weight
 

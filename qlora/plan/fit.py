@@ -116,7 +116,8 @@ def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
     }
     in_memory = still.model - still.mapped + run.libraries
     lasting = in_memory + run.adapter_bytes + gradients + resident + run.start_bytes
-    forward = max([run.step(lengths, settings.gradient_checkpointing).evaluating for lengths in trained])
+    calibrated = [*trained, run.filled] if run.calibration_bytes and run.filled not in trained else trained
+    forward = max(run.step(lengths, settings.gradient_checkpointing).evaluating for lengths in calibrated)
     return Plan(
         settings,
         parts,

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.calibrate.codes import WIDEST
-from qlora.calibrate.moments import held_bytes
+from qlora.calibrate.moments import forward_tokens, held_bytes
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
@@ -113,6 +113,7 @@ class MetaRun:
         tokens = calibration_text(config.calibrate)[1], config.batch_size * config.max_tokens
         about = DTYPES[dtype], self.device, tokens, chosen
         self.calibration_bytes = calibration_bytes(model, self.targets, *about) if starts or chosen else 0
+        self.filled = (forward_tokens(config.batch_size, config.max_tokens),)  # a batch of calibration text
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
         self._models: dict[tuple[int, bool], PreTrainedModel] = {}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora.calibrate.error_start import LayerError, error_table
 from qlora.calibrate.gap import Gap, can_measure, measure_gap
-from qlora.calibrate.moments import rectangles
+from qlora.calibrate.moments import forward_tokens, rectangles
 from qlora.calibrate.start import start_by_error
 from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
@@ -85,13 +85,15 @@ class Beginning:
 def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beginning:
     """Give the fresh adapters of `model` the start that undoes the quantization error, in place."""
     began = time.monotonic()
-    batches = rectangles(inputs.calibration, calibration_text(config.calibrate)[1], config.seed, config.batch_size)
+    fill = forward_tokens(config.batch_size, config.max_tokens)
+    tokens = calibration_text(config.calibrate)[1]
+    batches = rectangles(inputs.calibration, tokens, config.seed, config.batch_size, fill)
     weights = originals(inputs.unquantized)
     adapted = sum(1 for _ in named_adapters(model))
     with watched("start", adapted) as done:
         layers = start_by_error(model, weights, batches, done=done)
     records = _records(inputs, config.seed)
-    gap = measure_gap(model, weights, records, config.batch_size) if can_measure(model, weights) else None
+    gap = measure_gap(model, weights, records, config.batch_size, fill) if can_measure(model, weights) else None
     return Beginning(
         layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began, config.verbose
     )

@@ -89,6 +89,8 @@ def test_rectangles_hold_no_padding_and_as_many_tokens_as_asked_for():
     assert 100 < sum(batch.numel() for batch in batches) <= 150
     starts = {example.input_ids[: min(lengths)] for example in TEXT}
     assert all(tuple(row[: min(lengths)].tolist()) in starts for b in batches for row in b if len(row) >= min(lengths))
+    filled = rectangles(TEXT, 150, 0, 3, 100)
+    assert len(filled) < len(batches) and all(len(batch) == 3 or batch.numel() <= 100 for batch in filled)
     assert rectangles([], 150, 0, 3) == [] and rectangles(TEXT, 1, 0, 3) == []
 
 

@@ -104,3 +104,7 @@ def test_a_batch_does_not_change():
 def test_by_length_keeps_every_example_and_the_order_of_equal_ones():
     data = examples((9, 1), (3, 1), (9, 2), (4, 1), (3, 2))
     assert by_length(data, 2) == [[data[1], data[4]], [data[3], data[0]], [data[2]]]
+    lengths = [[len(example.input_ids) for example in group] for group in by_length(data, 1, tokens=12)]
+    assert sorted(n for group in lengths for n in group) == sorted(len(example.input_ids) for example in data)
+    assert max(len(group) for group in lengths) > 1
+    assert all(len(group) == 1 or len(group) * max(group) <= 12 for group in lengths)

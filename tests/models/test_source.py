@@ -131,6 +131,21 @@ def test_damaged_weights(model, tmp_path):
     assert f"{first} is missing" in refused(model)
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (3,), (2, 3, 4)])
+def test_a_weight_of_another_shape(model, shape, bits):
+    path, name = model / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    save_file(load_file(path) | {name: torch.zeros(shape)}, path, metadata={"format": "pt"})
+    line = refused(model, lambda folder: load_base(folder, bits=bits))
+    assert line.startswith(f"{name}={shape}: the model needs (64, 64).")
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # torch says it first
+def test_layers_without_weights(model):
+    edit(model, intermediate_size=0)
+    assert "describes layers without weights, model.layers.0.mlp.gate_proj for one" in refused(model)
+
+
 def test_pickles_are_not_run(model, tmp_path):
     class Evil:
         def __reduce__(self):
