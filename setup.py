@@ -4,6 +4,7 @@ The kernels are a plain shared library that ctypes loads, compiled by `qlora_ker
 without a C++ compiler the installation goes on and the PyTorch reference runs (`qlora doctor` says so).
 """
 
+import platform
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class BuildKernels(build_ext):
 
 native = Extension(
     "qlora_kernels.cpu._native",
-    sources=[f"{FOLDER}/{name}" for name in build.SOURCES],
+    sources=[f"{FOLDER}/{name}" for name in build.sources(platform.machine())],
     depends=[f"{FOLDER}/{name}" for name in build.HEADERS],
     optional=True,
 )

@@ -18,6 +18,7 @@ build()  # before anything loads the library: an edited source is never tested t
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import emulated
 import torch
 import transformers
 from helpers import ISAS
@@ -59,10 +60,15 @@ def saved_models(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def loaded_kernels():
+def loaded_kernels(tmp_path_factory):
+    if emulated.CHOSEN:
+        library = emulated.Library(tmp_path_factory.mktemp("emulated"))
+        yield native.Native(library)
+        library.close()
+        return
     loaded, words = native.load()
     assert loaded is not None, words
-    return loaded
+    yield loaded
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import emulated
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,11 @@ from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight, levels_of
 
 # Largest difference allowed, relative to the largest value, between two ways to compute the same thing in a dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-ISAS = {"AVX512": native.ISAS, "AVX2": native.ISAS[:2]}.get(torch.backends.cpu.get_cpu_capability(), native.ISAS[:1])
+ISAS = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}.get(
+    torch.backends.cpu.get_cpu_capability(), ("portable",)
+)
+if emulated.CHOSEN or platform.machine().lower() in ("aarch64", "arm64"):
+    ISAS = ("portable", "neon")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # those with kernels
 NF4 = levels_of("nf4", torch.device("cpu"))

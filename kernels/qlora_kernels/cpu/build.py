@@ -31,35 +31,33 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-fopenmp",
     "-ffp-contract=off",
     "-fno-exceptions",
     "-fno-rtti",
     "-fvisibility=default",
     "-Wall",
 )
-SOURCES: dict[str, tuple[str, ...]] = dict.fromkeys(
-    (
-        "api_nf4.cpp",
-        "api_adapter.cpp",
-        "api_layer.cpp",
-        "api_step.cpp",
-        "api_attention.cpp",
-        "api_optim.cpp",
-        "dispatch.cpp",
-        "tables.cpp",
-        "portable.cpp",
-        "attention_bf16.cpp",
-        "nf4_gemm_amx.cpp",
-        "skinny_gemm_amx.cpp",
-    ),
-    (),
+COMMON = (
+    "api_nf4.cpp",
+    "api_adapter.cpp",
+    "api_layer.cpp",
+    "api_step.cpp",
+    "api_attention.cpp",
+    "api_optim.cpp",
+    "dispatch.cpp",
+    "tables.cpp",
+    "portable.cpp",
+    "attention_bf16.cpp",
+    "nf4_gemm_amx.cpp",
+    "skinny_gemm_amx.cpp",
 )
-if platform.machine().lower() in ("x86_64", "amd64"):
-    SOURCES |= {
-        "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
-    }
+X86 = {
+    "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
+}
+# GCC's first scheduling moves loads over the sums of a tile, which then find no room in registers; Clang warns only.
+ARM = {"neon.cpp": ("-march=armv8-a", "-fno-schedule-insns")}
+OF_MACHINE = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 HEADERS = (
     "amx.h",
     "attention_bf16.h",
@@ -81,10 +79,16 @@ class BuildError(RuntimeError):
     """The compiler is missing or failed; the message has what it said."""
 
 
-def source_hash(folder: Path = SOURCE) -> str | None:
+def sources(machine: str) -> dict[str, tuple[str, ...]]:
+    """The files compiled for a machine, as `platform.machine` names it, and the flags that each has beside FLAGS."""
+    return dict.fromkeys(COMMON, ()) | OF_MACHINE.get(machine.lower(), {})
+
+
+def source_hash(folder: Path = SOURCE, machine: str = platform.machine()) -> str | None:
     """Hash of sources and flags, or None where an installation left the sources out."""
-    digest = hashlib.sha256(repr((FLAGS, SOURCES)).encode())
-    for name in (*SOURCES, *HEADERS):
+    files = sources(machine)
+    digest = hashlib.sha256(repr((FLAGS, files)).encode())
+    for name in (*files, *HEADERS):
         if not (folder / name).is_file():
             return None
         digest.update((folder / name).read_bytes())
@@ -98,29 +102,53 @@ def built_hash(library: Path) -> str:
     return content[at : at + 32].decode("ascii", "replace")
 
 
-def is_fresh(library: Path) -> bool:
+def is_fresh(library: Path, machine: str = platform.machine()) -> bool:
     """Whether `library` exists and was built from the sources beside this file (or none are there to differ)."""
-    expected = source_hash()
+    expected = source_hash(machine=machine)
     return library.is_file() and (expected is None or built_hash(library) == expected)
 
 
-def compile_library(target: Path) -> Path:
-    """Compile and link into `target`, which appears whole or not at all.
+def threading_flags(compiler: list[str]) -> list[str]:
+    """What makes threads of a compiler: -fopenmp, or nothing, with a line of why, where it refuses that. Only Apple's
+    does, so that none else is asked.
+    """
+    if sys.platform != "darwin":
+        return ["-fopenmp"]
+    with tempfile.TemporaryDirectory() as work:
+        source = Path(work, "probe.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+        command = [*compiler, "-fopenmp", str(source), "-o", str(Path(work, "probe"))]
+        try:
+            _finish(command, _start(command))
+        except BuildError:
+            print(
+                f"the native kernels will run on one thread: {compiler[0]} has no OpenMP. For more set CXX to a "
+                "compiler that has it, such as Homebrew's g++ or clang++",
+                file=sys.stderr,
+            )
+            return []
+    return ["-fopenmp"]
+
+
+def compile_library(target: Path, compiler: str | None = None, machine: str = platform.machine()) -> Path:
+    """Compile and link into `target`, which appears whole or not at all; for another `machine` by a cross compiler.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+    compiler = compiler or os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         raise BuildError("no C++ compiler found: install g++, or set CXX")
-    define = f'-DQLORA_SOURCE_HASH="{source_hash()}"'
+    words, files = compiler.split(), sources(machine)
+    threads, define = threading_flags(words), f'-DQLORA_SOURCE_HASH="{source_hash(machine=machine)}"'
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as work:
         started = []
-        for name, flags in SOURCES.items():
+        for name, flags in files.items():
             command = [
-                *compiler.split(),
+                *words,
                 *FLAGS,
+                *threads,
                 *flags,
                 define,
                 "-c",
@@ -133,10 +161,10 @@ def compile_library(target: Path) -> Path:
             _finish(command, process)
         library = Path(work, LIBRARY)
         link = [
-            *compiler.split(),
+            *words,
             "-shared",
-            "-fopenmp",
-            *(str(Path(work, name + ".o")) for name in SOURCES),
+            *threads,
+            *(str(Path(work, name + ".o")) for name in files),
             "-o",
             str(library),
         ]

@@ -4,7 +4,7 @@ The library is found by the spec of the module `qlora_kernels.cpu._native`, so a
 source tree behave alike. What it cannot do (float64, foreign block sizes, mixed dtypes) goes to the reference, whose
 results it equals: codes, constants and decoded values bit for bit, sums to float32 rounding.
 
-    QLORA_CPU_ISA=portable|avx2|avx512   force an instruction set; otherwise the best that the processor has
+    QLORA_CPU_ISA=portable|avx2|avx512|neon   force an instruction set; otherwise the best that the processor has
 
 Whether it is used at all is decided in `backends`.
 """
@@ -28,7 +28,7 @@ from qlora_kernels.cpu.nf4 import NF4Kernels
 from qlora_kernels.cpu.optim import OptimizerKernels
 from qlora_kernels.cpu.step import StepKernels
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "neon")  # by the number that qlora_select has for each
 
 
 class StaleLibrary(BackendError):
@@ -111,9 +111,10 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
 
     def describe(self) -> str:
         """Such as "native (AVX-512, attention and adapters by AMX, 2 threads)"."""
-        threaded = bool(self.library.qlora_threaded())
-        threads = torch.get_num_threads() if threaded else 1
+        threaded = self.library.qlora_threaded()
+        threads = torch.get_num_threads() if threaded == 1 else 1
         what = "attention and adapted layers" if self.bf16_unit == "AMX" else "attention"
         attention = f"{what} by {self.bf16_unit}, " if self.bf16_unit else ""
-        count = f"{threads} thread{'s' * (threads != 1)}{'' if threaded else ' after a fork'}"
+        why = {0: " after a fork", -1: ", built without OpenMP"}.get(threaded, "")
+        count = f"{threads} thread{'s' * (threads != 1)}{why}"
         return f"native ({self.isa}, {attention}{count})"

@@ -65,6 +65,8 @@ const Kernels* named(int isa) {
   if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return &avx512_kernels;
+#elif defined(__aarch64__)
+  if (isa == 3) return &neon_kernels;
 #endif
   return nullptr;
 }
@@ -85,7 +87,7 @@ extern "C" {
 // Which source this was built from; found in the file's bytes by build.py.
 __attribute__((used)) const char qlora_source[] = "qlora-source-hash:" QLORA_SOURCE_HASH;
 
-// 0 portable, 1 AVX2, 2 AVX-512. The name of the set now in use, or null where this processor lacks it.
+// 0 portable, 1 AVX2, 2 AVX-512, 3 NEON. The name of the set now in use, or null where this processor lacks it.
 const char* qlora_select(int isa) {
   const Kernels* found = named(isa);
   if (found == nullptr) return nullptr;
@@ -94,6 +96,8 @@ const char* qlora_select(int isa) {
 #if defined(__x86_64__)
   if (isa > 0) layer = isa == 1 ? &avx2_layer : &avx512_layer;
   if (isa == 2 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
+#elif defined(__aarch64__)
+  if (isa == 3) layer = &neon_layer;
 #endif
   return found->name;
 }
@@ -107,8 +111,14 @@ int qlora_select_attention(int wanted) {
   return attention == nullptr ? 0 : attention == &dot_attention ? 1 : 2;
 }
 
-// Whether threads are used at all in this process.
-int qlora_threaded() { return getpid() == home; }
+// Whether threads are used in this process: 1; not in a fork: 0; in none, since built without OpenMP: -1.
+int qlora_threaded() {
+#if defined(_OPENMP)
+  return getpid() == home;
+#else
+  return -1;
+#endif
+}
 
 // Ask for huge pages where they fit into fresh memory: clearing it in pages of 4 KB takes longer than decoding into it.
 void qlora_huge_pages(void* memory, int64_t bytes) {

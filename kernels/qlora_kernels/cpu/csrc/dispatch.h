@@ -6,7 +6,11 @@
 // ever: there everything runs on one thread. The alternative, torch's own at::parallel_for, would tie the library to
 // one build of torch.
 #pragma once
+#if defined(_OPENMP)
 #include <omp.h>
+#else  // a compiler without it, such as Apple's: all on one thread
+inline int omp_get_thread_num() { return 0; }
+#endif
 
 #include "attention_bf16.h"
 #include "kernels.h"

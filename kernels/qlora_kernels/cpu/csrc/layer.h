@@ -47,6 +47,8 @@ struct Layer {
 
 #if defined(__x86_64__)
 extern const Layer avx2_layer, avx512_layer, avx512_vnni_layer;
+#elif defined(__aarch64__)
+extern const Layer neon_layer;
 #endif
 
 }  // namespace qlora

@@ -38,6 +38,9 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t 
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v)
       sum[r][v] = before == nullptr ? F16::zero() : F16::load(before + r * before_stride + 16 * v);
+#if defined(__aarch64__)
+  add_product(a, kStride, b, depth, sum);  // by element
+#else
   for (int64_t k = 0; k < depth; ++k, b += 16 * kVectors) {
     F16 column[kVectors];
 #pragma GCC unroll 2
@@ -52,6 +55,7 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t 
       for (int v = 0; v < kVectors; ++v) sum[r][v] = madd(x, column[v], sum[r][v]);
     }
   }
+#endif
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 2
