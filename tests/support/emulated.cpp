@@ -1,12 +1,17 @@
-// The native library on the machine that an emulator shows, for emulated.py: reads calls from the standard input,
-// answers on the standard output. All numbers are 8 bytes, but a float's 4.
+// The native library on the machine that an emulator shows, for emulated.py:
+// reads calls from the standard input, answers on the standard output. All
+// numbers are 8 bytes, but a float's 4.
 //
-//   call     length of the name, name, returns a string?, count of segments, of words, of floats;
-//            each segment: address there, bytes, holds pointers?, content;  the words;  the floats
-//   answer   result (a string: its length, then the string), then the content of each segment without pointers
+//   call     length of the name, name, returns a string?, count of segments, of
+//   words, of floats;
+//            each segment: address there, bytes, holds pointers?, content;  the
+//            words;  the floats
+//   answer   result (a string: its length, then the string), then the content
+//   of each segment without pointers
 //
-// A segment gets memory of its own, as far from a multiple of 64 as it lies there. A word that points into a segment
-// there, as an argument or in a segment of pointers, is made to point into it here.
+// A segment gets memory of its own, as far from a multiple of 64 as it lies
+// there. A word that points into a segment there, as an argument or in a
+// segment of pointers, is made to point into it here.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,8 +50,9 @@ uint64_t moved(uint64_t word, const std::vector<Segment>& segments) {
 
 constexpr int kWords = 32, kFloats = 4;
 using W = uint64_t;
-// Integers and pointers go in order into registers and then onto the stack, 8 bytes each, floats into registers of
-// their own, and more than a function takes is not looked at: so one type calls them all.
+// Integers and pointers go in order into registers and then onto the stack, 8
+// bytes each, floats into registers of their own, and more than a function
+// takes is not looked at: so one type calls them all.
 using Function = W (*)(W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W,
                        float, float, float, float);
 
@@ -82,10 +88,10 @@ int main(int, char** arguments) {
       }
     void* const found = dlsym(library, name.c_str());
     if (found == nullptr) return fprintf(stderr, "%s\n", dlerror()), 1;
-    const W result = reinterpret_cast<Function>(found)(
-        w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15], w[16],
-        w[17], w[18], w[19], w[20], w[21], w[22], w[23], w[24], w[25], w[26], w[27], w[28], w[29], w[30], w[31], f[0],
-        f[1], f[2], f[3]);
+    const W result = reinterpret_cast<Function>(found)(w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9],
+                                                       w[10], w[11], w[12], w[13], w[14], w[15], w[16], w[17], w[18],
+                                                       w[19], w[20], w[21], w[22], w[23], w[24], w[25], w[26], w[27],
+                                                       w[28], w[29], w[30], w[31], f[0], f[1], f[2], f[3]);
     const char* const text = is_text ? reinterpret_cast<const char*>(result) : nullptr;
     const W answer = !is_text ? result : text == nullptr ? 0 : strlen(text);
     give(&answer, sizeof answer);

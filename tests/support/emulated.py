@@ -65,6 +65,7 @@ class Library:
         del torch.Tensor.data_ptr  # the one it inherits appears again
         self._process.stdin.close()
         assert self._process.wait(60) == 0
+        self._process.stdout.close()
 
     def __getattr__(self, name: str) -> SimpleNamespace:
         function = _Function(self, name)

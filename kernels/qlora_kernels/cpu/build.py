@@ -136,7 +136,9 @@ def compile_library(target: Path, compiler: str | None = None, machine: str = pl
     Raises:
         BuildError: no compiler, or it failed.
     """
-    compiler = compiler or os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+    compiler = (
+        compiler or os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+    )
     if compiler is None:
         raise BuildError("no C++ compiler found: install g++, or set CXX")
     words, files = compiler.split(), sources(machine)
@@ -160,14 +162,7 @@ def compile_library(target: Path, compiler: str | None = None, machine: str = pl
         for command, process in started:
             _finish(command, process)
         library = Path(work, LIBRARY)
-        link = [
-            *words,
-            "-shared",
-            *threads,
-            *(str(Path(work, name + ".o")) for name in files),
-            "-o",
-            str(library),
-        ]
+        link = [*words, "-shared", *threads, *(str(Path(work, name + ".o")) for name in files), "-o", str(library)]
         _finish(link, _start(link))
         os.replace(library, target)
     return target

@@ -2,7 +2,7 @@
 product is in the same sums, and in the backward pass all of the adapter's gradients come of one call.
 
     bf16      on AMX (csrc/nf4_gemm_amx.cpp), where DoRA's n is made on the way too
-    float32   on AVX2 and AVX-512 (csrc/nf4_gemm.h)
+    float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h)
 
 Where torch's own switch allows less than float32's precision (`torch.set_float32_matmul_precision("high")`, which
 allows TF32 on a card) and the processor has AVX-512 VNNI, the large product is one of 16-bit integers
@@ -54,7 +54,7 @@ class LayerKernels(AdapterKernels):
     layers: int  # what multiplies float32: 0: torch, 1: float32, 2: 16-bit integers too
 
     def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
-        """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2 and AVX-512; whole tiles."""
+        """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2, AVX-512 and NEON; whole tiles."""
         kernel = self.bf16_unit == "AMX" if x.dtype == torch.bfloat16 else x.dtype == torch.float32 and self.layers > 0
         return (
             kernel

@@ -158,7 +158,8 @@ inline F32 in_order<BF16>(F32 x) {
 // Four planes of 16 bytes as 16 floats.
 inline F16 joined(const uint8x16_t (&plane)[4]) {
   const auto pairs = [](uint8x16_t low, uint8x16_t high) {
-    const uint16x8x2_t both = {{vreinterpretq_u16_u8(vzip1q_u8(low, high)), vreinterpretq_u16_u8(vzip2q_u8(low, high))}};
+    const uint16x8x2_t both = {
+        {vreinterpretq_u16_u8(vzip1q_u8(low, high)), vreinterpretq_u16_u8(vzip2q_u8(low, high))}};
     return both;
   };
   const uint16x8x2_t low = pairs(plane[0], plane[1]), high = pairs(plane[2], plane[3]);
@@ -254,10 +255,8 @@ struct Table {  // of 16-bit values
   uint8x16_t low, high;
   Table(const float* levels, float scale, float gain) {
     const F16 values = scaled_levels(levels, scale, gain);
-    const uint8x16_t first =
-        vreinterpretq_u8_u16(vcombine_u16(rounded(values.v[0], T()), rounded(values.v[1], T())));
-    const uint8x16_t second =
-        vreinterpretq_u8_u16(vcombine_u16(rounded(values.v[2], T()), rounded(values.v[3], T())));
+    const uint8x16_t first = vreinterpretq_u8_u16(vcombine_u16(rounded(values.v[0], T()), rounded(values.v[1], T())));
+    const uint8x16_t second = vreinterpretq_u8_u16(vcombine_u16(rounded(values.v[2], T()), rounded(values.v[3], T())));
     low = vuzp1q_u8(first, second), high = vuzp2q_u8(first, second);
   }
   void write(uint8x16_t codes, T* out) const {
@@ -279,8 +278,8 @@ struct Table<float> {
     const F16 values = scaled_levels(levels, scale, gain);
     const auto half = [&](int i) { return vreinterpretq_u8_f32(values.v[i]); };
     // Bytes 0 and 2 of each float, then 1 and 3.
-    const uint8x16_t a = vuzp1q_u8(half(0), half(1)), b = vuzp1q_u8(half(2), half(3)),
-                     c = vuzp2q_u8(half(0), half(1)), d = vuzp2q_u8(half(2), half(3));
+    const uint8x16_t a = vuzp1q_u8(half(0), half(1)), b = vuzp1q_u8(half(2), half(3)), c = vuzp2q_u8(half(0), half(1)),
+                     d = vuzp2q_u8(half(2), half(3));
     planes[0] = vuzp1q_u8(a, b), planes[2] = vuzp2q_u8(a, b);
     planes[1] = vuzp1q_u8(c, d), planes[3] = vuzp2q_u8(c, d);
   }
@@ -342,7 +341,8 @@ inline void add_column(const float32x4_t (&rows)[kTileRows], const float* column
   }
 }
 
-inline void add_product(const float* a, int64_t stride, const float* b, int64_t depth, F16 (&sum)[kTileRows][kTileVectors]) {
+inline void add_product(const float* a, int64_t stride, const float* b, int64_t depth,
+                        F16 (&sum)[kTileRows][kTileVectors]) {
   int64_t k = 0;
   float32x4_t rows[kTileRows];
   for (; k + 4 <= depth; k += 4, b += 64) {
