@@ -17,6 +17,8 @@ from pathlib import Path
 import emulated
 import pytest
 
+from qlora_kernels.cpu import build
+
 KERNELS = Path(__file__).parent
 SHARE = {
     "test_layer.py": "test_a_layer_in_float32 and neon and highest and (33x or 130x) or float32_has_kernels",
@@ -44,3 +46,20 @@ def test_the_reference_tests_pass_on_neon():
         text=True,
     )
     assert run.returncode == 0 and re.search(r"^\d{3,} passed", run.stdout, re.MULTILINE), run.stdout + run.stderr
+
+
+def test_apples_compiler_is_asked_for_openmp(monkeypatch, tmp_path, capsys):
+    compiler = tmp_path / "without"
+    compiler.write_text('#!/bin/sh\necho "unsupported option -fopenmp" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    assert build.threading_flags([str(compiler)]) == ["-fopenmp"]  # elsewhere none is asked
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert build.threading_flags(["g++"]) == ["-fopenmp"]
+    assert capsys.readouterr().err == ""
+    assert build.threading_flags([str(compiler)]) == []
+    assert capsys.readouterr().err.startswith("the native kernels will run on one thread")
+
+
+def test_each_machine_has_its_own_files():
+    own = {machine: set(build.sources(machine)) - set(build.COMMON) for machine in ("x86_64", "arm64", "riscv64")}
+    assert own == {"x86_64": {"avx2.cpp", "avx512.cpp"}, "arm64": {"neon.cpp"}, "riscv64": set()}

@@ -51,12 +51,12 @@ COMMON = (
     "nf4_gemm_amx.cpp",
     "skinny_gemm_amx.cpp",
 )
-X86 = {
+X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
 }
 # GCC's first scheduling moves loads over the sums of a tile, which then find no room in registers; Clang warns only.
-ARM = {"neon.cpp": ("-march=armv8-a", "-fno-schedule-insns")}
+ARM: dict[str, tuple[str, ...]] = {"neon.cpp": ("-march=armv8-a", "-fno-schedule-insns")}
 OF_MACHINE = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 HEADERS = (
     "amx.h",
@@ -81,7 +81,8 @@ class BuildError(RuntimeError):
 
 def sources(machine: str) -> dict[str, tuple[str, ...]]:
     """The files compiled for a machine, as `platform.machine` names it, and the flags that each has beside FLAGS."""
-    return dict.fromkeys(COMMON, ()) | OF_MACHINE.get(machine.lower(), {})
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ())
+    return found | OF_MACHINE.get(machine.lower(), {})
 
 
 def source_hash(folder: Path = SOURCE, machine: str = platform.machine()) -> str | None:
