@@ -16,7 +16,6 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -25,8 +24,7 @@ from qlora_kernels.cpu import build
 MACHINE = "aarch64"
 COMPILER, EMULATOR, ROOT = f"{MACHINE}-linux-gnu-g++", f"qemu-{MACHINE}", f"/usr/{MACHINE}-linux-gnu"
 CHOSEN = os.environ.get("QLORA_TEST_MACHINE") == MACHINE  # whether this run's kernels are those of the machine
-# A pointer means nothing where the library lies in another process, so these may not be given one from here.
-WRITES_NOTHING = frozenset({"qlora_huge_pages"})
+ADVICE = frozenset({"qlora_huge_pages"})  # says something of this process's memory, which lies elsewhere there
 KEPT = 512  # more than the tensors of any call, and their memory is small
 
 
@@ -67,7 +65,7 @@ class Library:
         assert self._process.wait(60) == 0
         self._process.stdout.close()
 
-    def __getattr__(self, name: str) -> SimpleNamespace:
+    def __getattr__(self, name: str) -> _Function:
         function = _Function(self, name)
         setattr(self, name, function)
         return function
@@ -83,7 +81,7 @@ class _Function:
         self._library, self._name = library, name
 
     def __call__(self, *arguments):
-        if self._name in WRITES_NOTHING:
+        if self._name in ADVICE:
             return None
         assert len(arguments) == len(self.argtypes), self._name
         words, floats, pointers = [], [], []
