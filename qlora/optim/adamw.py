@@ -1,5 +1,6 @@
 """AdamW whose state lies in pages: what does not fit a budget spills, small tensors included.
 
+    summing   the gradients of a step's micro-batches, on a card page by page  (flat.py)
     prepare   which parameters have a gradient, and their runs            (update.py, no value of a gradient is needed)
     step      for each page: the update of its runs                       (update.py), moments in pages (moments.py)
     state_dict, load_state_dict                                           (state_dict.py), torch's form
@@ -11,7 +12,8 @@ in load_state_dict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,11 +21,14 @@ import torch
 from torch.nn import Parameter
 
 from qlora.errors import UserError, problem
+from qlora.optim import pages
 from qlora.optim import state_dict as saved_state
+from qlora.optim.flat import GradientSums, lay_out
 from qlora.optim.moments import PagedMoments
 from qlora.optim.pager import Pager
 from qlora.optim.update import Due, Run, Scalars, Update, runs_of, scalars_of
 from qlora.sizes import parse_memory
+from qlora_kernels import reference
 
 
 class Prepared(NamedTuple):
@@ -73,6 +78,7 @@ class PagedAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         learning = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
         self._moments = PagedMoments(learning, state, self.memory, folder)
+        self._lay_out(0)
         self._complete = True
 
     @property
@@ -83,9 +89,30 @@ class PagedAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if self._complete:  # the first groups come together
-            self._moments.add(p for p in self.param_groups[-1]["params"] if p.requires_grad)
+            self._place(p for p in self.param_groups[-1]["params"] if p.requires_grad)
+
+    def _place(self, parameters: Iterable[Parameter]) -> None:
+        known = len(self._moments.pages)
+        self._moments.add(parameters)
+        self._lay_out(known)
+
+    def _lay_out(self, first: int) -> None:
+        """On a card, the parameters of pages `first` and after in one piece each."""
+        if self.pager.device.type in pages.FLAT:
+            for page in self._moments.pages[first:]:
+                lay_out(page)
 
     # ---------------------------------------------------------------- a step
+
+    @contextmanager
+    def summing(self) -> Iterator[Callable[[], None]]:
+        """While entered, gradients are summed as `flat` says, on a card; what it yields is to be called after the
+        backward pass of each micro-batch. Afterwards every `grad` is the sum, as ever. On a CPU nothing is different.
+        """
+        sums = GradientSums(self._moments.pages)
+        with sums.collecting():
+            yield sums.end_micro_batch
+        sums.finish()
 
     @torch.no_grad()
     def prepare(self) -> Prepared:
@@ -96,7 +123,7 @@ class PagedAdamW(torch.optim.Optimizer):
         """
         self._refuse_closed()
         due, moments = self._due(), self._moments
-        moments.add(due)
+        self._place(due)
         device, block = moments.pager.device, moments.block
         found = ((number, runs_of(page, due, device, block)) for number, page in enumerate(moments.pages))
         return Prepared(due, [(number, runs) for number, runs in found if runs])
@@ -122,14 +149,16 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         due, work = self.prepare() if prepared is None or closure is not None else prepared
         moments = self._moments
-        with moments.pager.sequence([number for number, _ in work]) as pages:
+        with moments.pager.sequence([number for number, _ in work]) as memories:
             runs = [run for _, runs in work for run in runs]
             update = Update(runs, moments.pager.device, moments.state == "8bit", scale)
             # From here on nothing is allocated: what begins ends.
-            for (number, runs), memory in zip(work, pages, strict=True):
+            for (number, runs), memory in zip(work, memories, strict=True):
                 page = moments.view(memory, number)
                 for run in runs:
                     update(run, page)
+        flat = [page for number, _ in work if (page := moments.pages[number]).flat is not None]
+        reference.mark_mutated([p for page in flat for p, _ in page.spans])  # which do not see writes to the piece
         self._steps |= {p: scalars.step for p, (scalars, _) in due.items()}
         return loss
 
@@ -201,7 +230,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._refuse_closed()
         saved = saved_state.fitting_entries(state_dict, self.param_groups, self._moments)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._moments.add(saved)
+        self._place(saved)
         self._steps = {p: int(entry["step"]) for p, entry in saved.items()}
         saved_state.fill(self._moments, saved)
 

@@ -24,13 +24,16 @@ from qlora.optim.pager import Pager
 from qlora.optim.pages import BLOCK, Span, StateKind, block_of, budget_bytes, cut_into_pages, page_bytes, page_elements
 
 
-@dataclass
+@dataclass(eq=False)
 class Page:
-    """What a page holds: spans by parameter, in order, and the dtype of the parameters."""
+    """What a page holds: spans by parameter, in order, and the dtype of the parameters; `flat` [elements]: what the
+    parameters are views of, where `flat.lay_out` has made them so.
+    """
 
     dtype: torch.dtype
     elements: int
     spans: list[tuple[Parameter, Span]]
+    flat: Tensor | None = None
 
 
 @dataclass
@@ -66,12 +69,7 @@ class PagedMoments:
         """Give parameters that have no place yet one in new pages of zeros."""
         new = [p for p in dict.fromkeys(parameters) if p not in self.spans]
         _refuse_misfits(new, self.pager.device)
-        pages = []
-        for dtype, members in groupby(sorted(new, key=lambda p: str(p.dtype)), key=lambda p: p.dtype):
-            together = list(members)
-            for spans in cut_into_pages([p.numel() for p in together], self.block):
-                elements = page_elements(spans, self.block)
-                pages.append(Page(dtype, elements, [(together[span.index], span) for span in spans]))
+        pages = pages_of(new, self.block)
         numbers = self.pager.add([page_bytes(page.elements, self.state, page.dtype.itemsize) for page in pages])
         self.spans |= {p: [] for p in new}
         for number, page in zip(numbers, pages, strict=True):
@@ -87,6 +85,16 @@ class PagedMoments:
             values = memory.view(page.dtype).view(2, n)
             return Moments(values, values[:, :0])
         return Moments(memory[: 2 * n].view(2, n), memory[2 * n :].view(torch.float32).view(2, n // BLOCK))
+
+
+def pages_of(parameters: Iterable[Parameter], block: int) -> list[Page]:
+    """Pages for these, without memory. `block`: the elements that a span is aligned to."""
+    pages = []
+    for dtype, members in groupby(sorted(parameters, key=lambda p: str(p.dtype)), key=lambda p: p.dtype):
+        together = list(members)
+        for spans in cut_into_pages([p.numel() for p in together], block):
+            pages.append(Page(dtype, page_elements(spans, block), [(together[span.index], span) for span in spans]))
+    return pages
 
 
 def blocks_of(span: Span) -> slice:

@@ -20,6 +20,7 @@ from qlora.sizes import parse_memory
 PAGE = 1 << 20  # elements: larger pages have fewer page faults at once, smaller ones fit a budget better
 CHUNK = 1 << 17  # elements computed at a time on a CPU: moments, gradient and scratch stay in the cache
 BLOCK = 256  # elements that share a scale of the 8-bit state
+FLAT = ("cuda",)  # where parameters and gradients of a page are one piece: where launches are dear
 
 StateKind = Literal["float32", "8bit"]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from qlora.optim import pages
+from qlora.optim.flat import gradient_in_piece
 from qlora.optim.moments import Moments, Page, in_memory_order, ordered_as
 from qlora.optim.pages import BLOCK, whole_blocks
 from qlora_kernels import ops
@@ -60,33 +61,48 @@ class Run:
     gradients: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
+    def add(self, values: Tensor, gradient: Tensor, at: int) -> None:
+        """One more piece, at element `at` of the page."""
+        self.parameters.append(values)
+        self.gradients.append(gradient)
+        self.places.append(at - self.start)
+
 
 Due = dict[Parameter, tuple[Scalars, Tensor]]  # the parameters that have a gradient, with the numbers of their step
 
 
 def runs_of(page: Page, due: Due, device: torch.device, block: int) -> list[Run]:
-    """What of a page is to be updated, cut where the numbers change, and on a CPU at CHUNK elements."""
+    """What of a page is to be updated, cut where the numbers change, and on a CPU at CHUNK elements. What of parameters
+    and gradients lies in one piece, as `flat` has it, is one.
+    """
     runs: list[Run] = []
-    run, chunk = None, pages.CHUNK if device.type == "cpu" else pages.PAGE
+    run, chunk = None, pages.CHUNK if device.type == "cpu" and page.flat is None else pages.PAGE
+    begun: tuple[Tensor, int] | None = None  # the piece that a run ends with: sums of the gradients, where it begins
+    pieces: dict[int, tuple[Run, Tensor, slice]] = {}  # those of several parameters, by their beginning
     for p, span in page.spans:
         if (found := due.get(p)) is None:
             continue
         scalars, gradient = found
+        sums = gradient_in_piece(page, p, span, gradient)
         values, gradient = in_memory_order(p), in_memory_order(ordered_as(gradient, p))
         for first in range(0, span.count, chunk):  # none for a parameter without elements
             count, at = min(chunk, span.count - first), span.at + first
             if run is None or run.scalars is not scalars or run.stop != at or at + count - run.start > chunk:
-                run = Run(scalars, at)
+                run, begun = Run(scalars, at), None
                 runs.append(run)
-            if count < p.numel():
+            if begun is not None and begun[0] is sums:
+                pieces[begun[1]] = run, begun[0], slice(begun[1], at + whole_blocks(count, block))
+            elif count < p.numel():
                 part = slice(span.first + first, span.first + first + count)
-                run.parameters.append(values.view(-1)[part])
-                run.gradients.append(gradient.view(-1)[part])
+                run.add(values.view(-1)[part], gradient.view(-1)[part], at)
             else:
-                run.parameters.append(values)
-                run.gradients.append(gradient)
-            run.places.append(at - run.start)
+                run.add(values, gradient, at)
+                begun = None if sums is None else (sums, at)
             run.stop = at + whole_blocks(count, block)
+    for run, sums, piece in pieces.values():
+        assert page.flat is not None
+        number = run.places.index(piece.start - run.start)
+        run.parameters[number], run.gradients[number] = page.flat[piece], sums[piece]
     return runs
 
 

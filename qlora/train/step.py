@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -55,6 +55,9 @@ class SupportsPaging(Protocol):
 
     memory: int | str  # the budget of its state; with "all" it gives nothing back
 
+    def summing(self) -> AbstractContextManager[Callable[[], None]]:
+        """To be entered while gradients are made; what it gives is called after each backward pass."""
+
     def prepare(self) -> Any:
         """The part of `step` that needs no value of a gradient, to be taken while a GPU still computes."""
 
@@ -86,11 +89,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     raise UserError(problem("schedule", schedule, "must be cosine, linear or constant", "cosine is the default"))
 
 
-def accumulate(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def accumulate(model: nn.Module, batches: Sequence[Batch], after: Callable[[], None] = lambda: None) -> Tensor:
     """Add the gradient of the token loss summed over all `batches` to `.grad`; return that sum, a scalar on the device.
 
     Every target token weighs the same, however many its batch has: without dropout the result does not depend on how
-    the examples were cut into batches (up to rounding).
+    the examples were cut into batches (up to rounding). `after` is called when each batch has its gradient.
     """
     from qlora.layers.loss import loss_sum  # here: it loads transformers, of which a training loop knows nothing
 
@@ -98,6 +101,7 @@ def accumulate(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     for number, batch in enumerate(batches):
         loss = loss_sum(model, batch)
         loss.backward()
+        after()
         total = loss.detach() if number == 0 else total + loss.detach()
     return total
 
@@ -152,8 +156,10 @@ def _optimizer_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     draws = draws_of(model)
-    with draws.lend() if draws is not None else nullcontext():
-        total = accumulate(model, batches)
+    lent = draws.lend() if draws is not None else nullcontext()
+    summing = optimizer.summing() if isinstance(optimizer, SupportsPaging) else nullcontext(lambda: None)
+    with lent, summing as after:
+        total = accumulate(model, batches, after)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = ops.total_norm(gradients)
     for group in optimizer.param_groups:

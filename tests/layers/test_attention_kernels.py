@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 from qlora.config.commands import FinetuneConfig
 from qlora.layers import attention
 from qlora.layers.attention_kernels import Need, Offer, by_length, by_varlen, choose, torch_varlen
+from qlora.optim.flat import GradientSums, lay_out
+from qlora.optim.moments import pages_of
 from qlora.plan.meta import MetaRun
 from qlora.run.inputs import find_model
 from qlora_kernels import backends
@@ -160,3 +162,19 @@ def test_a_layer_costs_the_same_launches_for_any_examples(planned, method, most)
         assert one == four == eight
         assert one[0] <= most[0] and one[1] <= most[1] + again * most[0], one
     assert torch_varlen() is not None
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_further_micro_batch_costs_one_launch_more_a_page(planned, method):
+    """Its gradients are added to those before by one; without pages by one for each parameter, 14 and 21 a layer."""
+    model = planned(method=method).model(2, False)
+    alone = sum(of_a_step(model, (5, 6)))
+    made = pages_of((p for p in model.parameters() if p.requires_grad), 1)
+    for page in made:
+        lay_out(page)
+    sums = GradientSums(made)
+    with sums.collecting():
+        found = [sum(of_a_step(model, (5, 6), sums.end_micro_batch)) - alone for _ in range(3)]
+    assert found == [2 * len(made), len(made), len(made)]
+    sums.finish()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -6,6 +6,7 @@ Views and empty tensors launch nothing, an operator of torch one kernel, one of 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,9 +40,9 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def of_a_step(model: nn.Module, lengths: tuple[int, ...]) -> tuple[int, int]:
+def of_a_step(model: nn.Module, lengths: tuple[int, ...], after: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """(launches of the forward pass, of the backward pass) of one micro-batch of `model`, which is on the meta device,
-    on a card.
+    on a card. `after` belongs to the backward pass.
     """
     batch = pack([Example((1,) * n, (False,) + (True,) * (n - 1)) for n in lengths])
     with backends.planned_for("cuda"):
@@ -49,5 +50,6 @@ def of_a_step(model: nn.Module, lengths: tuple[int, ...]) -> tuple[int, int]:
             loss = loss_sum(model.train(), batch)
         with Launches() as backward:
             loss.backward()
+            after()
     model.zero_grad()  # or the next step adds to these
     return forward.found.total(), backward.found.total()

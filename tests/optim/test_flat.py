@@ -1,0 +1,136 @@
+"""Parameters and gradients of a page in one piece: the same bits, fewer launches, nothing of it left over.
+
+A CPU stands for the card: `pages.FLAT` names where pages are laid out.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from launches import Launches
+from optimizers import OPTIONS, groups, parameters, same, same_state
+from safetensors.torch import load_file, save_file
+
+import qlora
+from qlora.optim import pages
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    monkeypatch.setattr(pages, "FLAT", ("cpu",))
+
+
+def even(count: int = 14, elements: int = 64) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(elements // 8, 8, generator=generator)) for _ in range(count)]
+
+
+def backward(params: list[torch.nn.Parameter], seed: int, left_out: tuple[int, ...] = ()) -> None:
+    """A micro-batch: a gradient for each parameter but some."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(())
+    for number, p in enumerate(params):
+        weights = torch.randn(p.shape, generator=generator)
+        if number not in left_out:
+            total = total + (p.to(torch.float32) * weights).sum()
+    total.backward()
+
+
+def steps(params: list, made, count: int = 4, **options) -> qlora.PagedAdamW:
+    """Of three micro-batches each. Now and then a parameter has no gradient, in all of them or in the first."""
+    optimizer = qlora.PagedAdamW(made, **OPTIONS, **options)
+    for step in range(count):
+        optimizer.zero_grad()
+        with optimizer.summing() as after:
+            for i in range(3):
+                backward(params, 3 * step + i, () if step == 0 else (step, 7) if i == 0 else (step,))
+                after()
+        optimizer.step(prepared=optimizer.prepare(), scale=0.3)
+    return optimizer
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+@pytest.mark.parametrize("kind", ["odd", "even", "large"])
+def test_the_bits_are_those_of_parameters_by_themselves(monkeypatch, kind, state):
+    """Odd ones, of which some pages are left as they are, and a transposed one; larger ones than a page."""
+    monkeypatch.setattr(pages, "PAGE", 600 if kind == "large" else 1 << 20)
+    ends = []
+    for there in ((), ("cpu",)):
+        monkeypatch.setattr(pages, "FLAT", there)
+        params = parameters() if kind == "odd" else even(elements=1024 if kind == "large" else 256)
+        optimizer = steps(params, groups(params), state=state)
+        ends.append((params, optimizer))
+    (params, expected), (others, found) = ends
+    assert same(params, others) and same_state(expected.state_dict(), found.state_dict())
+    assert any(p.data_ptr() - others[0].data_ptr() == others[0].nbytes for p in others) == (kind == "even")
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_a_page_is_one_launch(flat, state):
+    """To update; and a micro-batch's gradients are added to the sums by one, however many parameters there are."""
+    params = even()
+    optimizer = qlora.PagedAdamW(params, state=state)
+    for micro_batches in (1, 4):
+        optimizer.zero_grad()
+        with optimizer.summing() as after:
+            for i in range(micro_batches):
+                with Launches() as launches:
+                    backward(params, i)
+                    alone = launches.found.total()
+                    after()
+                taken = launches.found["_foreach_copy_"], launches.found["_foreach_add_"]
+                assert taken == ((1, 0) if i == 0 else (0, 1)) and launches.found.total() - alone <= 1
+                assert launches.found["add_"] == 0
+        ((_, (run,)),) = optimizer.prepare().work
+        assert [p.shape for p in run.parameters] == [g.shape for g in run.gradients] == [(run.stop - run.start,)]
+        assert run.stop >= 14 * 64
+        assert run.parameters[0].data_ptr() == params[0].data_ptr()
+        assert run.gradients[0].data_ptr() == params[0].grad.data_ptr()
+        optimizer.step()
+
+
+def test_gradients_of_a_page_go_when_they_are_all_there(flat, monkeypatch):
+    """In the backward pass, not behind it: two pages of new ones at most are there at once."""
+    monkeypatch.setattr(pages, "PAGE", 128)
+    params, held, most = even(), set(), []
+    optimizer = qlora.PagedAdamW(params)
+
+    def came(p):
+        held.add(p)
+        most.append(sum(q.grad is not None for q in held))
+
+    hooks = [p.register_post_accumulate_grad_hook(came) for p in params]
+    with optimizer.summing() as after:
+        for _ in range(2):
+            chain = torch.ones(8, 8)
+            for p in params:
+                chain = torch.tanh(chain @ p.view(8, 8))
+            chain.sum().backward()
+            after()
+    for hook in hooks:
+        hook.remove()
+    assert max(most) <= 4 and all(p.grad is not None for p in params)
+
+
+def test_what_is_in_one_piece_is_saved_and_moved_as_ever(flat, tmp_path):
+    """A file holds the tensors; a parameter that is put elsewhere is updated there; sums go with the gradients."""
+    params = even()
+    optimizer = steps(params, params, count=1)
+    sums = weakref.ref(params[0].grad._base)
+    tensors = {str(i): p.detach() for i, p in enumerate(params)}
+    save_file(tensors, tmp_path / "p.safetensors")
+    saved = load_file(tmp_path / "p.safetensors")
+    assert same([saved[name] for name in tensors], params)
+    optimizer.zero_grad()
+    gc.collect()
+    assert sums() is None
+    params[3].data = params[3].data.clone()
+    before = params[3].detach().clone()
+    with optimizer.summing() as after:
+        backward(params, 1)
+        after()
+    optimizer.step()
+    assert not torch.equal(params[3], before)
