@@ -157,8 +157,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 page = moments.view(memory, number)
                 for run in runs:
                     update(run, page)
-        flat = [page for number, _ in work if (page := moments.pages[number]).flat is not None]
-        reference.mark_mutated([p for page in flat for p, _ in page.spans])  # which do not see writes to the piece
+        reference.mark_mutated([p for number, _ in work for p in moments.pages[number].in_piece()])
         self._steps |= {p: scalars.step for p, (scalars, _) in due.items()}
         return loss
 

@@ -103,7 +103,8 @@ class GradientSums:
 
     @torch.no_grad()
     def _take(self, page: Page) -> None:
-        first, further = ([], []), ([], [])  # (parts of the sums, gradients)
+        first: tuple[list[Tensor], list[Tensor]] = ([], [])  # (parts of the sums, gradients)
+        further: tuple[list[Tensor], list[Tensor]] = ([], [])
         for p, span in page.spans:
             gradient = p.grad
             if gradient is None or gradient.layout != torch.strided:

@@ -35,6 +35,10 @@ class Page:
     spans: list[tuple[Parameter, Span]]
     flat: Tensor | None = None
 
+    def in_piece(self) -> list[Parameter]:
+        """The parameters that are views of `flat`, whose versions do not count what is written there."""
+        return [] if self.flat is None else [p for p, _ in self.spans]
+
 
 @dataclass
 class Moments:
