@@ -9,13 +9,16 @@ import gc
 import weakref
 
 import pytest
+import tiny
 import torch
 from launches import Launches
 from optimizers import OPTIONS, groups, parameters, same, same_state
 from safetensors.torch import load_file, save_file
 
 import qlora
+from qlora.data.batch import pack
 from qlora.optim import pages
+from qlora.train.step import optimizer_step
 
 
 @pytest.fixture
@@ -134,3 +137,17 @@ def test_what_is_in_one_piece_is_saved_and_moved_as_ever(flat, tmp_path):
         after()
     optimizer.step()
     assert not torch.equal(params[3], before)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_steps_of_a_model_are_the_same(monkeypatch, method):
+    """Also its losses, and so DoRA's norms: they are computed again when a piece was written."""
+    batches, ends = [pack([example]) for example in tiny.examples(*tiny.UNEVEN)], []
+    for there in ((), ("cpu",)):
+        monkeypatch.setattr(pages, "FLAT", there)
+        model = tiny.adapted(tiny.llama(), method).train()
+        optimizer = qlora.PagedAdamW(qlora.adapter_parameters(model))
+        metrics = [optimizer_step(model, optimizer, batches, rate=0.05, clip=1.0) for _ in range(3)]
+        ends.append((metrics, tiny.tensors(model)))
+    (expected, before), (found, after) = ends
+    assert found == expected and same(before.values(), after.values())
