@@ -131,17 +131,18 @@ def test_what_is_in_one_piece_is_saved_and_moved_as_ever(flat, tmp_path):
     gc.collect()
     assert sums() is None
     params[3].data = params[3].data.clone()
-    before = params[3].detach().clone()
+    before, version = params[3].detach().clone(), params[0]._version
     with optimizer.summing() as after:
         backward(params, 1)
         after()
     optimizer.step()
     assert not torch.equal(params[3], before)
+    assert params[0]._version > version  # or autograd would not see that it was written
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_steps_of_a_model_are_the_same(monkeypatch, method):
-    """Also its losses, and so DoRA's norms: they are computed again when a piece was written."""
+    """Its losses too, and so DoRA's norms."""
     batches, ends = [pack([example]) for example in tiny.examples(*tiny.UNEVEN)], []
     for there in ((), ("cpu",)):
         monkeypatch.setattr(pages, "FLAT", there)
