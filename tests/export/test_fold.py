@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -18,6 +15,7 @@ import transformers
 from helpers import relative, unsealed
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, adapted
+from without_us import logits_without_us
 
 from qlora import ExportSpec, UserError, attach_adapters, export_adapter, load_adapter, load_base, save_adapter
 from qlora.calibrate.start import start_by_error
@@ -26,27 +24,6 @@ from qlora.models.originals import originals
 from qlora.models.source import resolve
 
 IDS = torch.arange(2, 20).view(2, 9)
-# What a server does, in a process that has no qlora. On a CPU with AVX512-BF16 bitsandbytes would round constants.
-SERVED = """
-import json, sys
-sys.modules["qlora"] = sys.modules["qlora_kernels"] = None
-import peft, torch, transformers
-from safetensors.torch import save_file
-folders, out = sys.argv[1:-1], sys.argv[-1]
-logits = {}
-with torch.no_grad():
-    for folder in folders:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"})
-        config = json.load(open(folder + "/adapter/adapter_config.json"))
-        assert not config["use_dora"] and model.config.quantization_config.load_in_4bit
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        model = peft.PeftModel.from_pretrained(model, folder + "/adapter").eval()
-        logits[folder] = model(input_ids=torch.arange(2, 20).view(2, 9)).logits.contiguous()
-        transformers.AutoTokenizer.from_pretrained(folder)
-save_file(logits, out)
-"""
 CASES = [
     ("llama", "dora"),
     ("llama", "lora"),
@@ -111,12 +88,8 @@ def served(trained, tmp_path_factory):
     export_adapter(
         trained("llama", "dora")[2], folders["double"], ExportSpec("bnb4-lora", double_quant=True), verify=None
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", SERVED, *map(str, folders.values()), str(place / "logits.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = load_file(place / "logits.safetensors")
-    return {case: found[str(folder)] for case, folder in folders.items()}
+    found = logits_without_us(folders.values(), IDS.tolist(), place)
+    return {case: torch.stack(found[str(folder)]) for case, folder in folders.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -167,6 +140,7 @@ def test_codes_stay_and_magnitudes_are_gone(trained, tmp_path):
         if name.endswith("_proj.weight"):
             assert torch.equal(value, base.get_buffer(name))
     tensors = load_file(tmp_path / "out" / ADAPTER / "adapter_model.safetensors")
+    assert not peft.PeftConfig.from_pretrained(tmp_path / "out" / ADAPTER).use_dora
     assert tensors and not [name for name in tensors if "magnitude" in name]
     assert peft.PeftConfig.from_pretrained(tmp_path / "out" / ADAPTER).target_modules == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
