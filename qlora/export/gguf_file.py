@@ -4,8 +4,9 @@
 
 Matrices are F16, BF16, Q8_0 (32 int8 and an fp16 scale: 8.5 bits a weight) or Q4_0 (32 four-bit values and a scale:
 4.5 bits), quantized by the library `gguf`, a chunk of rows at a time; norms and biases are float32, as llama.cpp wants
-them. Two exceptions, both llama.cpp's own: rows that are no multiple of 32 long stay F16, and the head of a Q4_0 file
-is Q8_0. The alternative, the library's `add_tensor`, holds every tensor until the end.
+them. Rows that are no multiple of 32 long stay F16, and the head of a Q4_0 file is Q8_0, both as llama.cpp has it; attn_v
+of a Q8_0 file is F16, for 2 % of the size and half of the KL (docs/guide.md). The alternative, the library's
+`add_tensor`, holds every tensor until the end.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ class GGUFFile:
             return kinds.F32
         is_head = name == "output.weight" or (tied and name == "token_embd.weight")
         kind = kinds.Q8_0 if is_head and self.type == "Q4_0" else kinds[self.type]
+        if self.type == "Q8_0" and name.endswith(".attn_v.weight"):
+            kind = kinds.F16  # else llama.cpp rounds its inputs to 8 bits too
         return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else kinds.F16
 
     def dtype(self, parameter: str) -> torch.dtype:

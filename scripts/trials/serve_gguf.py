@@ -9,7 +9,8 @@ can only make a KL smaller, by less than the mass of that rest. Of each KL two p
 
     kl_file       ours || what is in the file, decoded by our reader, in float32          the format's own rounding
     kl_inputs     ours || the same with the inputs of every product rounded as llama.cpp rounds them: to fp16 for F16,
-                  to bf16 for BF16, to Q8_0 (32 int8 and a scale) for Q8_0 and Q4_0       and the server's products
+                  to bf16 for BF16, to Q8_0 (32 int8 and a scale) for Q8_0 and Q4_0       and the server's products;
+                  not those of a LoRA, whose A and B are float32 and are multiplied in it
 
 It prints a line of JSON for each file; `differences` are the first tokens that differ, by which logit ours was larger.
 """
@@ -20,17 +21,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HOUSE = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "tests/support")]
+sys.path[:0] = [str(HOUSE), str(HOUSE / "kernels"), str(HOUSE / "tests/support"), str(HOUSE / "scripts/benchmarks")]
 
 import gguf
 import torch
 import transformers
 from llama_cpp import LlamaCpp
+from record import about, write
 from torch import nn
 
 from qlora import load_base, load_tokenizer
@@ -38,6 +39,7 @@ from qlora.export.adapted_source import AdaptedSource, open_adapted
 from qlora.export.formats import FORMATS, export_adapter
 from qlora.export.gguf import ADAPTER, BASE, MODEL, convert_to_gguf
 from qlora.export.peft import read_adapter
+from qlora.layers.adapters import AdaptedLinear
 from qlora.specs import ExportSpec
 
 LISTED = 512
@@ -89,17 +91,26 @@ def logits_of(model: nn.Module, texts: list[tuple[list[int], list[int]]]) -> lis
     ]
 
 
-def rounded(type: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A hook that rounds the input of a product as llama.cpp does where the weight is of this type."""
+def rounded(kind: str, x: torch.Tensor) -> torch.Tensor:
+    """The input of a product as llama.cpp rounds it where the weight is of this kind."""
+    if kind in ("F16", "BF16"):
+        return x.to(torch.float16 if kind == "F16" else torch.bfloat16).float()
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(x.contiguous().numpy(), q8), q8)).view_as(x)
 
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = inputs[0]
-        if type in ("F16", "BF16"):
-            return (x.to(torch.float16 if type == "F16" else torch.bfloat16).float(), *inputs[1:])
-        kind = gguf.GGMLQuantizationType.Q8_0
-        return (torch.from_numpy(gguf.dequantize(gguf.quantize(x.numpy(), kind), kind)).view_as(x), *inputs[1:])
 
-    return hook
+def round_inputs(decoded: nn.Module, type: str) -> None:
+    """Let every layer of a file of this type compute from rounded inputs, a LoRA on it from its own."""
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x, base = inputs[0], getattr(module, "base", module)
+        return output + nn.functional.linear(rounded(kinds[module], x) - x, base.weight)
+
+    kinds = {}
+    for name, module in decoded.named_modules():
+        if isinstance(module, (nn.Linear, AdaptedLinear)) and not name.endswith(".base"):
+            kinds[module] = "F16" if type == "Q8_0" and name.endswith("v_proj") else type
+            module.register_forward_hook(hook)
 
 
 def differences(logits: list[torch.Tensor], texts: list[tuple[list[int], list[int]]]) -> list[dict[str, float]]:
@@ -132,9 +143,7 @@ def measure(
     ]
     other = differences(wanted, texts)
     file = mean_kl(wanted, logits_of(decoded, texts))
-    for module in decoded.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(rounded(type))
+    round_inputs(decoded, type)
     return {
         "equal": len(texts) - len(other),
         "texts": len(texts),
@@ -171,7 +180,7 @@ def main() -> None:
         rows.append({"what": what, "type": type} | measure(ours, decoded, type, files, prompts, arguments.tokens))
         print(json.dumps(rows[-1]), flush=True)
         if arguments.output:
-            arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+            write(arguments.output, about("torch", "transformers", "gguf", "xllamacpp") | {"rows": rows})
 
     with tempfile.TemporaryDirectory() as place:
         for type in arguments.types if "base" in arguments.what else []:
@@ -184,7 +193,7 @@ def main() -> None:
             ours, method = found.load("fp32"), files.spec.method
             for to, type in [(to, type) for to in arguments.what if to != "base" for type in arguments.types]:
                 written = exported(found, to, type, Path(place, f"{number}-{to}-{type}"))
-                row(f"{method} {adapter}, {to}", type, ours, *written)
+                row(f"{method}, {to}", type, ours, *written)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_the_context_is_where_both_compute_the_same(tmp_path):
 
 
 def test_quantized_types(tmp_path):
-    """The library's own blocks; a head of a Q4_0 file has 8 bits, and rows of 150 values stay F16."""
+    """The library's own blocks; a head of a Q4_0 file has 8 bits; rows of 150 values, and V of a Q8_0 file, stay F16."""
     folder = saved(model("qwen2"), tmp_path / "model")
     for type, kinds in (("Q8_0", {"Q8_0", "F16", "F32"}), ("Q4_0", {"Q4_0", "Q8_0", "F16", "F32"})):
         path = convert_to_gguf(str(folder), tmp_path / type, type=type)
@@ -200,6 +200,7 @@ def test_quantized_types(tmp_path):
         assert {tensor.tensor_type.name for tensor in stored.values()} == kinds
         assert stored["output.weight"].tensor_type.name == "Q8_0"
         assert stored["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+        assert stored["blk.1.attn_v.weight"].tensor_type.name == ("F16" if type == "Q8_0" else type)
         up = model("qwen2").model.layers[1].mlp.up_proj.weight.detach().numpy()
         kind = stored["blk.1.ffn_up.weight"].tensor_type
         assert kind.name == type
