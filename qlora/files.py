@@ -48,13 +48,16 @@ def whole_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
     with guard("output", repr(str(final)), "is no path", "Choose another folder"):
         final = Path(os.path.realpath(final))
     before = _identity(final)
+    claimed: tuple[Path, int] | None = None
     try:
-        _make(final.parent)
-        _restore(final)
-        part, handle = _claimed(final)
-    except OSError as error:
-        raise UserError(disk_problem(final, error)) from error
-    try:
+        try:
+            _make(final.parent)
+            _restore(final)
+            with _signals_wait():  # one that comes with the new folder is heard when there is something to remove
+                claimed = _claimed(final)
+        except OSError as error:
+            raise UserError(disk_problem(final, error)) from error
+        part, _ = claimed
         yield part
         try:
             _sync_tree(part)
@@ -70,10 +73,16 @@ def whole_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
             raise UserError(disk_problem(final, error)) from error
         raise
     finally:
-        with _signals_wait():
-            if _identity(part) == _identity(handle):  # else it has its name, and another process may use this one
-                shutil.rmtree(part, ignore_errors=True)
-            os.close(handle)
+        if claimed is not None:
+            _cleared(*claimed)
+
+
+def _cleared(part: Path, handle: int) -> None:
+    """Remove what is left of a claimed folder, and its lock."""
+    with _signals_wait():
+        if _identity(part) == _identity(handle):  # else it has its name, and another process may use this one
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
 
 
 @contextmanager

@@ -4,8 +4,8 @@
 
 Matrices are F16, BF16, Q8_0 (32 int8 and an fp16 scale: 8.5 bits a weight) or Q4_0 (32 four-bit values and a scale:
 4.5 bits), quantized by the library `gguf`, a chunk of rows at a time; norms and biases are float32, as llama.cpp wants
-them. Rows that are no multiple of 32 long stay F16, and the head of a Q4_0 file is Q8_0, both as llama.cpp has it; attn_v
-of a Q8_0 file is F16, for 2 % of the size and half of the KL (docs/guide.md). The alternative, the library's
+them. Rows that are no multiple of 32 long stay F16, and the head of a Q4_0 file is Q8_0, both as llama.cpp has it;
+attn_v of a Q8_0 file is F16, for 2 % of the size and half of the KL (docs/guide.md). The alternative, the library's
 `add_tensor`, holds every tensor until the end.
 """
 

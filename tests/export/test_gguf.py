@@ -192,7 +192,7 @@ def test_the_context_is_where_both_compute_the_same(tmp_path):
 
 
 def test_quantized_types(tmp_path):
-    """The library's own blocks; a head of a Q4_0 file has 8 bits; rows of 150 values, and V of a Q8_0 file, stay F16."""
+    """The library's own blocks; a head of a Q4_0 file has 8 bits; rows of 150 values and V of a Q8_0 file are F16."""
     folder = saved(model("qwen2"), tmp_path / "model")
     for type, kinds in (("Q8_0", {"Q8_0", "F16", "F32"}), ("Q4_0", {"Q4_0", "Q8_0", "F16", "F32"})):
         path = convert_to_gguf(str(folder), tmp_path / type, type=type)
