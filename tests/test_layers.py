@@ -67,6 +67,7 @@ FLOORS = (
         "models.device",
         "models.gguf",
         "models.gguf_config",
+        "models.gguf_splits",
         "models.info",
         "optim.disk_tier",
         "selftest.first_use",

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from qlora.errors import UserError, guard
 from qlora.files import whole_folder
 from qlora.manifest import MANIFEST, damages, versions, write_manifest
-from qlora.models import gguf_config, gguf_header, gguf_layout
+from qlora.models import gguf_config, gguf_header, gguf_layout, gguf_splits
 from qlora.models.gguf_header import LONG, SHORT, read_header
 
 MOST = 16  # entries, about 3 MB each
@@ -134,7 +134,7 @@ def _hashed(path: Path, _: tuple[int, ...], beside: tuple[tuple[str, int, int], 
     digest = hashlib.sha256(repr(beside).encode())
     for library in ("transformers", "tokenizers", "gguf"):
         digest.update(importlib.metadata.version(library).encode())
-    for module in (gguf_config.__file__, gguf_header.__file__, gguf_layout.__file__, __file__):
+    for module in (gguf_config.__file__, gguf_header.__file__, gguf_layout.__file__, gguf_splits.__file__, __file__):
         digest.update(Path(module).read_bytes())
     begin = min(start for _, start in header.tensors.values())
     with path.open("rb") as file:

@@ -36,6 +36,7 @@ from qlora.errors import UserError, guard, problem
 from qlora.models.gguf_cache import cached_config, cached_tokenizer
 from qlora.models.gguf_config import read_config
 from qlora.models.gguf_header import read_header
+from qlora.models.gguf_splits import split_as_named
 from qlora.models.hub import download
 from qlora.paths import local_path
 
@@ -274,7 +275,7 @@ def load_tokenizer(
 def _gguf_tokenizer(path: Path, name: object) -> PreTrainedTokenizerBase:
     # Of Gemma 1 transformers reads the tokenizer, but not the config that its AutoTokenizer looks at first.
     reader = PreTrainedTokenizerFast if read_header(path).architecture == "gemma" else AutoTokenizer
-    return read_tokenizer(path.parent, name, reader, gguf_file=path.name)
+    return split_as_named(read_tokenizer(path.parent, name, reader, gguf_file=path.name), path)
 
 
 def read_tokenizer(

@@ -230,6 +230,8 @@ def test_smollm2(tmp_path, smollm2_dense, tokenizer):
     fields, written = read_keys(own, ""), read_keys(path, "")
     assert [key for key in fields if fields[key] != written.get(key)] == ["general.file_type"]
     with LlamaCpp(path, context=512) as served:
+        text = "List:\n\n1. one\n\n22. two   3"  # split before every digit, as the file says
+        assert served.tokenize(text) == tokenizer(text).input_ids
         for prompt in ("The capital of France is", "Water boils at 100"):
             ids = tokenizer(prompt).input_ids
             assert served.tokenize(prompt) == ids

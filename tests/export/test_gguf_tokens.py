@@ -25,6 +25,7 @@ TEXTS = [
     "snake_case(x) == CamelCase->y; // http://a.b/c?d=e&f",
     "<|im_start|>user\nWhat's 1+1?<|im_end|>\n<|im_start|>assistant\n",
     "<think>the 12</think>",
+    "List:\n\n1. one\n\n22. two   3",
 ]
 
 
@@ -107,6 +108,8 @@ def test_llama_cpp_makes_the_same_tokens(tmp_path, kind):
         for text in lines():
             assert served.tokenize(text) == tokenizer(text).input_ids, text
     again = load_tokenizer(str(path))
+    if kind in PRE.values():
+        assert [text for text in lines() if again(text).input_ids != tokenizer(text).input_ids] == []
     assert again.chat_template == tokenizer.chat_template
     assert (again.bos_token, again.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
 
