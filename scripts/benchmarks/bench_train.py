@@ -2,10 +2,11 @@
 a laptop.
 
     python scripts/benchmarks/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large]
-                                             [--dtype auto|bf16|fp32] [--isa avx512|avx2|portable] [--json FILE]
+                                             [--dtype auto|bf16|fp32|int16] [--isa avx512|avx2|portable] [--json FILE]
 
 SmolLM2-135M, rank 16, all-linear, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no activation
-checkpointing, the same batches and the same loop. Ours runs in the dtype that `finetune` would choose, or `--dtype`;
+checkpointing, the same batches and the same loop. Ours runs in what `finetune --dtype auto` would choose, or `--dtype`
+(int16: float32 whose products are of 16-bit integers, as `auto` is with AVX-512 VNNI and without bf16);
 PEFT in both recipes, with `prepare_model_for_kbit_training` and without, each in bf16 and in fp32 in the first round
 and in the faster of the two from then on: ours is held beside that. Each measurement is a process of its own, and the
 contestants take turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians
@@ -17,7 +18,7 @@ layers and head, forward and backward, and nothing else. Our tokens/s are given 
 adapter's products, attention and all between count as nothing there, so it is not to be reached.
 
 `--isa` measures as if on a processor that has no more than that: our kernels, torch's, MKL's and oneDNN's are held to
-it (bitsandbytes has no such switch), and "auto" is fp32 then, as it is where nothing multiplies bf16.
+it (bitsandbytes has no such switch), and "auto" is fp32 or int16 then, as it is where nothing multiplies bf16.
 
 What our DoRA costs beside our LoRA is a few percent, less than processes differ among themselves. So a last process
 holds both models and steps them in turns; the ratio is the median over the pairs of steps.
@@ -114,6 +115,9 @@ def ours(method: str, folder: str, dtype: str):
     from qlora.cli import bound_kernel_caches
 
     bound_kernel_caches()  # as every command does
+    if dtype == "int16":
+        torch.set_float32_matmul_precision("high")  # as models.device.products_of
+        dtype = "fp32"
     torch.manual_seed(0)
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype=dtype), method=method, rank=RANK, alpha=ALPHA)
 
@@ -240,7 +244,8 @@ def fastest(found: dict[str, list[dict]], names: list[str]) -> str | None:
 def compare(work: str, folder: str, dtype: str, rounds: int, steps: int) -> dict:
     """All contestants in turns on one kind of batch; prints a table and returns its rows."""
     found = take_turns(work, folder, dtype, rounds, steps)
-    ceiling = child(__file__, "--ceiling", dtype, work, "--folder", folder, quiet=True)
+    multiplied = "fp32" if dtype == "int16" else dtype
+    ceiling = child(__file__, "--ceiling", multiplied, work, "--folder", folder, quiet=True)
     allowed = ceiling["tokens"] / ceiling["seconds"]
     rows: dict[str, dict] = {}
     print(f"\n{Path(work).name:23}{'tokens/s':>10}{'peak GB':>9}{'ours is':>22}")
@@ -265,7 +270,9 @@ def compare(work: str, folder: str, dtype: str, rounds: int, steps: int) -> dict
             ratio = f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
             ratio += "" if rows[name]["best_dtype"] else " (not its best dtype)"
         print(f"{name:23}{rows[name]['tokens_per_second']:10.0f}{rows[name]['peak_bytes'] / 1e9:9.2f}   {ratio}")
-    print(f"{'ceiling ' + dtype:23}{allowed:10.0f}{'':9}   torch's products alone, {ceiling['gflops']:.0f} GFLOP/s")
+    print(
+        f"{'ceiling ' + multiplied:23}{allowed:10.0f}{'':9}   torch's products alone, {ceiling['gflops']:.0f} GFLOP/s"
+    )
     lora, dora = (rows[f"{method} ours {dtype}"]["tokens_per_second"] for method in ("lora", "dora"))
     pair = child(__file__, "--pair", work, dtype, "--folder", folder, quiet=True)
     in_turns = median(lora / dora for lora, dora in zip(pair["lora"], pair["dora"], strict=True))
@@ -299,7 +306,9 @@ def main() -> None:
         "--steps", type=int, default=4, help=f"measured steps in each process, after {WARM_UP} to warm up"
     )
     parser.add_argument("--large", action="store_true", help="also DoRA steps of a 1B and a 7B model (about 5 minutes)")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of ours; PEFT runs in both")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32", "int16"), default="auto", help="of ours; PEFT runs in both"
+    )
     parser.add_argument("--isa", choices=HELD, help="hold all that is measured to this instruction set")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -331,8 +340,11 @@ def main() -> None:
 
     import qlora
     from qlora.models.device import resolve_dtype
+    from qlora_kernels import backends
 
     fallback = "fp32" if arguments.isa else resolve_dtype("auto", torch.device("cpu"))
+    if fallback == "fp32" and backends.multiplies_by_integers():
+        fallback = "int16"
     dtype = fallback if arguments.dtype == "auto" else arguments.dtype
     transformers.utils.logging.disable_progress_bar()
     record = about("torch", "transformers", "peft", "bitsandbytes") | {"dtype": dtype, "isa": arguments.isa}
