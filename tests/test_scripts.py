@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,16 @@ def test_what_a_script_imports_from_us_exists(script):
                     except ModuleNotFoundError:
                         missing.append(f"{node.module}.{name.name}")
     assert SCRIPTS and missing == []
+
+
+def test_a_contestant_of_the_training_benchmark_is_who_it_says():
+    """Side and method once were each other's place: PEFT ran under both names, and the losses agreed."""
+
+    def one(name: str) -> dict:
+        command = [sys.executable, str(HOUSE / "scripts/benchmarks/bench_train.py"), "--one", *name.split(), "1x8"]
+        command += ["--folder", "smollm2-135m", "--steps", "1"]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+    ours, theirs = one("dora ours int16"), one("dora peft fp32")
+    assert (ours["model"], theirs["model"]) == ("LlamaForCausalLM", "PeftModelForCausalLM")
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)

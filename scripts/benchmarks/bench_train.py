@@ -122,7 +122,7 @@ def ours(method: str, folder: str, dtype: str):
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype=dtype), method=method, rank=RANK, alpha=ALPHA)
 
 
-def measure(side: str, method: str, dtype: str, work: str, steps: int, folder: str) -> dict:
+def measure(method: str, side: str, dtype: str, work: str, steps: int, folder: str) -> dict:
     """One contestant in this process."""
     import torch
     from compare_peft import theirs
@@ -139,7 +139,8 @@ def measure(side: str, method: str, dtype: str, work: str, steps: int, folder: s
             else theirs(folder, method, 4, dtype, side == "peft+prepare", None)
         )
         return take_steps(model, batches, qlora.PagedAdamW if side == "ours" else torch.optim.AdamW) | {
-            "peak": memory.peak()
+            "peak": memory.peak(),
+            "model": type(model).__name__,
         }
 
 
