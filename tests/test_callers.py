@@ -100,6 +100,13 @@ def test_export(adapter, tmp_path, spec, verify):
     assert line.startswith(f"{name}=") and not made.exists()
 
 
+def test_paths_of_a_config(model):
+    config = qlora.FinetuneConfig(model=model, data=model / "data.jsonl", output=Path("out"))
+    assert (config.model, config.data, config.output) == (str(model), str(model / "data.jsonl"), "out")
+    line = refused(lambda: qlora.FinetuneConfig(model=model, data=model, output="out", rank=Path("eight")))
+    assert line.startswith("rank=")
+
+
 @pytest.fixture
 def edited(adapter, tmp_path):
     """Writes one key into a file of a copy of the adapter; gives the copy."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -71,7 +72,8 @@ class Options:
     """
 
     def __post_init__(self) -> None:
-        for name, value in _checked(type(self), vars(self)).items():
+        given = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in vars(self).items()}
+        for name, value in _checked(type(self), given).items():
             setattr(self, name, value)
 
     @staticmethod

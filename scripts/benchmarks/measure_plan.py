@@ -61,7 +61,7 @@ def measure(row: dict) -> dict:
 
     import qlora
     from qlora.calibrate.gap import measure_gap
-    from qlora.calibrate.moments import rectangles
+    from qlora.calibrate.moments import forward_tokens, rectangles
     from qlora.calibrate.start import start_by_error
     from qlora.cli import bound_kernel_caches
     from qlora.config.commands import FinetuneConfig
@@ -103,8 +103,9 @@ def measure(row: dict) -> dict:
             rows = torch.randint(5, 49000, (TOKENS // config.max_tokens, config.max_tokens)).tolist()
             texts = [Example(tuple(ids), (False,) + (True,) * (len(ids) - 1)) for ids in rows]
             weights = originals(find_model(config))
-            start_by_error(model.eval(), weights, rectangles(texts, TOKENS, 0, config.batch_size))
-            measure_gap(model, weights, texts[:4], config.batch_size)
+            fill = forward_tokens(config.batch_size, config.max_tokens)  # as `run.start` has it
+            start_by_error(model.eval(), weights, rectangles(texts, TOKENS, 0, config.batch_size, fill))
+            measure_gap(model, weights, texts[:4], config.batch_size, fill)
         batch = random_batch(config.max_tokens, 49000, config.batch_size, lowest=5)
         optimizer = adapter_optimizer(model, config.optimizer(), folder)
         model.train()
