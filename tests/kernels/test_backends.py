@@ -250,3 +250,13 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     with pytest.raises(build.BuildError, match="no-such-compiler"):
         build.compile_library(tmp_path / "library.so")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_fresh_is_not_compiled_again(monkeypatch, tmp_path):
+    """An installation takes the library that lies beside the sources; with `force` it needs the compiler."""
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    target = tmp_path / "folder" / build.LIBRARY
+    assert build.build(target=target) == target
+    assert target.read_bytes() == (build.FOLDER / build.LIBRARY).read_bytes()
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.build(force=True, target=target)

@@ -182,14 +182,19 @@ def _finish(command: list[str], process: subprocess.Popen) -> None:
         raise BuildError(f"{' '.join(command)}\n{output}")
 
 
-def build(force: bool = False) -> Path:
-    """The library in place, beside the sources; compiled only where it is missing or stale, or with `force`.
+def build(force: bool = False, target: Path = FOLDER / LIBRARY) -> Path:
+    """The library in `target`; compiled only where none lies beside the sources or it is stale, or with `force`.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
-    target = FOLDER / LIBRARY
-    return target if is_fresh(target) and not force else compile_library(target)
+    beside = FOLDER / LIBRARY
+    if force or not is_fresh(beside):
+        return compile_library(target)
+    if target != beside:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(beside, target)
+    return target
 
 
 if __name__ == "__main__":
