@@ -16,6 +16,7 @@ Of a conversation, `Remembered` keeps the keys and values: its next answer compu
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+CONTIGUOUS = torch.contiguous_format
 Prompt = str | list[dict]  # the user's text, or the messages so far
 
 
@@ -158,10 +160,7 @@ def generate_batch(
 
     training = model.training
     model.eval()
-    # `generate` fills in from the model's generation_config what ours leaves open. A shallow copy, which shares
-    # everything else, has an empty one; to swap it on the model itself would be seen by whoever else uses the model.
-    speaker = copy.copy(model)
-    speaker.generation_config = GenerationConfig()
+    speaker = _speaker(model)
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
@@ -180,6 +179,25 @@ def generate_batch(
         remembered.keep(output[0].tolist())
     answers = [text(tokens) for tokens in output[:, width:].tolist()]
     return answers if raw else [answer.strip() for answer in answers]
+
+
+def _speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """A shallow copy of the model for `generate`; what it has of its own would otherwise be seen by whoever else uses
+    the model.
+
+    Its generation_config is empty, as `generate` fills in from the model's what ours leaves open. Its head multiplies a
+    copy of what it is given: `generate` hands it the last column of the prompts' hidden states, and torch 2.13 takes 13
+    s of CPU for 60 such rows in bf16, with their strides, where it takes 0.01 s for a copy of them.
+    """
+    speaker, head = copy.copy(model), model.get_output_embeddings()
+    speaker.generation_config = GenerationConfig()
+    for name, module in model._modules.items():
+        if module is not None and module is head:
+            own = copy.copy(module)
+            own._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
+            own.register_forward_pre_hook(lambda _, given: (given[0].clone(memory_format=CONTIGUOUS), *given[1:]))
+            speaker._modules = {**model._modules, name: own}
+    return speaker
 
 
 def _hearing(listener: Listener, streamer: Streamer) -> dict[str, Any]:

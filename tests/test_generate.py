@@ -49,6 +49,19 @@ def test_a_batch_of_any_lengths_is_what_each_prompt_gives_alone(name):
     assert len(set(texts)) == 3 and all(texts)
 
 
+def test_the_head_multiplies_what_lies_in_one_piece():
+    """torch 2.13 multiplies the last column of a batch of prompts, with its strides, a thousand times slower in bf16.
+    The model itself gets no hook.
+    """
+    tokenizer, model = tiny.tokenizer(), talkative("llama")
+    strides = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: strides.append(inputs[0].stride()))
+    generate_batch(model, tokenizer, PROMPTS, max_new_tokens=3)
+    width = model.config.hidden_size
+    assert strides == [(width, width, 1)] * 3
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_it_stops_at_any_end_token_of_tokenizer_template_or_model():
     tokenizer, model = tiny.tokenizer(), talkative()
     tokens = by_hand(model, prompt_ids("a", tokenizer), 12, [])
