@@ -344,6 +344,13 @@ def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> b
     return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
 
 
+def supports_matmul_dense(x: Tensor, weight: Tensor) -> bool:
+    """Whether `matmul_dense_into` has a kernel for them; elsewhere torch's product is as fast."""
+    if ("matmul_dense_into", "native") in AVOIDED:
+        return False
+    return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_matmul_dense(x, weight)
+
+
 def multiplies_by_integers() -> bool:
     """Whether float32 products of a layer are made of integers where torch's switch allows less than float32."""
     return NATIVE is not None and NATIVE.layers > 1

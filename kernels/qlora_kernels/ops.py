@@ -7,6 +7,7 @@ it, in `backends`.
     adapter    adapted_linear, adapted_linear_backward: a layer with LoRA or DoRA, whole
                row_norms_4bit, row_norms_4bit_all: DoRA's n;  prepare_lora_factors, columnwise_dot, matmul_tn,
                adapter_gradients: its parts;  join_lora_factors, joined_gradients: those of layers of one input as one
+               matmul_dense_into: a product of a frozen dense weight, the head
     step       cross_entropy_, rms_norm, swiglu, geglu, rotate and their gradients: what lies between the products of a
                layer
     attention  attention, attention_backward: causal, within the examples of a packed row
@@ -191,6 +192,11 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
 @operator()
 def matmul_tn(left: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(left.shape[1], x.shape[1], dtype=_wide(x))
+
+
+@operator(mutates=("out",))
+def matmul_dense_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+    return None
 
 
 @operator()

@@ -55,6 +55,14 @@ def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tenso
         yield head_logits(model, states[part]), labels[part]
 
 
+def _multiply(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+    """x W^T, or x W, to `out`, of a frozen W; by integers where float32 may be less than exact and we have them."""
+    if backends.supports_matmul_dense(x, weight):
+        ops.matmul_dense_into(out, x, weight, transposed)
+    else:
+        torch.mm(x, weight.t() if transposed else weight, out=out)
+
+
 class HeadLoss(torch.autograd.Function):
     """sum_i -log softmax(f(states W^T + bias))[label i] for a frozen W, f as in `final_scaling`. Saves d loss /
     d states alone.
@@ -70,7 +78,8 @@ class HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         losses = states.new_empty(n, dtype=torch.promote_types(states.dtype, torch.float32))
         for part in _chunks(states, vocabulary):
-            logits = torch.mm(states[part], weight.t(), out=buffer[: states[part].shape[0]])
+            logits = buffer[: states[part].shape[0]]
+            _multiply(logits, states[part], weight, transposed=True)
             if bias is not None:
                 logits += bias
             if scale != 1.0:
@@ -84,7 +93,7 @@ class HeadLoss(torch.autograd.Function):
             if gradient is not None:
                 if slope is not None:
                     logits *= slope
-                torch.mm(logits, weight, out=gradient[part])
+                _multiply(gradient[part], logits, weight, transposed=False)
         if gradient is not None:
             ctx.save_for_backward(gradient if scale == 1.0 else gradient.mul_(scale))
         return losses.sum()

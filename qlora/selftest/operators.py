@@ -180,6 +180,10 @@ def _rotation(d: Draw) -> tuple:
     return (d.heads(4), d.heads(2), angles.cos().to(d.dtype), angles.sin().to(d.dtype))
 
 
+def _dense(d: Draw) -> tuple:
+    return (d.low(d.tokens, d.rows), d.low(d.tokens, d.columns), d.low(d.rows, d.columns), True)
+
+
 CASES: dict[str, Callable[[Draw], tuple]] = {
     "quantize_4bit": lambda d: (d.low(d.rows, d.columns), d.levels, BLOCKSIZE),
     "fit_scales_4bit": lambda d: (d.low(min(d.rows, 64), d.columns), d.levels, BLOCKSIZE),  # the reference is slow
@@ -204,6 +208,7 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
     "joined_gradients": _joined_gradients,
     "columnwise_dot": lambda d: _elementwise(d, 2),
     "matmul_tn": lambda d: (d.low(d.tokens, d.rank), d.low(d.tokens, d.columns)),
+    "matmul_dense_into": _dense,
     "adapter_gradients": _gradients,
     "cross_entropy_": lambda d: (d.low(d.tokens, d.columns), (torch.arange(d.tokens) % d.columns).to(d.device)),
     "rms_norm": lambda d: (d.low(d.tokens, d.columns), d.low(d.columns), 1e-6),

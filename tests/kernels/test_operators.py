@@ -55,6 +55,7 @@ def adapter_arguments() -> dict[str, tuple]:
         "joined_gradients": (dy, *(torch.randn(n, 4).bfloat16() for n in (10, 32)), y, None, *joined),
         "columnwise_dot": (dense.bfloat16(), dense.bfloat16()),
         "matmul_tn": (B.bfloat16(), dense.bfloat16()),
+        "matmul_dense_into": (torch.zeros(32, 10), torch.randn(32, 128), dense, True),
         "adapter_gradients": sums,
     }
 
@@ -147,7 +148,7 @@ def mutated(name: str) -> list[int]:
 
 
 # `work` of the optimizer's operators and what is used up with it is nobody's to save.
-COUNTED = {"dequantize_4bit_into": [0], "cross_entropy_": [0], "adamw_": [0]}
+COUNTED = {name: [0] for name in ("dequantize_4bit_into", "cross_entropy_", "adamw_", "matmul_dense_into")}
 
 
 @pytest.mark.parametrize("name", COUNTED)

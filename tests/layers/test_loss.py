@@ -150,6 +150,33 @@ def test_head_loss_in_bf16_rounds_once():
     assert relative(got, want) < 0.01
 
 
+def test_a_frozen_heads_products_are_by_integers_where_torch_allows_less_than_float32(monkeypatch):
+    """Over 20 steps of what lies below the head the loss stays beside float32's; both chunks of labels, a bias."""
+    monkeypatch.setattr(loss, "CHUNK", 70)
+    weight, bias, x, start = torch.randn(331, 64) / 8, torch.randn(331), torch.randn(145, 24), torch.randn(24, 64) / 5
+    labels = torch.randint(0, 331, (145,))
+
+    def losses() -> list[float]:
+        found, below = [], start.clone().requires_grad_()
+        for _ in range(20):
+            found.append(HeadLoss.apply(x @ below, weight, bias, labels, 1.0, None))
+            (gradient,) = torch.autograd.grad(found[-1], below)
+            below = (below - 0.005 * gradient).detach().requires_grad_()
+        return torch.stack(found).tolist()
+
+    exact, before, routes = losses(), torch.get_float32_matmul_precision(), backends.ROUTES.copy()
+    try:
+        torch.set_float32_matmul_precision("high")
+        found = losses()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    ours = backends.routes(routes).get("matmul_dense_into", {})
+    assert ours == ({"native": 80} if backends.multiplies_by_integers() else {})  # of the last 5 labels torch's
+    assert exact[-1] < 0.75 * exact[0]
+    assert found == pytest.approx(exact, rel=2e-4)
+    assert (found == exact) != bool(ours)
+
+
 @pytest.mark.parametrize("adapted_head", [False, True])
 def test_no_tensor_of_all_logits_lives(monkeypatch, adapted_head):
     torch.manual_seed(0)

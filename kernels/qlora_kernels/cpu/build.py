@@ -61,6 +61,7 @@ OF_MACHINE = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 HEADERS = (
     "amx.h",
     "attention_bf16.h",
+    "dense_gemm_vnni.h",
     "dispatch.h",
     "elementwise.h",
     "kernels.h",

@@ -6,7 +6,8 @@ product is in the same sums, and in the backward pass all of the adapter's gradi
 
 Where torch's own switch allows less than float32's precision (`torch.set_float32_matmul_precision("high")`, which
 allows TF32 on a card) and the processor has AVX-512 VNNI, the large product is one of 16-bit integers
-(csrc/nf4_gemm_vnni.h): 1.7 times the speed, and about TF32's precision. The alternative, a switch of our own, would be
+(csrc/nf4_gemm_vnni.h): 1.7 times the speed, and about TF32's precision. So are those of a frozen head, which is dense
+(csrc/dense_gemm_vnni.h). The alternative, a switch of our own, would be
 a second word for one thing.
 """
 
@@ -40,6 +41,8 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
         "qlora_layers": [],
         "qlora_layer_bytes": [INTEGER, *[SIZE] * 4, INTEGER],
+        "qlora_dense_bytes": [INTEGER],
+        "qlora_dense": [POINTER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
         "qlora_layer_forward": [WEIGHT, POINTER, INTEGER, POINTER, SIZE, *[POINTER] * 3, SIZE, *[POINTER] * 3, INTEGER],
         "qlora_layer_backward": [WEIGHT, POINTER, INTEGER, *[POINTER] * 6, *[SIZE] * 2, FLOAT, *[POINTER] * 6, INTEGER],
     }
@@ -49,6 +52,7 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward_bytes": SIZE,
         "qlora_layers": INTEGER,
         "qlora_layer_bytes": SIZE,
+        "qlora_dense_bytes": SIZE,
     }
 
     layers: int  # what multiplies float32: 0: torch, 1: float32, 2: 16-bit integers too
@@ -346,3 +350,30 @@ class LayerKernels(AdapterKernels):
             torch.get_num_threads(),
         )
         return dx, dA, dB, dm
+
+    # ---------------------------------------------------------------- a dense weight
+
+    def supports_matmul_dense(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether integers multiply these, faster than torch: float32 that may be less than exact."""
+        return (
+            self._by_integers()
+            and x.dtype == weight.dtype == torch.float32
+            and x.shape[0] >= 32
+            and weight.shape[1] % 64 == 0
+            and weight.is_contiguous()
+        )
+
+    def matmul_dense_into(self, out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+        if not self.supports_matmul_dense(x, weight) or not out.is_contiguous() or out.dtype != x.dtype:
+            return NotImplemented
+        (rows, columns), tokens, threads = weight.shape, x.shape[0], torch.get_num_threads()
+        inner, outer = (columns, rows) if transposed else (rows, columns)
+        if x.shape != (tokens, inner) or out.shape != (tokens, outer):
+            raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} for a weight of {rows} x {columns}")
+        reference.mark_mutated(out)
+        x = x.contiguous()
+        work = self.workspace(self.library.qlora_dense_bytes(threads))
+        self.library.qlora_dense(
+            weight.data_ptr(), rows, columns, transposed, x.data_ptr(), tokens, work.data_ptr(), out.data_ptr(), threads
+        )
+        return None

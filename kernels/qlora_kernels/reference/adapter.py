@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from qlora_kernels.reference.common import chunk_elements, widened_product
+from qlora_kernels.reference.common import chunk_elements, mark_mutated, widened_product
 from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit, split_weights
 from qlora_kernels.weight import QuantizedWeight
 
@@ -103,6 +103,12 @@ def columnwise_dot(a: Tensor, b: Tensor) -> Tensor:
 def matmul_tn(left: Tensor, x: Tensor) -> Tensor:
     """left [tokens, r], x [tokens, in] -> left^T x [r, in], in float32 (float64 for float64)."""
     return widened_product(left.t(), x)
+
+
+def matmul_dense_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+    """x [tokens, columns] Wt, or x [tokens, rows] W, to `out`, of a dense frozen W [rows, columns] of x's dtype."""
+    mark_mutated(out)
+    out.copy_(x @ (weight.t() if transposed else weight))
 
 
 def adapter_gradients(

@@ -63,19 +63,27 @@ void prepare(const Call& c, const float* narrow, const float* x, int64_t inner, 
   });
 }
 
-// A thread's share: panels, and where there are too few, parts of the tokens too.
-void multiply(const Call& c, const LayerProduct& product) {
-  const int64_t panels = product.outer / c.kernel.width, blocks = ceil_div(c.tokens, c.kernel.tile);
-  const int64_t parts = minimum(blocks, ceil_div(c.threads, panels)), shares = threads_for(parts * panels, c.threads);
-  parallel(shares, c.threads, [&](int64_t i) {
+// A thread's share: panels, and where there are too few, parts of the tokens too. piece(share, token, tokens, panel,
+// panels).
+template <class F>
+void share(const Layer& l, int64_t tokens, int64_t outer, int threads, F piece) {
+  const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
+  const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
+  parallel(shares, threads, [&](int64_t i) {
     for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
       const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
-      const int64_t token = blocks * part / parts * c.kernel.tile,
-                    end = minimum(c.tokens, blocks * (part + 1) / parts * c.kernel.tile);
-      c.kernel.wide(product, token, end - token, at % panels, count, c.rooms + i * c.own);
+      const int64_t token = blocks * part / parts * l.tile, end = minimum(tokens, blocks * (part + 1) / parts * l.tile);
+      piece(i, token, end - token, at % panels, count);
       at += count;
     }
   });
+}
+
+void multiply(const Call& c, const LayerProduct& product) {
+  share(c.kernel, c.tokens, product.outer, c.threads,
+        [&](int64_t i, int64_t token, int64_t tokens, int64_t panel, int64_t panels) {
+          c.kernel.wide(product, token, tokens, panel, panels, c.rooms + i * c.own);
+        });
 }
 
 // left^T x for each strip of columns: put(column, columns, sums [rank in 8s, kStripColumns], dots [columns]).
@@ -165,6 +173,20 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
                     });
   }
   if (dx != nullptr) multiply(c, {w, false, dy, tokens, w.rows, w.columns, rank, v, down, dx, integers});
+}
+
+// Bytes of `work`, aligned to 64, for the product below.
+int64_t qlora_dense_bytes(int threads) { return threads * integer_layer->dense_room(); }
+
+// y = x W^T [tokens, rows], or x W [tokens, columns], of a dense W [rows, columns], by integers.
+void qlora_dense(const float* weight, int64_t rows, int64_t columns, int transposed, const float* x, int64_t tokens,
+                 char* work, float* y, int threads) {
+  const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
+  const DenseProduct product{weight, transposed != 0, x, tokens, inner, outer, y};
+  share(*integer_layer, tokens, outer, threads,
+        [&](int64_t i, int64_t token, int64_t count, int64_t panel, int64_t panels) {
+          integer_layer->dense(product, token, count, panel, panels, work + i * integer_layer->dense_room());
+        });
 }
 
 }  // extern "C"

@@ -335,6 +335,6 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
-const Layer avx2_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums};
+const Layer avx2_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
 }  // namespace qlora
 #endif

@@ -24,6 +24,15 @@ struct LayerProduct {
   Integers integers;  // of x, where the product is by integers
 };
 
+// y [tokens, outer] = x [tokens, inner] times W^T or W of a dense W [rows, columns]; columns in 64s.
+struct DenseProduct {
+  const float* weight;
+  bool transposed;  // as above
+  const float* x;
+  int64_t tokens, inner, outer;
+  float* y;
+};
+
 // For some columns of x [tokens, columns]: out [rank in 8s, kStripColumns] = left^T x, and dots_c = sum_t x_tc y_tc.
 struct LayerSums {
   const float *x, *y;  // y or null
@@ -43,6 +52,9 @@ struct Layer {
   void (*integers)(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out);
   void (*wide)(const LayerProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
   void (*sums)(const LayerSums&, int64_t column, int64_t columns, float* out, float* dots);
+  // As `room` and `wide` of a dense weight; null where the library's product is as fast.
+  int64_t (*dense_room)();
+  void (*dense)(const DenseProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
 };
 
 #if defined(__x86_64__)

@@ -370,6 +370,6 @@ inline void add_product(const float* a, int64_t stride, const float* b, int64_t 
 
 namespace qlora {
 const Kernels neon_kernels = {"NEON", QLORA_KERNELS(QLORA_ENTRY)};
-const Layer neon_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums};
+const Layer neon_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
 }  // namespace qlora
 #endif

@@ -57,30 +57,54 @@ __attribute__((noinline)) void add_scaled(const int32_t* integers, const float* 
   }
 }
 
+// The first n of 16 values, zeros behind them; n may be anything.
+inline __m512 some_of(const float* x, int64_t n) {
+  return n >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(__mmask16(n <= 0 ? 0 : (1u << n) - 1), x);
+}
+
 inline __m256i words(__m512 x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)); }
 
-void integers(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out) {
-  const int64_t parts = pieces_of(inner, 64);
-  for (int64_t t = token; t < token + tokens; t += kTileRows)
-    for (int64_t n = 0; n < parts; ++n) {
-      const int64_t at = (t / kTileRows * parts + n) * kTileRows, size = least(64, inner - 64 * n);
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        int16_t* const to = out.values + 64 * (at + r);
-        __m512 value[4];
-        for (int i = 0; i < 4; ++i)
-          value[i] = t + r < token + tokens && 16 * i < size ? _mm512_loadu_ps(x + (t + r) * inner + 64 * n + 16 * i)
-                                                             : _mm512_setzero_ps();
-        __m512i bits = _mm512_setzero_si512();  // as integers a NaN is larger than any number
-        for (int i = 0; i < 4; ++i)
-          bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(value[i]), _mm512_set1_epi32(0x7fffffff)));
-        const float largest = float_of(_mm512_reduce_max_epu32(bits));
-        const float inverse = float(kMostX) / (largest > 1e-30f ? largest : 1e-30f);
-        out.scales[at + r] = largest * (1.0f / kMostX);
-        for (int i = 0; i < 4; ++i)
-          _mm256_store_si256(reinterpret_cast<__m256i*>(to + 16 * i),
-                             words(_mm512_mul_ps(value[i], _mm512_set1_ps(inverse))));
-      }
+// 64 values in integers up to `most`; their scale.
+inline float round_64(const __m512* value, int most, int16_t* out) {
+  __m512i bits = _mm512_setzero_si512();  // as integers a NaN is larger than any number
+  for (int i = 0; i < 4; ++i)
+    bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(value[i]), _mm512_set1_epi32(0x7fffffff)));
+  const float largest = float_of(_mm512_reduce_max_epu32(bits));
+  const float inverse = float(most) / (largest > 1e-30f ? largest : 1e-30f);
+  for (int i = 0; i < 4; ++i)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * i),
+                       words(_mm512_mul_ps(value[i], _mm512_set1_ps(inverse))));
+  return largest * (1.0f / most);
+}
+
+// `rows` rows of x, `depth` values each: [64 of depth][row of the tile][64], and a scale for each 64. Zeros where there
+// are none.
+inline void integer_tile(const float* x, int64_t stride, int64_t rows, int64_t depth, int16_t* values, float* scales) {
+  for (int64_t n = 0; n < pieces_of(depth, 64); ++n)
+    for (int64_t r = 0; r < kTileRows; ++r, values += 64, ++scales) {
+      __m512 value[4];
+      for (int i = 0; i < 4; ++i)
+        value[i] = r < rows ? some_of(x + r * stride + 64 * n + 16 * i, depth - 64 * n - 16 * i) : _mm512_setzero_ps();
+      *scales = round_64(value, kMostX, values);
     }
+}
+
+void integers(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out) {
+  for (int64_t t = token; t < token + tokens; t += kTileRows) {
+    const int64_t at = t / kTileRows * pieces_of(inner, 64) * kTileRows;
+    integer_tile(x + t * inner, inner, least(kTileRows, token + tokens - t), inner, out.values + 64 * at,
+                 out.scales + at);
+  }
+}
+
+// out = before + the product of a tile with a panel, `parts` times 64 deep; `before` is overwritten.
+inline void add_integers(const int16_t* values, const float* xs, const int32_t* panel, const float* ws, int64_t parts,
+                         int32_t* products, float* before, float* out, int64_t stride) {
+  for (int64_t i = 0; i < parts; ++i) {
+    multiply_integers(reinterpret_cast<const int32_t*>(values + 64 * kTileRows * i), panel + 32 * kPairs * i, products);
+    const bool last = i + 1 == parts;
+    add_scaled(products, ws + 32 * i, xs + kTileRows * i, before, last ? out : before, last ? stride : kWidth);
+  }
 }
 
 // 16 words twice, of the levels times a factor.
@@ -180,17 +204,8 @@ void integer_wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t 
                         sums, kWidth);
           }
         float* const y = p.y + t * p.outer + (panel + done + c) * kWidth;
-        for (int64_t i = 0; i < parts; ++i) {
-          const int64_t at = tile + i * kTileRows;
-          multiply_integers(reinterpret_cast<const int32_t*>(p.integers.values + 64 * at), panel_of + 32 * kPairs * i,
-                            products);
-          const bool last = i + 1 == parts;
-          add_scaled(products, scales + 32 * i, p.integers.scales + at, sums,
-                     !last            ? sums
-                     : n == kTileRows ? y
-                                      : edge,
-                     last && n == kTileRows ? p.outer : kWidth);
-        }
+        add_integers(p.integers.values + 64 * tile, p.integers.scales + tile, panel_of, scales, parts, products, sums,
+                     n == kTileRows ? y : edge, n == kTileRows ? p.outer : kWidth);
         for (int64_t r = 0; n < kTileRows && r < n; ++r)
           for (int64_t k = 0; k < kWidth; ++k) y[r * p.outer + k] = edge[r * kWidth + k];
       }
