@@ -1,5 +1,5 @@
-"""Attention over the examples of a packed row, on a CPU that multiplies bf16: the native operators of subject
-`attention`.
+"""Attention over the examples of a packed row: the native operators of subject `attention`, in bf16 on a CPU that
+multiplies it, in float32 with AVX2 and AVX-512.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ from torch import Tensor
 from qlora_kernels.cpu.binding import FLOAT, INTEGER, POINTER, SIZE, Subject, integers
 
 
+WIDEST = 512  # elements of a head in float32: a row of them fits the rows that the kernels multiply
+
+
 class AttentionKernels(Subject):
     SIGNATURES = {
-        "qlora_attention_bytes": [INTEGER, SIZE, SIZE],
-        "qlora_attention": [INTEGER, *[POINTER] * 3, *[SIZE] * 4, FLOAT, POINTER, SIZE, INTEGER],
+        "qlora_float_attention": [],
+        "qlora_attention_bytes": [INTEGER, INTEGER, SIZE, SIZE],
+        "qlora_attention": [INTEGER, INTEGER, *[POINTER] * 3, *[SIZE] * 4, FLOAT, POINTER, SIZE, INTEGER],
     }
-    RESULTS = {"qlora_attention_bytes": SIZE}
+    RESULTS = {"qlora_attention_bytes": SIZE, "qlora_float_attention": INTEGER}
+
+    attends_in_float32: bool
 
     def supports_attention(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether `attention` has a kernel for these: one type of head, in bf16."""
-        return bool(self.bf16_unit) and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[-1] == v.shape[-1]
+        """Whether `attention` has a kernel for these: heads of one type and size."""
+        if q.dtype == torch.float32:
+            kernel = self.attends_in_float32 and q.shape[-1] <= WIDEST
+        else:
+            kernel = bool(self.bf16_unit) and q.dtype == torch.bfloat16
+        return kernel and q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
         if not self.supports_attention(q, k, v):
@@ -52,7 +62,7 @@ class AttentionKernels(Subject):
         return gradients
 
     def _attention(self, views: list[Tensor], lse: Tensor, cu_seqlens: list[int], scale: float) -> None:
-        backward = len(views) > 4
+        backward, floats = len(views) > 4, views[0].dtype == torch.float32
         q, k, v = views[backward : backward + 3]
         (tokens, heads, D), groups = q.shape, k.shape[1]
         lengths, threads = [stop - start for start, stop in pairwise(cu_seqlens)], torch.get_num_threads()
@@ -64,10 +74,11 @@ class AttentionKernels(Subject):
             return
         views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
         parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
-        size = self.library.qlora_attention_bytes(backward, max(lengths), D)
+        size = self.library.qlora_attention_bytes(backward, floats, max(lengths), D)
         work = torch.empty(min(threads, groups * len(lengths)) * size, dtype=torch.uint8)  # torch aligns to 64 bytes
         self.library.qlora_attention(
             backward,
+            floats,
             integers(parts),
             lse.data_ptr(),
             integers(cu_seqlens),

@@ -60,7 +60,8 @@ ARM: dict[str, tuple[str, ...]] = {"neon.cpp": ("-march=armv8-a", "-fno-schedule
 OF_MACHINE = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 HEADERS = (
     "amx.h",
-    "attention_bf16.h",
+    "attention.h",
+    "attention_float.h",
     "dense_gemm_vnni.h",
     "dispatch.h",
     "elementwise.h",

@@ -11,7 +11,7 @@
 // rounds dK and dV of every head, and its backward pass is several times slower (docs/benchmarks.md).
 #include "amx.h"
 
-#include "attention_bf16.h"
+#include "attention.h"
 
 #if defined(QLORA_TILES)
 namespace qlora {

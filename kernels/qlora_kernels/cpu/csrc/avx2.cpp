@@ -332,9 +332,11 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
 #include "nf4_kernels.h"
 #include "elementwise.h"
 #include "nf4_gemm.h"
+#include "attention_float.h"
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
+const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
 const Layer avx2_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
 }  // namespace qlora
 #endif

@@ -320,12 +320,15 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
 #include "nf4_kernels.h"
 #include "elementwise.h"
 #include "nf4_gemm.h"
+#include "attention_float.h"
 #include "nf4_gemm_vnni.h"
 #include "dense_gemm_vnni.h"
 
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
+const Attention avx512_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
 const Layer avx512_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
-const Layer avx512_vnni_layer = {kTileRows, kWidth, integer_room, narrow, integers, integer_wide, sums, dense_room, dense_wide};
+const Layer avx512_vnni_layer = {kTileRows,    kWidth, integer_room, narrow,    integers,
+                                 integer_wide, sums,   dense_room,   dense_wide};
 }  // namespace qlora
 #endif

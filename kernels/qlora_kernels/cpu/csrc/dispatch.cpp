@@ -13,7 +13,7 @@ namespace qlora {
 
 const Kernels* kernels = &portable_kernels;
 const Layer *layer = nullptr, *integer_layer = nullptr;
-const Attention* attention = nullptr;
+const Attention *attention = nullptr, *float_attention = nullptr;
 
 namespace {
 
@@ -92,9 +92,10 @@ const char* qlora_select(int isa) {
   const Kernels* found = named(isa);
   if (found == nullptr) return nullptr;
   kernels = found;
-  layer = integer_layer = nullptr;
+  layer = integer_layer = nullptr, float_attention = nullptr;
 #if defined(__x86_64__)
   if (isa > 0) layer = isa == 1 ? &avx2_layer : &avx512_layer;
+  if (isa > 0) float_attention = isa == 1 ? &avx2_attention : &avx512_attention;
   if (isa == 2 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
 #elif defined(__aarch64__)
   if (isa == 3) layer = &neon_layer;
@@ -104,6 +105,9 @@ const char* qlora_select(int isa) {
 
 // What multiplies a layer in float32: 0: nothing here, 1: float32, 2: 16-bit integers too.
 int qlora_layers() { return integer_layer != nullptr ? 2 : layer != nullptr ? 1 : 0; }
+
+// Whether attention in float32 has a kernel.
+int qlora_float_attention() { return float_attention != nullptr; }
 
 // 0: none, 1: by AVX512-BF16, 2: by AMX if there. What is now in use.
 int qlora_select_attention(int wanted) {

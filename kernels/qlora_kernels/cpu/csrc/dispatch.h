@@ -12,15 +12,15 @@
 inline int omp_get_thread_num() { return 0; }
 #endif
 
-#include "attention_bf16.h"
+#include "attention.h"
 #include "kernels.h"
 #include "layer.h"
 
 namespace qlora {
 
-extern const Kernels* kernels;              // of the instruction set in use
-extern const Layer *layer, *integer_layer;  // a layer in float32, and by narrower products; or null
-extern const Attention* attention;          // or null
+extern const Kernels* kernels;                        // of the instruction set in use
+extern const Layer *layer, *integer_layer;            // a layer in float32, and by narrower products; or null
+extern const Attention *attention, *float_attention;  // in bf16 and in float32; or null
 
 // How many of `wanted` threads to use for these pieces: one in a process that is a fork.
 int threads_for(int64_t pieces, int wanted);

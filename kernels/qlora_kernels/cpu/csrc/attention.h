@@ -1,14 +1,15 @@
-// What attention_bf16.cpp has for api_attention.cpp, which cuts the work.
+// What attention_bf16.cpp and attention_float.h have for api_attention.cpp, which cuts the work.
 #pragma once
 #include <stdint.h>
 
 namespace qlora {
 
-// bf16 [tokens, heads, D] with any strides but 1 for the last.
+// [tokens, heads, D] with any strides but 1 for the last, in bf16 or float32.
 struct Heads {
-  uint16_t* data;
+  void* data;
   int64_t token, head;
-  uint16_t* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+  uint16_t* at(int64_t t, int64_t h) const { return static_cast<uint16_t*>(data) + t * token + h * head; }
+  float* floats(int64_t t, int64_t h) const { return static_cast<float*>(data) + t * token + h * head; }
 };
 
 struct AttentionShape {
@@ -26,5 +27,8 @@ struct Attention {  // [0]: forward, [1]: backward
   int64_t (*bytes[2])(int64_t tokens, int64_t D);  // of `work`, aligned to 64, for an example of so many tokens
 };
 extern const Attention matrix_attention, dot_attention;  // empty where the compiler cannot make them
+#if defined(__x86_64__)
+extern const Attention avx2_attention, avx512_attention;  // of float32
+#endif
 
 }  // namespace qlora
