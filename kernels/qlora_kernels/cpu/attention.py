@@ -11,7 +11,6 @@ from torch import Tensor
 
 from qlora_kernels.cpu.binding import FLOAT, INTEGER, POINTER, SIZE, Subject, integers
 
-
 WIDEST = 512  # elements of a head in float32: a row of them fits the rows that the kernels multiply
 
 
