@@ -200,3 +200,21 @@ def test_a_model_in_bf16(name):
     backends.NATIVE.select()
     assert torch.equal(ours, theirs) == (not backends.NATIVE.bf16_unit)  # that it is used at all
     assert (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_in_float32(name):
+    """The kernels of float32 are used, and its gradients stay those of the model in float64."""
+    batch = pack([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
+    model = adapted(random_model(name), "lora")
+    assert forward_mode(model).packed
+
+    def gradients(model) -> torch.Tensor:
+        loss_sum(model, batch).backward()
+        return torch.cat([p.grad.double().flatten() for p in adapter_parameters(model)])
+
+    exact, routes = gradients(copy.deepcopy(model).double()), backends.ROUTES.copy()
+    ours = gradients(model)
+    ran = {operator: counts.get("native", 0) for operator, counts in backends.routes(routes).items()}
+    assert (ran.get("attention", 0) == ran.get("attention_backward", 0) > 0) == backends.NATIVE.attends_in_float32
+    assert (ours - exact).norm() < 1e-5 * exact.norm()
