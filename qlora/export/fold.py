@@ -84,7 +84,7 @@ def write_folded(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
 
 
 def keep_folded(found: AdaptedSource, spec: ExportSpec) -> Kept:
-    """What `write_folded` keeps: everything, but what `double_quant` takes of the constants and the dtype of the rest."""
+    """What `write_folded` keeps: all but what `double_quant` takes of the constants, and the dtype of the rest."""
     weights, dtype = prepared(found, "dequantized"), DTYPES[spec.dtype]
 
     def layer(name: str, weight: FrozenWeight) -> Tensor:

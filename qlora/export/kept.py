@@ -3,10 +3,10 @@
     kept = FORMATS[to].keeps(found, spec)     how the format rounds a layer, and whatever is no layer
     kept.settle(base)                         a dense model of these values, in the place of its base: the export is it
 
-A format that rounds coarsely may be far from the adapted model and yet be whole. It is never far from this one: only the
-order of sums differs. So damage shows here that the rounding of 4 bits would hide. The layers are those of the loaded
-model, in its own order of rows and names; nothing is taken from the files. The alternative, sums over the bytes that
-were written, would find a changed byte and no mistake of the writer.
+An export in 4 bits may be far from the adapted model and yet be whole. It is never far from this one: only the order of
+sums differs. So damage shows here that rounding would hide. The layers are those of the loaded model, with its
+names and order of rows; nothing is taken from the files. The alternative, checksums of what was written, would find a changed
+byte and no mistake of the writer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One tensor of the written files changed before they are verified: refused, in every format, and nothing is left."""
+"""One tensor of the written files changed before they are verified: seen in every format, and nothing is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny import adapted
 
 from qlora import ExportSpec, UserError, export_adapter, load_base, save_adapter
+from qlora.export.adapted_source import open_adapted
 from qlora.export.formats import FORMATS
+from qlora.export.peft import read_adapter
+from qlora.export.verify import Text, compare, expect
 from qlora.layers import nf4
 
 K_ROWS, NORM = "k_proj", "norm"
@@ -72,20 +75,41 @@ def damage_gguf(path: Path, name: str) -> None:
     tensor.data.flush()
 
 
-@pytest.mark.parametrize("part", [K_ROWS, NORM])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(str(v) for v in vars(spec).values()))
-def test_one_changed_tensor_is_refused(adapter, tmp_path, monkeypatch, spec, part):
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.to}-{spec.base}-{spec.dtype}-{spec.type}")
+def test_one_changed_tensor_is_seen(adapter, tmp_path, spec):
+    """A whole export differs from what its format keeps by rounding alone, each damage by far more."""
+    found, folder = open_adapted(read_adapter(adapter), tmp_path / "out", [], model=None, trust_remote_code=False)
     row = FORMATS[spec.to]
+    spec = dataclasses.replace(spec, dtype=(row.dtype or found.dtype) if spec.dtype == "auto" else spec.dtype)
+    folder.mkdir()
+    row.write(found, spec, folder)
+    expected = expect(found, ([], [Text(tuple(range(60, 100)))]), {spec.base: row.keeps(found, spec)})
+    (path,) = [path for path in folder.iterdir() if path.name in ("model.safetensors", "model.gguf", "base.gguf")]
+    whole = path.read_bytes()
 
-    def damaged(found, given, folder):
-        row.write(found, given, folder)
-        (path,) = [path for path in folder.iterdir() if path.name in ("model.safetensors", "model.gguf", "base.gguf")]
+    def closeness():
+        return compare(expected, folder, lambda place: row.load(place, found, torch.float32), spec.base)
+
+    assert closeness().is_whole and 1e-8 < closeness().noise < 1e-5
+    for part in (K_ROWS, NORM):
+        path.write_bytes(whole)
         damage = damage_gguf if path.suffix == ".gguf" else damage_safetensors
         damage(path, NAMES[path.suffix[1:]][part])
+        found_damage = closeness()
+        assert not found_damage.is_whole and found_damage.kept_error > 1000 * found_damage.noise, part
 
-    done = export_adapter(adapter, tmp_path / "whole", spec)
-    monkeypatch.setitem(FORMATS, spec.to, dataclasses.replace(row, write=damaged))
+
+def test_a_damaged_export_is_refused_and_leaves_nothing(adapter, tmp_path, monkeypatch):
+    """Of the format that loses most: KL 1e-4 would have passed any limit of it."""
+    row = FORMATS["bnb4"]
+
+    def damaged(found, spec, folder):
+        row.write(found, spec, folder)
+        damage_safetensors(folder / "model.safetensors", NAMES["safetensors"][K_ROWS])
+
+    monkeypatch.setitem(FORMATS, "bnb4", dataclasses.replace(row, write=damaged))
     with pytest.raises(UserError) as error:
-        export_adapter(adapter, tmp_path / "out", spec)
-    print(done.closeness.kept_error / done.closeness.noise, done.closeness, error.value.problems)
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+        export_adapter(adapter, tmp_path / "out", ExportSpec("bnb4"))
+    (line,) = error.value.problems
+    assert line.startswith("verify=failed: what was written computes another model than its format keeps: logits 0.")
+    assert list(tmp_path.iterdir()) == []
