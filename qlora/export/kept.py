@@ -5,8 +5,8 @@
 
 An export in 4 bits may be far from the adapted model and yet be whole. It is never far from this one: only the order of
 sums differs. So damage shows here that rounding would hide. The layers are those of the loaded model, with its
-names and order of rows; nothing is taken from the files. The alternative, checksums of what was written, would find a changed
-byte and no mistake of the writer.
+names and order of rows; nothing is taken from the files. The alternative, checksums of what was written,
+would find a changed byte and no mistake of the writer.
 """
 
 from __future__ import annotations

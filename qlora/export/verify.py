@@ -7,7 +7,8 @@
 
 Two questions. Is the format close enough to the adapted model? KL and its limit tell. Are the files whole? Then they
 are the model that the format keeps (`kept`), but for the order of sums: their logits may differ by WHOLE times what one
-more rounding of every product does to them, which is measured. One changed tensor shows there, however coarse the format.
+more rounding of every product does to them, which is measured. One changed tensor shows there,
+however coarse the format.
 
 Both see a prompt and the text that the adapted model writes after it, so that the export writes the same text greedily
 if and only if its largest logits name it, one pass instead of a decoding. Models of up to FLOAT32 parameters compute
