@@ -76,16 +76,27 @@ class AdaptedSource:
         Raises:
             UserError: see `load_source` and `put_adapter`.
         """
+        return put_adapter(self.load_base(dtype), self.files).eval()
+
+    def load_base(self, dtype: str) -> nn.Module:
+        """The base of the training alone, its values rounded as they were there, in `dtype` on the CPU.
+
+        Raises:
+            UserError: see `load_source`.
+        """
         recipe = self.files.base.quantization(self.source.packed)
-        base: nn.Module = load_source(self.source, recipe, dtype=self.dtype, device="cpu")  # rounded as in training
-        return put_adapter(base.to(DTYPES[dtype]), self.files).eval()
+        base: nn.Module = load_source(self.source, recipe, dtype=self.dtype, device="cpu")
+        return base.to(DTYPES[dtype])
+
+    def empty(self) -> Any:
+        """The base without memory."""
+        factory: Any = AutoModelForCausalLM
+        with LOADING, torch.device("meta"):
+            return factory.from_config(load_config(self.source), trust_remote_code=self.source.trust_remote_code)
 
     def parameters(self) -> int:
         """How many the base has."""
-        trust = self.source.trust_remote_code
-        with LOADING, torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(load_config(self.source), trust_remote_code=trust)
-        return sum(parameter.numel() for parameter in empty.parameters())
+        return sum(parameter.numel() for parameter in self.empty().parameters())
 
 
 def open_adapted(

@@ -21,9 +21,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qlora.errors import UserError, problem
 from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
+from qlora.export.kept import Kept, prepared
 from qlora.export.shards import CPU, Written, check_new_folder, in_dtype, write_into, write_model
 from qlora.layers import nf4
 from qlora.layers.linear import NF4Linear, is_linear
+from qlora.layers.weight import FrozenWeight
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.quantize import QuantizePass
 from qlora.models.source import Source, load_tokenizer, resolve
@@ -156,3 +158,18 @@ def write_requantized(found: AdaptedSource, spec: ExportSpec, folder: Path) -> N
         state_four_bit(written, form.dtype, made.double_quant, dense)
 
     write_into(folder, found.source, transform, form, found.tokenizer, prepare=prepare, finish=finish)
+
+
+def keep_requantized(found: AdaptedSource, spec: ExportSpec) -> Kept:
+    """What `write_requantized` keeps: the 4-bit grid of what is quantized again, one dtype of the rest."""
+    weights, dtype, made = prepared(found, spec.base), DTYPES[spec.dtype], found.recipe
+
+    def layer(name: str, weight: FrozenWeight) -> Tensor:
+        if name not in weights.layers.shapes:
+            return weights.merged(name, weight, dtype)
+        whole = weights.merged(name, weight, torch.float32)
+        if name not in weights.adapted and weight.quantized is not None:
+            return whole
+        return nf4.dequantize(nf4.quantize(whole, made.blocksize, made.double_quant, name, made.scales or "absmax"))
+
+    return Kept(found, weights, layer, other=lambda name, value: value.to(dtype))

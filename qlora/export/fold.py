@@ -16,6 +16,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,11 +24,14 @@ from transformers import PreTrainedModel
 from qlora.errors import UserError, problem
 from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
 from qlora.export.bnb import left_dense, state_four_bit
+from qlora.export.kept import Kept, prepared
 from qlora.export.peft import PEFT_CONFIG, TENSORS, file_key
 from qlora.export.peft_write import peft_config
 from qlora.export.shards import in_dtype, write_into
 from qlora.files import write_json
 from qlora.layers import nf4
+from qlora.layers.weight import FrozenWeight
+from qlora.models.device import DTYPES
 from qlora.specs import ExportSpec
 from qlora_kernels import ops, reference
 from qlora_kernels.weight import QuantizedWeight
@@ -77,6 +81,25 @@ def write_folded(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
     save_file(tensors, folder / ADAPTER / TENSORS, metadata={"format": "pt"})
     config = peft_config(dataclasses.replace(weights.spec, method="lora"), weights.names)
     write_json(folder / ADAPTER / PEFT_CONFIG, config)
+
+
+def keep_folded(found: AdaptedSource, spec: ExportSpec) -> Kept:
+    """What `write_folded` keeps: all but what `double_quant` takes of the constants, and the dtype of the rest."""
+    weights, dtype = prepared(found, "dequantized"), DTYPES[spec.dtype]
+
+    def layer(name: str, weight: FrozenWeight) -> Tensor:
+        adapted = name in weights.adapted
+        gain = weights.gain(name, weight) if adapted else None
+        if weight.quantized is None:
+            W = weight.dense(dtype).float()
+        else:
+            W = nf4.dequantize(rescaled(weight.quantized, gain, double_quant=spec.double_quant))
+        if not adapted:
+            return W
+        A, B, _ = weights.parts(name)
+        return torch.addmm(W, B if gain is None else gain.unsqueeze(1) * B, A, alpha=weights.spec.scaling)
+
+    return Kept(found, weights, layer, other=lambda name, value: value.to(dtype))
 
 
 def rescaled(weight: QuantizedWeight, gain: Tensor | None, *, double_quant: bool) -> QuantizedWeight:

@@ -27,10 +27,21 @@ from transformers import AutoModelForCausalLM
 
 from qlora.errors import UserError, problem
 from qlora.export.adapted_source import AdaptedSource, open_adapted
-from qlora.export.bnb import write_requantized
-from qlora.export.fold import ADAPTER, write_folded
-from qlora.export.gguf import BASE, MODEL, load_gguf, load_gguf_lora, write_gguf, write_gguf_lora, written_type
-from qlora.export.merge import write_merged
+from qlora.export.bnb import keep_requantized, write_requantized
+from qlora.export.fold import ADAPTER, keep_folded, write_folded
+from qlora.export.gguf import (
+    BASE,
+    MODEL,
+    keep_gguf,
+    keep_gguf_lora,
+    load_gguf,
+    load_gguf_lora,
+    write_gguf,
+    write_gguf_lora,
+    written_type,
+)
+from qlora.export.kept import Kept
+from qlora.export.merge import keep_merged, write_merged
 from qlora.export.peft import read_adapter
 from qlora.export.verify import Closeness, Expected, Limit, compare, expect, texts_of, tokenizer_problems, usual_limit
 from qlora.files import whole_folder, write_json
@@ -49,6 +60,7 @@ class Format:
 
     Attributes:
         write: fills an empty folder.
+        keeps: what of the adapted model is in it then.
         load: gives the model in a folder as those who serve it load it, on the CPU, to compute in a dtype.
         takes: the fields of ExportSpec that have a meaning here.
         exact: whether nothing but rounding is lost, with `base="dequantized"`.
@@ -58,6 +70,7 @@ class Format:
     """
 
     write: Callable[[AdaptedSource, ExportSpec, Path], None]
+    keeps: Callable[[AdaptedSource, ExportSpec], Kept]
     load: Callable[[Path, AdaptedSource, torch.dtype], nn.Module]
     takes: frozenset[str]
     exact: bool
@@ -93,6 +106,7 @@ _MERGED = frozenset({"base", "dtype", "shard_size"})
 FORMATS = {
     "hf": Format(
         write_merged,
+        keep_merged,
         _by_transformers,
         takes=_MERGED,
         exact=True,
@@ -102,6 +116,7 @@ FORMATS = {
     ),
     "bnb4-lora": Format(
         write_folded,
+        keep_folded,
         _by_peft,
         takes=frozenset({"dtype", "double_quant", "shard_size"}),
         exact=True,
@@ -110,6 +125,7 @@ FORMATS = {
     ),
     "bnb4": Format(
         write_requantized,
+        keep_requantized,
         _by_transformers,
         takes=_MERGED,
         exact=False,
@@ -118,6 +134,7 @@ FORMATS = {
     ),
     "gguf": Format(
         write_gguf,
+        keep_gguf,
         load_gguf,
         takes=frozenset({"base", "type"}),
         exact=True,
@@ -126,6 +143,7 @@ FORMATS = {
     ),
     "gguf-lora": Format(
         write_gguf_lora,
+        keep_gguf_lora,
         load_gguf_lora,
         takes=frozenset({"type"}),
         exact=True,
@@ -181,14 +199,17 @@ def export_adapter(
     with whole_folder(folder, replaces=False) as part:
         written = _write(found, spec, part)
         gc.collect()  # a model just read is a circle of references, and two are coming
-        expected = None if texts is None else expect(found, texts)
+        expected = None
+        if texts is not None:
+            onto = {base: dataclasses.replace(spec, base=base) for base in written}
+            expected = expect(found, texts, {base: row.keeps(found, one) for base, one in onto.items()})
         base, closeness = _closest(found, spec, written, expected)
         if expected is not None and closeness is not None and verify is not None:
             type = written_type(found, spec) if spec.to.startswith("gguf") else None
             coarse = not row.exact or spec.double_quant or type in ("Q8_0", "Q4_0")
             exact = not coarse and (base == "dequantized" or files.base.bits != 4)
             rounded = {"F16": "fp16", "BF16": "bf16"}.get(str(type), spec.dtype)
-            if spec.to == "bnb4-lora" and spec.dtype == found.dtype:
+            if (spec.to == "bnb4-lora" and spec.dtype == found.dtype) or (spec.to == "gguf-lora" and type is None):
                 rounded = "fp32"  # constants and adapter are float32, and the rest has the dtype it was trained with
             _refuse_far(closeness[base], usual_limit(exact, rounded, expected.dtype), verify)
             _say_effect(expected, closeness[base])
@@ -295,9 +316,23 @@ def _closest(
         problems = tokenizer_problems(found, folder, gguf) if has_tokenizer else []
         if problems:
             raise UserError(problems)
-        closeness[base] = compare(expected, folder, load)
+        closeness[base] = compare(expected, folder, load, base)
+        _refuse_damaged(closeness[base])
         gc.collect()
     return min(closeness, key=lambda base: closeness[base].kl), closeness
+
+
+def _refuse_damaged(closeness: Closeness) -> None:
+    """Nothing, if the files are the model that the format keeps.
+
+    Raises:
+        UserError: they are not, with the figures.
+    """
+    if not closeness.is_whole:
+        off = f"{100 * closeness.kept_error:.2g} % off, where rounding makes {100 * closeness.noise:.2g} %"
+        rule = f"what was written computes another model than its format keeps: logits {off}"
+        remedy = "Nothing was written. Write it again; if that does not help, report it, with `qlora doctor`"
+        raise UserError(problem("verify", "failed", rule, remedy))
 
 
 def _refuse_far(closeness: Closeness, limit: Limit, verify: VerifySpec) -> None:

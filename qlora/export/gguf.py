@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qlora.errors import UserError
 from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
 from qlora.export.gguf_config import architecture_of, config_problems
-from qlora.export.gguf_file import GGUFFile, stored_names, type_problems
+from qlora.export.gguf_file import GGUFFile, kind_of, rounded, stored_names, type_problems
+from qlora.export.kept import Kept, prepared
 from qlora.export.shards import CPU, check_new_folder, placeholder
 from qlora.files import whole_folder
 from qlora.layers.attach import attach, named_adapters
+from qlora.layers.weight import FrozenWeight
 from qlora.models.device import DTYPES
 from qlora.models.gguf_layout import row_order
 from qlora.models.load import load_source, load_streaming
@@ -167,7 +168,7 @@ def _write_lora(found: AdaptedSource, weights: AdaptedWeights, gains: dict[str, 
 
     config = load_config(found.source)
     problems = config_problems(config)
-    empty = _empty(found)
+    empty = found.empty()
     problems += [] if gains else found.files.misfits(empty)
     if problems:
         raise UserError(problems)
@@ -190,14 +191,45 @@ def _write_lora(found: AdaptedSource, weights: AdaptedWeights, gains: dict[str, 
     writer.close()
 
 
-def _empty(found: AdaptedSource) -> nn.Module:
-    """The base without memory."""
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        empty: nn.Module = factory.from_config(
-            load_config(found.source), trust_remote_code=found.source.trust_remote_code
-        )
-    return empty
+def keep_gguf(found: AdaptedSource, spec: ExportSpec) -> Kept:
+    """What `write_gguf` keeps: the rounding of each tensor's type."""
+    weights, round_off = prepared(found, spec.base), _rounding(found, spec)
+
+    def layer(name: str, weight: FrozenWeight) -> Tensor:
+        return round_off(f"{name}.weight", weights.merged(name, weight, torch.float32))
+
+    return Kept(found, weights, layer, round_off)
+
+
+def keep_gguf_lora(found: AdaptedSource, spec: ExportSpec) -> Kept:
+    """What `write_gguf_lora` keeps: A and g B as they are, the rounding of base.gguf where there is one."""
+    weights, round_off = prepared(found, "dequantized"), _rounding(found, spec)
+
+    def layer(name: str, weight: FrozenWeight) -> Tensor:
+        W, gain = weight.dense(torch.float32), None
+        if name in weights.adapted:
+            gain = weights.gain(name, weight)
+            W = W if gain is None else W * gain.unsqueeze(1)
+        W = round_off(f"{name}.weight", W)
+        if name not in weights.adapted:
+            return W
+        A, B, _ = weights.parts(name)
+        return torch.addmm(W, B if gain is None else gain.unsqueeze(1) * B, A, alpha=weights.spec.scaling)
+
+    return Kept(found, weights, layer, round_off)
+
+
+def _rounding(found: AdaptedSource, spec: ExportSpec) -> Callable[[str, Tensor], Tensor]:
+    """(parameter, value) -> what the file of the base keeps of it; all of it where no base is written."""
+    type, empty = written_type(found, spec), found.empty()
+    if type is None:
+        return lambda parameter, value: value
+    names, tied = stored_names(empty), empty.config.tie_word_embeddings
+
+    def round_off(parameter: str, value: Tensor) -> Tensor:
+        return rounded(kind_of(type, parameter, names[parameter], tuple(value.shape), tied), value)
+
+    return round_off
 
 
 def load_gguf(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn.Module:
@@ -212,11 +244,10 @@ def load_gguf_lora(folder: Path, found: AdaptedSource, dtype: torch.dtype) -> nn
     if (folder / BASE).exists():
         model: Any = _decoded(folder / BASE, dtype)
     else:
-        recipe = found.files.base.quantization(found.source.packed)
-        model = load_source(found.source, recipe, dtype=_short(dtype), device="cpu")
+        model = found.load_base(_short(dtype))
     reader = gguf.GGUFReader(folder / ADAPTER)
     held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    names = {name: parameter.removesuffix(".weight") for parameter, name in stored_names(_empty(found)).items()}
+    names = {name: parameter.removesuffix(".weight") for parameter, name in stored_names(found.empty()).items()}
     layers = {names[name.removesuffix(".lora_a")]: name.removesuffix(".lora_a") for name in held if "lora_a" in name}
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     rank = len(held[f"{next(iter(layers.values()))}.lora_a"])

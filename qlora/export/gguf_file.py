@@ -68,6 +68,37 @@ def stored_names(empty: nn.Module) -> dict[str, str]:
     return names
 
 
+def kind_of(type: str, parameter: str, name: str, shape: tuple[int, ...], tied: bool) -> Any:
+    """The GGUF type of a parameter in a file of `type`; `name`: its own there; `tied`: the head is the embedding."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    if len(shape) < 2 or "norm" in parameter:
+        return kinds.F32
+    is_head = name == "output.weight" or (tied and name == "token_embd.weight")
+    kind = kinds.Q8_0 if is_head and type == "Q4_0" else kinds[type]
+    if type == "Q8_0" and name.endswith(".attn_v.weight"):
+        kind = kinds.F16  # else llama.cpp rounds its inputs to 8 bits too
+    return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else kinds.F16
+
+
+def rounded(kind: Any, values: Tensor) -> Tensor:
+    """What is left of `values` [rows, columns] (or [columns]) in a GGUF type, in float32."""
+    import gguf
+
+    if kind.name not in ("Q8_0", "Q4_0"):
+        return values.to(_DTYPES.get(kind.name, torch.float32)).float()
+    made = torch.empty(values.shape)
+    for part, rows in zip(made.split(_step(values.shape)), values.split(_step(values.shape)), strict=True):
+        part.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(rows.float().contiguous().numpy(), kind), kind)))
+    return made
+
+
+def _step(shape: tuple[int, ...]) -> int:
+    """Rows of a matrix that are quantized at a time."""
+    return max(1, CHUNK // (shape[-1] if len(shape) > 1 else 1))
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a tensor goes: bytes after the header, its GGUF type, and in which form."""
@@ -117,7 +148,7 @@ class GGUFFile:
         shapes |= {name: tuple(parameter.shape) for name, parameter in empty.named_parameters() if name in names}
         for parameter, shape in shapes.items():
             order = row_order(writer.arch, parameter, config)
-            kind = self._kind(parameter, names.get(parameter, parameter), shape, config.tie_word_embeddings)
+            kind = kind_of(self.type, parameter, names.get(parameter, parameter), shape, config.tie_word_embeddings)
             block, size = gguf.GGML_QUANT_SIZES[kind]
             size *= torch.Size(shape).numel() // block
             writer.add_tensor_info(names.get(parameter, parameter), shape, np.dtype(np.float32), size, raw_dtype=kind)
@@ -149,18 +180,6 @@ class GGUFFile:
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{self.type}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    def _kind(self, parameter: str, name: str, shape: tuple[int, ...], tied: bool) -> Any:
-        import gguf
-
-        kinds = gguf.GGMLQuantizationType
-        if len(shape) < 2 or "norm" in parameter:
-            return kinds.F32
-        is_head = name == "output.weight" or (tied and name == "token_embd.weight")
-        kind = kinds.Q8_0 if is_head and self.type == "Q4_0" else kinds[self.type]
-        if self.type == "Q8_0" and name.endswith(".attn_v.weight"):
-            kind = kinds.F16  # else llama.cpp rounds its inputs to 8 bits too
-        return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else kinds.F16
-
     def dtype(self, parameter: str) -> torch.dtype:
         """What the values of a parameter are rounded to in any case: what `add` is best given."""
         return _DTYPES.get(self._places[parameter].kind.name, torch.float32)
@@ -178,8 +197,7 @@ class GGUFFile:
         if tuple(value.shape) != place.shape:
             rule, remedy = f"the model needs {place.shape}", "Get the checkpoint that belongs to this config"
             raise UserError(problem(parameter, tuple(value.shape), rule, remedy))
-        width = place.shape[-1] if len(place.shape) > 1 else 1
-        step = max(1, CHUNK // width)
+        step = _step(place.shape)
         with self.path.open("r+b") as file:
             file.seek(self._start + place.start)
             for first in range(0, place.shape[0], step):

@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from qlora.export.adapted_source import AdaptedSource, AdaptedWeights
+from qlora.export.kept import Kept, prepared
 from qlora.export.shards import in_dtype, write_into
+from qlora.models.device import DTYPES
 from qlora.specs import ExportSpec
 
 
@@ -40,4 +42,15 @@ def write_merged(found: AdaptedSource, spec: ExportSpec, folder: Path) -> None:
 
     write_into(
         folder, found.source, transform, form, found.tokenizer, prepare=weights.prepare, finish=weights.check_all
+    )
+
+
+def keep_merged(found: AdaptedSource, spec: ExportSpec) -> Kept:
+    """What `write_merged` keeps: everything in one dtype."""
+    weights, dtype = prepared(found, spec.base), DTYPES[spec.dtype]
+    return Kept(
+        found,
+        weights,
+        layer=lambda layer, weight: weights.merged(layer, weight, dtype),
+        other=lambda name, value: value.to(dtype),
     )

@@ -1,9 +1,14 @@
 """An export held against the adapted model: the same tokens through both, one model in memory at a time.
 
-    expect(found, texts) -> Expected                the adapted model's logits, and what it writes greedily
-    compare(expected, folder, load) -> Closeness    the written files, loaded and computed by those who serve them
+    expect(found, texts, kept) -> Expected                the adapted model's logits, and what it writes greedily
+    compare(expected, folder, load, base) -> Closeness    the written files, loaded and computed by those who serve them
 
     KL = mean over tokens of sum_v p_v (log p_v - log q_v), p of the adapted model, q of the export, in nats
+
+Two questions. Is the format close enough to the adapted model? KL and its limit tell. Are the files whole? Then they
+are the model that the format keeps (`kept`), but for the order of sums: their logits may differ by WHOLE times what one
+more rounding of every product does to them, which is measured. One changed tensor shows there,
+however coarse the format.
 
 Both see a prompt and the text that the adapted model writes after it, so that the export writes the same text greedily
 if and only if its largest logits name it, one pass instead of a decoding. Models of up to FLOAT32 parameters compute
@@ -15,6 +20,7 @@ the format.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,8 +40,9 @@ from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.errors import guard, problem
 from qlora.export.adapted_source import AdaptedSource
+from qlora.export.kept import Kept
 from qlora.export.peft import AdapterFiles, put_adapter
-from qlora.layers.attach import disabled
+from qlora.layers.attach import detach, disabled
 from qlora.models.limits import Limits, refuse_tokens, source_limits
 from qlora.models.source import load_tokenizer
 from qlora.models.transformers_seam import LOADING
@@ -50,7 +57,8 @@ WRITTEN = 12  # tokens that the adapted model writes after a prompt
 LONGEST = 256  # tokens of a record
 RECORDS = 16
 FLOAT32 = 5 * 10**8
-KEPT_LOGITS = 1 << 25  # float32 values of the adapted model that are held while the export is loaded: 128 MB
+HELD_LOGITS = 1 << 25  # float32 values that are held while the export is loaded: 128 MB
+WHOLE = 30  # times the noise. A whole export has about 1, one norm or 16 rows scaled by 1.5 over 1,000 (docs/guide.md)
 
 
 @dataclass(frozen=True)
@@ -62,15 +70,26 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What an export should compute: logits [tokens, vocabulary] of each text in float32, and `noise`, their error if
+    every product is rounded once more.
+    """
+
+    logits: list[Tensor]
+    noise: float
+
+
+@dataclass(frozen=True)
 class Expected:
     """What the adapted model computes on `texts` in `dtype`: logits [tokens, vocabulary] of each in float32. `effect`:
-    KL between it and what it was before the training.
+    KL between it and what it was before the training. `whole`: what is kept of it, by the base of the export.
     """
 
     dtype: str
     texts: list[Text]
     logits: list[Tensor]
     effect: float
+    whole: dict[str, Whole]
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,8 @@ class Closeness:
     """How far an export is from its adapted model, over `tokens` tokens: KL in nats a token (mean and largest), the
     error of logits (the root of the mean square of the difference, over that of the logits, each less its token's
     mean), the largest difference of two logits and the largest logit, the part of tokens where both name the same next
-    one, and in how many of the `texts` that the adapted model wrote the export writes the same.
+    one, and in how many of the `texts` that the adapted model wrote the export writes the same. `kept_error`: the error
+    of logits beside those of what the format keeps, and `noise`, see `Whole`.
     """
 
     kl: float
@@ -90,6 +110,13 @@ class Closeness:
     greedy_equal: int
     greedy_texts: int
     tokens: int
+    kept_error: float
+    noise: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the files are what the format keeps; NaN is not."""
+        return self.kept_error <= WHOLE * self.noise
 
     def __str__(self) -> str:
         logits = f"logits {100 * self.logit_error:.2g} % off ({self.logit_difference:.2g} of {self.largest_logit:.3g})"
@@ -125,8 +152,8 @@ def _answer(example: Example) -> int:
 
 
 @torch.no_grad()
-def expect(found: AdaptedSource, texts: tuple[list[Text], list[Text]]) -> Expected:
-    """Load the adapted model, let it write and compute, and forget it.
+def expect(found: AdaptedSource, texts: tuple[list[Text], list[Text]], kept: dict[str, Kept]) -> Expected:
+    """Load the adapted model, let it write and compute, then what is `kept` of it by base, and forget it.
 
     Raises:
         UserError: see `load_source` and `put_adapter`.
@@ -134,12 +161,47 @@ def expect(found: AdaptedSource, texts: tuple[list[Text], list[Text]]) -> Expect
     dtype = "fp32" if found.parameters() <= FLOAT32 else found.dtype
     model: Any = found.load(dtype)
     plain, prompts = texts
-    count = KEPT_LOGITS // len(model.get_output_embeddings().weight)
-    kept = _within(_continued(model, prompts) + plain, count)
-    logits = [_logits(model, text) for text in kept]
+    count = HELD_LOGITS // len(model.get_output_embeddings().weight) // (1 + len(kept))
+    held = _within(_continued(model, prompts) + plain, count)
+    logits = [_logits(model, text) for text in held]
     with _before_training(model, found.files):
-        kl = [_kl(after, _logits(model, text)) for after, text in zip(logits, kept, strict=True)]
-    return Expected(dtype, kept, logits, torch.cat(kl).mean().item())
+        kl = [_kl(after, _logits(model, text)) for after, text in zip(logits, held, strict=True)]
+    detach(model)
+    whole = {}
+    for base, values in sorted(kept.items(), key=lambda item: not item[1].on_trained):
+        if not values.on_trained:
+            del model
+            gc.collect()
+            model = values.load_base(dtype)
+        values.settle(model)
+        computed = [_logits(model, text) for text in held]
+        whole[base] = Whole(computed, _noise(model, held[0], computed[0]))
+    return Expected(dtype, held, logits, torch.cat(kl).mean().item(), whole)
+
+
+def _noise(model: nn.Module, text: Text, logits: Tensor) -> float:
+    """The error of logits if every product is rounded once more, up or down by chance."""
+    dice = torch.Generator().manual_seed(0)
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        step = torch.finfo(y.dtype).eps * (2 * torch.rand(y.shape, generator=dice) - 1)
+        return (y.float() * (1 + step)).to(y.dtype)
+
+    hooks = [layer.register_forward_hook(hook) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    other = _logits(model, text)
+    for held in hooks:
+        held.remove()
+    return _error(*_squares(logits, other))
+
+
+def _squares(wanted: Tensor, got: Tensor) -> tuple[float, float]:
+    """Sums over tokens of the variance of the difference of logits, and of the logits."""
+    return (wanted - got).var(-1, correction=0).sum().item(), wanted.var(-1, correction=0).sum().item()
+
+
+def _error(off: float, whole: float) -> float:
+    """The error of logits from sums of `_squares`."""
+    return math.sqrt(off / whole)
 
 
 def _within(texts: Sequence[Text], count: int) -> list[Text]:
@@ -173,8 +235,8 @@ def _before_training(model: nn.Module, files: AdapterFiles) -> AbstractContextMa
 
 
 @torch.no_grad()
-def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module]) -> Closeness:
-    """Load what was written into `folder`, compute `expected.texts`, and forget it.
+def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module], base: str) -> Closeness:
+    """Load what was written into `folder`, compute `expected.texts`, and forget it. `base`: it was exported onto.
 
     Raises:
         UserError: it cannot be loaded, or does not compute.
@@ -184,14 +246,14 @@ def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module])
         warnings.simplefilter("ignore")  # of those who read the files: to their readers, not to ours
         with LOADING:
             model = load(folder).eval()
-        kl, same, greedy, difference, off, whole = [], 0, 0, 0.0, 0.0, 0.0
-        for text, wanted in zip(expected.texts, expected.logits, strict=True):
+        kl, same, greedy, difference, squares, kept_squares = [], 0, 0, 0.0, [], []
+        whole = expected.whole[base]
+        for text, wanted, kept in zip(expected.texts, expected.logits, whole.logits, strict=True):
             got = _logits(model, text)
             kl.append(_kl(wanted, got))
-            change = wanted - got
-            difference = max(difference, change.abs().max().item())
-            off += change.var(-1, correction=0).sum().item()
-            whole += wanted.var(-1, correction=0).sum().item()
+            difference = max(difference, (wanted - got).abs().max().item())
+            squares.append(_squares(wanted, got))
+            kept_squares.append(_squares(kept, got))
             named = got.argmax(-1) == wanted.argmax(-1)
             same += int(named.sum())
             greedy += bool(text.written) and bool(named[-text.written - 1 : -1].all())
@@ -199,13 +261,15 @@ def compare(expected: Expected, folder: Path, load: Callable[[Path], nn.Module])
     return Closeness(
         kl=every.mean().item(),
         largest_kl=every.max().item(),
-        logit_error=math.sqrt(off / whole),
+        logit_error=_error(*map(sum, zip(*squares, strict=True))),
         logit_difference=difference,
         largest_logit=max(wanted.abs().max().item() for wanted in expected.logits),
         top1_agreement=same / len(every),
         greedy_equal=greedy,
         greedy_texts=sum(1 for text in expected.texts if text.written),
         tokens=len(every),
+        kept_error=_error(*map(sum, zip(*kept_squares, strict=True))),
+        noise=whole.noise,
     )
 
 

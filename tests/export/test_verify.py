@@ -59,12 +59,15 @@ def damage(path, wanted):
 def test_one_damaged_tensor_is_caught(adapter, tmp_path, spec, file, tensor):
     found = opened(adapter, tmp_path / "out")
     export_adapter(adapter, tmp_path / "out", spec, verify=None)
-    expected = expect(found, texts_of(found, None))
     dtype = "fp32" if spec.dtype == "auto" else spec.dtype
+    kept = formats.FORMATS[spec.to].keeps(found, dataclasses.replace(spec, dtype=dtype))
+    expected = expect(found, texts_of(found, None), {spec.base: kept})
     limit, row = usual_limit(True, dtype, expected.dtype), formats.FORMATS[spec.to]
 
     def closeness() -> Closeness:
-        return compare(expected, tmp_path / "out", lambda folder: row.load(folder, found, DTYPES[expected.dtype]))
+        return compare(
+            expected, tmp_path / "out", lambda folder: row.load(folder, found, DTYPES[expected.dtype]), spec.base
+        )
 
     whole = closeness()
     assert limit.holds(whole) and whole.greedy_equal == whole.greedy_texts == 4 and whole.tokens > 100
@@ -86,10 +89,11 @@ def test_a_fold_of_a_bf16_training_is_computed_in_float32_and_held_to_its_limit(
 def test_figures_are_those_of_the_definition(adapter, tmp_path):
     """KL by float64 from the definition; the largest difference; the errors add up."""
     found = opened(adapter, tmp_path / "out")
-    expected = expect(found, texts_of(found, None))
-    export_adapter(adapter, tmp_path / "out", ExportSpec("bnb4", dtype="fp32"), verify=None)
+    spec = ExportSpec("bnb4", dtype="fp32")
+    expected = expect(found, texts_of(found, None), {"dequantized": formats.FORMATS["bnb4"].keeps(found, spec)})
+    export_adapter(adapter, tmp_path / "out", spec, verify=None)
     theirs = formats.FORMATS["bnb4"].load(tmp_path / "out", found, torch.float32).eval()
-    got = compare(expected, tmp_path / "out", lambda _: theirs)
+    got = compare(expected, tmp_path / "out", lambda _: theirs, "dequantized")
     with torch.no_grad():
         pairs = [
             (wanted.double(), theirs(input_ids=torch.tensor([text.ids])).logits[0].double())
@@ -164,11 +168,12 @@ def test_another_tokenizer_is_caught(adapter, tmp_path):
 
 def test_what_cannot_be_loaded_is_one_line(adapter, tmp_path):
     found = opened(adapter, tmp_path / "out")
-    expected = expect(found, texts_of(found, None))
+    row, spec = formats.FORMATS["hf"], ExportSpec("hf", dtype="fp32")
+    expected = expect(found, texts_of(found, None), {"dequantized": row.keeps(found, spec)})
     export_adapter(adapter, tmp_path / "out", verify=None)
     (tmp_path / "out" / "model.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match="verify=failed: what was written cannot be loaded and run"):
-        compare(expected, tmp_path / "out", lambda folder: formats.FORMATS["hf"].load(folder, found, torch.float32))
+        compare(expected, tmp_path / "out", lambda folder: row.load(folder, found, torch.float32), "dequantized")
 
 
 def test_options_of_the_commands_arrive():
