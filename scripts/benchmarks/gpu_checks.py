@@ -14,6 +14,11 @@ from gpu_bench import Bench
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 WHERE = "not found: it comes with the CUDA toolkit, or by: pip install nvidia-cuda-sanitizer-api"
+WHERE_ELSE = (
+    *(Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ),
+    Path("/usr/local/cuda"),
+    *sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*")),
+)
 FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 OF_SMALL = "dequantize_4bit,joined_gradients"  # of the checks of a selftest
 
@@ -69,9 +74,5 @@ def part_sanitize(bench: Bench) -> None:
 
 def sanitizer() -> str | None:
     """The path of compute-sanitizer: on PATH, of the toolkit, or of NVIDIA's package."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
-    folders = [*(Path(home) / "bin" for home in homes if home), *packages]
-    return shutil.which("compute-sanitizer") or next(
-        (found for folder in folders if (found := shutil.which("compute-sanitizer", path=str(folder)))), None
-    )
+    folders = [os.environ.get("PATH", os.defpath), *(str(folder / "bin") for folder in WHERE_ELSE)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))

@@ -167,6 +167,7 @@ def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
         arguments.device,
         *["--small"] * arguments.small,
     ]
+    patience = arguments.patience or (1 if arguments.device.startswith("cuda") else 20)
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
@@ -177,22 +178,12 @@ def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
             lines.put(None)
 
         threading.Thread(target=read, daemon=True).start()
-        patience = arguments.patience or (1 if arguments.device.startswith("cuda") else 20)
-        limit = STARTING * patience
-        ends, lost = time.monotonic() + limit, None
+        lost = None
         try:
-            while (line := lines.get(timeout=max(0.1, ends - time.monotonic()))) is not None:
-                told = json.loads(line)
-                if "begin" in told:
-                    limit = PARTS[told["begin"]].seconds * patience
-                    ends = time.monotonic() + limit
-                if "compiling" in told:
-                    ends += told["compiling"]
-                else:
-                    yield told
-        except queue.Empty:
+            yield from in_time(lines, patience)
+        except TimeoutError as error:
             process.kill()
-            lost = f"took more than {limit:g} seconds"
+            lost = str(error)
         if process.wait() and lost is None:
             lost = f"exit code {process.returncode}"
         said.seek(0)
@@ -201,6 +192,28 @@ def watched(parts: list[str], arguments: argparse.Namespace) -> Iterator[dict[st
             sys.stderr.write(text[-6000:])
         if lost:
             yield {"lost": lost}
+
+
+def in_time(lines: queue.Queue[str | None], patience: float) -> Iterator[dict[str, Any]]:
+    """What is told, until None comes; seconds of compilation are added to the limit of the part under way.
+
+    Raises:
+        TimeoutError: a part takes longer.
+    """
+    limit = STARTING * patience
+    ends = time.monotonic() + limit
+    try:
+        while (line := lines.get(timeout=max(0.1, ends - time.monotonic()))) is not None:
+            told = json.loads(line)
+            if "begin" in told:
+                limit = PARTS[told["begin"]].seconds * patience
+                ends = time.monotonic() + limit
+            if "compiling" in told:
+                ends += told["compiling"]
+            else:
+                yield told
+    except queue.Empty:
+        raise TimeoutError(f"took more than {limit:g} seconds") from None
 
 
 def main() -> int:
