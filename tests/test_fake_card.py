@@ -54,17 +54,58 @@ def test_a_budget_is_set_on_a_card_before_anything_is_loaded(place):
 
 def test_the_suite_begins():
     """It tells what the card is and begins its parts; what fails is torch without CUDA alone."""
+    parts = ["doctor", "kernels", "train", "records", "gradients", "attention", "vocabulary", "long", "plan"]
     code = (
-        "import gpu_suite; from qlora.models.device import resolve_device; "
-        "gpu_suite.work(['kernels', 'train', 'plan'], resolve_device('cuda'), True)"
+        "import gpu_suite, gpu_steps; from qlora.models.device import resolve_device; card = resolve_device('cuda')\n"
     )
+    code += f"gpu_suite.work({parts!r}, card, True)\n"
+    code += "try:\n    gpu_steps.first_step(card, True, 0.0)\nexcept Exception as error:\n    print('RAISED', error)"
     done = python(code)
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert told[0]["about"]["device"] == "a claimed card" and told[0]["about"]["capability"] == "8.9", done.stderr
-    assert [line["begin"] for line in told if "begin" in line] == ["kernels", "train", "plan"]
-    assert [line["end"] for line in told if "end" in line] == ["kernels", "train", "plan"]
-    failed = [line["row"]["value"] for line in told if "row" in line and str(line["row"]["value"]).startswith("failed")]
-    assert failed and [value for value in failed if not refused(value)] == []
+    assert [line["begin"] for line in told if "begin" in line] == parts
+    assert [line["end"] for line in told if "end" in line] == parts
+    rows = [line["row"] for line in told if "row" in line]
+    failed = [row["value"] for row in rows if str(row["value"]).startswith("failed")]
+    assert len(failed) > 20 and [value for value in failed if not refused(value)] == []
+    assert {row["part"] for row in rows} == set(parts)
+    assert refused(done.stderr.partition("RAISED")[2])  # where all but rows goes from then on
+
+
+SANITIZER = """#!/bin/sh
+case "$2" in
+memcheck) echo "========= ERROR SUMMARY: 2 errors" ; exit 99 ;;
+racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
+initcheck) echo "========= ERROR SUMMARY: 0 errors" ;;
+*) echo "Device not supported" ; exit 1 ;;
+esac
+echo "$@ $PYTORCH_NO_CUDA_MEMORY_CACHING" >> {asked}
+"""
+
+
+def test_the_sanitizer_is_asked_for_its_four_tools(tmp_path):
+    """Without it: one row, which says where it comes from. What it finds is wrong, what it cannot do has failed."""
+    tool = tmp_path / "bin/compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER.format(asked=tmp_path / "asked"))
+    tool.chmod(0o755)
+    code = "import os, gpu_checks, gpu_suite; card = torch.device('cuda', 0); path = os.environ['PATH']\n"
+    code += "gpu_checks.WHERE_ELSE = ()\ngpu_suite.work(['sanitize'], card, True)\n"
+    code += f"os.environ['PATH'] = {str(tool.parent)!r} + os.pathsep + path\ngpu_suite.work(['sanitize'], card, True)"
+    done = python(code)
+    told = [json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
+    rows = [(line["row"]["name"], line["row"]["value"], line["row"]["met"]) for line in told if "row" in line]
+    assert rows == [
+        ("compute-sanitizer", rows[0][1], None),
+        ("memcheck", 2, False),
+        ("racecheck", 0, True),
+        ("initcheck", 0, True),
+        ("synccheck", "failed: RuntimeError: exit code 1: Device not supported", False),
+    ]
+    assert rows[0][1].endswith("pip install nvidia-cuda-sanitizer-api")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[1] for line in asked] == ["racecheck", "initcheck"]
+    assert all("--work kernels --device cuda:0 --small" in line and line.endswith(" 1") for line in asked)
 
 
 def test_doctor_and_plan_answer(place):

@@ -92,3 +92,19 @@ def state_bytes(
     fits = fitting(sizes, budget_bytes(parse_memory(memory)))
     resident = sum(size for size, fit in zip(sizes, fits, strict=True) if fit)
     return resident, sum(sizes) - resident
+
+
+def waiting_bytes(numels: Sequence[int], state: StateKind, layers: int, magnitudes: bool, itemsize: int = 4) -> int:
+    """The most bytes that gradients of one micro-batch take beside their sums, where pages are FLAT.
+
+    They wait until their page is complete: those of the layer under way, and a page that it shares with the layer
+    before; `magnitudes` lie behind all other parameters, and share one more.
+
+    Args:
+        numels: as in `state_bytes`, of `layers` layers.
+    """
+    block = block_of(state)
+    made = cut_into_pages(numels, block)
+    flat = [page for page in made if all(span.count == numels[span.index] for span in page)]
+    sizes = sorted((page_elements(page, block) * itemsize for page in flat), reverse=True)
+    return min(sum(sizes), sum(numels) * itemsize // layers + sum(sizes[: 1 + magnitudes]))

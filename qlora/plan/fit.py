@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from qlora.config.commands import FinetuneConfig
 from qlora.data.batch import Example, by_length
 from qlora.data.order import run_length, step_indices
-from qlora.optim.pages import state_bytes
+from qlora.optim.pages import FLAT, state_bytes, waiting_bytes
 from qlora.plan.meta import CONTEXT, MetaRun, planned_device
 from qlora.train.memory import anonymous_memory, return_freed_memory
 
@@ -102,12 +102,17 @@ def predict(run: MetaRun, settings: Settings, batches: PeakBatches) -> Plan:
     evaluations = [run.step(lengths, settings.gradient_checkpointing).evaluating for lengths in evaluated]
     resident, spilled = state_bytes(run.adapters, run.options.optimizer_state, settings.optimizer_memory)
     still, gradients = run.still, run.adapter_bytes
+    waiting = 0
+    if run.device in FLAT:
+        magnitudes = run.spec.adapter.method == "dora"
+        waiting = waiting_bytes(run.adapters, run.options.optimizer_state, run.stack.count, magnitudes)
     parts = {
         "weights": still.weights,
         "constants": still.constants,
         "embeddings, head, norms": still.others,
         "adapters": run.adapter_bytes,
         "gradients": gradients,
+        "gradients beside sums": waiting,
         "optimizer": resident,
         "activations": step.kept,
         "workspace": step.passing,

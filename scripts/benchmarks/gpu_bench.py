@@ -6,9 +6,10 @@ import gc
 import importlib.util
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -45,6 +46,8 @@ class Bench:
     small: bool
     tell: Callable[[Row], None]
     part: str = ""
+    compiling: Callable[[float], None] = lambda seconds: None  # told of seconds for which a part is not to blame
+    compiled: list[float] = field(default_factory=list)  # seconds of each kernel that Triton compiled for this part
 
     @property
     def cuda(self) -> bool:
@@ -116,6 +119,47 @@ class Bench:
                 times.append(time.perf_counter() - begin)
         return median(times)
 
+    def listen(self) -> None:
+        """Note each kernel that Triton compiles in this process from now on, and tell `compiling` of it."""
+        if importlib.util.find_spec("triton") is None:
+            return
+        from triton import knobs
+
+        def compiled(*, times: Any, cache_hit: bool, **_: Any) -> None:
+            if not cache_hit:
+                self.compiled.append(times.total / 1e6)
+                self.compiling(self.compiled[-1])
+
+        knobs.compilation.listener = compiled
+
+    def synchronizations(self, call: Callable[[], Any]) -> list[str]:
+        """Where a call makes the host wait for the card, a place for each time."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            if self.cuda:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                if self.cuda:
+                    torch.cuda.set_sync_debug_mode("default")
+        return [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+
+    def kernels(self, call: Callable[[], Any]) -> tuple[list[tuple[str, float, int]], list[tuple[str, float, int]]]:
+        """(name, ms, count) of what ran on the device, and of what the host asked of CUDA; the dearest first."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.cuda]) as found:
+            call()
+            self.wait()
+        averages = found.key_averages()
+        there = [e for e in averages if str(e.device_type).endswith("CUDA" if self.cuda else "CPU")]
+        cost = [
+            (e.key, (e.self_device_time_total if self.cuda else e.self_cpu_time_total) / 1e3, e.count) for e in there
+        ]
+        asked = [(e.key, e.self_cpu_time_total / 1e3, e.count) for e in averages if e.key.startswith("cuda")]
+        return sorted(cost, key=lambda one: -one[1]), sorted(asked, key=lambda one: -one[1])
+
     def clean(self) -> None:
         gc.collect()
         if self.cuda:
@@ -130,10 +174,10 @@ def peers() -> bool:
 
 
 def measure_steps(
-    bench: Bench, model: nn.Module, length: int, optimizer: torch.optim.Optimizer, count: int = 1
+    bench: Bench, model: nn.Module, length: int, optimizer: torch.optim.Optimizer, count: int = 1, steps: int = 6
 ) -> dict[str, float] | None:
-    """Seconds of a step of `count` micro-batches (median), its first loss, and the peak of memory; None if it does not
-    fit.
+    """Seconds of a step of `count` micro-batches (median, but for the first two), its first loss, and the peak of
+    memory; None if it does not fit.
     """
     from qlora.train.memory import PeakMemory
     from qlora.train.step import optimizer_step
@@ -145,7 +189,7 @@ def measure_steps(
     bench.clean()
     try:
         with PeakMemory(bench.device) as memory:
-            for step in range(3 if bench.small else 6):
+            for step in range(3 if bench.small else steps):
                 bench.wait()
                 began = time.perf_counter()
                 losses.append(optimizer_step(model, optimizer, batches, 1e-4, 1.0, step)["loss"])

@@ -111,8 +111,6 @@ def part_mixed(bench: Bench) -> None:
 
 def part_profile(bench: Bench) -> None:
     """Steps of ours. The card waits for launches for as long as a step takes without a kernel running."""
-    from torch.profiler import ProfilerActivity, profile
-
     import qlora
     from qlora.layers.loss import loss_sum
     from qlora.train.step import optimizer_step
@@ -153,24 +151,13 @@ def part_profile(bench: Bench) -> None:
                     bench.row(f"{name}: {words}, launched after", launched * 1e3, "ms")
                     bench.row(f"{name}: {words}, done after", (time.perf_counter() - began) * 1e3, "ms")
                 optimizer.zero_grad()
-                with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * bench.cuda]) as found:
-                    step()
-                    bench.wait()
-                averages = found.key_averages()
-                kernels = [e for e in averages if str(e.device_type).endswith("CUDA" if bench.cuda else "CPU")]
-                cost = {
-                    id(e): (e.self_device_time_total if bench.cuda else e.self_cpu_time_total) / 1e3 for e in kernels
-                }
-                kernels.sort(key=lambda e: -cost[id(e)])
-                total = sum(cost.values())
+                kernels, asked = bench.kernels(step)
+                total = sum(ms for _, ms, _ in kernels)
                 bench.row(f"{name}: kernels of a step", total, "ms")
-                bench.row(f"{name}: kernels of a step", float(sum(e.count for e in kernels)), "launches")
+                bench.row(f"{name}: kernels of a step", float(sum(count for _, _, count in kernels)), "launches")
                 bench.row(f"{name}: of the step no kernel runs", 1 - total / (wall * 1e3), "")
-                for e in kernels[:14]:
-                    bench.row(f"{name}: {e.key[:50]}", cost[id(e)], f"ms in {e.count}")
-                calls = sorted((e for e in averages if e.key.startswith("cuda")), key=lambda e: -e.self_cpu_time_total)
-                for e in calls[:4]:
-                    bench.row(f"{name}: {e.key[:50]}", e.self_cpu_time_total / 1e3, f"ms in {e.count}")
+                for key, ms, count in [*kernels[:14], *asked[:4]]:
+                    bench.row(f"{name}: {key[:50]}", ms, f"ms in {count}")
         optimizer.close()
         base, model = qlora.detach(model), None
 

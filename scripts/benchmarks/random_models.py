@@ -173,8 +173,7 @@ def checkpointing(model: nn.Module, on: bool) -> None:
 
 def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
     """A 4-bit checkpoint of random weights with a tokenizer of bytes, as `qlora quantize` would leave it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+    from transformers import BitsAndBytesConfig
 
     from qlora.export.shards import ShardWriter
     from qlora.layers import nf4
@@ -197,9 +196,15 @@ def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
         llm_int8_skip_modules=["lm_head"],
     ).to_dict()
     config.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer():
+    """A token for each byte of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = {letter: i + 2 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1} | letters, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")

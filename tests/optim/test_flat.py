@@ -11,12 +11,14 @@ import weakref
 import pytest
 import tiny
 import torch
+import transformers
 from launches import Launches
 from optimizers import OPTIONS, groups, parameters, same, same_state
 from safetensors.torch import load_file, save_file
 
 import qlora
 from qlora.data.batch import pack
+from qlora.layers.loss import loss_sum
 from qlora.optim import pages
 from qlora.train.step import optimizer_step
 
@@ -152,3 +154,88 @@ def test_steps_of_a_model_are_the_same(monkeypatch, method):
         ends.append((metrics, tiny.tensors(model)))
     (expected, before), (found, after) = ends
     assert found == expected and same(before.values(), after.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_gradients_beside_their_sums_take_what_a_plan_counts(flat, monkeypatch, method):
+    """Looked at whenever a gradient comes, in the first micro-batch and in the next."""
+    monkeypatch.setattr(pages, "PAGE", 1200)
+    shape = tiny.SMALL | {"num_hidden_layers": 6, "intermediate_size": 192}
+    model = tiny.adapted(transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)), method).train()
+    params = qlora.adapter_parameters(model)
+    optimizer, most = qlora.PagedAdamW(params, **OPTIONS), [0, 0]
+    batches = [pack([example]) for example in tiny.examples(*tiny.UNEVEN)][:2]
+    for number in range(2):
+        hooks = [
+            p.register_post_accumulate_grad_hook(
+                lambda _, number=number: most.__setitem__(
+                    number, max(most[number], sum(q.grad.nbytes for q in params if q.grad is not None))
+                )
+            )
+            for p in params
+        ]
+        optimizer.zero_grad()
+        with optimizer.summing() as after:
+            for batch in batches[: number + 1]:
+                loss_sum(model, batch).backward()
+                after()
+        for hook in hooks:
+            hook.remove()
+    counted = pages.waiting_bytes([p.numel() for p in params], "float32", 6, method == "dora")
+    assert counted < sum(p.nbytes for p in params) / 2
+    assert len(optimizer._moments.pages) > 4 and all(page.flat is not None for page in optimizer._moments.pages)
+    assert counted / 4 < max(most) <= counted
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 7, 20])
+def test_memory_that_runs_out_amid_summing_loses_and_doubles_no_gradient(flat, monkeypatch, fails_at):
+    """Where a page's sums are made, in the first micro-batch, and anywhere in the second: the step is taken again."""
+    monkeypatch.setattr(pages, "PAGE", 1200)
+    batches, ends, made = [pack([example]) for example in tiny.examples(*tiny.UNEVEN)], [], []
+
+    def counted(function):
+        def call(*arguments, **options):
+            made.append(function.__name__)
+            if len(made) == fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*arguments, **options)
+
+        return call
+
+    for fails in (False, True):
+        model = tiny.adapted(tiny.llama(), "dora").train()
+        optimizer = qlora.PagedAdamW(qlora.adapter_parameters(model))
+        with monkeypatch.context() as patch:
+            if fails:  # what allocates for sums, and what adds to them
+                patch.setattr(torch, "zeros_like", counted(torch.zeros_like))
+                patch.setattr(torch, "_foreach_add_", counted(torch._foreach_add_))
+            metrics = [optimizer_step(model, optimizer, batches, rate=0.05, clip=1.0) for _ in range(2)]
+        ends.append((metrics, tiny.tensors(model), [p.grad.clone() for p in qlora.adapter_parameters(model)]))
+    (expected, before, gradients), (found, after, again) = ends
+    assert len(made) > fails_at and optimizer.pager.spilled > 0
+    assert ("_foreach_add_" in made[:fails_at]) == (fails_at == 20)
+    assert found == expected and same(before.values(), after.values()) and same(gradients, again)
+
+
+def test_memory_that_runs_out_for_good_amid_summing_changes_nothing(flat, monkeypatch):
+    """Nothing to give back: one line, no half-summed gradient, and nothing that listens to the next backward pass."""
+    batches = [pack([example]) for example in tiny.examples(*tiny.UNEVEN)]
+    model = tiny.adapted(tiny.llama(), "lora").train()
+    params = qlora.adapter_parameters(model)
+    optimizer = qlora.PagedAdamW(params, memory="all")
+    before = [p.detach().clone() for p in params]
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_add_", fails)  # the second micro-batch's
+        with pytest.raises(qlora.UserError, match="an allocation failed at step 1: CUDA out of memory"):
+            optimizer_step(model, optimizer, batches, rate=0.05, clip=1.0)
+    assert same(before, params) and all(p.grad is None and not p._post_accumulate_grad_hooks for p in params)
+    other = tiny.adapted(tiny.llama(), "lora").train()
+    steps = [
+        optimizer_step(m, o, batches, rate=0.05, clip=1.0)
+        for m, o in ((model, optimizer), (other, qlora.PagedAdamW(qlora.adapter_parameters(other))))
+    ]
+    assert steps[0] == steps[1] and same(tiny.tensors(model).values(), tiny.tensors(other).values())

@@ -168,6 +168,11 @@ def test_a_plan_follows_the_planned_device(tmp_path, monkeypatch):
         assert any(type(module).__name__ == "GatedMLP" for module in run.model(3, False).modules())
     assert found[0] == found[1]
     assert found[0].parts["libraries"] == 64 << 20 and baseline_bytes("cuda") == 500_000_000
+    beside = {}
+    for device in ("cpu", "cuda"):  # on a card, of pages in one piece (test_flat.py measures them)
+        run = meta_run(dataclasses.replace(config, device=device))
+        beside[device] = predict(run, requested(config), peak_batches(config)).parts["gradients beside sums"]
+    assert beside == {"cpu": 0, "cuda": 4 * sum(run.adapters)}  # one page holds them all, and its sums are another
 
 
 def test_the_order_of_sacrifice():
