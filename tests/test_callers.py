@@ -46,6 +46,22 @@ def test_load_base(model, options):
     assert refused(lambda: qlora.load_base(model, **options)).startswith(f"{name}=")
 
 
+@pytest.mark.parametrize("given", ["no", 0, None])
+def test_trust_is_true_or_false(model, adapter, given):
+    for call in (qlora.load_base, qlora.load_tokenizer):
+        assert refused(lambda call=call: call(model, trust_remote_code=given)).startswith("trust_remote_code=")
+    merged = refused(lambda: qlora.merge(adapter, model.parent / "merged", trust_remote_code=given))
+    assert merged.startswith("trust_remote_code=") and not (model.parent / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["", 3, ["a"]], ids=str)
+def test_an_adapter_has_a_name(model, adapter, name):
+    base = qlora.load_base(model)
+    assert refused(lambda: qlora.load_adapter(base, adapter, name)).startswith("name=")
+    qlora.load_adapter(base, adapter, "a/b")
+    assert refused(lambda: qlora.load_adapter(base, adapter, "a/b")).startswith("name=a/b:")
+
+
 def test_a_path_is_a_model(model):
     assert qlora.load_base(model).qlora.base.model == str(model)
     assert qlora.load_tokenizer(model)("word").input_ids

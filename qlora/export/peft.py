@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora.errors import UserError, guard, problem, shortened
 from qlora.files import read_json
-from qlora.layers.attach import active_adapter, adapters_of, attach, bare, forget_row_norms, named_adapters
+from qlora.layers.attach import active_adapter, adapters_of, attach, bare, forget_row_norms, named_adapters, taken
 from qlora.layers.linear import frozen_weight, is_linear
 from qlora.manifest import FREE, MANIFEST, damages
 from qlora.models.info import BaseInfo, info
@@ -225,16 +225,13 @@ def put_adapter(model: nn.Module, files: AdapterFiles, name: str | None = None) 
         problems += files.misfits(model)
     else:
         name = "default" if name is None else name
-        if name in adapters_of(model):
-            problems.append(
-                problem("name", name, "the model has an adapter of this name", "Detach it, or give another")
-            )
+        problems += taken(model, name)
         with bare(model):
             problems += files.misfits(model)
     if problems:
         raise UserError(problems)
     if attached is None:
-        attach(model, dataclasses.replace(spec, targets=spec.modules), str(name))
+        attach(model, dataclasses.replace(spec, targets=spec.modules), name or "default")
     with torch.no_grad():
         for parameter_name, parameter in named_parameters(model).items():
             parameter.copy_(files.tensors[file_key(parameter_name)])

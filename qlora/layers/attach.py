@@ -90,12 +90,9 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
     computes exactly what the base computes. An adapter that was active is set aside.
 
     Raises:
-        UserError: everything wrong with the spec at once; there is an adapter of this name.
+        UserError: everything wrong with the spec and the name at once.
     """
-    problems, before = spec.problems(), adapters_of(model).active
-    if name in adapters_of(model):
-        remedy = "Detach it, or give another name"
-        problems.append(problem("model", type(model).__name__, f"has adapters already, named {name}", remedy))
+    problems, before = spec.problems() + taken(model, name), adapters_of(model).active
     if before is not None:
         _take_out(model)
     try:
@@ -122,6 +119,15 @@ def attach(model: nn.Module, spec: AdapterSpec, name: str = "default", draws: Dr
     for device in {layer.lora_A.device for layer in layers.values()}:
         backends.prepare(device)
     return activate(model, name)
+
+
+def taken(model: nn.Module, name: str) -> list[str]:
+    """The reason why no adapter of this name can be put on the model, in a list; or none."""
+    if not isinstance(name, str) or not name:
+        return [problem("name", name, "must be text, and not empty", "Give the adapter a name")]
+    if name in adapters_of(model):
+        return [problem("name", name, "the model has an adapter of this name", "Detach it, or give another name")]
+    return []
 
 
 def activate(model: nn.Module, name: str) -> nn.Module:

@@ -73,6 +73,8 @@ def resolve(
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str):  # an adapter names its base in JSON
         raise UserError(problem("model", model, "must be text", "Give a folder, a .gguf file or a hub id"))
+    if not isinstance(trust_remote_code, bool):  # "no" would be true
+        raise UserError(problem("trust_remote_code", trust_remote_code, "must be True or False", "Give one of them"))
     path = local_path("model", model)
     name = model
     with guard("model", model, "cannot be looked at", "Check your rights to this folder and its files"):
