@@ -70,7 +70,7 @@ def test_all_problems_at_once():
 
 def test_attaching_twice_is_refused():
     model = attach_adapters(random_model("llama"))
-    with pytest.raises(UserError, match="has adapters already"):
+    with pytest.raises(UserError, match="the model has an adapter of this name"):
         attach_adapters(model)
 
 
