@@ -1,6 +1,6 @@
 """What test_triton.py runs in a process of its own: every Triton kernel compiled for every card, and what ptxas says.
 
-    python tests/support/triton_compile.py
+    python tests/support/triton_compile.py [NAME ...]
 
 One line for a kernel and a card: "NAME for CARD", a tab, and what was found, as JSON. Kernels are compiled as a launch
 would for the types and sizes of a 7B; no card is needed.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +249,6 @@ def compile_for(name: str, card: int) -> dict[str, int | bool | str]:
 
 
 if __name__ == "__main__":
-    for name in COMPILED:
+    for name in sys.argv[1:] or COMPILED:
         for card in CARDS:
             print(f"{name} for {card}\t{json.dumps(compile_for(name, card))}", flush=True)
