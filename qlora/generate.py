@@ -160,7 +160,7 @@ def generate_batch(
 
     training = model.training
     model.eval()
-    speaker = _speaker(model)
+    speaker = speaker_of(model)
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
@@ -181,7 +181,7 @@ def generate_batch(
     return answers if raw else [answer.strip() for answer in answers]
 
 
-def _speaker(model: PreTrainedModel) -> PreTrainedModel:
+def speaker_of(model: PreTrainedModel) -> PreTrainedModel:
     """A shallow copy of the model for `generate`; what it has of its own would otherwise be seen by whoever else uses
     the model.
 

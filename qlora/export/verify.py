@@ -42,6 +42,7 @@ from qlora.errors import guard, problem
 from qlora.export.adapted_source import AdaptedSource
 from qlora.export.kept import Kept
 from qlora.export.peft import AdapterFiles, put_adapter
+from qlora.generate import speaker_of
 from qlora.layers.attach import detach, disabled
 from qlora.models.limits import Limits, refuse_tokens, source_limits
 from qlora.models.source import load_tokenizer
@@ -216,13 +217,13 @@ def _within(texts: Sequence[Text], count: int) -> list[Text]:
 
 def _continued(model: Any, prompts: Sequence[Text]) -> list[Text]:
     """The prompts with what the model writes after them, greedily, past any end of the answer."""
-    model.generation_config = GenerationConfig()  # what it carries may be a penalty, and then nothing is greedy
     greedy = GenerationConfig(max_new_tokens=WRITTEN, do_sample=False, use_cache=True, pad_token_id=0)
     width = max(len(prompt.ids) for prompt in prompts)
     gaps = [width - len(prompt.ids) for prompt in prompts]  # padded on the left, so that all write at the same place
     ids = torch.tensor([[0] * gap + list(prompt.ids) for gap, prompt in zip(gaps, prompts, strict=True)])
     mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
-    output = model.generate(ids, attention_mask=mask, generation_config=greedy).tolist()
+    speaker: Any = speaker_of(model)
+    output = speaker.generate(ids, attention_mask=mask, generation_config=greedy).tolist()
     return [Text(tuple(row[gap:]), len(row) - width) for row, gap in zip(output, gaps, strict=True)]
 
 
