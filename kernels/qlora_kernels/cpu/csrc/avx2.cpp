@@ -302,6 +302,7 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
 
 // For nf4_gemm.h.
 constexpr int kTileRows = 6, kTileVectors = 1;
+constexpr int64_t kPanelBytes = 3 << 18;
 
 inline void transpose8(const float* in, int64_t stride, float* out, int64_t out_stride) {
   __m256 a[8], b[8];
@@ -326,6 +327,107 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
     for (int k = 0; k < 16; k += 8) transpose8(in + i * stride + k, stride, out + k * out_stride + i, out_stride);
 }
 
+// For nf4_gemm_integers.h.
+struct I16 {
+  __m256i low, high;
+  static I16 zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I16 load(const int32_t* p) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(from), _mm256_load_si256(from + 1)};
+  }
+};
+
+inline F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+
+// Inline: of the intrinsics compilers keep several products at once, and spill.
+inline void dot(__m256i& sum, __m256i a, __m256i b) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+}
+inline void dot(I16& sum, const I16& a, const I16& b) {
+  dot(sum.low, a.low, b.low);
+  dot(sum.high, a.high, b.high);
+}
+
+struct Largest {
+  __m256i bits = _mm256_setzero_si256();
+  void see(__m256 x) {
+    bits = _mm256_max_epu32(bits, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+  }
+  void see(F16 x) {
+    see(x.low);
+    see(x.high);
+  }
+  float value() const {
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xb1));
+    return float_of(uint32_t(_mm_cvtsi128_si32(x)));
+  }
+};
+
+inline __m256i words_of(F16 x) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)), 0xd8);
+}
+
+inline void store_words(int16_t* out, F16 x) { _mm256_store_si256(reinterpret_cast<__m256i*>(out), words_of(x)); }
+
+inline __m256i pairs_of(__m256 a, __m256 b) {
+  return _mm256_blend_epi16(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16), 0xaa);
+}
+
+inline void store_pairs(int32_t* out, F16 a, F16 b) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out), pairs_of(a.low, b.low));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out + 8), pairs_of(a.high, b.high));
+}
+
+struct Words {  // low and high bytes apart, as in a Table
+  __m128i low_bytes, high_bytes;
+  Words(const float* levels, float factor) {
+    const __m256i all = words_of(mul(F16::load(levels), F16::broadcast(factor)));
+    const __m128i first = _mm256_castsi256_si128(all), second = _mm256_extracti128_si256(all, 1),
+                  byte = _mm_set1_epi16(0xff);
+    low_bytes = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+    high_bytes = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+  }
+};
+
+// Of 16 bytes of codes: of each half the first 8 words in `first`, the rest in `second`.
+inline void decode_words(__m128i bytes, __m256i low_bytes, __m256i high_bytes, __m256i& first, __m256i& second) {
+  const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+  const __m256i code = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)),
+                                        _mm256_set1_epi8(15));
+  const __m256i low = _mm256_shuffle_epi8(low_bytes, code), high = _mm256_shuffle_epi8(high_bytes, code);
+  first = _mm256_unpacklo_epi8(low, high);
+  second = _mm256_unpackhi_epi8(low, high);
+}
+
+inline void store_halves(void* out, __m256i a, __m256i b) {  // the low ones, then the high ones
+  __m256i* const to = static_cast<__m256i*>(out);
+  _mm256_store_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
+  _mm256_store_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+inline void expand_words(const Words& words, const uint8_t* bytes, int16_t* out) {
+  __m256i first, second;
+  decode_words(load128(bytes), _mm256_broadcastsi128_si256(words.low_bytes),
+               _mm256_broadcastsi128_si256(words.high_bytes), first, second);
+  store_halves(out, first, second);
+}
+
+inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& more, const uint8_t* more_bytes,
+                         int32_t* out) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)),
+                others = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(more_bytes));
+  __m256i first, second;  // a row in each half
+  decode_words(_mm_unpacklo_epi64(eight, others), _mm256_set_m128i(more.low_bytes, words.low_bytes),
+               _mm256_set_m128i(more.high_bytes, words.high_bytes), first, second);
+  const __m256i a = _mm256_permute2x128_si256(first, second, 0x20),
+                b = _mm256_permute2x128_si256(first, second, 0x31);
+  store_halves(out, _mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -333,10 +435,14 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
 #include "elementwise.h"
 #include "nf4_gemm.h"
 #include "attention_float.h"
+#include "nf4_gemm_integers.h"
+#include "dense_gemm_integers.h"
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
 const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
 const Layer avx2_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
+const Layer avx2_integer_layer = {kTileRows,    kWidth, integer_room, narrow,    integers,
+                                  integer_wide, sums,   dense_room,   dense_wide};
 }  // namespace qlora
 #endif

@@ -290,6 +290,7 @@ inline void codes(const Cells& cells, const T* in, int64_t n, float inverse, uin
 
 // For nf4_gemm.h.
 constexpr int kTileRows = 14, kTileVectors = 2;
+constexpr int64_t kPanelBytes = 3 << 18;
 
 inline void transpose16(const float* in, int64_t stride, float* out, int64_t out_stride) {
   __m512 a[16], b[16];
@@ -314,6 +315,62 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
   }
 }
 
+// For nf4_gemm_integers.h.
+struct I16 {
+  __m512i v;
+  static I16 zero() { return {_mm512_setzero_si512()}; }
+  static I16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I16 load(const int32_t* p) { return {_mm512_load_si512(p)}; }
+};
+
+inline F16 to_float(I16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+
+// Inline: compilers copy the sum of the intrinsic, and spill.
+inline void dot(I16& sum, const I16& a, const I16& b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v)); }
+
+struct Largest {
+  __m512i bits = _mm512_setzero_si512();
+  void see(F16 x) {
+    bits = _mm512_max_epu32(bits, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)));
+  }
+  float value() const { return float_of(_mm512_reduce_max_epu32(bits)); }
+};
+
+inline __m512i integers_of(F16 x) { return _mm512_cvtps_epi32(x.v); }
+
+inline void store_words(int16_t* out, F16 x) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(integers_of(x)));
+}
+
+inline void store_pairs(int32_t* out, F16 a, F16 b) {
+  _mm512_store_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, integers_of(a), _mm512_slli_epi32(integers_of(b), 16)));
+}
+
+struct Words {
+  __m512i values;  // twice
+  Words(const float* levels, float factor)
+      : values(_mm512_broadcast_i64x4(
+            _mm512_cvtepi32_epi16(integers_of(mul(F16::load(levels), F16::broadcast(factor)))))) {}
+};
+
+inline __m512i decode_words(const Words& words, const uint8_t* bytes) {
+  return expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), words.values);
+}
+
+inline void expand_words(const Words& words, const uint8_t* bytes, int16_t* out) {
+  _mm512_store_si512(out, decode_words(words, bytes));
+}
+
+inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& more, const uint8_t* more_bytes,
+                         int32_t* out) {
+  alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kFirst), high = _mm512_add_epi16(low, _mm512_set1_epi16(16)),
+                a = decode_words(words, bytes), b = decode_words(more, more_bytes);
+  _mm512_store_si512(out, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_store_si512(out + 16, _mm512_permutex2var_epi16(a, high, b));
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -321,8 +378,8 @@ inline void transpose16(const float* in, int64_t stride, float* out, int64_t out
 #include "elementwise.h"
 #include "nf4_gemm.h"
 #include "attention_float.h"
-#include "nf4_gemm_vnni.h"
-#include "dense_gemm_vnni.h"
+#include "nf4_gemm_integers.h"
+#include "dense_gemm_integers.h"
 
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};

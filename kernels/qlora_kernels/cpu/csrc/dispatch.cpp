@@ -62,6 +62,7 @@ const Kernels* named(int isa) {
   __builtin_cpu_init();
   if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return &avx2_kernels;
+  if (isa == 1) integer_layer = &avx2_integer_layer;
   if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return &avx512_kernels;
@@ -96,6 +97,7 @@ const char* qlora_select(int isa) {
 #if defined(__x86_64__)
   if (isa > 0) layer = isa == 1 ? &avx2_layer : &avx512_layer;
   if (isa > 0) float_attention = isa == 1 ? &avx2_attention : &avx512_attention;
+  if (isa == 1) integer_layer = &avx2_integer_layer;
   if (isa == 2 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
 #elif defined(__aarch64__)
   if (isa == 3) layer = &neon_layer;

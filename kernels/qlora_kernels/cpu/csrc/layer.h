@@ -1,10 +1,10 @@
-// What nf4_gemm.h and nf4_gemm_vnni.h have for api_layer.cpp, which cuts the work: an adapted layer in float32.
+// What nf4_gemm.h and nf4_gemm_integers.h have for api_layer.cpp, which cuts the work: an adapted layer in float32.
 #pragma once
 #include "kernels.h"
 
 namespace qlora {
 
-// x in integers, see nf4_gemm_vnni.h: [tile][64 of inner][row of the tile][64], and a scale for each 64.
+// x in integers, see nf4_gemm_integers.h: [tile][64 of inner][row of the tile][64], and a scale for each 64.
 struct Integers {
   int16_t* values;
   float* scales;
@@ -58,7 +58,7 @@ struct Layer {
 };
 
 #if defined(__x86_64__)
-extern const Layer avx2_layer, avx512_layer, avx512_vnni_layer;
+extern const Layer avx2_layer, avx2_integer_layer, avx512_layer, avx512_vnni_layer;
 #elif defined(__aarch64__)
 extern const Layer neon_layer;
 #endif

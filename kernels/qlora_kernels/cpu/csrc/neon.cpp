@@ -310,6 +310,7 @@ inline void expand(const Table<T>& table, const uint8_t* bytes, int64_t n, T* ou
 
 // For nf4_gemm.h.
 constexpr int kTileRows = 6, kTileVectors = 1;  // 24 registers of sums, 6 of the rows, 2 of the column
+constexpr int64_t kPanelBytes = 3 << 18;
 
 inline void transpose16(const float* in, int64_t stride, float* out, int64_t out_stride) {
   for (int i = 0; i < 16; i += 4)

@@ -4,6 +4,7 @@
 //   forward   y  = x W'^T + u up^T      u = x down^T               W' = diag(gain) W
 //   backward  dx = dy W'  + v down      v = dy up     dB = dy^T u     dA = v^T x     dm = sum_t dy y
 //
+//   kPanelBytes                   of decoded panels that a thread keeps in the second cache
 //   kTileRows, kTileVectors       a sum is kTileRows tokens x kTileVectors F16: what the registers hold
 //   transpose16(in, stride, out, stride)
 //                                 16 x 16 floats
@@ -20,7 +21,6 @@ namespace qlora {
 namespace {
 
 constexpr int64_t kWidth = 16 * kTileVectors, kStride = 832, kDepthMost = 768, kRanksBelow = kStride - kDepthMost;
-constexpr int64_t kPanelBytes = 3 << 18;  // of decoded panels that a thread keeps
 constexpr int kSumRanks = kTileRows > 8 ? 8 : 4;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
