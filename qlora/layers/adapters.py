@@ -173,26 +173,50 @@ def backward_product(
     return dx, dxa, dA, dB if need_B else None, dm
 
 
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """How the backward pass makes a layer's input again: x = function(*tensors). The tensors are kept by others anyway,
+    so x need not be.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
 class AdaptedProduct(torch.autograd.Function):
     """y of `forward_product` from x, the adapter's input (x after dropout, or x itself), A, B and m.
 
-    Saves what `forward_product` says, and y where m learns; the base weight is decoded again in the backward pass. A, B
-    and m are float32, and so are their gradients.
+    Saves what `forward_product` says, the adapter's input or the tensors that `again` makes it of, and y where m
+    learns; the base weight is decoded again in the backward pass. A, B and m are float32, and so are their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants):
-        ctx.constants, ctx.shared = constants, x_adapter is x
+    def forward(
+        ctx,
+        x: Tensor,
+        x_adapter: Tensor,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor | None,
+        constants: Constants,
+        again: Callable[..., Tensor] | None = None,
+        *tensors: Tensor,
+    ):
+        ctx.constants, ctx.shared, ctx.again, ctx.count = constants, x_adapter is x, again, len(tensors)
         y, saved = forward_product(x, x_adapter, A, B, m, constants)
-        ctx.save_for_backward(x_adapter, y if ctx.needs_input_grad[4] else None, *saved)
+        inputs = (x_adapter,) if again is None else tensors
+        ctx.save_for_backward(y if ctx.needs_input_grad[4] else None, *saved, *inputs)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x_adapter, y, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        return *backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared), None
+        y, *saved = ctx.saved_tensors
+        count, needs = ctx.count or 1, ctx.needs_input_grad[:5]
+        saved, inputs = saved[:-count], saved[-count:]
+        x_adapter = inputs[0] if ctx.again is None else ctx.again(*inputs)
+        gradients = backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared)
+        return *gradients, None, None, *[None] * ctx.count
 
 
 # ---------------------------------------------------------------- the module
@@ -288,19 +312,24 @@ class AdaptedLinear(nn.Module):
         """Keep the n [out] that a fused product made on its way."""
         self.row_norms.put(self.version(), n)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recomputed: Recomputed | None = None) -> Tensor:
+        """`recomputed`: how x [..., in] is made, where the caller keeps of what; x is then not kept."""
         if not self.enabled:
             return self.base(x)
-        return _not_compiled(self, x) if torch.compiler.is_compiling() else self._adapted(x)
+        return _not_compiled(self, x, recomputed) if torch.compiler.is_compiling() else self._adapted(x, recomputed)
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        x, base = autocast(x), cast(Any, self._modules["base"])
+    def _adapted(self, x: Tensor, recomputed: Recomputed | None) -> Tensor:
+        given, base = x, cast(Any, self._modules["base"])
+        x = autocast(x)
         flat, bias, (A, B, m) = x.reshape(-1, x.shape[-1]), base.bias, self.factors()
         x_adapter, constants = self.adapter_input(flat), self.constants(flat)
         if x_adapter is flat and constants.weight.uses_gemv(x):
             y = one_token(flat[0], A, B, m, constants)
             return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-        y = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants)
+        again: tuple[Any, ...] = ()
+        if recomputed is not None and x is given and x_adapter is flat:
+            again = (recomputed.function, *recomputed.tensors)
+        y = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants, *again)
         y = y if bias is None else y + bias.to(y.dtype)
         y = y.clone() if self.copies_output else y
         return y.view(*x.shape[:-1], y.shape[-1])

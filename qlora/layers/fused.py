@@ -2,7 +2,7 @@
 chains of elementwise operations.
 
     RMSNorm          y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
-    GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x)             (arXiv:2002.05202)
+    GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x), no product (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
 
 Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the
@@ -27,7 +27,14 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.layers import joined, transformers_code
-from qlora.layers.adapters import AdaptedLinear, Constants, backward_product, forward_product, row_scale_and_m
+from qlora.layers.adapters import (
+    AdaptedLinear,
+    Constants,
+    Recomputed,
+    backward_product,
+    forward_product,
+    row_scale_and_m,
+)
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
 from qlora_kernels import ops
@@ -96,7 +103,7 @@ class _Gated(torch.autograd.Function):
 
 
 class GatedDoRA(torch.autograd.Function):
-    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n].
+    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n]; and gate(x) and up(x), without a gradient.
 
     dm_j = sum_t dy_tj y_tj / m_j of gate and up is summed as their gradients dy are made, while both are at hand; each
     layer by itself would save its y and read both again.
@@ -112,11 +119,13 @@ class GatedDoRA(torch.autograd.Function):
         ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
         ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
         ctx.saved_by_gate = len(saved_gate)
-        return GATED_PRODUCTS[activation].value(y_gate, y_up)
+        ctx.mark_non_differentiable(y_gate, y_up)
+        ctx.set_materialize_grads(False)
+        return GATED_PRODUCTS[activation].value(y_gate, y_up), y_gate, y_up
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh: Tensor):
+    def backward(ctx, dh: Tensor, _gate: None, _up: None):
         x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
         of_gate, of_up = saved[: ctx.saved_by_gate], saved[ctx.saved_by_gate :]
         dgate, dup, dots = GATED_PRODUCTS[ctx.activation].gradients_and_dots(dh, y_gate, y_up)
@@ -152,20 +161,31 @@ class GatedMLP(nn.Module):
         if self.join and joined.joinable((gate, up), biased=False):
             return self.down_proj(_in_eager(joined.swiglu)(x, gate, up))
         if torch.is_grad_enabled() and _magnitude_learns(gate) and _magnitude_learns(up):
-            return self.down_proj(_in_eager(gated_dora)(x, gate, up, self.activation))
-        return self.down_proj(_Gated.apply(gate(x), up(x), self.activation))
+            hidden, *made_of = _in_eager(gated_dora)(x, gate, up, self.activation)
+        else:
+            made_of = [gate(x), up(x)]
+            hidden = _Gated.apply(*made_of, self.activation)
+        down = self.down_proj
+        if not (isinstance(down, AdaptedLinear) and torch.is_grad_enabled()) or down._forward_pre_hooks:
+            return down(hidden)
+        value = GATED_PRODUCTS[self.activation].value
+        return down(hidden, Recomputed(value, tuple(_flat(part.detach()) for part in made_of)))
 
 
-def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> Tensor:
-    """act(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn."""
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """act(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn, and gate(x) and up(x) [tokens, n]."""
     x = autocast(x)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _flat(x)
     constants, tensors = [], []
     for layer in (gate, up):
         constants.append(layer.constants(flat))
         tensors += [layer.adapter_input(flat), *layer.factors()]
-    hidden = GatedDoRA.apply(flat, *constants, activation, *tensors)
-    return hidden.view(*x.shape[:-1], -1)
+    hidden, *made_of = GatedDoRA.apply(flat, *constants, activation, *tensors)
+    return hidden.view(*x.shape[:-1], -1), *made_of
 
 
 def _in_eager(function: Callable) -> Callable:

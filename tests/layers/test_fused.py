@@ -92,6 +92,33 @@ def test_magnitude_gradients_of_a_gated_product(monkeypatch, change):
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_gated_product_is_not_kept(method, name, dropout):
+    """Of its size only gate(x) and up(x) are (and what dropout makes); to the bit the gradients are those with it."""
+    model = fuse(adapted(random_model(name), method, dropout=dropout).train())
+    mlp = model.model.layers[0].mlp
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    parameters = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+
+    def kept_and_found() -> tuple[int, list[torch.Tensor]]:
+        places = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (places.update({t.data_ptr(): t.numel()}), t)[1], lambda t: t
+        ):
+            torch.manual_seed(3)
+            y = mlp(x)
+        size = 14 * mlp.down_proj.base.in_features
+        return list(places.values()).count(size), [y, *torch.autograd.grad(y, parameters, dy)]
+
+    kept, found = kept_and_found()
+    mlp.down_proj.register_forward_pre_hook(lambda module, inputs: None)  # it might change what it gets
+    more, expected = kept_and_found()
+    assert (kept, more) == ((4, 4) if dropout else (2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_rotation_is_that_of_transformers():
     """Nearer to float64 in bf16, as it rounds once less."""
     layer = fuse(build("llama")).model.layers[0].self_attn
