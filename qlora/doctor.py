@@ -170,7 +170,7 @@ def _torch() -> dict[str, Any]:
     """What torch sees, and what training would use."""
     import torch
 
-    from qlora.models.device import device_notes, resolve_device, resolve_dtype
+    from qlora.models.device import arithmetic_of, device_notes, resolve_device, resolve_dtype
     from qlora_kernels import backends
 
     if hasattr(torch.cpu, "get_capabilities"):
@@ -200,6 +200,7 @@ def _torch() -> dict[str, Any]:
         "used": {
             "device": str(device),
             "dtype": dtype,
+            "integers": arithmetic_of("auto", device) != dtype,  # whether training multiplies 16-bit integers
             "kernels": backends.describe(),
             "notes": device_notes(device, dtype),
         },
@@ -243,10 +244,11 @@ def as_text(found: dict[str, Any]) -> str:
     if "used" in found:
         used = found["used"]
         kernels = used["kernels"].get(used["device"].partition(":")[0], "none")
+        dtype = used["dtype"] + (", products by 16-bit integers in training" if used["integers"] else "")
         sections += [
             "",
             "What will be used (--device auto, --dtype auto)",
-            *_table([("device", used["device"]), ("dtype", used["dtype"]), ("kernels", kernels)]),
+            *_table([("device", used["device"]), ("dtype", dtype), ("kernels", kernels)]),
         ]
     if "trace" in found:
         from qlora_kernels.backends import routes_as_text

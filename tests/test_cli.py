@@ -17,6 +17,7 @@ import qlora
 from qlora.cli import COMMANDS, as_flags, bound_kernel_caches, main, parse, parser
 from qlora.config.options import choices, entries, kinds
 from qlora.errors import UserError
+from qlora.models.device import arithmetic_of, resolve_device
 from qlora_kernels import ops
 
 HOUSE = Path(__file__).resolve().parents[1]
@@ -251,6 +252,8 @@ def test_doctor_tells_what_is_here(capsys):
     text = capsys.readouterr().out
     for part in ("This machine", "What will be used", "What is missing", found["cpu"]["name"], torch.__version__):
         assert part in text
+    integers = arithmetic_of("auto", resolve_device("auto")) == "auto (fp32, products by integers)"
+    assert ("by 16-bit integers" in text) == found["used"]["integers"] == integers
 
 
 def test_doctor_traces_a_step(capsys):

@@ -6,7 +6,7 @@ a laptop.
 
 SmolLM2-135M, rank 16, all-linear, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no activation
 checkpointing, the same batches and the same loop. Ours runs in what `finetune --dtype auto` would choose, or `--dtype`
-(int16: float32 whose products are of 16-bit integers, as `auto` is with AVX-512 VNNI and without bf16);
+(int16: float32 whose products are of 16-bit integers, as `auto` is with AVX-512 VNNI or AVX2, and without bf16);
 PEFT in both recipes, with `prepare_model_for_kbit_training` and without, each in bf16 and in fp32 in the first round
 and in the faster of the two from then on: ours is held beside that. Each measurement is a process of its own, and the
 contestants take turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians

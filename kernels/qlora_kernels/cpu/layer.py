@@ -5,10 +5,10 @@ product is in the same sums, and in the backward pass all of the adapter's gradi
     float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h)
 
 Where torch's own switch allows less than float32's precision (`torch.set_float32_matmul_precision("high")`, which
-allows TF32 on a card) and the processor has AVX-512 VNNI, the large product is one of 16-bit integers
-(csrc/nf4_gemm_vnni.h): 1.7 times the speed, and about TF32's precision. So are those of a frozen head, which is dense
-(csrc/dense_gemm_vnni.h). The alternative, a switch of our own, would be
-a second word for one thing.
+allows TF32 on a card) and the processor has AVX-512 VNNI, or AVX2 and no AVX-512, the large product is one of 16-bit
+integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and about TF32's precision. So are those of a frozen
+head, which is dense (csrc/dense_gemm_integers.h). The alternative, a switch of our own, would be a second word for one
+thing.
 """
 
 from __future__ import annotations

@@ -396,8 +396,8 @@ struct Words {  // low and high bytes apart, as in a Table
 // Of 16 bytes of codes: of each half the first 8 words in `first`, the rest in `second`.
 inline void decode_words(__m128i bytes, __m256i low_bytes, __m256i high_bytes, __m256i& first, __m256i& second) {
   const __m256i wide = _mm256_cvtepu8_epi16(bytes);
-  const __m256i code = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)),
-                                        _mm256_set1_epi8(15));
+  const __m256i code =
+      _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8)), _mm256_set1_epi8(15));
   const __m256i low = _mm256_shuffle_epi8(low_bytes, code), high = _mm256_shuffle_epi8(high_bytes, code);
   first = _mm256_unpacklo_epi8(low, high);
   second = _mm256_unpackhi_epi8(low, high);
@@ -423,8 +423,7 @@ inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& 
   __m256i first, second;  // a row in each half
   decode_words(_mm_unpacklo_epi64(eight, others), _mm256_set_m128i(more.low_bytes, words.low_bytes),
                _mm256_set_m128i(more.high_bytes, words.high_bytes), first, second);
-  const __m256i a = _mm256_permute2x128_si256(first, second, 0x20),
-                b = _mm256_permute2x128_si256(first, second, 0x31);
+  const __m256i a = _mm256_permute2x128_si256(first, second, 0x20), b = _mm256_permute2x128_si256(first, second, 0x31);
   store_halves(out, _mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
 }
 

@@ -1,5 +1,5 @@
-// The products of a frozen dense weight W [rows, columns] by 16-bit integers, as nf4_gemm_integers.h has those of codes:
-//
+// The products of a frozen dense weight W [rows, columns] by 16-bit integers, as nf4_gemm_integers.h has those of
+// codes:
 //   y = x W^T    the logits of a head          y = x W    their gradient to the states
 //
 // W is read where it lies, kDenseDepth of the inner dimension at a time, and rounded into a few panels in the second
@@ -79,7 +79,8 @@ void dense_wide(const DenseProduct& p, int64_t token, int64_t tokens, int64_t pa
         for (int64_t n = 0; n < parts; ++n)  // a row of W after the other, as memory has them
           for (int64_t c = 0; c < count; ++c)
             dense_columns(p.weight + (start + 64 * n) * p.outer + first + c * kWidth, p.outer,
-                          least(64, depth - 64 * n), integers_at(c) + kWidth * kPairs * n, made + c * kDensePanel + kWidth * n);
+                          least(64, depth - 64 * n), integers_at(c) + kWidth * kPairs * n,
+                          made + c * kDensePanel + kWidth * n);
       for (int64_t t = token; t < token + tokens; t += kTileRows) {
         const int64_t n = least(kTileRows, token + tokens - t);
         integer_tile(p.x + t * p.inner + start, p.inner, n, depth, values, xs);

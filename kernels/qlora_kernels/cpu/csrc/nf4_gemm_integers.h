@@ -1,6 +1,6 @@
-// The large product of nf4_gemm.h by 16-bit integers, where a processor multiplies and adds more of them than of float32:
-// VPDPWSSD of AVX-512 VNNI has two products where an FMA has one; of AVX2, VPMADDWD and VPADDD are two instructions for
-// what two FMAs do, but run on more units.
+// The large product of nf4_gemm.h by 16-bit integers, where a processor multiplies and adds more of them than of
+// float32: VPDPWSSD of AVX-512 VNNI has two products where an FMA has one; of AVX2, VPMADDWD and VPADDD are two
+// instructions for what two FMAs do, but run on more units.
 //
 //   x_tk  = xs_tn X_tk      per token t and 64 k (n): |X| <= kMostX, xs the scale
 //   w'_kc = ws_nc V_kc      |V| <= kMostW
