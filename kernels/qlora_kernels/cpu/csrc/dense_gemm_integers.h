@@ -1,5 +1,6 @@
 // The products of a frozen dense weight W [rows, columns] by 16-bit integers, as nf4_gemm_integers.h has those of
 // codes:
+//
 //   y = x W^T    the logits of a head          y = x W    their gradient to the states
 //
 // W is read where it lies, kDenseDepth of the inner dimension at a time, and rounded into a few panels in the second
