@@ -191,7 +191,9 @@ def check_layers(rows: int, columns: int) -> None:
     expected, expected_inverse = reference.rms_norm(x, w, 1e-6)
     close(y, expected)
     close(inverse, expected_inverse)
-    close(step.rms_norm_backward(dy, x, w, inverse), reference.rms_norm_backward(dy, x, w, expected_inverse))
+    # Of one column nothing is left but rounding: what is left is held against what cancels.
+    dx, expected_dx = (f(dy, x, w, expected_inverse) for f in (step.rms_norm_backward, reference.rms_norm_backward))
+    assert (dx - expected_dx).abs().max() <= 2e-6 * (w * dy * expected_inverse.view(-1, 1)).abs().max()
     close(step.swiglu(x, up), reference.swiglu(x, up))
     for got, wanted in zip(step.swiglu_backward(dy, x, up), reference.swiglu_backward(dy, x, up), strict=True):
         close(got, wanted)
