@@ -15,9 +15,9 @@ from qlora.data.batch import Example, pack
 from qlora.layers.loss import loss_sum
 from qlora_kernels import backends
 
-# Of the Triton kernels, where it is not one: two products of cuBLAS, and what finishes dB (and dm).
-# `triton_interpret.check_launches` counts them.
-OURS = {"adapter_gradients": 3, "joined_gradients": 3}
+# Of the Triton kernels, where it is not one: two products of cuBLAS, and what finishes dB (and dm); the factors and the
+# weight. `triton_interpret.check_launches` counts them.
+OURS = {"adapter_gradients": 3, "joined_gradients": 3, "adapted_operands": 2}
 NOTHING = ("empty", "detach", "lift_fresh", "_local_scalar_dense", "is_same_size", "_unsafe_view")
 
 
