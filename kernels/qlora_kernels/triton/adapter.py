@@ -164,45 +164,43 @@ def adapted_operands(
     layouts: list[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (rank, columns), rows, out = A[0].shape, tuple(layouts[::4]), sum(layouts[::4])
-    count, given = len(rows), (*A, *B, *m, *n)
-    takes = (
-        dtype in DTYPES
-        and rank <= 1024
-        and count <= MOST_JOINED
-        and min(rank, columns, *rows) > 0
-        and all(a.shape == (rank, columns) for a in A)
-        and [b.shape for b in B] == [(n, rank) for n in rows]
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in given)
-    )
-    if not takes:
+    (rank, columns), rows = A[0].shape, tuple(layouts[::4])
+    count, out, dora = len(rows), sum(rows), bool(m)
+    if dtype not in DTYPES or rank > 1024 or count > MOST_JOINED or min(rank, columns, *rows) < 1:
         return NotImplemented
-    if m and not [t.numel() for t in (*m, *n)] == [*rows, *rows]:
-        raise ValueError(f"{[t.numel() for t in m]} magnitudes and {[t.numel() for t in n]} norms for {rows} rows")
-    A_cast = A[0].new_empty(count * rank, columns, dtype=dtype)
-    B_scaled = B[0].new_empty(out, count * rank, dtype=dtype)
-    factors = B[0].new_empty(2, out if m else 0)
+    for a, b, height in zip(A, B, rows, strict=True):
+        if not (_takes(a, (rank, columns)) and _takes(b, (height, rank))):
+            return NotImplemented
+    for magnitude, norm, height in zip(m, n, rows, strict=True) if dora else ():
+        if not (_takes(magnitude, (height,)) and _takes(norm, (height,))):
+            return NotImplemented
+    like = A[0]
+    A_cast = like.new_empty(count * rank, columns, dtype=dtype)
+    B_scaled = like.new_empty(out, count * rank, dtype=dtype)
+    factors = like.new_empty(2, out if dora else 0)
+    row_scale, m_clamped = factors.unbind() if dora else (None, None)
     width = max(16, power_of_2(rank))
-    with on(A_cast):
+    with on(like):
         join_lora_factors_kernel[(cdiv(rank * columns, 2048) + cdiv(max(rows), 2048 // width), count)](
-            (A_cast, B_scaled, *factors.unbind()),
+            (A_cast, B_scaled, row_scale, m_clamped) if dora else (A_cast, B_scaled, like, like),
             tuple(zip(A, B, m or B, n or B, strict=True)),
             scaling,
             rank * columns,
             rows,
             rank,
-            DORA=bool(m),
+            DORA=dora,
             BLOCK=2048,
             RANK=width,
             COUNT=count,
             **EXACT,
         )
-    row_scale = factors[0] if m else None
-    if count == 1:
-        dense = dequantize_4bit(weights, layouts, row_scale, dtype)
-    else:
-        dense = dequantize_4bit_joined(weights, layouts, row_scale, dtype)
+    decode = dequantize_4bit if count == 1 else dequantize_4bit_joined
+    dense = decode(weights, layouts, row_scale, dtype)
     return NotImplemented if dense is NotImplemented else (dense, A_cast, B_scaled, factors)
+
+
+def _takes(factor: Tensor, shape: tuple[int, ...]) -> bool:
+    return factor.dtype == torch.float32 and factor.shape == shape and factor.is_contiguous()
 
 
 # ---------------------------------------------------------------- gradients
