@@ -279,10 +279,11 @@ def refresh_row_norms(model: nn.Module) -> None:
 def _refresh_row_norms(layers: Iterable[AdaptedLinear]) -> None:
     stale: dict[tuple, list[tuple[AdaptedLinear, Version]]] = {}
     for adapter in layers:
-        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear):
+        base = adapter._modules["base"]  # past `Module.__getattr__`, as `AdaptedLinear.version` goes
+        if isinstance(base, NF4Linear) and adapter._parameters.get("magnitude") is not None:
             version = adapter.version()
             if adapter.row_norms.get(version) is None:
-                w = adapter.base.quantized
+                w = base.quantized
                 stale.setdefault((w.device, w.nested), []).append((adapter, version))
     for changed in stale.values():
         weights: list[QuantizedWeight] = [cast(NF4Linear, adapter.base).quantized for adapter, _ in changed]
