@@ -147,8 +147,9 @@ def _watched(section: str, device: torch.device, names: list[str]) -> Iterator[d
         assert stream is not None
 
         def read() -> None:
-            for line in stream:
-                lines.put(line)
+            with stream:
+                for line in stream:
+                    lines.put(line)
             lines.put("")
 
         threading.Thread(target=read, daemon=True).start()
