@@ -30,18 +30,25 @@ def wrong(self, gate, up):
     result = right(self, gate, up)
     if os.environ["BREAK"] == "dies":
         os.kill(os.getpid(), 11)
+    if os.environ["BREAK"] == "raises":
+        raise RuntimeError("CUDA error: an illegal memory access\\nmaybe late\\n\\nPass CUDA_LAUNCH_BLOCKING=1\\n")
     result.view(-1)[-1] = float("nan")  # the last one, as of a kernel that forgets it
     return result
 StepKernels.swiglu = wrong
 """
 
 
-def run(tmp_path: Path, code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """A command in a process with a kernel broken on purpose, and a cache of its own."""
+def surroundings(tmp_path: Path) -> dict[str, str]:
+    """The variables of a process with a kernel that BREAK breaks, and a cache of its own."""
     (tmp_path / "broken").mkdir(exist_ok=True)
     (tmp_path / "broken/sitecustomize.py").write_text(f"import os\nif 'BREAK' in os.environ:\n    exec({BROKEN!r})\n")
     paths = os.pathsep.join(map(str, (tmp_path / "broken", HOUSE, HOUSE / "kernels")))
-    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")} | variables
+    return {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+def run(tmp_path: Path, code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """A command in such a process."""
+    environment = {**os.environ, **surroundings(tmp_path)} | variables
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -106,6 +113,14 @@ def test_a_kernel_that_ends_the_process_is_named(kernels, tmp_path):
     done = run(tmp_path, COMMAND, "selftest", "--device", "cpu", "--only", "swiglu,geglu", BREAK="dies")
     assert done.returncode == 1 and "gone round from now on: swiglu" in done.stdout, done.stderr
     assert "WRONG signal 11" in " ".join(done.stdout.split()) and "2 of 3 in order" in done.stdout
+
+
+def test_an_error_of_several_lines_is_told_by_its_first_and_its_last(kernels, tmp_path, monkeypatch):
+    for name, value in (surroundings(tmp_path) | {"BREAK": "raises"}).items():
+        monkeypatch.setenv(name, value)
+    row = selftest("cpu", "swiglu")["rows"][0]
+    expected = "RuntimeError: CUDA error: an illegal memory access ... Pass CUDA_LAUNCH_BLOCKING=1"
+    assert not row.ok and row.failed == expected
 
 
 def test_an_unknown_check_is_one_line():

@@ -27,6 +27,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlora_kernels import BackendError, avoided, ops, reference
 from qlora_kernels.cpu import native
@@ -271,13 +272,27 @@ def _register() -> None:
         else:
             use(name, "CPU", getattr(reference, name), "reference")
         for device in ACCELERATORS:
-            choose = _cuda if device == "CUDA" else lambda index: _other()
-            ops.LIBRARY.impl(name, _late(name, choose), device)
+            call = _late(name, _cuda if device == "CUDA" else lambda index: _other())
+            ops.LIBRARY.impl(name, call, device)
+            if device == "CUDA":
+                _on_cards[name] = call
 
 
+_on_cards: dict[str, Callable] = {}  # what torch's dispatcher calls on a card
 _register()
 if NATIVE is not None:
     recall("native")
+
+
+def quickly(name: str, x: Tensor) -> Callable:
+    """The operator `name` for tensors that lie where x does. On a card it is the function that torch's dispatcher would
+    call: to hand lists to and fro takes the dispatcher as long as a launch takes. Not where torch looks on, as
+    whatever traces or counts operators does. Only for what autograd need not see.
+    """
+    if x.is_cuda and not is_in_torch_dispatch_mode():
+        return _on_cards[name]
+    operator: Callable = getattr(ops, name)
+    return operator
 
 
 # ---------------------------------------------------------------- what has a kernel
@@ -335,13 +350,22 @@ def has_joined_products(device: torch.device) -> bool:
     return _runs_triton(device)
 
 
+def has_operands(device: torch.device) -> bool:
+    """Whether `adapted_operands` has a kernel there; elsewhere a weight and the factors of its adapter are made one by
+    one.
+    """
+    return _runs_triton(device) and ("adapted_operands", "triton") not in AVOIDED
+
+
 def supports_fused_gemm(x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
     """Whether `matmul_4bit` and `adapted_linear` of a weight are one kernel; elsewhere a dense weight for the usual
     product is faster.
     """
+    if NATIVE is None or kind_of(x.device) != "cpu":
+        return False
     if ("matmul_4bit", "native") in AVOIDED or ("adapted_linear", "native") in AVOIDED:
         return False
-    return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_fused_gemm(x, weight, layout)
+    return NATIVE.supports_fused_gemm(x, weight, layout)
 
 
 def supports_matmul_dense(x: Tensor, weight: Tensor) -> bool:

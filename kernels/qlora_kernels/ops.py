@@ -6,7 +6,7 @@ it, in `backends`.
                dense, or in a product
     adapter    adapted_linear, adapted_linear_backward: a layer with LoRA or DoRA, whole
                row_norms_4bit, row_norms_4bit_all: DoRA's n;  prepare_lora_factors, columnwise_dot, matmul_tn,
-               adapter_gradients: its parts;  join_lora_factors, joined_gradients: those of layers of one input as one
+               adapter_gradients: its parts;  adapted_operands, joined_gradients: those of layers of one input as one
                matmul_dense_into: a product of a frozen dense weight, the head
     step       cross_entropy_, rms_norm, swiglu, geglu, rotate and their gradients: what lies between the products of a
                layer
@@ -214,13 +214,21 @@ def adapter_gradients(
 
 
 @operator()
-def join_lora_factors(
-    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rank, columns), rows = A[0].shape, sum(b.shape[0] for b in B)
+def adapted_operands(
+    A: list[Tensor],
+    B: list[Tensor],
+    m: list[Tensor],
+    n: list[Tensor],
+    scaling: float,
+    weights: list[Tensor],
+    layouts: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (rank, columns), rows = A[0].shape, sum(layouts[::4])
+    dense = weights[0].new_empty(rows, columns, dtype=dtype)
     A_cast = A[0].new_empty(len(A) * rank, columns, dtype=dtype)
     B_scaled = B[0].new_empty(rows, len(B) * rank, dtype=dtype)
-    return A_cast, B_scaled, B[0].new_empty(2, rows if m else 0)
+    return dense, A_cast, B_scaled, B[0].new_empty(2, rows if m else 0)
 
 
 @operator()

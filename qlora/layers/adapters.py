@@ -32,7 +32,7 @@ from qlora.layers.linear import NF4Linear, autocast, frozen_weight
 from qlora.layers.norms import RowNormCache, Version, version_of
 from qlora.layers.weight import FrozenWeight, matmul
 from qlora.specs import AdapterSpec
-from qlora_kernels import ops, reference
+from qlora_kernels import backends, ops, reference
 
 # ---------------------------------------------------------------- the mathematics
 
@@ -66,7 +66,7 @@ def merged_weight(
     return merged
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes three times as long to make, and each forward pass makes one
 class Constants:
     """What of an adapted layer gets no gradient: W, s, and n, or ||W_j|| of which a fused product makes n; `keep` is
     then called with n.
@@ -95,8 +95,8 @@ def forward_product(
     x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants
 ) -> tuple[Tensor, list[Tensor]]:
     """y [tokens, out] before the bias, and what the backward pass needs: xA = x_adapter At [tokens, r], A and s g B in
-    the dtype of x, and float32 g and the m that is safe to divide by, [out] each and empty without m. A fused product
-    has these as one [3, out] with n, or [0, out].
+    the dtype of x, and float32 g and the m that is safe to divide by, [out] each and empty without m. On a card these
+    are one [2, out], of a fused product one [3, out] with n, or [0, out].
 
     Both products are rounded together: in one sum where one kernel makes them, elsewhere the low-rank product comes
     first and the large one is accumulated onto it. In bf16 this matters: the large product rounded first already lies
@@ -109,6 +109,8 @@ def forward_product(
         if constants.keep is not None:
             constants.keep(saved[-1][2])
         return y, saved
+    if weight.has_operands(x):
+        return product_of_operands(x, x_adapter, A, B, m, constants)
     fold = m is not None and weight.quantized is not None
     A_cast, B_scaled, row_scale, m_clamped = ops.prepare_lora_factors(
         A, B, m if fold else None, n if fold else None, scaling, x.dtype
@@ -121,6 +123,21 @@ def forward_product(
     if m is not None and not fold:
         y *= row_scale.to(x.dtype)
     return y, [xA, A_cast, B_scaled, row_scale, m_clamped]
+
+
+def product_of_operands(
+    x: Tensor, x_adapter: Tensor, A: Tensor, B: Tensor, m: Tensor | None, constants: Constants
+) -> tuple[Tensor, list[Tensor]]:
+    """`forward_product` of a quantized weight where one operator makes all that is multiplied, as on a card: there an
+    operator costs the host as much as a product does.
+    """
+    m_and_n = ([], []) if m is None or constants.n is None else ([m], [constants.n])
+    operands = backends.quickly("adapted_operands", x)
+    dense, A_cast, B_scaled, factors = operands(
+        [A], [B], *m_and_n, constants.scaling, *constants.weight.operands, x.dtype
+    )
+    xA = x_adapter @ A_cast.t()
+    return (xA @ B_scaled.t()).addmm_(x, dense.t()), [xA, A_cast, B_scaled, factors]
 
 
 def row_scale_and_m(saved: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -184,10 +201,12 @@ class Recomputed:
 
 
 class AdaptedProduct(torch.autograd.Function):
-    """y of `forward_product` from x, the adapter's input (x after dropout, or x itself), A, B and m.
+    """y [tokens, out] of `forward_product` from x [..., in], the adapter's input (x after dropout, or x itself), A, B
+    and m.
 
     Saves what `forward_product` says, the adapter's input or the tensors that `again` makes it of, and y where m
-    learns; the base weight is decoded again in the backward pass. A, B and m are float32, and so are their gradients.
+    learns; the base weight is decoded again in the backward pass. A, B and m are float32, and so are their gradients. x
+    is made a matrix here, below the graph: a view of it in the graph would be a node more for each layer.
     """
 
     @staticmethod
@@ -202,21 +221,32 @@ class AdaptedProduct(torch.autograd.Function):
         again: Callable[..., Tensor] | None = None,
         *tensors: Tensor,
     ):
-        ctx.constants, ctx.shared, ctx.again, ctx.count = constants, x_adapter is x, again, len(tensors)
-        y, saved = forward_product(x, x_adapter, A, B, m, constants)
-        inputs = (x_adapter,) if again is None else tensors
-        ctx.save_for_backward(y if ctx.needs_input_grad[4] else None, *saved, *inputs)
+        shared = x_adapter is x
+        ctx.constants, ctx.shared, ctx.shape, ctx.again = constants, shared, x.shape, again
+        x = as_matrix(x)
+        y, saved = forward_product(x, x if shared else as_matrix(x_adapter), A, B, m, constants)
+        ctx.count = len(saved) + 1
+        ctx.save_for_backward(y if ctx.needs_input_grad[4] else None, *saved, *(tensors or (x_adapter,)))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        y, *saved = ctx.saved_tensors
-        count, needs = ctx.count or 1, ctx.needs_input_grad[:5]
-        saved, inputs = saved[:-count], saved[-count:]
-        x_adapter = inputs[0] if ctx.again is None else ctx.again(*inputs)
-        gradients = backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared)
-        return *gradients, None, None, *[None] * ctx.count
+        tensors = ctx.saved_tensors
+        (y, *saved), inputs = tensors[: ctx.count], tensors[ctx.count :]
+        x_adapter = as_matrix(inputs[0] if ctx.again is None else ctx.again(*inputs))
+        needs = ctx.needs_input_grad
+        dx, dxa, *rest = backward_product(dy, x_adapter, saved, y, ctx.constants, needs[:5], ctx.shared)
+        return _shaped(dx, ctx.shape), _shaped(dxa, ctx.shape), *rest, *[None] * (len(needs) - 5)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x [..., n] as [tokens, n]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return gradient if gradient is None or len(shape) == 2 else gradient.view(shape)
 
 
 # ---------------------------------------------------------------- the module
@@ -294,13 +324,13 @@ class AdaptedLinear(nn.Module):
         return parameters["lora_A"], parameters["lora_B"], parameters.get("magnitude")
 
     def constants(self, x: Tensor) -> Constants:
-        """What else the product of x [tokens, in] takes."""
+        """What else the product of x [..., in] takes."""
         base: Any = self._modules["base"]
         weight = frozen_weight(base)
         if self._parameters.get("magnitude") is None:
             return Constants(weight, self.scaling)
         n = self.row_norms.get(self.version())
-        if n is None and weight.supports_fused_gemm(x):
+        if n is None and weight.supports_fused_gemm(as_matrix(x)):
             return Constants(weight, self.scaling, None, self.base_row_norms(), self.keep_row_norms)
         return Constants(weight, self.scaling, self.current_row_norms() if n is None else n)
 
@@ -319,20 +349,22 @@ class AdaptedLinear(nn.Module):
         return _not_compiled(self, x, recomputed) if torch.compiler.is_compiling() else self._adapted(x, recomputed)
 
     def _adapted(self, x: Tensor, recomputed: Recomputed | None) -> Tensor:
-        given, base = x, cast(Any, self._modules["base"])
-        x = autocast(x)
-        flat, bias, (A, B, m) = x.reshape(-1, x.shape[-1]), base.bias, self.factors()
-        x_adapter, constants = self.adapter_input(flat), self.constants(flat)
-        if x_adapter is flat and constants.weight.uses_gemv(x):
-            y = one_token(flat[0], A, B, m, constants)
-            return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+        given, x = x, autocast(x)
+        shape = x.shape
+        if self.training and self.dropout_p > 0:
+            x = as_matrix(x)  # what is dropped of which token does not depend on how it lies
+        x_adapter, constants, (A, B, m) = self.adapter_input(x), self.constants(x), self.factors()
+        bias = cast(Any, self._modules["base"]).bias
+        if x_adapter is x and constants.weight.uses_gemv(x):
+            y = one_token(x.reshape(-1), A, B, m, constants)
+            return (y if bias is None else y + bias).to(x.dtype).view(*shape[:-1], -1)
         again: tuple[Any, ...] = ()
-        if recomputed is not None and x is given and x_adapter is flat:
+        if recomputed is not None and x is given and x_adapter is x:
             again = (recomputed.function, *recomputed.tensors)
-        y = AdaptedProduct.apply(flat, x_adapter, A, B, m, constants, *again)
+        y = AdaptedProduct.apply(x, x_adapter, A, B, m, constants, *again)
         y = y if bias is None else y + bias.to(y.dtype)
         y = y.clone() if self.copies_output else y
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(bfloat16)` must not round what was trained, so A, B and m pass through as bytes.

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -148,7 +149,7 @@ def activate(model: nn.Module, name: str) -> nn.Module:
         model.set_submodule(module, layer)
     if adapter.spec.method == "dora":
         inner = getattr(model, "base_model", model)  # without the head, which the loss goes past
-        adapter.hook = inner.register_forward_pre_hook(_before_forward)
+        adapter.hook = inner.register_forward_pre_hook(partial(_before_forward, tuple(adapter.layers.values())))
     adapters.active = name
     return model
 
@@ -259,24 +260,30 @@ def _without_its_base(model: nn.Module, keys: Any) -> None:
 # ---------------------------------------------------------------- row norms of a whole model
 
 
-def _before_forward(model: nn.Module, inputs: tuple) -> None:
-    # In training; to look at every layer for each token generated would be dear.
-    if torch.is_grad_enabled() and backends.kind_of(next(model.parameters()).device) == "cuda":
-        refresh_row_norms(model)
+def _before_forward(layers: tuple[AdaptedLinear, ...], model: nn.Module, inputs: tuple) -> None:
+    # In training; to look at every layer for each token generated would be dear. The layers are known: to look for them
+    # among all modules takes longer than to ask them, and a card waits for it at each micro-batch.
+    if torch.is_grad_enabled() and backends.kind_of(layers[0].lora_A.device) == "cuda":
+        _refresh_row_norms(layers)
 
 
-@torch.no_grad()
 def refresh_row_norms(model: nn.Module) -> None:
     """Compute every n of quantized layers that may have changed, all in one operator. `attach` makes it run on a GPU
     before the forward passes of training: what a layer cannot know, that its neighbours want theirs as well, saves
     launches. A layer run by itself computes its own.
     """
+    _refresh_row_norms(layer for _, layer in named_adapters(model))
+
+
+@torch.no_grad()
+def _refresh_row_norms(layers: Iterable[AdaptedLinear]) -> None:
     stale: dict[tuple, list[tuple[AdaptedLinear, Version]]] = {}
-    for _, adapter in named_adapters(model):
-        if adapter.magnitude is not None and isinstance(adapter.base, NF4Linear):
+    for adapter in layers:
+        base = adapter._modules["base"]  # past `Module.__getattr__`, as `AdaptedLinear.version` goes
+        if isinstance(base, NF4Linear) and adapter._parameters.get("magnitude") is not None:
             version = adapter.version()
             if adapter.row_norms.get(version) is None:
-                w = adapter.base.quantized
+                w = base.quantized
                 stale.setdefault((w.device, w.nested), []).append((adapter, version))
     for changed in stale.values():
         weights: list[QuantizedWeight] = [cast(NF4Linear, adapter.base).quantized for adapter, _ in changed]

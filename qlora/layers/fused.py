@@ -31,6 +31,7 @@ from qlora.layers.adapters import (
     AdaptedLinear,
     Constants,
     Recomputed,
+    as_matrix,
     backward_product,
     forward_product,
     row_scale_and_m,
@@ -169,17 +170,13 @@ class GatedMLP(nn.Module):
         if not (isinstance(down, AdaptedLinear) and torch.is_grad_enabled()) or down._forward_pre_hooks:
             return down(hidden)
         value = GATED_PRODUCTS[self.activation].value
-        return down(hidden, Recomputed(value, tuple(_flat(part.detach()) for part in made_of)))
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+        return down(hidden, Recomputed(value, tuple(as_matrix(part.detach()) for part in made_of)))
 
 
 def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """act(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn, and gate(x) and up(x) [tokens, n]."""
     x = autocast(x)
-    flat = _flat(x)
+    flat = as_matrix(x)
     constants, tensors = [], []
     for layer in (gate, up):
         constants.append(layer.constants(flat))

@@ -15,53 +15,60 @@ this has 66.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import is_
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora.layers.adapters import AdaptedLinear
+from qlora.layers.adapters import AdaptedLinear, as_matrix
 from qlora.layers.linear import NF4Linear, autocast
-from qlora.layers.weight import FrozenWeight, matmul
-from qlora_kernels import ops
+from qlora.layers.weight import FrozenWeight
+from qlora_kernels import backends, ops
 
 
-@dataclass(frozen=True, slots=True)
 class Joined:
-    """What of the layers gets no gradient: W, s, and for DoRA each n [out]."""
+    """What of the layers gets no gradient and stays: their weights as the operators take them, and s. Kept by the first
+    of the weights, see `_joined`.
 
-    weights: tuple[FrozenWeight, ...]
-    scaling: float
-    n: list[Tensor]
+    Attributes:
+        parts, layouts: of all weights, in one list each.
+        outs: the outputs of each layer.
+    """
 
-    @property
-    def outs(self) -> list[int]:
-        """The outputs of each layer."""
-        return [weight.shape[0] for weight in self.weights]
+    __slots__ = ("layouts", "others", "outs", "parts", "scaling")
 
-    def dense(self, dtype: torch.dtype, row_scale: Tensor | None) -> Tensor:
-        """diag(row_scale) W [out1 + out2 + ..., in] in `dtype`."""
-        parts, layouts = zip(*(weight.operands for weight in self.weights), strict=True)
-        return ops.dequantize_4bit_joined(_flat(parts), _flat(layouts), row_scale, dtype)
+    def __init__(self, weights: Sequence[FrozenWeight], scaling: float):
+        parts, layouts = zip(*(weight.operands for weight in weights), strict=True)
+        self.parts: list[Tensor] = _flat(parts)
+        self.layouts: list[int] = _flat(layouts)
+        self.outs = [weight.shape[0] for weight in weights]
+        self.others, self.scaling = tuple(weights[1:]), scaling  # not the first: it would keep itself
+
+    def is_of(self, weights: Sequence[FrozenWeight], scaling: float) -> bool:
+        return (
+            self.scaling == scaling and len(self.others) == len(weights) - 1 and all(map(is_, self.others, weights[1:]))
+        )
 
 
 def _flat(lists: Sequence[list]) -> list:
     return [item for one in lists for item in one]
 
 
-def _forward(x: Tensor, joined: Joined, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """y [tokens, out1 + out2 + ...], and what `_backward` needs: xA, A, B and the factors of `join_lora_factors`.
+def _forward(
+    x: Tensor, joined: Joined, n: list[Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """y [tokens, out1 + out2 + ...], and what `_backward` needs: xA, A, B and the factors of `adapted_operands`.
 
     `tensors`: every A, then every B, then for DoRA every m.
     """
-    count = len(joined.weights)
-    A, B, m = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-    A_cast, B_scaled, factors = ops.join_lora_factors(A, B, m, joined.n, joined.scaling, x.dtype)
+    count = len(joined.outs)
+    A, B, m = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    operands = backends.quickly("adapted_operands", x)
+    dense, A_cast, B_scaled, factors = operands(A, B, m, n, joined.scaling, joined.parts, joined.layouts, x.dtype)
     xA = x @ A_cast.t()
-    dense = joined.dense(x.dtype, factors[0] if m else None)
-    return matmul(x, dense.t(), onto=xA @ B_scaled.t()), [xA, A_cast, B_scaled, factors]
+    return (xA @ B_scaled.t()).addmm_(x, dense.t()), (xA, A_cast, B_scaled, factors)
 
 
 def _backward(
@@ -75,39 +82,45 @@ def _backward(
     """dx, and the gradients of `tensors`. `sums`: for DoRA y, or the dots of `joined_gradients` made elsewhere."""
     xA, A_cast, B_scaled, factors = saved
     outs, row_scale = joined.outs, factors[0] if factors.numel() else None
-    v, dB, dm = ops.joined_gradients(dy, B_scaled, xA, *sums, factors, outs, joined.scaling)
+    v, dB, dm = backends.quickly("joined_gradients", dy)(dy, B_scaled, xA, *sums, factors, outs, joined.scaling)
     rank = A_cast.shape[0] // len(outs)
     gradients = [*ops.matmul_tn(v, x).split(rank), *dB.split(outs)]
     if len(dm):
         gradients += dm.split(outs)
-    return matmul(dy, joined.dense(dy.dtype, row_scale), onto=v @ A_cast) if need_x else None, gradients
+    if not need_x:
+        return None, gradients
+    decode = backends.quickly("dequantize_4bit_joined", dy)
+    dense = decode(joined.parts, joined.layouts, row_scale, dy.dtype)
+    return (v @ A_cast).addmm_(dy, dense), gradients
 
 
 class _Products(torch.autograd.Function):
-    """y of `_forward`; saves it where there are magnitudes."""
+    """y [tokens, out] of x [..., in] by `_forward`; saves it where there are magnitudes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, joined: Joined, *tensors: Tensor) -> Tensor:
-        y, saved = _forward(x, joined, tensors)
+    def forward(ctx, x: Tensor, joined: Joined, n: list[Tensor], *tensors: Tensor) -> Tensor:
+        y, saved = _forward(as_matrix(x), joined, n, tensors)
         ctx.joined = joined
-        ctx.save_for_backward(x, y if joined.n else None, *saved)
+        ctx.save_for_backward(x, y if n else None, *saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, y, *saved = ctx.saved_tensors
-        dx, gradients = _backward(dy, x, saved, (y, None), ctx.joined, ctx.needs_input_grad[0])
-        return dx, None, *gradients
+        dx, gradients = _backward(dy, as_matrix(x), saved, (y, None), ctx.joined, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(x.shape), None, None, *gradients
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate(x)) * up(x) [tokens, out]; the sums of dm are made where the gradients of gate and up are."""
+    """silu(gate(x)) * up(x) [tokens, out] of x [..., in]; the sums of dm are made where the gradients of gate and up
+    are.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, joined: Joined, *tensors: Tensor) -> Tensor:
-        y, saved = _forward(x, joined, tensors)
-        ctx.joined = joined
+    def forward(ctx, x: Tensor, joined: Joined, n: list[Tensor], *tensors: Tensor) -> Tensor:
+        y, saved = _forward(as_matrix(x), joined, n, tensors)
+        ctx.joined, ctx.dora = joined, bool(n)
         ctx.save_for_backward(x, y, *saved)
         return ops.swiglu_joined(y)
 
@@ -115,10 +128,10 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh: Tensor):
         x, y, *saved = ctx.saved_tensors
-        dora = bool(ctx.joined.n)
-        dy, dots = ops.swiglu_joined_backward(dh, y, dora)
-        dx, gradients = _backward(dy, x, saved, (None, dots if dora else None), ctx.joined, ctx.needs_input_grad[0])
-        return dx, None, *gradients
+        dy, dots = ops.swiglu_joined_backward(dh, y, ctx.dora)
+        sums = (None, dots if ctx.dora else None)
+        dx, gradients = _backward(dy, as_matrix(x), saved, sums, ctx.joined, ctx.needs_input_grad[0])
+        return None if dx is None else dx.view(x.shape), None, None, *gradients
 
 
 # ---------------------------------------------------------------- layers
@@ -128,15 +141,19 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
     """Whether these, which get one input, can be one product now: in training, adapters of one kind on quantized
     weights, nothing of which anybody hooks, drops out or writes into. `biased`: biases may be added to what they make.
     """
-    first: Any = layers[0]
-    return torch.is_grad_enabled() and all(
-        isinstance(layer, AdaptedLinear)
-        and _plain(layer, biased)
-        and layer.scaling == first.scaling
-        and layer._parameters["lora_A"].shape == first._parameters["lora_A"].shape  # type: ignore[union-attr]
-        and (layer._parameters.get("magnitude") is None) == (first._parameters.get("magnitude") is None)
-        for layer in layers
-    )
+    if not torch.is_grad_enabled():
+        return False
+    kind: Any = None
+    for layer in layers:
+        if not isinstance(layer, AdaptedLinear) or not _plain(layer, biased):
+            return False
+        A, m = layer._parameters["lora_A"], layer._parameters.get("magnitude")
+        own = (layer.scaling, A.shape, m is None)  # type: ignore[union-attr]  # A is there
+        if kind is None:
+            kind = own
+        elif own != kind:
+            return False
+    return True
 
 
 def _plain(layer: Any, biased: bool) -> bool:
@@ -145,16 +162,29 @@ def _plain(layer: Any, biased: bool) -> bool:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks or (layer.training and layer.dropout_p > 0):
         return False
-    learns = all(p is None or p.requires_grad for p in layer._parameters.values())
-    return learns and (biased or base.bias is None)
+    for parameter in layer._parameters.values():
+        if parameter is not None and not parameter.requires_grad:
+            return False
+    return biased or base.bias is None
 
 
-def _arguments(layers: Sequence[AdaptedLinear]) -> tuple[Joined, list[Tensor]]:
-    A, B, m = zip(*(layer.factors() for layer in layers), strict=True)
-    magnitudes = [one for one in m if one is not None]
-    n = [layer.current_row_norms() for layer in layers] if magnitudes else []
-    weights: Any = tuple(layer._modules["base"].frozen for layer in layers)  # type: ignore[union-attr]
-    return Joined(weights, layers[0].scaling, n), [*A, *B, *magnitudes]
+def _arguments(layers: Sequence[AdaptedLinear]) -> tuple[Joined, list[Tensor], list[Tensor]]:
+    """What is kept of the layers, for DoRA each n, and the tensors that get gradients."""
+    own: list[Any] = [layer._parameters for layer in layers]
+    tensors = [one["lora_A"] for one in own] + [one["lora_B"] for one in own]
+    if own[0].get("magnitude") is None:
+        return _joined(layers), [], tensors
+    return _joined(layers), [layer.current_row_norms() for layer in layers], tensors + [one["magnitude"] for one in own]
+
+
+def _joined(layers: Sequence[AdaptedLinear]) -> Joined:
+    """Made once for the same weights."""
+    weights: Any = [layer._modules["base"].frozen for layer in layers]  # type: ignore[union-attr]
+    first, scaling = weights[0], layers[0].scaling
+    kept: Joined | None = first.joined
+    if kept is None or not kept.is_of(weights, scaling):
+        first.joined = kept = Joined(weights, scaling)
+    return kept
 
 
 def products(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
@@ -164,17 +194,19 @@ def products(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
     DoRA does, v is copied: a view would hold q and k as well.
     """
     x = autocast(x)
-    joined, tensors = _arguments(layers)
-    y = _Products.apply(x.reshape(-1, x.shape[-1]), joined, *tensors)
-    parts = y.view(*x.shape[:-1], -1).split(joined.outs, dim=-1)
-    parts = parts if joined.n else (*parts[:-1], parts[-1].contiguous())
+    joined, n, tensors = _arguments(layers)
+    y = _Products.apply(x, joined, n, *tensors)
+    parts = (y if x.dim() == 2 else y.view(*x.shape[:-1], -1)).split(joined.outs, dim=-1)
+    parts = parts if n else (*parts[:-1], parts[-1].contiguous())
     biases: Any = [layer._modules["base"].bias for layer in layers]  # type: ignore[union-attr]
+    if not any(bias is not None for bias in biases):
+        return parts
     return tuple(part if bias is None else part + bias.to(part.dtype) for part, bias in zip(parts, biases, strict=True))
 
 
 def swiglu(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear) -> Tensor:
     """silu(gate(x)) * up(x) [..., out] of layers without a bias."""
     x = autocast(x)
-    joined, tensors = _arguments((gate, up))
-    hidden = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), joined, *tensors)
-    return hidden.view(*x.shape[:-1], -1)
+    joined, n, tensors = _arguments((gate, up))
+    hidden = _SwiGLU.apply(x, joined, n, *tensors)
+    return hidden if x.dim() == 2 else hidden.view(*x.shape[:-1], -1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,17 @@ class FrozenWeight:
     Attributes:
         quantized: the quantized weight, or None.
         shape: (out, in).
+        joined: what `layers.joined` keeps of this weight and those beside it.
     """
 
-    __slots__ = ("_dense", "quantized", "shape")
+    __slots__ = ("_dense", "_whole_blocks", "joined", "quantized", "shape")
 
     def __init__(self, weight: QuantizedWeight | Tensor):
         self.quantized: QuantizedWeight | None = weight if isinstance(weight, QuantizedWeight) else None
         self._dense = weight.detach() if isinstance(weight, Tensor) else None
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+        self.joined: Any = None
+        self._whole_blocks = isinstance(weight, QuantizedWeight) and self.shape[1] % weight.blocksize == 0  # in a row
 
     @property
     def device(self) -> torch.device:
@@ -98,8 +102,9 @@ class FrozenWeight:
         """Whether `gemv` is the way to multiply with x: a single token, nothing to learn, and a kernel that decodes on
         the fly.
         """
-        one_token = self.quantized is not None and x.numel() == self.shape[1]
-        return one_token and not torch.is_grad_enabled() and backends.has_gemv(x.device)
+        if torch.is_grad_enabled() or self.quantized is None:
+            return False
+        return x.numel() == self.shape[1] and backends.has_gemv(x.device)
 
     def gemv(self, x: Tensor) -> Tensor:
         """W x [out] in float32, for x [in]: the quantized weight is read once, four bits a value, and never written
@@ -113,6 +118,12 @@ class FrozenWeight:
         """
         w = self.quantized
         return w is not None and backends.supports_fused_gemm(x, w.parts, w.layout)
+
+    def has_operands(self, x: Tensor) -> bool:
+        """Whether `ops.adapted_operands` makes all that the product of an adapted layer with x takes: in one operator,
+        where the host's time counts.
+        """
+        return self._whole_blocks and backends.has_operands(x.device)
 
     def matmul(self, x: Tensor, transposed: bool, row_scale: Tensor | None = None) -> Tensor:
         """x W't, or x W' if not `transposed`, of a matrix x, W' = diag(row_scale) W."""

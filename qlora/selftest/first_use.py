@@ -21,7 +21,7 @@ from qlora.selftest import operators
 from qlora_kernels import avoided, backends
 
 NEEDED = (  # by a step of LoRA or DoRA on a card
-    *("dequantize_4bit", "dequantize_4bit_joined", "row_norms_4bit", "prepare_lora_factors", "join_lora_factors"),
+    *("dequantize_4bit", "dequantize_4bit_joined", "row_norms_4bit", "prepare_lora_factors", "adapted_operands"),
     *("adapter_gradients", "joined_gradients", "rms_norm", "rms_norm_backward", "swiglu_joined"),
     *("swiglu_joined_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy_", "adamw_"),
 )

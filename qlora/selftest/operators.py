@@ -156,7 +156,10 @@ def _gradients(d: Draw) -> tuple:
 def _joined(d: Draw) -> tuple:
     """A layer beside another of fewer rows, as q beside k."""
     (A, B), m, few = d.factors(), d.scales(d.rows), max(1, d.rows // 2)
-    return ([A, 2 * A], [B, B[:few]], [m, m[:few]], [d.scales(d.rows), d.scales(few)], 0.7, d.dtype)
+    norms, small = [d.scales(d.rows), d.scales(few)], Draw(d.device, few, d.columns, d.tokens, d.dtype)
+    w, other = d.weight(), small.weight()
+    weights = [*w.parts, *other.parts], [*w.layout, *other.layout]
+    return ([A, 2 * A], [B, B[:few]], [m, m[:few]], norms, 0.7, *weights, d.dtype)
 
 
 def _joined_gradients(d: Draw) -> tuple:
@@ -204,7 +207,7 @@ CASES: dict[str, Callable[[Draw], tuple]] = {
     "adapted_linear": Draw.forward,
     "adapted_linear_backward": Draw.backward,
     "prepare_lora_factors": _prepare,
-    "join_lora_factors": _joined,
+    "adapted_operands": _joined,
     "joined_gradients": _joined_gradients,
     "columnwise_dot": lambda d: _elementwise(d, 2),
     "matmul_tn": lambda d: (d.low(d.tokens, d.rank), d.low(d.tokens, d.columns)),

@@ -147,8 +147,9 @@ def _watched(section: str, device: torch.device, names: list[str]) -> Iterator[d
         assert stream is not None
 
         def read() -> None:
-            for line in stream:
-                lines.put(line)
+            with stream:
+                for line in stream:
+                    lines.put(line)
             lines.put("")
 
         threading.Thread(target=read, daemon=True).start()
@@ -165,5 +166,17 @@ def _watched(section: str, device: torch.device, names: list[str]) -> Iterator[d
                 process.kill()
         if code := process.wait():
             said.seek(0)
-            text = said.read().decode(errors="replace").strip().splitlines()
-            yield {"lost": f"signal {-code}" if code < 0 else (text[-1][:200] if text else f"exit code {code}")}
+            words = _last_words(said.read().decode(errors="replace"))
+            yield {"lost": f"signal {-code}" if code < 0 else words or f"exit code {code}"}
+
+
+def _last_words(text: str) -> str:
+    """The first line of the exception that ended a process, and the last: an error of torch says first what happened,
+    and then in several lines how to find out more, one of Triton where, and last what.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    begin = max((i for i, line in enumerate(lines) if line.startswith("Traceback (")), default=-2) + 1
+    raised = next((i for i in range(max(begin, 0), len(lines)) if not lines[i].startswith(" ")), len(lines) - 1)
+    ends = lines[raised : raised + 1] if begin > 0 else []
+    ends += [line for line in lines[-1:] if line not in ends]
+    return " ... ".join(line.strip()[:200] for line in ends)

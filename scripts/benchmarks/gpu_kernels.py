@@ -139,7 +139,7 @@ def check_joined(bench: Bench, worst: Worst, rows: int, columns: int, blocksize:
     if blocksize != BLOCKSIZE or rows == 1:
         return
     limit = 1.6e-2 if dtype == torch.bfloat16 else 1e-4
-    names = ("dequantize_4bit_joined", "join_lora_factors", "joined_gradients")
+    names = ("dequantize_4bit_joined", "adapted_operands", "joined_gradients")
     for name in (*names, "swiglu_joined", "swiglu_joined_backward", "rotate", "rotate_backward"):
         arguments = CASES[name](Draw(bench.device, rows, columns, 40, dtype))
         found, expected = getattr(ops, name)(*arguments), getattr(reference, name)(*arguments)

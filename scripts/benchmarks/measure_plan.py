@@ -66,6 +66,7 @@ def measure(row: dict) -> dict:
     from qlora.cli import bound_kernel_caches
     from qlora.config.commands import FinetuneConfig
     from qlora.data.batch import Example
+    from qlora.models.device import resolve_dtype
     from qlora.models.originals import originals
     from qlora.plan.fit import peak_batches, predict, requested
     from qlora.plan.meta import MetaRun
@@ -78,6 +79,7 @@ def measure(row: dict) -> dict:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.zeros(1)  # the first tensor starts the thread pool
+    dtype = resolve_dtype("auto", torch.device("cpu"))
     baseline = anonymous_memory()
     with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
@@ -85,13 +87,13 @@ def measure(row: dict) -> dict:
             llama_config("1B").save_pretrained(folder)
         else:
             name = row["file"] or row["model"]
-            model = qlora.load_base(name, bits=row["bits"], dtype="bf16", device="cpu")
+            model = qlora.load_base(name, bits=row["bits"], dtype=dtype, device="cpu")
         name = folder if row["model"] == "1B" else name
         config = FinetuneConfig(
             **{field: row[field] for field in FIELDS} | {"model": name},
             data="-",
             output=folder,
-            dtype="bf16",
+            dtype=dtype,
             device="cpu",
             calibrate=f"-:{TOKENS}" if row["adapter_init"] == "error" else None,
         )

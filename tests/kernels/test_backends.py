@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ISAS, NF4, quantized, routed, wait
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kernels import backends, ops
 from qlora_kernels.cpu import build, native
@@ -150,6 +152,15 @@ def test_routes_are_printed_an_operator_a_line(kernels, counts):
     assert backends.routes_as_text(ran) == (
         "  gemv_4bit      reference 1\n  quantize_4bit  native 2, reference 1\n  swiglu         native 1"
     )
+
+
+def test_only_a_card_goes_past_the_dispatcher():
+    """And not while somebody looks on: a plan and a count see every operator."""
+    here, card = torch.ones(1), SimpleNamespace(is_cuda=True)
+    assert backends.quickly("swiglu", here) is ops.swiglu
+    assert backends.quickly("swiglu", card) is not ops.swiglu
+    with FlopCounterMode(display=False):
+        assert backends.quickly("swiglu", card) is ops.swiglu
 
 
 def test_parts_of_a_kernel_are_not_counted(kernels, counts):

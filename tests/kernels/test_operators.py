@@ -51,7 +51,10 @@ def adapter_arguments() -> dict[str, tuple]:
         "adapted_linear": (x, x.flip(0), A, B, row_scale, None, row_scale, 2.0, parts, layout),
         "adapted_linear_backward": (dy, saved, y, 2.0, parts, layout, True),
         "prepare_lora_factors": (A, B, row_scale, row_scale, 2.0, torch.bfloat16),
-        "join_lora_factors": ([A, A], [B, B], [row_scale] * 2, [row_scale] * 2, 2.0, torch.bfloat16),
+        "adapted_operands": (
+            *([A, A], [B, B], [row_scale] * 2, [row_scale] * 2, 2.0),
+            *([*parts, *parts], [*layout, *layout], torch.bfloat16),
+        ),
         "joined_gradients": (dy, *(torch.randn(n, 4).bfloat16() for n in (10, 32)), y, None, *joined),
         "columnwise_dot": (dense.bfloat16(), dense.bfloat16()),
         "matmul_tn": (B.bfloat16(), dense.bfloat16()),

@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora import adapter_parameters, attach_adapters
-from qlora.layers.adapters import AdaptedProduct, Constants, merged_weight, one_token, row_norms
+from qlora.layers.adapters import (
+    AdaptedProduct,
+    Constants,
+    backward_product,
+    forward_product,
+    merged_weight,
+    one_token,
+    product_of_operands,
+    row_norms,
+)
 from qlora.layers.attach import forget_row_norms
 from qlora.layers.linear import frozen_weight
 from qlora.layers.weight import FrozenWeight
@@ -70,6 +79,25 @@ def test_one_token_equals_the_dense_definition(method):
             y = one_token(x, *adapter.factors(), constants)
             assert relative(y, dense_definition(model, W, x)[0].detach()) < TOLERANCE[torch.float64]
             assert not weight.uses_gemv(x)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("size", SIZES[:2])
+def test_a_product_of_operands_has_the_bits_of_the_plain_one(method, size):
+    """What a card takes, forward and backward."""
+    columns, out = size
+    layer = adapted(one_layer("nf4", columns, out, dtype=torch.float32)[0], method).layer
+    norm = None if layer.magnitude is None else layer.current_row_norms()
+    constants, (A, B, m) = Constants(frozen_weight(layer.base), layer.scaling, norm), layer.factors()
+    x, other, dy = torch.randn(11, columns), torch.randn(11, columns), torch.randn(11, out)
+    with torch.no_grad():
+        ends = []
+        for product in (forward_product, product_of_operands):  # too few tokens for the CPU's own kernel
+            y, saved = product(x, other, A, B, m, constants)
+            kept = None if m is None else y
+            ends.append([y, *saved[:3], *backward_product(dy, other, saved, kept, constants, (True,) * 5, False)])
+    for plain, found in zip(*ends, strict=True):
+        assert found is plain is None or torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.errors import UserError
-from qlora.models.device import products_of, resolve_device
+from qlora.models.device import device_notes, products_of, resolve_device
 
 
 @pytest.fixture
@@ -35,6 +35,14 @@ def test_without_a_card(monkeypatch):
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="device=cuda: torch sees no CUDA device here"):
         resolve_device("cuda")
+
+
+def test_an_accelerator_that_is_left_aside_is_said(monkeypatch):
+    cpu, nothing = torch.device("cpu"), device_notes(torch.device("cpu"), "fp32")
+    for module, name in ((torch.backends.mps, "Apple GPU (mps)"), (torch.xpu, "Intel GPU (xpu)")):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+        assert device_notes(cpu, "fp32")[-1] == f"the {name} is not used: qlora trains on CPUs and CUDA devices"
+    assert nothing == [] and len(device_notes(cpu, "fp32")) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ NEEDED = (  # by two DoRA steps of an NF4 model
     "prepare_lora_factors",
     "adapter_gradients",
     "dequantize_4bit_joined",
-    "join_lora_factors",
+    "adapted_operands",
     "joined_gradients",
     "swiglu_joined",
     "swiglu_joined_backward",

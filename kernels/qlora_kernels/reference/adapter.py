@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.reference.common import chunk_elements, mark_mutated, widened_product
-from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit, split_weights
+from qlora_kernels.reference.nf4 import decoded_rows, dequantize_4bit, dequantize_4bit_joined, split_weights
 from qlora_kernels.weight import QuantizedWeight
 
 
@@ -135,17 +135,28 @@ def adapter_gradients(
     return dy @ B_scaled, dB, dm
 
 
-def join_lora_factors(
-    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`prepare_lora_factors` of k layers of one input and one rank, whose products are to be one: A [k r, in] below
-    each other, the scaled B [out, k r] along the diagonal with zeros beside them, out = out1 + out2 + ..., and
-    (row_scale, m_clamped) [2, out]; [2, 0] where m and n are empty lists.
+def adapted_operands(
+    A: list[Tensor],
+    B: list[Tensor],
+    m: list[Tensor],
+    n: list[Tensor],
+    scaling: float,
+    weights: list[Tensor],
+    layouts: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that the product of k layers of one input and one rank multiplies with, all layers as one, out = out1 + out2
+    + ...: their weights [out, in] decoded below each other, each with its row_scale; A [k r, in] below each other; the
+    scaled B [out, k r] along the diagonal with zeros beside them; and (row_scale, m_clamped) [2, out], or [2, 0] where
+    m and n are empty lists. Factors are those of `prepare_lora_factors`, `weights` and `layouts` those of
+    `dequantize_4bit_joined`.
     """
     norms = zip(m, n, strict=True) if m else [(None, None)] * len(A)
     parts = [prepare_lora_factors(a, b, *mn, scaling, dtype) for a, b, mn in zip(A, B, norms, strict=True)]
     As, Bs, row_scales, ms = zip(*parts, strict=True)
-    return torch.cat(As), torch.block_diag(*Bs), torch.stack((torch.cat(row_scales), torch.cat(ms)))
+    factors = torch.stack((torch.cat(row_scales), torch.cat(ms)))
+    dense = dequantize_4bit_joined(weights, layouts, factors[0] if m else None, dtype)
+    return dense, torch.cat(As), torch.block_diag(*Bs), factors
 
 
 def joined_gradients(
@@ -158,7 +169,7 @@ def joined_gradients(
     outs: list[int],
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`adapter_gradients` of the layers of `join_lora_factors`, of `outs` rows each: v [tokens, k r], dB [out, r] below
+    """`adapter_gradients` of the layers of `adapted_operands`, of `outs` rows each: v [tokens, k r], dB [out, r] below
     each other, dm [out]. The sums of dm are `dots` where they are given, those of dy y where y is, else dm is empty.
     """
     raw, rank = widened_product(dy.t(), xA), xA.shape[1] // len(outs)

@@ -2,7 +2,9 @@
 
     prepare_lora_factors   all that a layer's product needs of A, B, m and n in one launch: a small step is bound by
                            its launches
-    join_lora_factors      the same for q, k and v, or gate and up, as one matrix each, see `reference`
+    adapted_operands       the same for q, k and v, or gate and up, as one matrix each, and their weights, see
+                           `reference`: two launches. One for both would hold the registers of the factors, 62 to 70,
+                           where decoding has 53 and lives on many programs at a time
     columnwise_dot         sum_t a[t, j] * b[t, j] in float32, in two stages, so that narrow matrices fill a card: a
                            program sums a tile of columns over its share of the tokens, and the last of a tile's adds
                            the shares up, always in the same order, so that every run gives the same bits
@@ -23,12 +25,12 @@ from torch import Tensor
 from qlora_kernels.reference.common import widened_product
 from qlora_kernels.triton.adapter_norms import row_norms_4bit, row_norms_4bit_all
 from qlora_kernels.triton.common import DTYPES, EXACT, FUSED, cdiv, counters, last_of, on, power_of_2, sum_of_shares
-from qlora_kernels.triton.nf4 import MOST_JOINED
+from qlora_kernels.triton.nf4 import MOST_JOINED, dequantize_4bit, dequantize_4bit_joined
 
 __all__ = [
+    "adapted_operands",
     "adapter_gradients",
     "columnwise_dot",
-    "join_lora_factors",
     "joined_gradients",
     "prepare_lora_factors",
     "row_norms_4bit",
@@ -152,42 +154,53 @@ def prepare_lora_factors(
     return A_cast, B_scaled, row_scale, m_clamped
 
 
-def join_lora_factors(
-    A: list[Tensor], B: list[Tensor], m: list[Tensor], n: list[Tensor], scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rank, columns), rows = A[0].shape, tuple(b.shape[0] for b in B)
-    takes = (
-        dtype in DTYPES
-        and rank <= 1024
-        and len(rows) <= MOST_JOINED
-        and min(rank, columns, *rows) > 0
-        and all(a.shape == (rank, columns) for a in A)
-        and all(b.shape[1] == rank for b in B)
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (*A, *B, *m, *n))
-    )
-    if not takes:
+def adapted_operands(
+    A: list[Tensor],
+    B: list[Tensor],
+    m: list[Tensor],
+    n: list[Tensor],
+    scaling: float,
+    weights: list[Tensor],
+    layouts: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (rank, columns), rows = A[0].shape, tuple(layouts[::4])
+    count, out, dora = len(rows), sum(rows), bool(m)
+    if dtype not in DTYPES or rank > 1024 or count > MOST_JOINED or min(rank, columns, *rows) < 1:
         return NotImplemented
-    if m and not [t.numel() for t in (*m, *n)] == [*rows, *rows]:
-        raise ValueError(f"{[t.numel() for t in m]} magnitudes and {[t.numel() for t in n]} norms for {rows} rows")
-    A_cast = A[0].new_empty(len(A) * rank, columns, dtype=dtype)
-    B_scaled = B[0].new_empty(sum(rows), len(B) * rank, dtype=dtype)
-    factors = B[0].new_empty(2, sum(rows) if m else 0)
+    for a, b, height in zip(A, B, rows, strict=True):
+        if not (_takes(a, (rank, columns)) and _takes(b, (height, rank))):
+            return NotImplemented
+    for magnitude, norm, height in zip(m, n, rows, strict=True) if dora else ():
+        if not (_takes(magnitude, (height,)) and _takes(norm, (height,))):
+            return NotImplemented
+    like = A[0]
+    A_cast = like.new_empty(count * rank, columns, dtype=dtype)
+    B_scaled = like.new_empty(out, count * rank, dtype=dtype)
+    factors = like.new_empty(2, out if dora else 0)
+    row_scale, m_clamped = factors.unbind() if dora else (None, None)
     width = max(16, power_of_2(rank))
-    with on(A_cast):
-        join_lora_factors_kernel[(cdiv(rank * columns, 2048) + cdiv(max(rows), 2048 // width), len(rows))](
-            (A_cast, B_scaled, *factors.unbind()),
+    with on(like):
+        join_lora_factors_kernel[(cdiv(rank * columns, 2048) + cdiv(max(rows), 2048 // width), count)](
+            (A_cast, B_scaled, row_scale, m_clamped) if dora else (A_cast, B_scaled, like, like),
             tuple(zip(A, B, m or B, n or B, strict=True)),
             scaling,
             rank * columns,
             rows,
             rank,
-            DORA=bool(m),
+            DORA=dora,
             BLOCK=2048,
             RANK=width,
-            COUNT=len(rows),
+            COUNT=count,
             **EXACT,
         )
-    return A_cast, B_scaled, factors
+    decode = dequantize_4bit if count == 1 else dequantize_4bit_joined
+    dense = decode(weights, layouts, row_scale, dtype)
+    return NotImplemented if dense is NotImplemented else (dense, A_cast, B_scaled, factors)
+
+
+def _takes(factor: Tensor, shape: tuple[int, ...]) -> bool:
+    return factor.dtype == torch.float32 and factor.shape == shape and factor.is_contiguous()
 
 
 # ---------------------------------------------------------------- gradients

@@ -241,19 +241,19 @@ def dequantize_4bit_into(out: Tensor, weight: list[Tensor], layout: list[int], r
 def dequantize_4bit_joined(
     weights: list[Tensor], layouts: list[int], row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    split = list(zip(*reference.split_weights(weights, layouts), strict=True))
-    taken = [kernel_weight(*weight) for weight in split]
     rows, (columns, blocksize) = tuple(layouts[::4]), layouts[1:3]
-    alike = len({(*layout[1:], len(parts)) for parts, layout in split}) == 1
+    count, size = len(rows), len(weights) // len(rows)
     if (
-        None in taken
-        or not alike
-        or len(rows) > MOST_JOINED
+        count > MOST_JOINED
         or dtype not in DTYPES
         or columns % blocksize
         or sum(rows) * columns >= 1 << 31
+        or layouts != [part for height in rows for part in (height, *layouts[1:4])]  # another width or block size
         or (row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.shape != (sum(rows),)))
     ):
+        return NotImplemented
+    taken = [kernel_weight(weights[i * size : i * size + size], layouts[i * 4 : i * 4 + 4]) for i in range(count)]
+    if None in taken:
         return NotImplemented
     out = torch.empty(sum(rows), columns, dtype=dtype, device=weights[0].device)
     with on(out):
