@@ -3,8 +3,8 @@
     python scripts/benchmarks/measure_plan.py [--quick] [--json FILE]
 
 The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
-stays mapped from there and is no anonymous memory), and a Llama of the 1B shape with random NF4 weights. Three
-optimizer steps, after an error start where the row has one, on random tokens of the largest batch the settings allow,
+stays mapped from there and is no anonymous memory), both in what `--dtype auto` takes here, and a Llama of the 1B shape
+with random NF4 weights, in bf16. Three optimizer steps, after an error start where the row has one, on random tokens of the largest batch the settings allow,
 in a process that keeps no freed memory (glibc's bounds are set so; a run with a budget gives it back only where it
 must, `measure_budget.py`); RssAnon is read every 3 ms. Both figures are above the process' baseline after its imports,
 which is printed too. Exit code 1 if one is off by more than 10 %.
@@ -79,7 +79,7 @@ def measure(row: dict) -> dict:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.zeros(1)  # the first tensor starts the thread pool
-    dtype = resolve_dtype("auto", torch.device("cpu"))
+    dtype = "bf16" if row["model"] == "1B" else resolve_dtype("auto", torch.device("cpu"))
     baseline = anonymous_memory()
     with tempfile.TemporaryDirectory() as folder, PeakMemory(torch.device("cpu"), every=0.003) as memory:
         if row["model"] == "1B":
