@@ -8,7 +8,8 @@ SmolLM2-135M, rank 16, all-linear, AdamW (ours: PagedAdamW, the default of `fine
 checkpointing, the same batches and the same loop. Ours runs in what `finetune --dtype auto` would choose, or `--dtype`
 (int16: float32 whose products are of 16-bit integers, as `auto` is with AVX-512 VNNI or AVX2, and without bf16);
 PEFT in both recipes, with `prepare_model_for_kbit_training` and without, each in bf16 and in fp32 in the first round
-and in the faster of the two from then on: ours is held beside that. Each measurement is a process of its own, and the
+and in the faster of the two from then on: ours is held beside that. (In fp32 alone where torch has no product of bf16
+but a plain loop, which takes minutes a step: a CPU with AVX2 alone.) Each measurement is a process of its own, and the
 contestants take turns (A B C ... A B C ...), so that a machine that slows down slows all of them; figures are medians
 over all rounds. Peak memory is RssAnon, the baseline after imports included. The losses of the first step must agree,
 or it is not the same work.
@@ -214,6 +215,12 @@ def speed(results: list[dict]) -> float:
     return median(tokens / seconds for r in results for tokens, seconds in zip(r["tokens"], r["seconds"], strict=True))
 
 
+def their_dtypes() -> tuple[str, ...]:
+    import torch
+
+    return ("bf16", "fp32") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",)
+
+
 def take_turns(work: str, folder: str, dtype: str, rounds: int, steps: int) -> dict[str, list[dict]]:
     """The results of each contestant, "METHOD SIDE DTYPE": all in turns, PEFT from the second round on in its faster
     dtype alone.
@@ -223,7 +230,7 @@ def take_turns(work: str, folder: str, dtype: str, rounds: int, steps: int) -> d
         for method in ("lora", "dora"):
             names = [f"{method} ours {dtype}"]
             for side in SIDES:
-                both = [f"{method} {side} {theirs}" for theirs in ("bf16", "fp32")]
+                both = [f"{method} {side} {theirs}" for theirs in their_dtypes()]
                 names += both if turn == 0 else [best for best in [fastest(found, both)] if best]
             for name in names:
                 arguments = (*name.split(" "), work, "--folder", folder, "--steps", steps)
@@ -266,7 +273,7 @@ def compare(work: str, folder: str, dtype: str, rounds: int, steps: int) -> dict
             rows[name] |= {
                 "ours_is_as_fast": ours["tokens_per_second"] / rows[name]["tokens_per_second"],
                 "ours_takes": ours["peak_bytes"] / rows[name]["peak_bytes"],
-                "best_dtype": name == fastest(found, [f"{method} {side} {theirs}" for theirs in ("bf16", "fp32")]),
+                "best_dtype": name == fastest(found, [f"{method} {side} {theirs}" for theirs in their_dtypes()]),
             }
             ratio = f"{rows[name]['ours_is_as_fast']:.2f}x as fast, {rows[name]['ours_takes']:.2f} of it"
             ratio += "" if rows[name]["best_dtype"] else " (not its best dtype)"
