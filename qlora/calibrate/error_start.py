@@ -3,14 +3,19 @@
     W [out, in] in 16 bits, Q its quantized values, E = W - Q, x the layer's inputs, H [in, in] = mean of x xt
     wanted      min over B A of rank r:   tr((E - s B A) H (E - s B A)t) = mean ||(E - s B A) x||^2
     solution    B = the top r eigenvectors U of E H Et,   A = Ut E / s        (QERA arXiv:2410.06040, CLoQ)
-    scaled      each row of A gets the norm a of a drawn row, B's column the rest: the products of A with x, and so the
-                size of training's first steps, stay those of LoRA
+    scaled      each row a of A to mean (a x)^2 = at H a = |d|^2 tr(H) / in, what a drawn row d has in expectation, and
+                B's column takes the rest: B A is the same, and B's steps stay those of LoRA
     DoRA        m_j = n_j <w_j, v_j>_H / <v_j, v_j>_H,   v = Q + s B A,   n_j = ||v_j||: the best factor of each row
 
 The published form takes H^(1/2) and its inverse; none is needed: with F = E H^(1/2), the best F' of rank r is U Ut F,
 and U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- E (H (Et Y)), three thin products a round. The
 alternatives not taken: a plain SVD of E (LoftQ), which does not know which inputs are large and gains next to nothing
 (NF4's error is white), and all eigenvectors of a matrix of size out.
+
+Why scaled so. Adam moves every entry by about the learning rate e, so a step changes an output by s e |a x| through B
+and by s e |b| |x|_1 through A. With c a and b / c in the place of a and b, the one grows with c and the other with 1/c:
+no c keeps both as LoRA's, whose b is zero at first. The rows of Ut E lie along the largest directions of H. With the
+norm of drawn rows, at H a is 2 to 70 times theirs, and B's steps are larger by its root. Measured: docs/log.md.
 """
 
 from __future__ import annotations
@@ -74,19 +79,20 @@ def error_factors(E: Tensor, H: Tensor, drawn: Tensor, scaling: float, rounds: i
     Args:
         E: W - Q [out, in].
         H: the second moments of the inputs [in, in].
-        drawn: A [r, in] as it was drawn. Its mean row norm is kept; rows beyond the rank of E stay, with B zero.
+        drawn: A [r, in] as it was drawn. A's rows get its size under H; rows beyond the rank of E stay, with B zero.
         scaling: s.
         rounds: of the iteration.
     """
     rank = drawn.shape[0]
     U = principal_directions(E, H, rank, rounds)
     rows = U.t() @ E
-    size, norm = rows.norm(dim=1), drawn.norm(dim=1).mean()
+    size = ((rows @ H) * rows).sum(1).clamp_min(0).sqrt()
+    wanted = drawn.norm(dim=1).mean() * H.diagonal().mean().sqrt()  # the root of a drawn row's a H a, as expected
     there = size > 1e-7 * size.max() if len(size) else size > 0
     A, B = drawn.clone(), torch.zeros(E.shape[0], rank, dtype=drawn.dtype, device=drawn.device)
     k = torch.nonzero(there).squeeze(1)
-    A[k] = rows[k] * (norm / size[k]).unsqueeze(1)
-    B[:, k] = U[:, k] * (size[k] / (norm * scaling))
+    A[k] = rows[k] * (wanted / size[k]).unsqueeze(1)
+    B[:, k] = U[:, k] * (size[k] / (wanted * scaling))
     return A, B
 
 

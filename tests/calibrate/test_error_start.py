@@ -47,10 +47,14 @@ def test_a_plain_svd_is_worse():
     assert weighted_error(E - B @ A_new, H) < 0.7 * weighted_error(E - (U[:, :5] * S[:5]) @ Vt[:5], H)
 
 
-def test_rows_keep_the_norm_of_a_drawn_row():
-    E, H, A = drawn()
-    made, _ = error_factors(E, H, A, 2.0)
-    assert torch.allclose(made.norm(dim=1), A.norm(dim=1).mean().expand(5))
+def test_rows_show_the_inputs_as_large_as_a_drawn_row_does():
+    """a H a is what a drawn row has in expectation: for kaiming's, tr H / (3 columns)."""
+    E, H, _ = drawn()
+    A = torch.nn.init.kaiming_uniform_(torch.empty(4000, 64, dtype=torch.float64), a=5**0.5)
+    wanted = H.trace() / (3 * 64)
+    assert abs(((A @ H) * A).sum(1).mean() / wanted - 1) < 0.1
+    made, _ = error_factors(E, H, A[:5] * (64 / 3 / 64) ** 0.5 / A[:5].norm(dim=1, keepdim=True), 2.0)
+    assert torch.allclose(((made @ H) * made).sum(1), wanted.expand(5))
 
 
 def test_rows_beyond_the_rank_of_the_error_stay_as_drawn():
