@@ -204,8 +204,8 @@ class AdaptedProduct(torch.autograd.Function):
     """y [tokens, out] of `forward_product` from x [..., in], the adapter's input (x after dropout, or x itself), A, B
     and m.
 
-    Saves what `forward_product` says, the adapter's input or the tensors that `again` makes it of, and y where m
-    learns; the base weight is decoded again in the backward pass. A, B and m are float32, and so are their gradients. x
+    Saves what `forward_product` says, the adapter's input or the tensors it is `recomputed` from, and y where m learns;
+    the base weight is decoded again in the backward pass. A, B and m are float32, and so are their gradients. x
     is made a matrix here, below the graph: a view of it in the graph would be a node more for each layer.
     """
 
@@ -218,26 +218,26 @@ class AdaptedProduct(torch.autograd.Function):
         B: Tensor,
         m: Tensor | None,
         constants: Constants,
-        again: Callable[..., Tensor] | None = None,
-        *tensors: Tensor,
+        recomputed: Recomputed | None = None,
     ):
         shared = x_adapter is x
-        ctx.constants, ctx.shared, ctx.shape, ctx.again = constants, shared, x.shape, again
+        ctx.constants, ctx.shared, ctx.shape = constants, shared, x.shape
+        ctx.again, inputs = (None, (x_adapter,)) if recomputed is None else (recomputed.function, recomputed.tensors)
         x = as_matrix(x)
         y, saved = forward_product(x, x if shared else as_matrix(x_adapter), A, B, m, constants)
-        ctx.count = len(saved) + 1
-        ctx.save_for_backward(y if ctx.needs_input_grad[4] else None, *saved, *(tensors or (x_adapter,)))
+        ctx.count = len(inputs)
+        ctx.save_for_backward(y if ctx.needs_input_grad[4] else None, *saved, *inputs)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         tensors = ctx.saved_tensors
-        (y, *saved), inputs = tensors[: ctx.count], tensors[ctx.count :]
+        (y, *saved), inputs = tensors[: -ctx.count], tensors[-ctx.count :]
         x_adapter = as_matrix(inputs[0] if ctx.again is None else ctx.again(*inputs))
-        needs = ctx.needs_input_grad
-        dx, dxa, *rest = backward_product(dy, x_adapter, saved, y, ctx.constants, needs[:5], ctx.shared)
-        return _shaped(dx, ctx.shape), _shaped(dxa, ctx.shape), *rest, *[None] * (len(needs) - 5)
+        needs = ctx.needs_input_grad[:5]
+        dx, dxa, *rest = backward_product(dy, x_adapter, saved, y, ctx.constants, needs, ctx.shared)
+        return _shaped(dx, ctx.shape), _shaped(dxa, ctx.shape), *rest, None, None
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -358,10 +358,9 @@ class AdaptedLinear(nn.Module):
         if x_adapter is x and constants.weight.uses_gemv(x):
             y = one_token(x.reshape(-1), A, B, m, constants)
             return (y if bias is None else y + bias).to(x.dtype).view(*shape[:-1], -1)
-        again: tuple[Any, ...] = ()
-        if recomputed is not None and x is given and x_adapter is x:
-            again = (recomputed.function, *recomputed.tensors)
-        y = AdaptedProduct.apply(x, x_adapter, A, B, m, constants, *again)
+        if x is not given or x_adapter is not x:
+            recomputed = None
+        y = AdaptedProduct.apply(x, x_adapter, A, B, m, constants, recomputed)
         y = y if bias is None else y + bias.to(y.dtype)
         y = y.clone() if self.copies_output else y
         return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
