@@ -200,7 +200,7 @@ def _torch() -> dict[str, Any]:
         "used": {
             "device": str(device),
             "dtype": dtype,
-            "integers": arithmetic_of("auto", device) != dtype,  # whether training multiplies 16-bit integers
+            "integers": arithmetic_of("auto", device) != dtype,  # whether layers multiply 16-bit integers
             "kernels": backends.describe(),
             "notes": device_notes(device, dtype),
         },
@@ -244,7 +244,7 @@ def as_text(found: dict[str, Any]) -> str:
     if "used" in found:
         used = found["used"]
         kernels = used["kernels"].get(used["device"].partition(":")[0], "none")
-        dtype = used["dtype"] + (", products by 16-bit integers in training" if used["integers"] else "")
+        dtype = used["dtype"] + (", products by 16-bit integers" if used["integers"] else "")
         sections += [
             "",
             "What will be used (--device auto, --dtype auto)",

@@ -17,6 +17,7 @@ from rich.table import Table
 import qlora
 from qlora.data.records import read_records
 from qlora.generate import generate_batch
+from qlora.models.device import products_of
 
 
 def main() -> None:
@@ -38,9 +39,10 @@ def main() -> None:
     longest = max(len(text) for text in wanted)
     tokenizer = qlora.load_tokenizer(arguments.model)
     model = qlora.load_base(arguments.model, bits=4)
-    before = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
-    qlora.load_adapter(model, arguments.adapter)
-    after = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
+    with products_of("auto", model.device):  # as the adapter was trained
+        before = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
+        qlora.load_adapter(model, arguments.adapter)
+        after = generate_batch(model, tokenizer, prompts, max_new_tokens=longest // 2)
 
     console = Console(width=150)
     table = Table(title="Held-out tickets", show_lines=True)

@@ -29,6 +29,7 @@ from qlora.data.order import epoch_order
 BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it is
 FILL = 1024  # tokens of a forward pass, where examples are shorter: fewer passes cost less
 ROWS = 512  # inputs whose products are added up in the unit's own type
+STRIP = 256  # rows of H that are summed together, at least
 
 
 def forward_tokens(batch_size: int, max_tokens: int) -> int:
@@ -62,7 +63,8 @@ class Moments:
     """The sum of x xt over the inputs of one or more layers, and how many there were.
 
     Attributes:
-        sums: [blocks, width, width], the blocks on the diagonal of H; one where H was not cut.
+        sums: [blocks, width, width], the blocks on the diagonal of H; one where H was not cut. What lies right of a
+            strip's own columns is not summed: H is symmetric, so that is little more than half of the products.
     """
 
     layers: list[str]
@@ -72,6 +74,8 @@ class Moments:
     @property
     def blocks(self) -> Tensor:
         """The mean of x xt, [blocks, width, width]."""
+        for begin, end in self._strips():  # what was not summed
+            self.sums[:, :begin, begin:end] = self.sums[:, begin:end, :begin].mT
         return self.sums / max(1, self.count)
 
     @property
@@ -85,8 +89,15 @@ class Moments:
         width = self.sums.shape[1]
         for b, total in enumerate(self.sums):
             for part in rows[:, b * width : (b + 1) * width].split(ROWS):
-                total.add_(part.t() @ part)
+                for begin, end in self._strips():
+                    total[begin:end, :end] += part[:, begin:end].t() @ part[:, :end]
         self.count += len(rows)
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        """The rows of a block of H, by first and end: at most 8 parts, as many launches on a card."""
+        width = self.sums.shape[1]
+        step = max(STRIP, -(-width // 8))
+        return ((begin, min(begin + step, width)) for begin in range(0, width, step))
 
 
 def block_width(inputs: int, widest: int | None, unit: int = 64) -> int:

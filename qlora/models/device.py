@@ -94,7 +94,7 @@ def arithmetic_of(dtype: str, device: torch.device) -> str:
 def products_of(dtype: str, device: torch.device) -> Iterator[None]:
     """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be less precise (torch's switch,
     "high"): kernels that have 16-bit integers use them, and lose a fifth of what bf16 would or less. Who asks for fp32
-    gets it.
+    gets it. Training, its start, and what is done with its adapter compute alike.
     """
     before = torch.get_float32_matmul_precision()
     try:

@@ -30,6 +30,7 @@ from qlora.errors import UserError, problem
 from qlora.evaluate import evaluate
 from qlora.files import replace_file
 from qlora.generate import Listener, Prompt, Sampling, generate_batch, prompt_rows
+from qlora.models.device import products_of
 from qlora.models.info import base_info
 from qlora.models.limits import model_limits, refuse_length, refuse_tokens, source_limits
 from qlora.plan.report import describe
@@ -66,7 +67,8 @@ def evaluate_command(config: EvalConfig) -> dict[str, Any]:
         records, tokenizer, format=config.format, max_tokens=config.max_tokens, train_on_prompt=config.train_on_prompt
     )
     refuse_tokens(model_limits(model), data.examples, tokenizer)
-    result = evaluate(model, data.examples, config.batch_size)
+    with products_of(config.dtype, model.device):
+        result = evaluate(model, data.examples, config.batch_size)
     base = base_info(model)
     about = {"model": base.model, "adapter": config.adapter, "data": config.data, "format": data.format}
     counts = {"examples": len(data.examples), "truncated": data.truncated, "dropped": data.dropped}
@@ -105,7 +107,7 @@ def generate_command(config: GenerateConfig, show: Callable[[str], object] = lam
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start : start + config.batch_size]
         for voice in voices:
-            with speaking(model, voice):
+            with speaking(model, voice), products_of(config.dtype, model.device):
                 page.title(batch[0], voice.name)
                 listener = Listener(page.piece) if len(batch) == 1 else None
                 texts = _generated(model, voice, batch, config, listener)
@@ -135,7 +137,8 @@ def chat_command(config: ChatConfig) -> None:
         sys.stdin.reconfigure(errors="replace")
     conversation = Conversation(voices, voices[0], config.system, config.compare)
     manner = Manner(config.max_new_tokens, Sampling(config.temperature, config.top_p, config.seed))
-    chat(model, conversation, manner, Screen(sys.stdin.isatty() and sys.stdout.isatty()))
+    with products_of(config.dtype, model.device):
+        chat(model, conversation, manner, Screen(sys.stdin.isatty() and sys.stdout.isatty()))
 
 
 class _Page:

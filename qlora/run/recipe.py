@@ -180,8 +180,10 @@ def build(
     made = quantization_of(config, checkpoint) if inputs.original is None else Quantization(4)  # as the run's base is
     spec = ModelSpec(made, config.adapter(), dtype, config.gradient_checkpointing, config.packing, config.seed)
     model = assemble(inputs.source, spec, device)
-    begins = checkpoint is None and begins_by_error(config, inputs.unquantized)
-    beginning = begin(model, config, inputs) if begins else None
+    beginning = None
+    if checkpoint is None and begins_by_error(config, inputs.unquantized):
+        with products_of(config.dtype, device):
+            beginning = begin(model, config, inputs)
     optimizer = adapter_optimizer(model, config.optimizer(), folder)
     examples = examples_of_step(config, inputs.train, length["examples"])
     batches = micro_batches(config, inputs.train, length["examples"])

@@ -7,7 +7,7 @@ import tiny
 import torch
 import transformers
 
-from qlora.calibrate.moments import block_width, held_bytes, input_moments
+from qlora.calibrate.moments import Moments, block_width, held_bytes, input_moments
 from qlora.calibrate.stages import Stages, decoder_layers
 from qlora.layers.linear import linear_names
 
@@ -138,3 +138,18 @@ def test_moments_held_are_those_of_one_decoder_layer_within_the_budget():
     assert held_bytes(model, widths(model), budget=layer - 1) == layer - 1
     assert held_bytes(model, widths(model), budget=1) == largest and held_bytes(model, {}) == 0
     assert held_bytes(tiny.llama().model.norm, widths(model)) == 2 * layer  # no list of decoder layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [256, 600, 2304])  # one strip, three, eight
+def test_half_of_the_products_are_all_of_them(width, dtype):
+    rows = torch.randn(700, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moments = Moments(["a"], torch.zeros(1, width, width))
+    for part in rows.split(300):
+        moments.add(part)
+    wanted, size = rows.double().t() @ rows.double() / len(rows), rows.double().square().mean(0).sqrt()
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    assert bool(((moments.mean - wanted).abs() <= rounding * torch.outer(size, size)).all())
+    assert torch.equal(moments.mean, moments.mean.t())
+    moments.add(rows[:1])  # goes on after it was read
+    assert torch.equal(moments.mean, moments.mean.t()) and moments.count == 701

@@ -58,15 +58,27 @@ def test_a_run(config, tmp_path, capsys):
 
 
 def test_auto_for_want_of_bf16_allows_float32_products_by_integers(config, monkeypatch):
-    """While it trains, and where nobody asked for fp32."""
+    """While it starts adapters and trains, and where nobody asked for fp32."""
     allowed, allow = [], torch.set_float32_matmul_precision
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: (allowed.append(name), allow(name)))
     for dtype, expected in (("auto", ["high", "highest"]), ("fp32", ["highest"])):
         allowed.clear()
-        finetune(config(dtype, dtype=dtype, steps=1))
-        assert allowed == expected
+        finetune(config(dtype, dtype=dtype, steps=1, adapter_init="error"))
+        assert allowed == 2 * expected
+
+
+def test_the_commands_compute_as_the_run_did(config, place, monkeypatch):
+    """Where `auto` makes float32 products of integers: the same loss to the bit, and float32 for who asks."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    held_out = str(place / "held.jsonl")
+    result = finetune(config(dtype="auto", eval_data=held_out))
+    asked = EvalConfig(adapter=str(result.adapter), data=held_out, device="cpu", batch_size=config().batch_size)
+    assert evaluate_command(asked)["loss"] == result.eval_loss_after
+    exact = evaluate_command(dataclasses.replace(asked, dtype="fp32"))["loss"]
+    assert (exact != result.eval_loss_after) == backends.multiplies_by_integers()
 
 
 def test_a_run_by_integers_does_not_go_on_without(config, monkeypatch):
