@@ -4,8 +4,8 @@
 
 The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
 stays mapped from there and is no anonymous memory), both in what `--dtype auto` takes here, and a Llama of the 1B shape
-with random NF4 weights, in bf16. Three optimizer steps, after an error start where the row has one, on random tokens of
-the largest batch the settings allow, in a process that keeps no freed memory (glibc's bounds are set so; a run with a
+with random NF4 weights, in bf16. Three optimizer steps, after chosen codes and an error start where the row has them, on
+random tokens of the largest batch the settings allow, in a process that keeps no freed memory (glibc's bounds are set so; a run with a
 budget gives it back only where it must, `measure_budget.py`); RssAnon is read every 3 ms. Both figures are above the
 process' baseline after its imports, which is printed too. Exit code 1 if one is off by more than 10 %.
 """
@@ -20,7 +20,7 @@ import tempfile
 from record import about, child, write
 
 FILE = "smollm2-135m, safetensors"
-TOKENS = 1024  # that an error start is made from
+TOKENS = 1024  # that codes and an error start are made from
 KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
 FIELDS = (
     "model",
@@ -33,22 +33,24 @@ FIELDS = (
     "accumulate",
     "bits",
     "adapter_init",
+    "codes",
 )
 QUICK = [
-    ("smollm2-135m", "dora", 16, 2, 128, False, "all", 1, 4, "zero"),
-    (FILE, "lora", 64, 1, 128, True, "none", 2, 4, "zero"),
-    ("smollm2-135m", "dora", 16, 2, 256, True, "all", 1, 4, "error"),
+    ("smollm2-135m", "dora", 16, 2, 128, False, "all", 1, 4, "zero", "nearest"),
+    (FILE, "lora", 64, 1, 128, True, "none", 2, 4, "zero", "nearest"),
+    ("smollm2-135m", "dora", 16, 2, 256, True, "all", 1, 4, "error", "nearest"),
 ]
 GRID = [
     *QUICK,
-    (FILE, "dora", 16, 2, 128, False, "all", 1, 16, "zero"),
-    ("smollm2-135m", "dora", 16, 4, 256, False, "all", 1, 4, "zero"),
-    ("smollm2-135m", "dora", 16, 4, 256, True, "all", 1, 4, "zero"),
-    ("smollm2-135m", "lora", 64, 4, 256, False, "20MB", 2, 4, "zero"),
-    ("smollm2-135m", "lora", 16, 1, 1024, False, "all", 1, 4, "zero"),
-    ("1B", "dora", 16, 1, 128, False, "all", 1, 4, "zero"),
-    ("1B", "lora", 64, 1, 128, True, "none", 1, 4, "zero"),
-    ("1B", "dora", 16, 2, 128, True, "50MB", 2, 4, "zero"),
+    ("smollm2-135m", "lora", 16, 2, 256, True, "all", 1, 4, "error", "gptq"),
+    (FILE, "dora", 16, 2, 128, False, "all", 1, 16, "zero", "nearest"),
+    ("smollm2-135m", "dora", 16, 4, 256, False, "all", 1, 4, "zero", "nearest"),
+    ("smollm2-135m", "dora", 16, 4, 256, True, "all", 1, 4, "zero", "nearest"),
+    ("smollm2-135m", "lora", 64, 4, 256, False, "20MB", 2, 4, "zero", "nearest"),
+    ("smollm2-135m", "lora", 16, 1, 1024, False, "all", 1, 4, "zero", "nearest"),
+    ("1B", "dora", 16, 1, 128, False, "all", 1, 4, "zero", "nearest"),
+    ("1B", "lora", 64, 1, 128, True, "none", 1, 4, "zero", "nearest"),
+    ("1B", "dora", 16, 2, 128, True, "50MB", 2, 4, "zero", "nearest"),
 ]
 
 
@@ -60,6 +62,7 @@ def measure(row: dict) -> dict:
     from random_models import llama_config, random_batch
 
     import qlora
+    from qlora.calibrate.codes import choose_codes_of
     from qlora.calibrate.gap import measure_gap
     from qlora.calibrate.moments import forward_tokens, rectangles
     from qlora.calibrate.start import start_by_error
@@ -97,13 +100,16 @@ def measure(row: dict) -> dict:
             device="cpu",
             calibrate=f"-:{TOKENS}" if row["adapter_init"] == "error" else None,
         )
+        rows = torch.randint(5, 49000, (TOKENS // config.max_tokens, config.max_tokens)).tolist()
+        texts = [Example(tuple(ids), (False,) + (True,) * (len(ids) - 1)) for ids in rows]
+        if config.codes == "gptq":
+            text = rectangles(texts, TOKENS, 0, config.batch_size)
+            choose_codes_of(model.eval(), originals(find_model(config)), text)
         torch.manual_seed(0)
         qlora.attach_adapters(model, method=config.method, rank=config.rank)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         if config.adapter_init == "error":
-            rows = torch.randint(5, 49000, (TOKENS // config.max_tokens, config.max_tokens)).tolist()
-            texts = [Example(tuple(ids), (False,) + (True,) * (len(ids) - 1)) for ids in rows]
             weights = originals(find_model(config))
             fill = forward_tokens(config.batch_size, config.max_tokens)  # as `run.start` has it
             start_by_error(model.eval(), weights, rectangles(texts, TOKENS, 0, config.batch_size, fill))
