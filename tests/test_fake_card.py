@@ -70,7 +70,7 @@ def test_the_suite_begins():
     code = (
         "import gpu_suite, gpu_steps; from qlora.models.device import resolve_device; card = resolve_device('cuda')\n"
     )
-    code += f"gpu_suite.work({parts!r}, card, True)\n"
+    code += f"sys.argv[1:] = ['--work', {','.join(parts)!r}, '--device', 'cuda', '--small']; gpu_suite.main()\n"
     code += "try:\n    gpu_steps.first_step(card, True, 0.0)\nexcept Exception as error:\n    print('RAISED', error)"
     done = python(code)
     told = [json.loads(line) for line in done.stdout.splitlines()]
