@@ -52,13 +52,25 @@ def test_a_budget_is_set_on_a_card_before_anything_is_loaded(place):
     assert fractions == [["_cuda_setMemoryFraction", (8_000_000_000 - 500_000_000) / TOTAL, 0]]
 
 
+def test_memory_is_watched_on_a_card_that_nothing_has_started(place):
+    """With its number and a dtype given, nothing has asked the card before."""
+    options = {"model": str(place / "model"), "data": str(place / "data.jsonl"), "output": str(place / "watched")}
+    options |= {"device": "cuda:0", "dtype": "bf16", "steps": 1}
+    code = f"import qlora; from qlora.config.commands import FinetuneConfig; options = {options!r}\n"
+    code += "try:\n    qlora.finetune(FinetuneConfig(**options))\nexcept BaseException as error:\n"
+    code += "    print('RAISED', json.dumps([repr(error), [c for c in calls if c[0] == '_cuda_resetPeakMemoryStats']]))"
+    done = python(code)
+    raised, resets = json.loads(done.stdout.partition("RAISED")[2])
+    assert refused(raised) and resets == [["_cuda_resetPeakMemoryStats", 0]], done.stdout + done.stderr
+
+
 def test_the_suite_begins():
     """It tells what the card is and begins its parts; what fails is torch without CUDA alone."""
     parts = ["doctor", "kernels", "train", "records", "gradients", "attention", "vocabulary", "long", "plan"]
     code = (
         "import gpu_suite, gpu_steps; from qlora.models.device import resolve_device; card = resolve_device('cuda')\n"
     )
-    code += f"gpu_suite.work({parts!r}, card, True)\n"
+    code += f"sys.argv[1:] = ['--work', {','.join(parts)!r}, '--device', 'cuda', '--small']; gpu_suite.main()\n"
     code += "try:\n    gpu_steps.first_step(card, True, 0.0)\nexcept Exception as error:\n    print('RAISED', error)"
     done = python(code)
     told = [json.loads(line) for line in done.stdout.splitlines()]
@@ -134,25 +146,28 @@ from qlora_kernels import reference
 from qlora_kernels.triton import common
 zeros, capturing = torch.zeros, [False]
 torch.zeros = lambda *size, device=None, **options: zeros(*size, **options)  # the card has no memory
-reference.dynamic_map = lambda device: None
+tables = []
+reference.dynamic_map = tables.append
 torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=7)
 torch.cuda.is_current_stream_capturing = lambda: capturing[0]
 card = torch.device("cuda", 0)
 common.prepare(card)
-outside = common.counters(card, 100)
 capturing[0] = True
 inside = common.counters(card, 100)
+capturing[0] = False
+outside = common.counters(card, 100)
+capturing[0] = True
 try:
     common.counters(card, 5000)
 except RuntimeError as error:
-    print(outside is not inside, len(inside), error)
+    print(outside is not inside, len(inside), *tables, error)
 """
 
 
 def test_counters_of_a_graph_are_made_before_it():
     """Made while it is captured, they would lie in its own memory; too few of them are refused, with what to do."""
     said = python(GRAPH).stdout.strip()
-    assert said == "True 4096 5000 counters for a CUDA graph: run the step once before it is captured"
+    assert said == "True 4096 cuda:0 5000 counters for a CUDA graph: run the step once before it is captured"
 
 
 @pytest.mark.parametrize("capability, half", [("(7, 5)", "float16"), ("(8, 6)", "bfloat16")])

@@ -87,6 +87,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
+            torch.cuda.init()  # a card that is named by its number may be untouched, and its allocator refuses then
             torch.cuda.empty_cache()  # what was freed before is not needed now
             torch.cuda.reset_peak_memory_stats(self.device)
         else:

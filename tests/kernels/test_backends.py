@@ -86,10 +86,48 @@ def test_a_card_that_refuses_a_kernel_goes_to_the_next_backend(monkeypatch):
     )
 
 
+PROBED = """
+import torch
+from qlora_kernels import backends
+found, kernels = [], backends._functions("triton")
+for kernel in (kernels["dequantize_4bit"], lambda *_: torch.zeros(2, 64)):
+    kernels["dequantize_4bit"] = kernel
+    found.append(backends._probe(torch.device("cpu")))
+print(found)
+"""
+
+
+def test_a_card_that_computes_something_else_goes_to_the_next_backend(monkeypatch):
+    """Triton's interpreter stands for the card, and zeros for a kernel that it gets wrong."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = python(PROBED)
+    assert found.stdout.strip() == "['', 'a small one computed something else']", found.stderr
+
+
 def test_each_card_is_asked_for_itself(monkeypatch):
     monkeypatch.delenv("QLORA_BACKEND", raising=False)
     found = python(FAKE_CARD + "from qlora_kernels import backends; print(*backends._cuda(0), *backends._cuda(1))")
     assert "a small one failed" in found.stdout and "they need compute capability 8.0" in found.stdout, found.stderr
+
+
+ASKED = """
+from torch._subclasses.fake_tensor import FakeTensorMode
+from qlora_kernels import backends
+asked = []
+torch.cuda.get_device_capability = lambda index=None: asked.append(index) or (7, 5)
+with FakeTensorMode():
+    for index in (1, 0, 1):
+        x = torch.empty(4, 64, device=torch.device("cuda", index))
+        backends._on_cards["swiglu"](x, x)
+print(asked)
+"""
+
+
+def test_an_operator_asks_the_card_that_its_tensors_lie_on(monkeypatch):
+    """Once, at its first call there."""
+    monkeypatch.delenv("QLORA_BACKEND", raising=False)
+    found = python(FAKE_CARD + ASKED)
+    assert found.stdout.splitlines()[-1:] == ["[1, 0]"], found.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from qlora import (
 )
 from qlora.layers.attach import active_adapter, adapters_of
 from qlora.layers.fused import fuse
+from qlora_kernels import backends
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -221,3 +222,11 @@ def test_a_state_of_the_adapter_alone_lacks_nothing_and_any_other_does():
     del state["model.layers.0.mlp.up_proj.lora_A"]
     assert "model.layers.0.mlp.up_proj.lora_A" in model.load_state_dict(state, strict=False).missing_keys
     assert len(detach(model).load_state_dict({}, strict=False).missing_keys) == len(model.state_dict())
+
+
+def test_what_kernels_share_is_made_when_an_adapter_is_attached(monkeypatch):
+    """Not at their first launch, which may be inside a CUDA graph."""
+    prepared, model = [], random_model("llama")
+    monkeypatch.setattr(backends, "prepare", prepared.append)
+    adapted(model, "lora")
+    assert prepared == [torch.device("cpu")]

@@ -115,6 +115,18 @@ def test_attend_hands_the_borders_to_the_card():
     assert launches.found["_varlen_attn"] == 1 and out.shape == (1, 11, 4, 16)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_shared_keys_in_float32_stay_off_the_last_resort_of_torch(window):
+    """Each head is given its keys: told that they are shared, a card would hold [heads, T, T] without a word."""
+    q, k, v, cu_seqlens = drawn((3, 8), 4, 2, 16)
+    with backends.planned_for("cuda"), Launches() as launches:
+        borders = attention.borders(cu_seqlens, torch.device("meta"))
+        q, k, v = (x.to("meta", FP32) for x in (q, k, v))
+        attention.attend(None, q, k, v, attention.NO_MASK, **borders, sliding_window=window)
+    ran = {name: count for name, count in launches.found.items() if "attention" in name}
+    assert ran == {"_scaled_dot_product_efficient_attention": 2}
+
+
 # ---------------------------------------------------------------- what they cost
 
 MANY = {1: (64,), 4: (10, 20, 30, 4), 8: (4, 5, 6, 7, 8, 9, 10, 15)}

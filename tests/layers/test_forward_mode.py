@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,3 +190,20 @@ def test_long_copies_to_a_card_are_pinned(monkeypatch):
     for count, device in ((8192, "cuda:0"), (8193, "cuda:0"), (8193, "cpu")):
         forward.sent(torch.zeros(count, dtype=torch.int64), torch.device(device))
     assert said == ["cuda:0", "pinned", "cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_all_that_is_long_of_a_batch_goes_to_a_card_pinned(monkeypatch, packed):
+    """Tokens, their positions or mask, the places that count and their labels; the card is not there."""
+    batch = pack(examples((70_000, 69_999)))
+    pinned, sent, card = [], [], SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: sent.append(self) or self)
+
+    def decoder(input_ids, **options):
+        return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1))
+
+    model = SimpleNamespace(parameters=lambda: iter([card]), get_decoder=lambda: decoder)
+    forward.target_states(model, batch, ForwardMode(True, packed))
+    large = [t for t in sent if t.numel() * t.element_size() > 64 << 10]
+    assert len(large) == 4 and [id(t) for t in large] == [id(t) for t in pinned]

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -161,12 +162,14 @@ def test_a_plan_follows_the_planned_device(tmp_path, monkeypatch):
     ).save_pretrained(tmp_path)
     config = PlanConfig(model=str(tmp_path), device="cuda", dtype="bf16", batch_size=2, max_tokens=512)
     found = []
-    for native in (backends.NATIVE, None):
+    kernels = ("supports_attention", "supports_fused_gemm", "supports_matmul_dense")
+    every = SimpleNamespace(layers=2, **dict.fromkeys(kernels, lambda *_: True))  # a CPU that has all of them, as AMX
+    for native in (backends.NATIVE, every, None):
         monkeypatch.setattr(backends, "NATIVE", native)
         run = meta_run(config)
         found.append(predict(run, requested(config), peak_batches(config)))
         assert any(type(module).__name__ == "GatedMLP" for module in run.model(3, False).modules())
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert found[0].parts["libraries"] == 64 << 20 and baseline_bytes("cuda") == 500_000_000
     beside = {}
     for device in ("cpu", "cuda"):  # on a card, of pages in one piece (test_flat.py measures them)
