@@ -28,6 +28,7 @@ from qlora.data.order import step_indices
 from qlora.data.records import read_records
 from qlora.data.tokenize import tokenize
 from qlora.evaluate import evaluate
+from qlora.models.device import products_of, resolve_device
 from qlora.models.originals import originals
 from qlora.models.source import resolve
 from qlora.train.step import learning_rate, optimizer_step
@@ -97,6 +98,12 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
+    with products_of(given.dtype, resolve_device("auto")):  # as finetune computes
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """All that was asked for, a printed line and a row of the file for each model as soon as it is measured."""
     transformers.utils.logging.disable_progress_bar()
     tokenizer = qlora.load_tokenizer(given.model)
     held_out, examples, text = (
