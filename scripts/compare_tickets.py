@@ -64,9 +64,7 @@ def main() -> None:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"exact_match_after": share, "tickets": len(wanted)}, file, indent=2)
     if share < arguments.at_least:
-        sys.exit(
-            f"exact match {share:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60."
-        )
+        sys.exit(f"exact match {share:.0%}: less than {arguments.at_least:.0%} was expected. Train longer: --steps 60.")
 
 
 if __name__ == "__main__":

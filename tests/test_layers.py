@@ -19,7 +19,6 @@ HOUSE = Path(__file__).resolve().parents[1]
 FLOORS = (
     (
         "calibrate.error_start",
-        "calibrate.stages",
         "data.batch",
         "data.doctor_page",
         "data.typed",

@@ -1,6 +1,6 @@
 """A quantized model whose codes are chosen by what its layers are fed: another 4-bit base of the same kind and size.
 
-    base in NF4, nearest codes -> moments, decoder layer by decoder layer -> GPTQ's codes in place -> the next layer
+    base in NF4, nearest codes -> moments, layer by layer -> GPTQ's codes in place -> the next layer
 
 `gptq` has the mathematics, `moments` takes the moments. A layer whose weighted error would not fall keeps its nearest
 codes, and so does one whose width is no multiple of the block size. The alternative, a pass over the checkpoint that
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora.calibrate.error_start import LayerError, weighted_error
 from qlora.calibrate.gptq import gptq
-from qlora.calibrate.moments import BUDGET, input_moments
+from qlora.calibrate.moments import input_moments
 from qlora.layers.linear import NF4Linear
 from qlora.layers.weight import FrozenWeight
 from qlora.models.originals import Originals
@@ -32,7 +32,6 @@ def choose_codes_of(
     model: nn.Module,
     weights: Originals,
     batches: Sequence[Tensor],
-    budget: int = BUDGET,
     widest: int = WIDEST,
     done: Callable[[], None] = lambda: None,
 ) -> dict[str, LayerError]:
@@ -44,7 +43,6 @@ def choose_codes_of(
         model: in evaluation mode, without adapters.
         weights: of the model before it was quantized.
         batches: token ids [b, t] without padding.
-        budget: bytes of moments at a time.
         widest: inputs among which errors are fed on; of more, within blocks of at most so many.
         done: is called after each layer.
     """
@@ -53,11 +51,9 @@ def choose_codes_of(
     }
     widths = {name: layer.in_features for name, layer in layers.items()}
     found: dict[str, LayerError] = {}
-    for moments in input_moments(model, widths, batches, budget, widest):
-        H = moments.blocks
-        for name in moments.layers:
-            found[name] = choose_layer(layers[name], weights.weight(name, H.device), H)
-            done()
+    for name, H in input_moments(model, widths, batches, widest):
+        found[name] = choose_layer(layers[name], weights.weight(name, H.device), H)
+        done()
     return found
 
 

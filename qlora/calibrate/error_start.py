@@ -8,7 +8,7 @@
     DoRA        m_j = n_j <w_j, v_j>_H / <v_j, v_j>_H,   v = Q + s B A,   n_j = ||v_j||: the best factor of each row
 
 The published form takes H^(1/2) and its inverse; none is needed: with F = E H^(1/2), the best F' of rank r is U Ut F,
-and U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- E (H (Et Y)), three thin products a round. The
+and U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- (E H) (Et Y), two thin products a round. The
 alternatives not taken: a plain SVD of E (LoftQ), which does not know which inputs are large and gains next to nothing
 (NF4's error is white), and all eigenvectors of a matrix of size out.
 
@@ -46,18 +46,17 @@ def error_table(layers: Mapping[str, LayerError]) -> str:
 
 def weighted_error(E: Tensor, H: Tensor) -> float:
     """tr(E H Et): the mean squared error of the layer's output, for errors E [out, in] and moments H [in, in]."""
-    return float(((E @ H) * E).sum(dtype=torch.float64))
+    return inner_product(E @ H, E)
 
 
-def damped(H: Tensor, damping: float) -> Tensor:
-    """H [in, in] with `damping` times the mean of its diagonal added to the diagonal: what few tokens did not show."""
-    made = H.clone()
-    made.diagonal().add_(damping * H.diagonal().mean())
-    return made
+def inner_product(EH: Tensor, E: Tensor) -> float:
+    """tr(E H Et) of E [out, in] and E H."""
+    return float((EH * E).sum(dtype=torch.float64))
 
 
-def principal_directions(E: Tensor, H: Tensor, count: int, rounds: int = ROUNDS) -> Tensor:
-    """U [out, k]: the first `count` eigenvectors of E H Et (fewer where E has no more rows or columns), largest first.
+def principal_directions(E: Tensor, EH: Tensor, count: int, rounds: int = ROUNDS) -> Tensor:
+    """U [out, k]: the first `count` eigenvectors of E H Et (fewer where E has no more rows or columns), largest first,
+    of E [out, in] and E H.
 
     The iteration starts from a draw of its own, so that nobody's random state moves.
     """
@@ -66,28 +65,31 @@ def principal_directions(E: Tensor, H: Tensor, count: int, rounds: int = ROUNDS)
     generator = torch.Generator().manual_seed(0)
     Y = torch.randn(out, width, generator=generator, dtype=E.dtype).to(E.device)
     for _ in range(rounds):
-        Y = torch.linalg.qr(E @ (H @ (E.t() @ Y))).Q
-    projected = E.t() @ Y
-    values, vectors = torch.linalg.eigh(projected.t() @ (H @ projected))
+        Y = torch.linalg.qr(EH @ (E.t() @ Y)).Q
+    projected = (Y.t() @ EH) @ (E.t() @ Y)
+    values, vectors = torch.linalg.eigh((projected + projected.t()) / 2)
     del values  # in rising order
     return (Y @ vectors).flip(1)[:, :count]
 
 
-def error_factors(E: Tensor, H: Tensor, drawn: Tensor, scaling: float, rounds: int = ROUNDS) -> tuple[Tensor, Tensor]:
+def error_factors(
+    E: Tensor, EH: Tensor, mean_square: float, drawn: Tensor, scaling: float, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
     """(A [r, in], B [out, r]) with s B A the best approximation of E under H.
 
     Args:
         E: W - Q [out, in].
-        H: the second moments of the inputs [in, in].
+        EH: E H, of the second moments H [in, in] of the inputs.
+        mean_square: of the inputs, tr(H) / in.
         drawn: A [r, in] as it was drawn. A's rows get its size under H; rows beyond the rank of E stay, with B zero.
         scaling: s.
         rounds: of the iteration.
     """
     rank = drawn.shape[0]
-    U = principal_directions(E, H, rank, rounds)
+    U = principal_directions(E, EH, rank, rounds)
     rows = U.t() @ E
-    size = ((rows @ H) * rows).sum(1).clamp_min(0).sqrt()
-    wanted = drawn.norm(dim=1).mean() * H.diagonal().mean().sqrt()  # the root of a drawn row's a H a, as expected
+    size = ((U.t() @ EH) * rows).sum(1).clamp_min(0).sqrt()
+    wanted = drawn.norm(dim=1).mean() * mean_square**0.5  # the root of a drawn row's a H a, as expected
     there = size > 1e-7 * size.max() if len(size) else size > 0
     A, B = drawn.clone(), torch.zeros(E.shape[0], rank, dtype=drawn.dtype, device=drawn.device)
     k = torch.nonzero(there).squeeze(1)

@@ -14,12 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import damped
 from qlora_kernels import reference
 from qlora_kernels.weight import QuantizedWeight
 
 BLOCK = 128
 DAMPING = 0.1  # of the mean of the diagonal; more than the start needs, as GPTQ fits its text more closely
+
+
+def damped(H: Tensor, damping: float) -> Tensor:
+    """H [in, in] with `damping` times the mean of its diagonal added to the diagonal: what few tokens did not show."""
+    made = H.clone()
+    made.diagonal().add_(damping * H.diagonal().mean())
+    return made
 
 
 def gptq(weight: QuantizedWeight, W: Tensor, H: Tensor, damping: float = DAMPING) -> QuantizedWeight:

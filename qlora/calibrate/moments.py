@@ -1,32 +1,40 @@
-"""What the linear layers of a model are fed: H = mean of x xt over calibration text, [in, in] for each input.
+"""What the linear layers of a model are fed: H = mean of x xt over calibration text, [in, in] for each layer.
 
-    rows of text -> model, its own forward -> a hook on each layer -> H, shared by layers of the same input (q, k, v)
+    each batch its own forward pass -> all wait ahead of the same layer -> H of what they bring -> the layer may be
+    changed -> all go on through it
 
-The text goes from one decoder layer to the next (`stages`), so a layer may be changed before the later ones are fed; of
-one layer's H, as many are held at a time as `budget` bytes hold. Where a model does not allow that, the text is run
-whole for each such group of layers, no further than its last one. Text is cut to rectangles without padding, so no
-moment is of padding. The first position draws attention to itself with values that are a hundred times larger and the
-same in every text. It counts: left out, the KL of an adapter's start was 0.083 instead of 0.069 (docs/log.md), since
-errors lie unseen where H is small. Of a very wide input only blocks on the diagonal of H are taken where the caller
-says so: H of 28,672 inputs is 3.3 GB. The alternative, all H at once, can be larger than the model.
+So the text goes through the model once, and every layer is fed by those before it as they are by then. A pass waits
+inside the model's own forward, whatever the architecture, as a greenlet: a function that stops and goes on later.
+Waiting passes hold what a forward pass needs at that place, of all tokens. Text is cut to rectangles without padding,
+so no moment is of padding. The first position draws attention to itself with values that are a hundred times larger and
+the same in every text. It counts: left out, the KL of an adapter's start was 0.083 instead of 0.069 (docs/log.md),
+since errors lie unseen where H is small. Of a very wide input only blocks on the diagonal of H are taken where the
+caller says so: H of 28,672 inputs is 3.3 GB.
+
+A model whose modules remember something of a forward pass (some that bring their own code) would mix up its passes. It
+is tried first; such a model gets the text whole, again for each group of layers whose H fit `BUDGET`, and what is
+changed feeds the later groups only. Alternatives not taken: to call the decoder layers one by one, as GPTQ's own code
+does, must know the arguments of each architecture, and runs every layer twice; threads would each bring OpenMP threads
+of their own.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from qlora.calibrate.stages import Enough, Stages, decoder_layers, forward
 from qlora.data.batch import Example, by_length
 from qlora.data.order import epoch_order
 
-BUDGET = 1 << 29  # bytes of moments at a time; one H is taken however large it is
+BUDGET = 1 << 29  # bytes of moments at a time where a text goes whole; one H is taken however large it is
+PROBED = 8  # tokens that a model is tried with
 FILL = 1024  # tokens of a forward pass, where examples are shorter: fewer passes cost less
 ROWS = 512  # inputs whose products are added up in the unit's own type
 STRIP = 256  # rows of H that are summed together, at least
@@ -60,33 +68,27 @@ def rectangles(examples: Sequence[Example], tokens: int, seed: int, batch_size: 
 
 @dataclass
 class Moments:
-    """The sum of x xt over the inputs of one or more layers, and how many there were.
+    """The sum of x xt over the inputs of a layer, and how many there were.
 
     Attributes:
         sums: [blocks, width, width], the blocks on the diagonal of H; one where H was not cut. What lies right of a
             strip's own columns is not summed: H is symmetric, so that is little more than half of the products.
     """
 
-    layers: list[str]
     sums: Tensor
     count: int = 0
 
-    @property
-    def blocks(self) -> Tensor:
-        """The mean of x xt, [blocks, width, width]."""
+    def mean(self) -> Tensor:
+        """H [blocks, width, width], in the place of the sums: nothing can be added any more."""
         for begin, end in self._strips():  # what was not summed
             self.sums[:, :begin, begin:end] = self.sums[:, begin:end, :begin].mT
-        return self.sums / max(1, self.count)
+        return self.sums.div_(max(1, self.count))
 
-    @property
-    def mean(self) -> Tensor:
-        """H [in, in], of moments that were not cut."""
-        (found,) = self.blocks
-        return found
-
-    def add(self, rows: Tensor) -> None:
-        """Take inputs [n, in] in float32, or in bf16: products by the machine's bf16 unit, sums in float32."""
-        width = self.sums.shape[1]
+    def add(self, x: Tensor, rounded: bool) -> None:
+        """Take inputs [..., in]. `rounded`: bf16 ones are multiplied by the machine's bf16 unit; sums in float32."""
+        rows, width = x.reshape(-1, x.shape[-1]), self.sums.shape[1]
+        if not (rounded and rows.dtype == torch.bfloat16):
+            rows = rows.float()
         for b, total in enumerate(self.sums):
             for part in rows[:, b * width : (b + 1) * width].split(ROWS):
                 for begin, end in self._strips():
@@ -110,56 +112,9 @@ def block_width(inputs: int, widest: int | None, unit: int = 64) -> int:
     return next((width for width in fitting if width <= widest), inputs)
 
 
-@dataclass
-class _Hooks:
-    """Adds up what the layers of a group are fed. `last`: the layer that is fed last, once a batch has shown it."""
-
-    names: dict[nn.Module, str]
-    widest: int | None = None
-    rounded: bool = False
-    found: dict[str, Moments] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
-    seen: list[tuple[Tensor, Moments]] = field(default_factory=list)  # of this forward, so that equal inputs are known
-    last: str | None = None
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        name, x = self.names[module], inputs[0]
-        self.order.append(name)
-        first = name not in self.found
-        if first:
-            same = next((moments for tensor, moments in self.seen if tensor is x), None)
-            if same is not None:
-                same.layers.append(name)
-            width = block_width(x.shape[-1], self.widest)
-            new = Moments([name], torch.zeros(x.shape[-1] // width, width, width, device=x.device))
-            self.found[name] = new if same is None else same
-        moments = self.found[name]
-        if moments.layers[0] == name:
-            self.seen.append((x, moments))
-            del self.seen[:-2]
-            rows = x.reshape(-1, x.shape[-1])
-            moments.add(rows if self.rounded and rows.dtype == torch.bfloat16 else rows.float())
-        if name == self.last:
-            raise Enough
-
-    def begin(self) -> None:
-        """A batch comes next."""
-        self.order, self.seen = [], []
-
-    def moments(self) -> Iterator[Moments]:
-        """What was found, each H once."""
-        self.seen = []
-        for name, moments in self.found.items():
-            if moments.layers[0] == name and moments.count:
-                yield moments
-
-
-@contextmanager
-def _hooked(hooks: _Hooks) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module in hooks.names:
-            stack.callback(module.register_forward_pre_hook(hooks).remove)
-        yield
+def _empty(x: Tensor, widest: int | None) -> Moments:
+    width = block_width(x.shape[-1], widest)
+    return Moments(torch.zeros(x.shape[-1] // width, width, width, device=x.device))
 
 
 @torch.no_grad()
@@ -167,82 +122,138 @@ def input_moments(
     model: nn.Module,
     widths: dict[str, int],
     batches: Sequence[Tensor],
-    budget: int = BUDGET,
     widest: int | None = None,
     rounded: bool = False,
-) -> Iterator[Moments]:
-    """The moments of every layer that `widths` names, with its number of inputs: decoder layer by decoder layer where
-    the model can be run so, else in the order of `widths`.
+) -> Iterator[tuple[str, Tensor]]:
+    """The layers that `widths` names as the text comes to them, each with its H [blocks, width, width].
 
-    A layer may be changed once its moments came: later layers, or layers of later groups, are then fed by the changed
-    model. A layer that the text never reaches gets none.
+    A layer may be changed once its moments came: later layers are then fed by the changed one. A layer that the text
+    never reaches gets none; of one that is called several times in a forward pass, the first call counts.
 
     Args:
         model: in evaluation mode.
         widths: inputs by layer.
         batches: token ids [b, t].
-        budget: bytes of moments to hold at once at most, see `held_bytes`.
         widest: inputs that H is taken of whole; of more, blocks on its diagonal. None: always whole.
         rounded: products of bf16 inputs may be rounded to bf16, which is some times faster; H then has no inverse.
     """
-    budget = held_bytes(model, widths, budget, widest)
-    found = decoder_layers(model, widths)
-    stages = None if found is None else Stages(model, found[1], batches)
-    if found is None or stages is None or not stages.works():
-        yield from _by_whole_text(model, _groups(widths, budget, widest), batches, widest, rounded)
+    names = {model.get_submodule(name): name for name in widths}
+    if not _undisturbed(model, names, batches):
+        yield from _by_whole_text(model, widths, batches, widest, rounded)
         return
-    inside = [name for name in widths if name.startswith(f"{found[0]}.")]
-    outside = {name: width for name, width in widths.items() if name not in inside}
-    yield from _by_whole_text(model, _groups(outside, budget, widest), batches, widest, rounded)
-    for i in range(len(found[1])):
-        layer = {name: widths[name] for name in inside if name.startswith(f"{found[0]}.{i}.")}
-        for group in _groups(layer, budget, widest):
-            hooks = _Hooks({model.get_submodule(name): name for name in group}, widest, rounded)
-            with _hooked(hooks):
-                stages.run(i, hooks.begin)
-            yield from hooks.moments()
+    inputs: list[Tensor] = []
+    H = torch.empty(0)
+    for name, waiting in _in_step(model, names, batches):
+        if len(inputs) != len(waiting) or any(a is not b for a, b in zip(inputs, waiting, strict=True)):
+            inputs, H = waiting, torch.empty(0)
+            moments = _empty(waiting[0], widest)
+            for x in waiting:
+                moments.add(x, rounded)
+            H = moments.mean()  # else the same as of the layer before: q, k, v
+        yield name, H
+
+
+def _in_step(
+    model: nn.Module, names: dict[nn.Module, str], batches: Sequence[Tensor]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Each layer once, with what every forward pass that waits there is about to feed it; they go on when asked for the
+    next. Where passes wait at different layers, as with experts, it is the first of these in the order of `names`.
+    """
+    order = {name: i for i, name in enumerate(names.values())}
+    done: set[str] = set()
+
+    def wait(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if names[module] not in done:
+            getcurrent().parent.switch(names[module], inputs[0])
+
+    passes = [greenlet(partial(_forward, model, batch)) for batch in batches]
+    waiting: dict[greenlet, tuple[str, Tensor]] = {}
+    going = passes
+    try:
+        with _hooked(names, wait):
+            while len(done) < len(names):
+                for one in going:
+                    waiting.pop(one, None)
+                    found = one.switch()
+                    if not one.dead:
+                        waiting[one] = found
+                if not waiting:
+                    return
+                name = min((name for name, _ in waiting.values()), key=order.__getitem__)
+                going = [one for one in passes if one in waiting and waiting[one][0] == name]
+                done.add(name)
+                yield name, [waiting[one][1] for one in going]
+    finally:
+        waiting.clear()
+        for one in passes:
+            if one:  # it waits: it ends there
+                one.throw()
+
+
+def _undisturbed(model: nn.Module, names: dict[nn.Module, str], batches: Sequence[Tensor]) -> bool:
+    """Whether forward passes that wait for each other compute what each does alone: a few tokens tried both ways."""
+    if len(batches) < 2:
+        return True
+    tried = [batches[0][:1, :PROBED], batches[-1][-1:, :PROBED].flip(1)]
+    alone: dict[str, list[Tensor]] = {}
+    try:
+        for text in tried:
+            for name, inputs in _in_step(model, names, [text]):
+                alone.setdefault(name, []).extend(x.clone() for x in inputs)
+        for name, inputs in _in_step(model, names, tried):
+            if any((x - y).norm() > 0.01 * y.norm() for x, y in zip(inputs, alone[name], strict=True)):
+                return False
+    except Exception:  # whatever a stranger's modules raise when another pass comes between
+        return False
+    return True
 
 
 def _by_whole_text(
-    model: nn.Module, groups: Iterator[list[str]], batches: Sequence[Tensor], widest: int | None, rounded: bool
-) -> Iterator[Moments]:
-    """The text from its beginning for each group of layers, as far as the last of them."""
-    for group in groups:
-        hooks = _Hooks({model.get_submodule(name): name for name in group}, widest, rounded)
-        with _hooked(hooks):
+    model: nn.Module, widths: dict[str, int], batches: Sequence[Tensor], widest: int | None, rounded: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole text for each group of layers."""
+    for group in _groups(widths, widest):
+        found: dict[str, Moments] = {}
+        names = {model.get_submodule(name): name for name in group}
+
+        def add(module: nn.Module, inputs: tuple[Any, ...], found: Any = found, names: Any = names) -> None:
+            if names[module] not in found:
+                found[names[module]] = _empty(inputs[0], widest)
+            found[names[module]].add(inputs[0], rounded)
+
+        with _hooked(names, add):
             for batch in batches:
-                hooks.begin()
-                forward(model, batch)
-                hooks.last = hooks.order[-1] if hooks.order else None
-        yield from hooks.moments()
+                _forward(model, batch)
+        yield from ((name, found.pop(name).mean()) for name in group if name in found)
 
 
-def held_bytes(model: nn.Module, widths: dict[str, int], budget: int = BUDGET, widest: int | None = None) -> int:
-    """How many bytes of moments are held at a time: those of the decoder layer with most, as if no two layers shared
-    theirs, but no more than `budget` and no less than one H. The same whether the model can be run layer by layer.
-    """
-    found = decoder_layers(model, widths)
-    lists = "" if found is None else f"{found[0]}."
-    by_layer: Counter[str] = Counter()
-    for name, width in widths.items():
-        inside = bool(lists) and name.startswith(lists)
-        by_layer[name.removeprefix(lists).split(".")[0] if inside else ""] += _bytes(width, widest)
-    largest = max((_bytes(width, widest) for width in widths.values()), default=0)
-    return max(largest, min(budget, max(by_layer.values(), default=0)))
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
-def _bytes(width: int, widest: int | None) -> int:
-    """Of the moments of so many inputs."""
-    return 4 * width * block_width(width, widest)
+def _forward(model: nn.Module, ids: Tensor) -> None:
+    """The model without its head on token ids [b, t]."""
+    inner = getattr(model, "base_model", model)
+    ids = ids.to(next(model.parameters()).device)
+    inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-def _groups(widths: dict[str, int], budget: int, widest: int | None) -> Iterator[list[str]]:
-    """Consecutive layers whose moments fit the budget together, at least one each."""
+def moment_bytes(inputs: int, widest: int | None = None) -> int:
+    """Of H of so many inputs; one is held at a time."""
+    return 4 * inputs * block_width(inputs, widest)
+
+
+def _groups(widths: dict[str, int], widest: int | None) -> Iterator[list[str]]:
+    """Consecutive layers whose moments fit `BUDGET` together, at least one each."""
     group: list[str] = []
     held = 0
     for name, width in widths.items():
-        size = _bytes(width, widest)
-        if group and held + size > budget:
+        size = moment_bytes(width, widest)
+        if group and held + size > BUDGET:
             yield group
             group, held = [], 0
         group.append(name)

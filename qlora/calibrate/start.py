@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import LayerError, damped, error_factors, row_gains, weighted_error
-from qlora.calibrate.moments import BUDGET, input_moments
+from qlora.calibrate.error_start import LayerError, error_factors, inner_product, row_gains
+from qlora.calibrate.moments import input_moments
 from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.attach import adapters_of, named_adapters
 from qlora.layers.linear import NF4Linear, frozen_weight
@@ -28,11 +28,7 @@ EXACT = 1e-10  # a share of error that is rounding in float32
 
 
 def start_by_error(
-    model: torch.nn.Module,
-    weights: Originals,
-    batches: Sequence[Tensor],
-    budget: int = BUDGET,
-    done: Callable[[], None] = lambda: None,
+    model: torch.nn.Module, weights: Originals, batches: Sequence[Tensor], done: Callable[[], None] = lambda: None
 ) -> dict[str, LayerError]:
     """Give every adapter of a quantized layer the start that undoes its error, in place; what came of it, by layer.
 
@@ -43,7 +39,6 @@ def start_by_error(
         model: in evaluation mode, adapters fresh.
         weights: of the base before it was quantized.
         batches: token ids [b, t] without padding.
-        budget: bytes of moments at a time.
         done: is called after each layer.
     """
     layers = {
@@ -53,11 +48,9 @@ def start_by_error(
     }
     widths = {name: layer.lora_A.shape[1] for name, layer in layers.items()}
     found: dict[str, LayerError] = {}
-    for moments in input_moments(model, widths, batches, budget, rounded=True):
-        H = moments.mean
-        for name in moments.layers:
-            found[name] = start_layer(layers[name], weights.weight(name, H.device), H)
-            done()
+    for name, H in input_moments(model, widths, batches, rounded=True):
+        found[name] = start_layer(layers[name], weights.weight(name, H.device), H[0])
+        done()
     keep_start(model)
     return found
 
@@ -66,28 +59,40 @@ def start_by_error(
 def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerError:
     """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
 
-    In memory are E [out, in] in float32 and a few rows of all else.
+    In memory are E [out, in] and E H in float32 and a few rows of all else. Damped is E H, so that nothing of H's size
+    is made. W H is the only other large product: what is left after the update is L = E - s B A, so that L H = E H -
+    s B (A H) and V H = W H - L H.
     """
     quantized = frozen_weight(layer.base)
-    E = torch.empty(quantized.shape, device=H.device)
-    size = before = after = 0.0
+    E, EH = (torch.empty(quantized.shape, device=H.device) for _ in range(2))
+    parts = []
     for part, Q in quantized.chunks(elements=ROWS):
-        dense = W[part].float()
-        E[part] = dense - Q
-        size += weighted_error(dense, H)
-        before += weighted_error(E[part], H)
-    if not EXACT * size < before < math.inf:  # nothing to undo, no inputs, or no numbers
+        E[part] = W[part].float() - Q
+        EH[part] = E[part] @ H
+        parts.append(part)
+    before = inner_product(EH, E)
+    if not 0 < before < math.inf:  # nothing to undo, no inputs, or no numbers
         return LayerError(0.0, 0.0)
-    A, B = error_factors(E, damped(H, DAMPING), layer.lora_A, layer.scaling)
+    mean_square = float(H.diagonal().mean())
+    damping = DAMPING * mean_square
+    A, B = error_factors(E, EH.add_(E, alpha=damping), mean_square + damping, layer.lora_A, layer.scaling)
+    AH = A @ H
     gains = None if layer.magnitude is None else torch.ones_like(layer.magnitude)
-    for part, Q in quantized.chunks(elements=ROWS):
-        update = (B[part] @ A).mul_(layer.scaling)
-        left = E[part].sub_(update)
+    size = after = 0.0
+    for rows in parts:
+        dense = W[rows].float()
+        WH = dense @ H
+        size += inner_product(WH, dense)
+        left = E[rows] - layer.scaling * (B[rows] @ A)
+        left_H = EH[rows] - damping * E[rows] - layer.scaling * (B[rows] @ AH)
         if gains is not None:
-            V = Q.add_(update)
-            gains[part] = row_gains(V, V @ H, left)
-            left -= V.mul_((gains[part] - 1).unsqueeze(1))
-        after += weighted_error(left, H)
+            V, VH = dense - left, WH - left_H
+            gains[rows] = row_gains(V, VH, left)
+            more = (gains[rows] - 1).unsqueeze(1)
+            left, left_H = left - more * V, left_H - more * VH
+        after += inner_product(left_H, left)
+    if before <= EXACT * size:
+        return LayerError(0.0, 0.0)
     if not after < before:
         return LayerError(before / size, before / size)
     layer.lora_A.copy_(A)
@@ -95,7 +100,7 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerError:
     layer.forget_row_norms()
     if layer.magnitude is not None and gains is not None:
         layer.magnitude.copy_(layer.current_row_norms() * gains)
-    return LayerError(before / size, after / size)
+    return LayerError(before / size, max(0.0, after) / size)
 
 
 def keep_start(model: torch.nn.Module) -> None:

@@ -168,6 +168,7 @@ class GatedMLP(nn.Module):
             hidden = _Gated.apply(*made_of, self.activation)
         down = self.down_proj
         if not (isinstance(down, AdaptedLinear) and torch.is_grad_enabled()) or down._forward_pre_hooks:
+            del made_of  # else they are held until down has run
             return down(hidden)
         value = GATED_PRODUCTS[self.activation].value
         return down(hidden, Recomputed(value, tuple(as_matrix(part.detach()) for part in made_of)))

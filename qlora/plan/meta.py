@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.calibrate.codes import WIDEST
-from qlora.calibrate.moments import forward_tokens, held_bytes
+from qlora.calibrate.moments import forward_tokens, moment_bytes
 from qlora.calibrate.start import ROWS
 from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
@@ -242,23 +242,39 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
 def calibration_bytes(
     model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str, tokens: tuple[int, int], chosen: bool
 ) -> int:
-    """What the start that undoes the base's error takes beside the forward passes of a text: hidden states, moments and
-    one layer's error, or later one layer's 16-bit weight and the logits of three models. Codes that the text chooses
-    take a layer's weight in float32 twice and its codes, and its H six times.
+    """What the start that undoes the base's error takes beside a forward pass: the passes that wait, one H, one layer's
+    16-bit weight, its error E and E H; or later one layer's 16-bit weight and the logits of three models. Codes that
+    the text chooses take a layer's weight in float32 twice and its codes, and its H six times.
 
     Args:
         tokens: of the text, and the most that a batch of the records may have on which the gap is measured.
     """
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     widest = max((columns for _, columns in shapes), default=0)
-    moments = held_bytes(model, {name: columns for name, (_, columns) in zip(targets, shapes, strict=True)})
     largest = max((out * columns for out, columns in shapes), default=0)
     vocabulary = model.config.get_text_config().vocab_size
-    hidden = 2 * tokens[0] * model.config.get_text_config().hidden_size * dtype.itemsize  # before and after a layer
-    start = hidden + moments + 4 * widest * widest + (4 + dtype.itemsize) * largest + 8 * 4 * ROWS  # H twice: damped
-    codes = hidden + moments + 5 * 4 * min(widest, WIDEST) ** 2 + (2 * 4 + 1) * largest if chosen else 0
+    waiting = tokens[0] * dtype.itemsize * waiting_values(model)
+    start = waiting + moment_bytes(widest) + (2 * 4 + dtype.itemsize) * largest + 8 * 4 * ROWS
+    cut = moment_bytes(widest, WIDEST) + 5 * 4 * min(widest, WIDEST) ** 2
+    codes = waiting + cut + (2 * 4 + 1) * largest if chosen else 0
     logits = 3 * min(tokens[1], chunk_size(kind, vocabulary)) * vocabulary * (dtype.itemsize + 4)
     return max(start, codes, 2 * dtype.itemsize * largest + logits)
+
+
+def waiting_values(model: PreTrainedModel) -> int:
+    """How many values of a token a forward pass holds at most that waits ahead of a linear layer: the residual stream,
+    what the block of that layer was called with, what its layers have made, and the layer's input. A gated MLP lets go
+    of what it has multiplied.
+    """
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    for name in linear_names(model):
+        blocks.setdefault(name.rpartition(".")[0], []).append(out_in(model.get_submodule(name)))
+    most = 0
+    for name, layers in blocks.items():
+        made, last = [out for out, _ in layers[:-1]], layers[-1][1]
+        gated = hasattr(model.get_submodule(name), "gate_proj")
+        most = max(most, layers[0][1] + (max([*made, last]) if gated else sum(made) + last))
+    return model.config.get_text_config().hidden_size + most
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

@@ -51,9 +51,8 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2: Conv1D, biases, names without a prefix in its file
-@pytest.mark.parametrize("budget", [1 << 29, 1])
-def test_moments_are_those_of_what_each_layer_is_fed(name, budget):
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2: Conv1D, biases
+def test_adapted_layers_are_fed_as_by_plain_forward_passes(name):
     model = attach_adapters(tiny.random_model(name), method="lora")
     layers = dict(named_adapters(model))
     fed: dict[str, list[torch.Tensor]] = {module: [] for module in layers}
@@ -67,20 +66,11 @@ def test_moments_are_those_of_what_each_layer_is_fed(name, budget):
             model(input_ids=batch)
     for hook in hooks:
         hook.remove()
-    found = {}
-    for moments in input_moments(model, {m: a.lora_A.shape[1] for m, a in layers.items()}, batches, budget):
-        found |= dict.fromkeys(moments.layers, moments.mean)
+    found = dict(input_moments(model, {m: a.lora_A.shape[1] for m, a in layers.items()}, batches))
     assert found.keys() == layers.keys()
     for module, H in found.items():
         x = torch.cat(fed[module])
-        assert torch.allclose(H, x.t() @ x / len(x), rtol=1e-4, atol=1e-5)
-
-
-def test_layers_that_get_the_same_tensor_share_its_moments():
-    model = attach_adapters(tiny.llama())
-    widths = {name: layer.lora_A.shape[1] for name, layer in named_adapters(model)}
-    kinds = [{n.rsplit(".", 1)[1] for n in m.layers} for m in input_moments(model, widths, rectangles(TEXT, 99, 0, 3))]
-    assert kinds == 2 * [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+        assert torch.allclose(H[0], x.t() @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_rectangles_hold_no_padding_and_as_many_tokens_as_asked_for():
