@@ -31,6 +31,8 @@ def main() -> None:
     )
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.show < 1:
+        parser.error(f"show={arguments.show}: must be at least 1. Leave it out for 4.")
     transformers.utils.logging.disable_progress_bar()
 
     records = read_records(arguments.data)

@@ -143,7 +143,7 @@ def input_moments(
         return
     inputs: list[Tensor] = []
     H = torch.empty(0)
-    for name, waiting in _in_step(model, names, batches):
+    for name, waiting in in_step(model, names, batches):
         if len(inputs) != len(waiting) or any(a is not b for a, b in zip(inputs, waiting, strict=True)):
             inputs, H = waiting, torch.empty(0)
             moments = _empty(waiting[0], widest)
@@ -153,7 +153,7 @@ def input_moments(
         yield name, H
 
 
-def _in_step(
+def in_step(
     model: nn.Module, names: dict[nn.Module, str], batches: Sequence[Tensor]
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Each layer once, with what every forward pass that waits there is about to feed it; they go on when asked for the
@@ -198,9 +198,9 @@ def _undisturbed(model: nn.Module, names: dict[nn.Module, str], batches: Sequenc
     alone: dict[str, list[Tensor]] = {}
     try:
         for text in tried:
-            for name, inputs in _in_step(model, names, [text]):
+            for name, inputs in in_step(model, names, [text]):
                 alone.setdefault(name, []).extend(x.clone() for x in inputs)
-        for name, inputs in _in_step(model, names, tried):
+        for name, inputs in in_step(model, names, tried):
             if any((x - y).norm() > 0.01 * y.norm() for x, y in zip(inputs, alone[name], strict=True)):
                 return False
     except Exception:  # whatever a stranger's modules raise when another pass comes between

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ from qlora.config.commands import FinetuneConfig
 from qlora.config.shared import calibration_text
 from qlora.data.batch import Batch, Example, pack
 from qlora.errors import UserError, brief, problem
+from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.linear import NF4Linear, linear_names
 from qlora.layers.loss import chunk_size
 from qlora.layers.nf4 import PART_KEYS
@@ -34,7 +37,7 @@ from qlora.layers.targets import match_targets
 from qlora.models.device import DTYPES, resolve_dtype
 from qlora.models.packed import stored_types
 from qlora.models.source import Source, load_config
-from qlora.plan.tracker import StepBytes, run_on_meta
+from qlora.plan.tracker import StepBytes, run_on_meta, waiting_on_meta
 from qlora.run.assemble import ModelSpec, assemble, empty_base
 from qlora.run.inputs import begins_by_error, chooses_codes
 from qlora_kernels import backends
@@ -107,12 +110,9 @@ class MetaRun:
         self.targets = match_targets(model, self.spec.adapter.targets)
         self.adapters = adapter_sizes(model, self.targets, config.rank, config.method == "dora")
         self.adapter_bytes = 4 * sum(self.adapters)
-        starts = begins_by_error(config, source)
-        self.start_bytes = self.adapter_bytes if starts else 0  # kept for files and a later merge
-        chosen = chooses_codes(config, source)
-        tokens = calibration_text(config.calibrate)[1], config.batch_size * config.max_tokens
-        about = DTYPES[dtype], self.device, tokens, chosen
-        self.calibration_bytes = calibration_bytes(model, self.targets, *about) if starts or chosen else 0
+        self.starts, self.chooses = begins_by_error(config, source), chooses_codes(config, source)
+        self.start_bytes = self.adapter_bytes if self.starts else 0  # kept for files and a later merge
+        self.shapes = [out_in(model.get_submodule(name)) for name in self.targets]
         self.filled = (forward_tokens(config.batch_size, config.max_tokens),)  # a batch of calibration text
         self.stack = layer_stack(model, self.architecture, self.targets)
         self._steps: dict[tuple[tuple[int, ...], bool], StepBytes] = {}
@@ -142,16 +142,55 @@ class MetaRun:
     def _run_step(self, lengths: tuple[int, ...], checkpointing: bool) -> StepBytes:
         batch = pack([Example((1,) * length, (False,) + (True,) * (length - 1)) for length in lengths])
         count = self.stack.count
-        try:
+        with self._followed():
             if not self.stack.alike:
                 return self._on_meta(count, checkpointing, batch)
             three, two = (dataclasses.astuple(self._on_meta(n, checkpointing, batch)) for n in (3, 2))
+        return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """What an architecture's code raises without numbers, in one line."""
+        try:
+            yield
         except UserError:
             raise
-        except Exception as error:  # whatever an architecture's code raises without numbers
+        except Exception as error:
             rule = f"its steps cannot be followed without its weights ({brief(error)})"
             raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
-        return StepBytes(*(c + (count - 3) * (c - b) for b, c in zip(two, three, strict=True)))
+
+    @functools.cached_property
+    def calibration_bytes(self) -> int:
+        """What the start that undoes the base's error takes beside a forward pass, 0 for none: the passes that wait,
+        one H, one layer's 16-bit weight, its error E and E H; or later one layer's 16-bit weight and the logits of
+        three models. Codes that the text chooses take a layer's weight in float32 twice and its codes, and its H six
+        times.
+
+        Raises:
+            UserError: the architecture's steps need numbers.
+        """
+        if not (self.starts or self.chooses):
+            return 0
+        size, vocabulary = DTYPES[self.spec.dtype].itemsize, self.architecture.get_text_config().vocab_size
+        widest = max((columns for _, columns in self.shapes), default=0)
+        largest = max((out * columns for out, columns in self.shapes), default=0)
+        waiting = self._waiting_bytes()
+        start = waiting + moment_bytes(widest) + (2 * 4 + size) * largest + 8 * 4 * ROWS
+        cut = moment_bytes(widest, WIDEST) + 5 * 4 * min(widest, WIDEST) ** 2
+        codes = waiting + cut + (2 * 4 + 1) * largest if self.chooses else 0
+        most = self.options.batch_size * self.options.max_tokens  # tokens of a batch on which the gap is measured
+        logits = 3 * min(most, chunk_size(self.device, vocabulary)) * vocabulary * (size + 4)
+        return max(start, codes, 2 * size * largest + logits)
+
+    def _waiting_bytes(self) -> int:
+        """What the forward passes over the text hold while they wait for each other."""
+        length = min(self.filled[0], self.options.max_tokens)
+        shape = self.filled[0] // length, length
+        model = self.model(2 if self.stack.alike else self.stack.count, False)
+        with self._followed(), backends.planned_for(self.device):
+            layers = [layer for layer in model.modules() if isinstance(layer, (AdaptedLinear, NF4Linear))]
+            held = waiting_on_meta(model, shape, layers)
+        return held * calibration_text(self.options.calibrate)[1] // (shape[0] * shape[1])
 
     def _on_meta(self, count: int, checkpointing: bool, batch: Batch) -> StepBytes:
         with backends.planned_for(self.device):
@@ -237,44 +276,6 @@ def adapter_sizes(model: nn.Module, targets: list[str], rank: int, dora: bool) -
     shapes = [out_in(model.get_submodule(name)) for name in targets]
     factors = [n for out, columns in shapes for n in (rank * columns, out * rank)]
     return factors + [out for out, _ in shapes if dora]
-
-
-def calibration_bytes(
-    model: PreTrainedModel, targets: list[str], dtype: torch.dtype, kind: str, tokens: tuple[int, int], chosen: bool
-) -> int:
-    """What the start that undoes the base's error takes beside a forward pass: the passes that wait, one H, one layer's
-    16-bit weight, its error E and E H; or later one layer's 16-bit weight and the logits of three models. Codes that
-    the text chooses take a layer's weight in float32 twice and its codes, and its H six times.
-
-    Args:
-        tokens: of the text, and the most that a batch of the records may have on which the gap is measured.
-    """
-    shapes = [out_in(model.get_submodule(name)) for name in targets]
-    widest = max((columns for _, columns in shapes), default=0)
-    largest = max((out * columns for out, columns in shapes), default=0)
-    vocabulary = model.config.get_text_config().vocab_size
-    waiting = tokens[0] * dtype.itemsize * waiting_values(model)
-    start = waiting + moment_bytes(widest) + (2 * 4 + dtype.itemsize) * largest + 8 * 4 * ROWS
-    cut = moment_bytes(widest, WIDEST) + 5 * 4 * min(widest, WIDEST) ** 2
-    codes = waiting + cut + (2 * 4 + 1) * largest if chosen else 0
-    logits = 3 * min(tokens[1], chunk_size(kind, vocabulary)) * vocabulary * (dtype.itemsize + 4)
-    return max(start, codes, 2 * dtype.itemsize * largest + logits)
-
-
-def waiting_values(model: PreTrainedModel) -> int:
-    """How many values of a token a forward pass holds at most that waits ahead of a linear layer: the residual stream,
-    what the block of that layer was called with, what its layers have made, and the layer's input. A gated MLP lets go
-    of what it has multiplied.
-    """
-    blocks: dict[str, list[tuple[int, int]]] = {}
-    for name in linear_names(model):
-        blocks.setdefault(name.rpartition(".")[0], []).append(out_in(model.get_submodule(name)))
-    most = 0
-    for name, layers in blocks.items():
-        made, last = [out for out, _ in layers[:-1]], layers[-1][1]
-        gated = hasattr(model.get_submodule(name), "gate_proj")
-        most = max(most, layers[0][1] + (max([*made, last]) if gated else sum(made) + last))
-    return model.config.get_text_config().hidden_size + most
 
 
 def layer_stack(model: nn.Module, architecture: PretrainedConfig, targets: list[str]) -> Stack:

@@ -67,6 +67,23 @@ class StepBytes:
     evaluating: int
 
 
+def waiting_on_meta(model: nn.Module, shape: tuple[int, int], layers: Iterable[nn.Module]) -> int:
+    """The most bytes that a forward pass over token ids of this shape [b, t], without padding, holds just ahead of one
+    of the `layers`, on the meta device.
+    """
+    held: list[int] = []
+    forget_scratch("meta")
+    tracker = AllocationTracker([*model.parameters(), *model.buffers()])
+    hooks = [layer.register_forward_pre_hook(lambda *_: held.append(tracker.now)) for layer in layers]
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    with tracker, torch.no_grad():
+        getattr(model.eval(), "base_model", model)(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    forget_scratch("meta")
+    return max(held, default=0)
+
+
 def run_on_meta(model: nn.Module, batch: Batch) -> StepBytes:
     """Forward and backward pass of one micro-batch, and an evaluation of it, on the meta device."""
     forget_scratch("meta")
