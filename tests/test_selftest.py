@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from helpers import ISAS
 
 from qlora.errors import UserError
+from qlora.optim.disk_tier import in_memory
 from qlora.selftest import operators, training
 from qlora.selftest.first_use import NEEDED
 from qlora.selftest.report import selftest
@@ -218,3 +220,10 @@ def planned_step(tmp_path: Path) -> set[str]:
     with backends.planned_for("cuda"), Launches() as launches:
         loss_sum(model.train(), pack([Example((1,) * 9, (False,) + (True,) * 8)])).backward()
     return set(launches.found)
+
+
+def test_state_is_spilled_to_a_disk_where_temporary_files_lie_in_memory(monkeypatch):
+    """/tmp is a tmpfs on many systems; nothing is spilled to one, and the check was called wrong there."""
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert in_memory(Path(tempfile.gettempdir()))
+    assert training.spilled(CPU) == (0.0, 0.0)

@@ -12,6 +12,7 @@ The model is a tiny Llama of random weights, made here. The alternative, a model
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from qlora.layers.attach import adapter_parameters, attach, disabled
 from qlora.layers.linear import NF4Linear
 from qlora.models.load import load_base
 from qlora.optim.adamw import PagedAdamW
+from qlora.optim.disk_tier import in_memory
 from qlora.run.adapted import load_adapted
 from qlora.run.recipe import finetune
 from qlora.run.verify import differences
@@ -123,7 +125,7 @@ def spilled(device: torch.device) -> tuple[float, float]:
         generator = torch.Generator().manual_seed(0)
         draws = [torch.randn(shape, generator=generator) for shape in ((64, 57), (1000,), (3,)) for _ in range(6)]
         parameters = [nn.Parameter(draws[6 * i].to(device)) for i in range(3)]
-        optimizer = PagedAdamW(parameters, lr=RATE, memory=memory)
+        optimizer = PagedAdamW(parameters, lr=RATE, memory=memory, folder=_on_a_disk())
         for step in range(5):
             for i, parameter in enumerate(parameters):
                 parameter.grad = draws[6 * i + step + 1].to(device)
@@ -131,6 +133,13 @@ def spilled(device: torch.device) -> tuple[float, float]:
         optimizer.close()
         ends.append(torch.cat([p.detach().flatten() for p in parameters]))
     return float((ends[0] != ends[1]).sum()), 0.0
+
+
+def _on_a_disk() -> Path:
+    """A folder on a disk; that for temporary files lies in memory on many systems, and nothing is spilled there."""
+    usual = Path(tempfile.gettempdir())
+    others = (folder for folder in (Path("/var/tmp"), Path.home(), Path.cwd()) if os.access(folder, os.W_OK))
+    return next((folder for folder in (usual, *others) if not in_memory(folder)), usual)
 
 
 def lora_step(device: torch.device) -> tuple[float, float]:
