@@ -75,11 +75,27 @@ def test_all_are_right(kernels, poisoned, isa):
     backends.NATIVE.select(isa)
     try:
         for name in operators.CASES:
-            for draw in operators.shapes(CPU)[2:4]:
+            for draw in (draw for draw in operators.shapes(CPU, name) if draw.rows in (33, 96)):
                 error, limit = operators.errors(name, draw)
                 assert error <= limit, (name, str(draw), error)
     finally:
         backends.NATIVE.select()
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "portable"])
+def test_products_by_integers_are_tested_where_there_are_any(kernels, isa):
+    """They err more than float32 does, which shows that it is they."""
+    backends.NATIVE.select(isa)
+    try:
+        for name in operators.BY_INTEGERS:
+            drawn = [draw for draw in operators.shapes(CPU, name) if draw.integers]
+            assert len(drawn) == 2 * backends.multiplies_by_integers()
+            for draw in drawn:
+                error, limit = operators.errors(name, draw)
+                assert 1e-6 < error <= limit, (name, str(draw), error)
+    finally:
+        backends.NATIVE.select()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("name", ["a LoRA step is PEFT's definition", "a DoRA step is PEFT's definition"])

@@ -33,7 +33,7 @@ def _operators(device: torch.device, names: list[str]) -> Iterator[Told]:
         yield {"begin": name}
         worst: Told = {"error": -1.0, "limit": 0.0, "shape": ""}
         before, began = backends.ROUTES.copy(), time.perf_counter()
-        for draw in operators.shapes(device):
+        for draw in operators.shapes(device, name):
             error, limit = operators.errors(name, draw)
             if error > worst["error"] or error > limit:
                 worst = {"error": error, "limit": limit, "shape": str(draw)}

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kernels import ops, reference
+from qlora_kernels import backends, ops, reference
 from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight, levels_of
 
 BLOCKSIZE = 64
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+BY_INTEGERS = ("matmul_4bit", "adapted_linear", "adapted_linear_backward", "matmul_dense_into")  # where float32 may be
+INTEGERS = 2e-3  # the largest error of such products
 EXACT = {
     *("quantize_4bit", "fit_scales_4bit", "encode_4bit", "quantize_absmax"),
     *("dequantize_4bit", "dequantize_4bit_into", "dequantize_4bit_joined", "encode_blocks_into", "decode_blocks_into"),
@@ -40,13 +42,15 @@ class Draw:
     tokens: int
     dtype: torch.dtype
     rank: int = 16
+    integers: bool = False  # float32 products may be made of integers
     _generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.rows + self.columns)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}, {self.tokens} tokens, {str(self.dtype).removeprefix('torch.')}"
+        kind = f"{str(self.dtype).removeprefix('torch.')}{' by integers' * self.integers}"
+        return f"{self.rows}x{self.columns}, {self.tokens} tokens, {kind}"
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=self._generator).to(self.device, dtype)
@@ -240,21 +244,35 @@ def half(device: torch.device) -> torch.dtype:
     return torch.float16 if lacking else torch.bfloat16
 
 
-def shapes(device: torch.device) -> list[Draw]:
-    """Odd ones, which end in the middle of every block and vector, and one of a real layer."""
-    real = (4096, 4096, 512) if device.type == "cuda" else (1024, 2048, 64)
+def shapes(device: torch.device, name: str) -> list[Draw]:
+    """Of the arguments of an operator: odd ones, which end in the middle of every block and vector, one of a real
+    layer, and one whose weight is made of whole tiles, as the kernels of whole layers want it, but not its tokens.
+    """
+    real, tiles = (4096, 4096, 512) if device.type == "cuda" else (1024, 2048, 64), (96, 192, 45)
     odd = [(5, 77, 3), (33, 192, 17), (130, 576, 40)]
     dtypes = (half(device), torch.float32)
-    return [Draw(device, *shape, dtype) for shape in (*odd, real) for dtype in dtypes]
+    draws = [Draw(device, *shape, dtype) for shape in (*odd, real) for dtype in dtypes]
+    draws += [Draw(device, *tiles, dtype, rank=5) for dtype in dtypes]
+    if device.type == "cpu" and name in BY_INTEGERS and backends.multiplies_by_integers():
+        draws += [Draw(device, *real, torch.float32, integers=True)]
+        draws += [Draw(device, *tiles, torch.float32, rank=5, integers=True)]
+    return draws
 
 
 def errors(name: str, draw: Draw) -> tuple[float, float]:
     """(the largest error of operator `name` on such arguments, the largest that may be)."""
     arguments, exact = CASES[name](draw), name in EXACT
     expected = _results(getattr(reference, name), name, _copied(arguments, None if exact else torch.float64))
-    found = _results(getattr(ops, name), name, _copied(arguments, None))
+    before = torch.get_float32_matmul_precision()
+    try:
+        if draw.integers:
+            torch.set_float32_matmul_precision("high")
+        found = _results(getattr(ops, name), name, _copied(arguments, None))
+    finally:
+        torch.set_float32_matmul_precision(before)
     error = max(_error(a, b, exact) for a, b in zip(found, expected, strict=True))
-    return error, 0.0 if exact else LIMITS[torch.float32 if name in IN_FLOAT32 else draw.dtype]
+    limit = INTEGERS if draw.integers else LIMITS[torch.float32 if name in IN_FLOAT32 else draw.dtype]
+    return error, 0.0 if exact else limit
 
 
 def _error(found: Tensor, expected: Tensor, exact: bool) -> float:
