@@ -155,7 +155,7 @@ class MetaRun:
             yield
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # of any kind: the code of a stranger meets tensors without numbers
             rule = f"its steps cannot be followed without its weights ({brief(error)})"
             raise UserError(problem("model", self.architecture.model_type, rule, "Leave `memory` out")) from error
 

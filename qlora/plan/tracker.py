@@ -69,19 +69,22 @@ class StepBytes:
 
 def waiting_on_meta(model: nn.Module, shape: tuple[int, int], layers: Iterable[nn.Module]) -> int:
     """The most bytes that a forward pass over token ids of this shape [b, t], without padding, holds just ahead of one
-    of the `layers`, on the meta device.
+    of the `layers`, on the meta device. What stays of a first pass, such as a decoded weight's place, all passes share.
     """
     held: list[int] = []
     forget_scratch("meta")
-    tracker = AllocationTracker([*model.parameters(), *model.buffers()])
-    hooks = [layer.register_forward_pre_hook(lambda *_: held.append(tracker.now)) for layer in layers]
+    inner = getattr(model.eval(), "base_model", model)
     ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+    tracker = AllocationTracker([*model.parameters(), *model.buffers()])
     with tracker, torch.no_grad():
-        getattr(model.eval(), "base_model", model)(input_ids=ids, use_cache=False)
+        inner(input_ids=ids, use_cache=False)
+        shared = tracker.now
+        hooks = [layer.register_forward_pre_hook(lambda *_: held.append(tracker.now)) for layer in layers]
+        inner(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
     forget_scratch("meta")
-    return max(held, default=0)
+    return max(held, default=shared) - shared
 
 
 def run_on_meta(model: nn.Module, batch: Batch) -> StepBytes:
