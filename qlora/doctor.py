@@ -116,7 +116,7 @@ def _slower(found: dict[str, Any]) -> list[dict[str, str]]:
         why = card.partition("because ")[2] or card
         do = "pip install triton, and a C compiler, which it needs" if found["triton"] is None else "see why"
         entries.append({"what": "our kernels on the card", "why": why, "do": do})
-    return entries + [{"what": "a faster choice", "why": note, "do": "see the guide"} for note in used["notes"]]
+    return entries + [{"what": "another choice", "why": note, "do": "see the guide"} for note in used["notes"]]
 
 
 def _satisfied(need: Requirement, version: str | None) -> bool:

@@ -375,6 +375,20 @@ def supports_matmul_dense(x: Tensor, weight: Tensor) -> bool:
     return kind_of(x.device) == "cpu" and NATIVE is not None and NATIVE.supports_matmul_dense(x, weight)
 
 
+def is_widened(x: Tensor) -> bool:
+    """Whether products of x are made in float32 and rounded: of bf16 on a CPU that does not multiply it, or is held to
+    less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is bf16.
+    """
+    if x.dtype != torch.bfloat16 or kind_of(x.device) != "cpu":
+        return False
+    return not (multiplies_bf16() if NATIVE is None else NATIVE.bf16_unit)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def multiplies_by_integers() -> bool:
     """Whether float32 products of a layer are made of integers where torch's switch allows less than float32."""
     return NATIVE is not None and NATIVE.layers > 1

@@ -22,6 +22,7 @@ from qlora.data.batch import Batch, Example, by_length, pack
 from qlora.layers.attach import disabled, named_adapters
 from qlora.layers.linear import NF4Linear
 from qlora.layers.loss import logit_chunks
+from qlora.layers.weight import FrozenWeight
 from qlora.models.originals import Originals
 
 Chunk = tuple[Tensor, Tensor]  # logits [k, vocabulary], labels [k]
@@ -49,8 +50,9 @@ class _FromFile(nn.Module):
         self.bias, self.name, self.weights = layer.bias, name, weights
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weights.weight(self.name, x.device).to(x.dtype), bias)
+        weight = FrozenWeight(self.weights.weight(self.name, x.device))
+        y = weight.matmul(x.reshape(-1, x.shape[-1]), transposed=True).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 @contextmanager

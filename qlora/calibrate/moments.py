@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from qlora.data.batch import Example, by_length
 from qlora.data.order import epoch_order
+from qlora_kernels import backends
 
 BUDGET = 1 << 29  # bytes of moments at a time where a text goes whole; one H is taken however large it is
 PROBED = 8  # tokens that a model is tried with
@@ -85,9 +86,11 @@ class Moments:
         return self.sums.div_(max(1, self.count))
 
     def add(self, x: Tensor, rounded: bool) -> None:
-        """Take inputs [..., in]. `rounded`: bf16 ones are multiplied by the machine's bf16 unit; sums in float32."""
+        """Take inputs [..., in]. `rounded`: bf16 ones are multiplied by the machine's bf16 unit, where it has one; sums
+        in float32.
+        """
         rows, width = x.reshape(-1, x.shape[-1]), self.sums.shape[1]
-        if not (rounded and rows.dtype == torch.bfloat16):
+        if not (rounded and rows.dtype == torch.bfloat16) or backends.is_widened(rows):
             rows = rows.float()
         for b, total in enumerate(self.sums):
             for part in rows[:, b * width : (b + 1) * width].split(ROWS):

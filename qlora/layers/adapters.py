@@ -109,6 +109,10 @@ def forward_product(
         if constants.keep is not None:
             constants.keep(saved[-1][2])
         return y, saved
+    if backends.is_widened(x):
+        wide = x.float()
+        y, saved = forward_product(wide, wide if x_adapter is x else x_adapter.float(), A, B, m, constants)
+        return y.to(x.dtype), saved
     if weight.has_operands(x):
         return product_of_operands(x, x_adapter, A, B, m, constants)
     fold = m is not None and weight.quantized is not None
@@ -171,6 +175,10 @@ def backward_product(
     if shared and len(saved) == 4 and weight.supports_fused_gemm(dy):  # a fused product made these
         dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, *weight.operands, need_x)
         return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
+    if backends.is_widened(dy):
+        wide, y = [part.float() for part in saved], None if y is None else y.float()
+        dx, dxa, *rest = backward_product(dy.float(), x_adapter.float(), wide, y, constants, needs, shared)
+        return *(None if part is None else part.to(dy.dtype) for part in (dx, dxa)), *rest
     dx = dxa = dA = dm = None
     row_scale, m_clamped = row_scale_and_m(saved)
     if row_scale is not None and weight.quantized is None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from qlora.data.batch import IGNORE_INDEX, Batch, PaddedBatch
 from qlora.layers import attention
+from qlora.layers.weight import multiply_frozen
 from qlora_kernels import backends
 
 # On a CPU a long row is filled up to a multiple of ROUND tokens: oneDNN compiles its kernels anew for each number of
@@ -148,6 +149,13 @@ def final_scaling(model: PreTrainedModel) -> tuple[float, float | None]:
 def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """The logits [n, vocabulary] of states [n, width]."""
     scale, cap = final_scaling(model)
-    logits = model.get_output_embeddings()(states)
+    head = model.get_output_embeddings()
+    learns = torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters()))
+    if backends.is_widened(states) and type(head) is nn.Linear and not learns:
+        logits = torch.empty(states.shape[0], head.weight.shape[0], device=states.device)
+        multiply_frozen(logits, states.float(), head.weight, transposed=True)
+        logits = logits if head.bias is None else logits + head.bias
+    else:
+        logits = head(states)
     logits = logits if scale == 1.0 else logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)

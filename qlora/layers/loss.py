@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from qlora.data.batch import Batch
 from qlora.layers.forward import final_scaling, head_logits, target_logits, target_states
 from qlora.layers.forward_mode import forward_mode
+from qlora.layers.weight import multiply_frozen
 from qlora_kernels import backends, ops
 
 # labels at a time: their logits are 25 MB of bf16 for a vocabulary of 49k, and the head is read once for them
@@ -55,14 +56,6 @@ def logit_chunks(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tenso
         yield head_logits(model, states[part]), labels[part]
 
 
-def _multiply(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
-    """x W^T, or x W, to `out`, of a frozen W; by integers where float32 may be less than exact and we have them."""
-    if backends.supports_matmul_dense(x, weight):
-        ops.matmul_dense_into(out, x, weight, transposed)
-    else:
-        torch.mm(x, weight.t() if transposed else weight, out=out)
-
-
 class HeadLoss(torch.autograd.Function):
     """sum_i -log softmax(f(states W^T + bias))[label i] for a frozen W, f as in `final_scaling`. Saves d loss /
     d states alone.
@@ -79,7 +72,7 @@ class HeadLoss(torch.autograd.Function):
         losses = states.new_empty(n, dtype=torch.promote_types(states.dtype, torch.float32))
         for part in _chunks(states, vocabulary):
             logits = buffer[: states[part].shape[0]]
-            _multiply(logits, states[part], weight, transposed=True)
+            multiply_frozen(logits, states[part], weight, transposed=True)
             if bias is not None:
                 logits += bias
             if scale != 1.0:
@@ -93,7 +86,7 @@ class HeadLoss(torch.autograd.Function):
             if gradient is not None:
                 if slope is not None:
                     logits *= slope
-                _multiply(gradient[part], logits, weight, transposed=False)
+                multiply_frozen(gradient[part], logits, weight, transposed=False)
         if gradient is not None:
             ctx.save_for_backward(gradient if scale == 1.0 else gradient.mul_(scale))
         return losses.sum()
@@ -114,6 +107,7 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
     states, labels = target_states(model, batch, mode)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        states = states.float() if backends.is_widened(states) else states
         return HeadLoss.apply(states, head.weight, head.bias, labels, *final_scaling(model))
 
     def loss(states: Tensor, labels: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from qlora_kernels.weight import QuantizedWeight
 # do not meet.
 _scratch = threading.local()
 
+WIDENED = 4096  # rows of a weight in bf16 that are made float32 at a time
+
 
 def _buffers() -> dict[tuple[torch.device, torch.dtype], Tensor]:
     """This thread's scratch memory."""
@@ -129,6 +131,8 @@ class FrozenWeight:
         """x W't, or x W' if not `transposed`, of a matrix x, W' = diag(row_scale) W."""
         if self.supports_fused_gemm(x):
             return ops.matmul_4bit(x, *self.operands, row_scale, transposed)
+        if backends.is_widened(x):
+            return self.matmul(x.float(), transposed, row_scale).to(x.dtype)
         dense = self.scratch(x.dtype, row_scale)
         return matmul(x, dense.t() if transposed else dense)
 
@@ -163,3 +167,24 @@ def matmul(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
         else:
             out[part].addmm_(x[part], w)
     return out
+
+
+def multiply_frozen(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
+    """x W^T, or x W, to `out`, of a frozen dense W, such as a head's. By integers where float32 may be less than exact
+    and we have them; where not, of a W in bf16 that meets float32 (`backends.is_widened`) a few rows at a time are
+    made float32.
+    """
+    if backends.supports_matmul_dense(x, weight):
+        ops.matmul_dense_into(out, x, weight, transposed)
+    elif x.dtype == weight.dtype:
+        torch.mm(x, weight.t() if transposed else weight, out=out)
+    else:
+        for start in range(0, weight.shape[0], WIDENED):
+            rows = slice(start, start + WIDENED)
+            W = weight[rows].to(x.dtype)
+            if transposed:
+                out[:, rows] = x @ W.t()
+            elif start == 0:
+                torch.mm(x[:, rows], W, out=out)
+            else:
+                out.addmm_(x[:, rows], W)

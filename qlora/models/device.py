@@ -56,7 +56,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
         return dtype
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if native_bf16_cpu() else "fp32"
+    return "bf16" if backends.multiplies_bf16() else "fp32"
 
 
 def device_notes(device: torch.device, dtype: str) -> list[str]:
@@ -70,31 +70,29 @@ def device_notes(device: torch.device, dtype: str) -> list[str]:
         name = torch.cuda.get_device_properties(device).name
         fast = "`dtype=fp16` is several times as fast in half the memory, but may overflow (`on_nan=skip` goes on)"
         notes.append(f"{name} has no bf16, so auto is fp32: {fast}")
+    if device.type == "cpu" and dtype == "fp32" and not backends.multiplies_bf16():
+        half = "`dtype=bf16` keeps what waits for the backward pass in half the memory, as fast"
+        notes.append(f"this CPU does not multiply bf16, so auto is fp32: {half}")
     return notes
 
 
-def native_bf16_cpu() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def _want_of_bf16(dtype: str, device: torch.device) -> bool:
-    """Whether "auto" is fp32 because a CPU has no bf16."""
-    return dtype == "auto" and device.type == "cpu" and not native_bf16_cpu()
+    """Whether a CPU has no bf16: "auto" is fp32 there, and "bf16" is multiplied in float32."""
+    return dtype in ("auto", "bf16") and device.type == "cpu" and not backends.multiplies_bf16()
 
 
 def arithmetic_of(dtype: str, device: torch.device) -> str:
     """What decides the numbers of a run: the dtype, and whether `products_of` makes float32 products of integers."""
-    if _want_of_bf16(dtype, device) and backends.multiplies_by_integers():
+    if dtype == "auto" and _want_of_bf16(dtype, device) and backends.multiplies_by_integers():
         return "auto (fp32, products by integers)"
     return resolve_dtype(dtype, device)
 
 
 @contextmanager
 def products_of(dtype: str, device: torch.device) -> Iterator[None]:
-    """Inside, where "auto" is fp32 for want of bf16 on a CPU, float32 products may be less precise (torch's switch,
-    "high"): kernels that have 16-bit integers use them, and lose a fifth of what bf16 would or less. Who asks for fp32
-    gets it. Training, its start, and what is done with its adapter compute alike.
+    """Inside, where a CPU has no bf16 and "auto" or "bf16" was asked for, float32 products may be less precise (torch's
+    switch, "high"): kernels that have 16-bit integers use them, and lose a fifth of what bf16 would or less. Who asks
+    for fp32 gets it. Training, its start, and what is done with its adapter compute alike.
     """
     before = torch.get_float32_matmul_precision()
     try:

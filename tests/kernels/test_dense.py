@@ -57,6 +57,21 @@ def test_products_of_a_dense_weight(isa, allowed, threads, size, transposed):
     assert 1e-7 < relative(found[0], exact(x, W, transposed)) < 6e-4
 
 
+@each_size
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_weight_in_bf16_is_the_same_in_float32(isa, allowed, size, transposed):
+    """To the bit: it is rounded to integers either way."""
+    tokens, rows, columns = size
+    x, W = torch.randn(tokens, columns if transposed else rows), torch.randn(rows, columns).bfloat16()
+    assert isa.supports_matmul_dense(x, W) == allowed
+    if allowed:
+        assert same_bits(product(isa, x, W, transposed), product(isa, x, W.float(), transposed))
+    else:
+        out = torch.empty(tokens, rows if transposed else columns)
+        routed(isa).matmul_dense_into(out, x, W, transposed)
+        assert relative(out, exact(x, W, transposed)) < 5e-6
+
+
 @pytest.mark.parametrize("kind", ["even", "heavy tails", "columns and tokens that stand out", "gradients of a loss"])
 def test_integers_err_less_than_bf16(isa, allowed, kind):
     """By the root of the mean square of a token's errors, the worst one's by integers is below the best one's where

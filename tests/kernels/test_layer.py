@@ -112,6 +112,30 @@ def test_float32_has_kernels_with_avx2_and_more(isa):
     assert not isa.supports_fused_gemm(x.double(), weight.parts, weight.layout)
 
 
+@SIZES
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_bf16_that_nothing_multiplies_is_float32_between_reading_and_writing(isa, precision, size, dora):
+    """The same bits as in float32, rounded at the end, and by integers without anybody's leave. A gain rounds what a
+    forward pass multiplies, so those of DoRA are near.
+    """
+    weight, parts = drawn(*size)
+    A, B, m, x, dy = (part.bfloat16() for part in parts)
+    if not isa.layers or isa.bf16_unit:
+        return
+    A, B, m, n = A.float(), B.float(), m.float() if dora else None, torch.rand(len(B)) + 0.5 if dora else None
+    operands = (0.5, weight.parts, weight.layout)
+    low, *saved = isa.adapted_linear(x, x, A, B, m, n, None, *operands)
+    found = isa.adapted_linear_backward(dy, [x, *saved], low if dora else None, *operands, True)
+    torch.set_float32_matmul_precision("high")  # in float32 they need it
+    y, xA, *_ = isa.adapted_linear(x.float(), x.float(), A, B, m, n, None, *operands)
+    wide = [part.float() for part in (x, *saved)]
+    expected = isa.adapted_linear_backward(dy.float(), wide, low.float() if dora else None, *operands, True)
+    assert {part.dtype for part in (low, *saved[:3], found[0])} == {torch.bfloat16}
+    assert relative(low, y) < 4e-3 if dora else same_bits(low, y.bfloat16())
+    assert same_bits(saved[0], xA.bfloat16()) and same_bits(found[0], expected[0].bfloat16())
+    assert all(map(same_bits, found[1:], expected[1:]))
+
+
 def against_bf16(isa, x: Tensor, dy: Tensor, weight: QuantizedWeight, row_scale: Tensor) -> None:
     """The errors of integers and of bf16's own path (weight and result rounded; what goes in is bf16 already), by the
     root of the mean square of a token's: the worst token's by integers is below the best one's in bf16.

@@ -27,6 +27,7 @@ from qlora.layers.attach import forget_row_norms
 from qlora.layers.linear import frozen_weight
 from qlora.layers.weight import FrozenWeight
 from qlora.specs import AdapterSpec
+from qlora_kernels import backends
 
 SIZES = [(64, 33), (128, 70), (37, 19)]  # blocks inside rows, whole rows of blocks, blocks across rows
 
@@ -303,30 +304,34 @@ def test_nothing_dense_is_saved_or_built(method):
     assert [name for name in watch.seen if not any(a in name for a in allowed)] == []
 
 
-def test_a_layer_in_one_operator_equals_the_plain_route(kernels):
-    """Where a kernel multiplies as it decodes (AMX) and, by the same module on other instruction sets, where it does
+@pytest.fixture
+def in_use():
+    """The kernels that the operators run, the best again after the test."""
+    yield backends.NATIVE
+    backends.NATIVE.select()
+
+
+def test_a_layer_in_one_operator_equals_the_plain_route(in_use):
+    """In bf16 where a kernel multiplies as it decodes and, by the same module on other instruction sets, where it does
     not: results, gradients, and an n that is made once an optimizer's step, by whichever; with dropout, bias, frozen
     inputs, recomputation.
     """
     for method, bias, dropout, needs_x in itertools.product(("lora", "dora"), (False, True), (0.0, 0.3), (False, True)):
         found = []
         for isa in ("", "portable"):
-            kernels.select(isa)
+            in_use.select(isa)
             torch.manual_seed(1)
             model, _ = one_layer("nf4", 128, 96, bias, dtype=torch.float32)
             layer = adapted(model, method, dropout=dropout).layer
-            optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01)
+            optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.001)  # AdamW's sign of what is near 0 is noise
             for step in range(2):
-                x = (
-                    torch.randn(70, 128, generator=torch.Generator().manual_seed(step))
-                    .bfloat16()
-                    .requires_grad_(needs_x)
-                )
+                drawn = torch.Generator().manual_seed(step)
+                x = torch.randn(70, 128, generator=drawn).bfloat16().requires_grad_(needs_x)
                 optimizer.zero_grad()
                 torch.manual_seed(step)
                 y = checkpoint(model, x, use_reentrant=False) if step else model(x)
                 norms = layer.row_norms.n
-                y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).bfloat16())
+                y.backward(torch.randn(y.shape, generator=drawn).bfloat16())
                 assert layer.row_norms.n is norms
                 optimizer.step()
             found.append(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.errors import UserError
-from qlora.models.device import device_notes, products_of, resolve_device
+from qlora.models.device import device_notes, products_of, resolve_device, resolve_dtype
 
 
 @pytest.fixture
@@ -41,8 +41,16 @@ def test_an_accelerator_that_is_left_aside_is_said(monkeypatch):
     cpu, nothing = torch.device("cpu"), device_notes(torch.device("cpu"), "fp32")
     for module, name in ((torch.backends.mps, "Apple GPU (mps)"), (torch.xpu, "Intel GPU (xpu)")):
         monkeypatch.setattr(module, "is_available", lambda: True)
-        assert device_notes(cpu, "fp32")[-1] == f"the {name} is not used: qlora trains on CPUs and CUDA devices"
-    assert nothing == [] and len(device_notes(cpu, "fp32")) == 2
+        assert f"the {name} is not used: qlora trains on CPUs and CUDA devices" in device_notes(cpu, "fp32")
+    assert len(device_notes(cpu, "fp32")) == len(nothing) + 2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_auto_says_why_it_is_fp32(monkeypatch, bf16):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: bf16)
+    notes = device_notes(torch.device("cpu"), resolve_dtype("auto", torch.device("cpu")))
+    assert any("`dtype=bf16`" in note for note in notes) == (not bf16)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +59,13 @@ def test_an_accelerator_that_is_left_aside_is_said(monkeypatch):
         ("auto", "cpu", False, "highest", "high"),
         ("auto", "cpu", False, "medium", "medium"),
         ("auto", "cpu", True, "highest", "highest"),
+        ("bf16", "cpu", False, "highest", "high"),
+        ("bf16", "cpu", True, "highest", "highest"),
         ("fp32", "cpu", False, "highest", "highest"),
         ("auto", "cuda:0", False, "highest", "highest"),
     ],
 )
-def test_float32_products_are_less_precise_only_where_auto_finds_no_bf16(
-    monkeypatch, dtype, device, bf16, before, inside
-):
+def test_float32_products_are_less_precise_only_where_bf16_is_missing(monkeypatch, dtype, device, bf16, before, inside):
     """And only inside; what the caller allowed stands."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: bf16)

@@ -1,5 +1,5 @@
 """Attention over the examples of a packed row: the native operators of subject `attention`, in bf16 on a CPU that
-multiplies it, in float32 with AVX2 and AVX-512.
+multiplies it, in float32 with AVX2 and AVX-512. Without a unit for bf16 it is computed in float32 and rounded.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ class AttentionKernels(Subject):
 
     def supports_attention(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether `attention` has a kernel for these: heads of one type and size."""
-        if q.dtype == torch.float32:
-            kernel = self.attends_in_float32 and q.shape[-1] <= WIDEST
+        if q.dtype == torch.bfloat16 and self.bf16_unit:
+            kernel = True
         else:
-            kernel = bool(self.bf16_unit) and q.dtype == torch.bfloat16
+            kernel = self.attends_in_float32 and q.shape[-1] <= WIDEST and q.dtype in (torch.float32, torch.bfloat16)
         return kernel and q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
         if not self.supports_attention(q, k, v):
             return NotImplemented
+        if self._is_widened(q):
+            out, lse = self.attention(q.float(), k.float(), v.float(), cu_seqlens, scale)
+            return out.to(q.dtype), lse
         out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
         self._attention([q, k, v, out], lse, cu_seqlens, scale)
         return out, lse
@@ -56,6 +59,9 @@ class AttentionKernels(Subject):
         if not alike or (lse.shape, lse.dtype) != ((q.shape[1], q.shape[0]), torch.float32):
             shapes = f"gradient {tuple(dout.shape)}, result {tuple(out.shape)} and lse {tuple(lse.shape)}"
             raise ValueError(f"{shapes} for queries {tuple(q.shape)}")
+        if self._is_widened(q):
+            wide = (x.float() for x in (dout, q, k, v, out))
+            return tuple(x.to(q.dtype) for x in self.attention_backward(*wide, lse, cu_seqlens, scale))
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         self._attention([dout, q, k, v, out, *gradients], lse.contiguous(), cu_seqlens, scale)
         return gradients

@@ -2,13 +2,14 @@
 product is in the same sums, and in the backward pass all of the adapter's gradients come of one call.
 
     bf16      on AMX (csrc/nf4_gemm_amx.cpp), where DoRA's n is made on the way too
-    float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h)
+    float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h); bf16 too where nothing multiplies it: it is read and written
+              as it lies, and all between is float32
 
-Where torch's own switch allows less than float32's precision (`torch.set_float32_matmul_precision("high")`, which
-allows TF32 on a card) and the processor has AVX-512 VNNI, or AVX2 and no AVX-512, the large product is one of 16-bit
-integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and about TF32's precision. So are those of a frozen
-head, which is dense (csrc/dense_gemm_integers.h). The alternative, a switch of our own, would be a second word for one
-thing.
+For bf16, and where torch's own switch allows less than float32's precision
+(`torch.set_float32_matmul_precision("high")`, which allows TF32 on a card), and the processor has AVX-512 VNNI, or AVX2
+and no AVX-512, the large product is one of 16-bit integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and
+about TF32's precision. So are those of a frozen head, which is dense (csrc/dense_gemm_integers.h). The alternative, a
+switch of our own, would be a second word for one thing.
 """
 
 from __future__ import annotations
@@ -40,11 +41,32 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward_bytes": [*[SIZE] * 4, INTEGER],
         "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
         "qlora_layers": [],
-        "qlora_layer_bytes": [INTEGER, *[SIZE] * 4, INTEGER],
+        "qlora_layer_bytes": [INTEGER, INTEGER, *[SIZE] * 4, INTEGER],
         "qlora_dense_bytes": [INTEGER],
-        "qlora_dense": [POINTER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
-        "qlora_layer_forward": [WEIGHT, POINTER, INTEGER, POINTER, SIZE, *[POINTER] * 3, SIZE, *[POINTER] * 3, INTEGER],
-        "qlora_layer_backward": [WEIGHT, POINTER, INTEGER, *[POINTER] * 6, *[SIZE] * 2, FLOAT, *[POINTER] * 6, INTEGER],
+        "qlora_dense": [POINTER, INTEGER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
+        "qlora_layer_forward": [
+            WEIGHT,
+            POINTER,
+            INTEGER,
+            INTEGER,
+            POINTER,
+            SIZE,
+            *[POINTER] * 3,
+            SIZE,
+            *[POINTER] * 3,
+            INTEGER,
+        ],
+        "qlora_layer_backward": [
+            WEIGHT,
+            POINTER,
+            INTEGER,
+            INTEGER,
+            *[POINTER] * 6,
+            *[SIZE] * 2,
+            FLOAT,
+            *[POINTER] * 6,
+            INTEGER,
+        ],
     }
     RESULTS = {
         "qlora_product_bytes": SIZE,
@@ -58,16 +80,20 @@ class LayerKernels(AdapterKernels):
     layers: int  # what multiplies float32: 0: torch, 1: float32, 2: 16-bit integers too
 
     def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
-        """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2, AVX-512 and NEON; whole tiles."""
-        kernel = self.bf16_unit == "AMX" if x.dtype == torch.bfloat16 else x.dtype == torch.float32 and self.layers > 0
+        """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2, AVX-512 and NEON, bf16 there too where no
+        unit multiplies it; whole tiles.
+        """
         return (
-            kernel
+            (self._on_amx(x) or (self.layers > 0 and (x.dtype == torch.float32 or self._is_widened(x))))
             and x.dim() == 2
             and x.shape[0] >= 32
             and layout[0] % 32 == 0 == layout[1] % 64
             and layout[2] >= 64
             and readable(weight, layout, x.device)
         )
+
+    def _on_amx(self, x: Tensor) -> bool:
+        return self.bf16_unit == "AMX" and x.dtype == torch.bfloat16
 
     def matmul_4bit(
         self, x: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, transposed: bool
@@ -79,7 +105,7 @@ class LayerKernels(AdapterKernels):
             scales = None if row_scale is None else row_scale.numel()
             raise ValueError(f"x {tuple(x.shape)} and {scales} row scales for a weight of {rows} x {columns}")
         row_scale = None if row_scale is None else row_scale.float().contiguous()
-        by = self._float32_matmul if x.dtype == torch.float32 else self._matmul
+        by = self._matmul if self._on_amx(x) else self._float32_matmul
         return by(x, weight, layout, row_scale, transposed)
 
     def _matmul(
@@ -145,7 +171,7 @@ class LayerKernels(AdapterKernels):
             shapes = f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)}"
             raise ValueError(f"{shapes} for a weight of {rows} x {columns}")
         x, x_adapter, A, B = x.contiguous(), x_adapter.contiguous(), A.contiguous(), B.contiguous()
-        if x.dtype == torch.float32:
+        if not self._on_amx(x):
             return self._float32_layer(x, x_adapter, A, B, m, n, scaling, weight, layout)
         threads = torch.get_num_threads()
         # What is kept longest comes first, here and in the backward pass: behind what is soon freed it would cut the
@@ -211,7 +237,7 @@ class LayerKernels(AdapterKernels):
             raise ValueError(f"{shapes} for a weight of {rows} x {columns}")
         dy, x, A_cast, B_scaled = dy.contiguous(), x.contiguous(), A_cast.contiguous(), B_scaled.contiguous()
         xA, factors = xA.contiguous(), factors.contiguous()
-        if dy.dtype == torch.float32:
+        if not self._on_amx(dy):
             y = None if y is None else y.contiguous()
             return self._float32_backward(dy, [x, xA, A_cast, B_scaled, factors], y, scaling, weight, layout, needs_x)
         if not self._sums_on_the_unit(dy, xA) or (y is not None and y.dtype != dy.dtype):
@@ -250,14 +276,16 @@ class LayerKernels(AdapterKernels):
         )
         return dx, dA, dB, dm
 
-    # ---------------------------------------------------------------- float32
+    # ---------------------------------------------------------------- float32 arithmetic
 
-    def _by_integers(self) -> bool:
-        return self.layers > 1 and torch.get_float32_matmul_precision() != "highest"
+    def _by_integers(self, x: Tensor) -> bool:
+        """They lose less than bf16 does, so bf16 needs no leave."""
+        return self.layers > 1 and (x.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest")
 
-    def _float32_work(self, tokens: int, layout: list[int], rank: int) -> Tensor:
+    def _float32_work(self, x: Tensor, layout: list[int], rank: int) -> Tensor:
+        kind = (self._by_integers(x), x.dtype == torch.bfloat16)
         threads = torch.get_num_threads()
-        return self.workspace(self.library.qlora_layer_bytes(self._by_integers(), tokens, *layout[:2], rank, threads))
+        return self.workspace(self.library.qlora_layer_bytes(*kind, x.shape[0], *layout[:2], rank, threads))
 
     def _float32_matmul(
         self, x: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, transposed: bool
@@ -265,8 +293,9 @@ class LayerKernels(AdapterKernels):
         """x W't, or x W'."""
         x, tokens, threads = x.contiguous(), x.shape[0], torch.get_num_threads()
         y = x.new_empty(tokens, layout[0] if transposed else layout[1])
-        begin = (as_argument(weight, layout), pointer(row_scale), self._by_integers(), x.data_ptr())
-        work = self._float32_work(tokens, layout, 0).data_ptr()
+        kind = (self._by_integers(x), x.dtype == torch.bfloat16)
+        begin = (as_argument(weight, layout), pointer(row_scale), *kind, x.data_ptr())
+        work = self._float32_work(x, layout, 0).data_ptr()
         if transposed:
             self.library.qlora_layer_forward(*begin, tokens, *[None] * 3, 0, work, None, y.data_ptr(), threads)
         else:
@@ -293,24 +322,26 @@ class LayerKernels(AdapterKernels):
         if m is not None and n is None:
             n = self.row_norms_4bit(weight, layout, A, B, scaling)
         A_cast, B_scaled, row_scale, m_clamped = self.prepare_lora_factors(A, B, m, n, scaling, x.dtype)
-        xA, y = x.new_empty(tokens, rank), x.new_empty(tokens, rows)
+        y, xA = x.new_empty(tokens, rows), A.new_empty(tokens, rank)
+        down, up = A_cast.float(), B_scaled.float()
         factors = A.new_empty(0, rows) if m is None or n is None else torch.stack((row_scale, m_clamped, n))
         self.library.qlora_layer_forward(
             as_argument(weight, layout),
             None if m is None else factors.data_ptr(),
-            self._by_integers(),
+            self._by_integers(x),
+            x.dtype == torch.bfloat16,
             x.data_ptr(),
             tokens,
             x_adapter.data_ptr(),
-            A_cast.data_ptr(),
-            B_scaled.data_ptr(),
+            down.data_ptr(),
+            up.data_ptr(),
             rank,
-            self._float32_work(tokens, layout, rank).data_ptr(),
+            self._float32_work(x, layout, rank).data_ptr(),
             xA.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
         )
-        return y, xA, A_cast, B_scaled, factors
+        return y, xA.to(x.dtype), A_cast, B_scaled, factors
 
     def _float32_backward(
         self,
@@ -323,26 +354,28 @@ class LayerKernels(AdapterKernels):
         needs_x: bool,
     ) -> tuple[Tensor, ...]:
         """`adapted_linear_backward` of contiguous operands that fit."""
-        x, xA, A_cast, B_scaled, factors = saved
+        x, *narrow, factors = saved
+        xA, down, up = (part.float() for part in narrow)
         tokens, rank = xA.shape
         gain = factors.data_ptr() if factors.numel() else None
-        dA, dB = torch.empty_like(A_cast), torch.empty_like(B_scaled)
-        dm, dx = dy.new_empty(0 if y is None else layout[0]), dy.new_empty((tokens, layout[1]) if needs_x else 0)
+        dA, dB, dm = torch.empty_like(down), torch.empty_like(up), factors.new_empty(0 if y is None else layout[0])
+        dx = dy.new_empty((tokens, layout[1]) if needs_x else 0)
         self.library.qlora_layer_backward(
             as_argument(weight, layout),
             gain,
-            self._by_integers(),
+            self._by_integers(dy),
+            dy.dtype == torch.bfloat16,
             dy.data_ptr(),
             x.data_ptr(),
-            A_cast.data_ptr(),
-            B_scaled.data_ptr(),
+            down.data_ptr(),
+            up.data_ptr(),
             xA.data_ptr(),
             pointer(y),
             tokens,
             rank,
             scaling,
             None if gain is None else gain + 4 * layout[0],
-            self._float32_work(tokens, layout, rank).data_ptr(),
+            self._float32_work(dy, layout, rank).data_ptr(),
             dx.data_ptr() if needs_x else None,
             dA.data_ptr(),
             dB.data_ptr(),
@@ -354,10 +387,13 @@ class LayerKernels(AdapterKernels):
     # ---------------------------------------------------------------- a dense weight
 
     def supports_matmul_dense(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether integers multiply these, faster than torch: float32 that may be less than exact."""
+        """Whether integers multiply these, faster than torch: float32 that may be less than exact, by a weight in
+        float32 or bf16.
+        """
         return (
-            self._by_integers()
-            and x.dtype == weight.dtype == torch.float32
+            self._by_integers(x)
+            and x.dtype == torch.float32
+            and weight.dtype in (torch.float32, torch.bfloat16)
             and x.shape[0] >= 32
             and weight.shape[1] % 64 == 0
             and weight.is_contiguous()
@@ -373,7 +409,8 @@ class LayerKernels(AdapterKernels):
         reference.mark_mutated(out)
         x = x.contiguous()
         work = self.workspace(self.library.qlora_dense_bytes(threads))
+        weight_at, bf16 = weight.data_ptr(), weight.dtype == torch.bfloat16
         self.library.qlora_dense(
-            weight.data_ptr(), rows, columns, transposed, x.data_ptr(), tokens, work.data_ptr(), out.data_ptr(), threads
+            weight_at, bf16, rows, columns, transposed, x.data_ptr(), tokens, work.data_ptr(), out.data_ptr(), threads
         )
         return None

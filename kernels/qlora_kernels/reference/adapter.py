@@ -106,8 +106,11 @@ def matmul_tn(left: Tensor, x: Tensor) -> Tensor:
 
 
 def matmul_dense_into(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
-    """x [tokens, columns] Wt, or x [tokens, rows] W, to `out`, of a dense frozen W [rows, columns] of x's dtype."""
+    """x [tokens, columns] Wt, or x [tokens, rows] W, to `out`, of a dense frozen W [rows, columns] of x's dtype, or of
+    bf16.
+    """
     mark_mutated(out)
+    weight = weight.to(x.dtype)
     out.copy_(x @ (weight.t() if transposed else weight))
 
 

@@ -1,6 +1,7 @@
-// An adapted layer in float32, forward and backward, on every instruction set that has a `Layer`.
+// An adapted layer in float32 arithmetic, forward and backward, on every instruction set that has a `Layer`.
 
 #include "dispatch.h"
+#include "types.h"
 
 using namespace qlora;
 
@@ -42,10 +43,10 @@ Call call_of(int by_integers, int64_t tokens, int64_t inner, int64_t rank, int t
 
 // u [tokens, rank] = x factor, and x in integers. factor [inner, rank], or transposed [rank, inner]; either x may be
 // null.
-void prepare(const Call& c, const float* narrow, const float* x, int64_t inner, const float* factor, bool transposed,
-             float* tiles, float* u, Integers to) {
+void prepare(const Call& c, Values narrow, Values x, int64_t inner, const float* factor, bool transposed, float* tiles,
+             float* u, Integers to) {
   const int64_t strips = ceil_div(c.rank, 16), step = 256, pieces = ceil_div(inner, step);
-  if (narrow != nullptr)
+  if (narrow.at != nullptr)
     parallel(strips * pieces, c.threads, [&](int64_t p) {
       const int64_t s = p / pieces, first = p % pieces * step, last = minimum(inner, first + step);
       for (int64_t i = first; i < last; ++i)
@@ -58,8 +59,9 @@ void prepare(const Call& c, const float* narrow, const float* x, int64_t inner, 
   parallel(cut, c.threads, [&](int64_t p) {
     const int64_t token = blocks * p / cut * c.kernel.tile,
                   stop = minimum(c.tokens, blocks * (p + 1) / cut * c.kernel.tile);
-    if (narrow != nullptr) c.kernel.narrow(narrow, inner, tiles, c.rank, token, stop - token, c.rooms + p * c.own, u);
-    if (x != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
+    if (narrow.at != nullptr)
+      c.kernel.narrow(narrow, inner, tiles, c.rank, token, stop - token, c.rooms + p * c.own, u);
+    if (x.at != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
   });
 }
 
@@ -79,17 +81,20 @@ void share(const Layer& l, int64_t tokens, int64_t outer, int threads, F piece) 
   });
 }
 
-void multiply(const Call& c, const LayerProduct& product) {
-  share(c.kernel, c.tokens, product.outer, c.threads,
+// The product; `rounded` to bf16 where that is not null.
+void multiply(const Call& c, const LayerProduct& p, BF16* rounded) {
+  share(c.kernel, c.tokens, p.outer, c.threads,
         [&](int64_t i, int64_t token, int64_t tokens, int64_t panel, int64_t panels) {
-          c.kernel.wide(product, token, tokens, panel, panels, c.rooms + i * c.own);
+          c.kernel.wide(p, token, tokens, panel, panels, c.rooms + i * c.own);
+          const int64_t first = panel * c.kernel.width, last = minimum(p.outer, (panel + panels) * c.kernel.width);
+          for (int64_t t = token; rounded != nullptr && t < token + tokens; ++t)
+            for (int64_t k = first; k < last; ++k) rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
         });
 }
 
 // left^T x for each strip of columns: put(column, columns, sums [rank in 8s, kStripColumns], dots [columns]).
 template <class F>
-void sum_over_tokens(const Call& c, const float* x, const float* y, const float* left, float* padded, int64_t columns,
-                     F put) {
+void sum_over_tokens(const Call& c, Values x, Values y, const float* left, float* padded, int64_t columns, F put) {
   const int64_t ranks = in_eights(c.rank), strips = ceil_div(columns, kStripColumns),
                 cut = threads_for(strips, c.threads);
   for (int64_t t = 0; ranks != c.rank && t < c.tokens; ++t)
@@ -117,7 +122,8 @@ Integers integers_of(const Call& c, int64_t inner, Work& work) {
 extern "C" {
 
 // Bytes of `work`, aligned to 64, for either pass below.
-int64_t qlora_layer_bytes(int by_integers, int64_t tokens, int64_t rows, int64_t columns, int64_t rank, int threads) {
+int64_t qlora_layer_bytes(int by_integers, int bf16, int64_t tokens, int64_t rows, int64_t columns, int64_t rank,
+                          int threads) {
   const int64_t inner = maximum(rows, columns), ranks = in_eights(rank);
   Work work{nullptr};
   const Call c = call_of(by_integers, tokens, inner, rank, threads, work);
@@ -125,30 +131,34 @@ int64_t qlora_layer_bytes(int by_integers, int64_t tokens, int64_t rows, int64_t
   work.take<float>(ceil_div(rank, 16) * 16 * inner);
   work.take<float>(tokens * rank);
   work.take<float>(tokens * ranks);
+  if (bf16) work.take<float>(tokens * inner);
   return work.next - static_cast<char*>(nullptr);
 }
 
 // y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u [tokens, rank] = x_narrow down^T, W' = diag(gain) W; down
-// [rank, columns], up [rows, rank]; rank 0: y = x W'^T.
-void qlora_layer_forward(const Weight* weight, const float* gain, int by_integers, const float* x, int64_t tokens,
-                         const float* x_narrow, const float* down, const float* up, int64_t rank, char* memory,
-                         float* u, float* y, int threads) {
+// [rank, columns], up [rows, rank]; rank 0: y = x W'^T. x, x_narrow and y are float32 or `bf16`, all else is float32.
+void qlora_layer_forward(const Weight* weight, const float* gain, int by_integers, int bf16, const void* x,
+                         int64_t tokens, const void* x_narrow, const float* down, const float* up, int64_t rank,
+                         char* memory, float* u, void* y, int threads) {
   Weight w = *weight;
   w.gain = gain;
   Work work{memory};
   const Call c = call_of(by_integers, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.columns, work);
   float* const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.columns);
-  prepare(c, rank > 0 ? x_narrow : nullptr, x, w.columns, down, true, tiles, u, integers);
-  multiply(c, {w, true, x, tokens, w.columns, w.rows, rank, u, up, y, integers});
+  float* const wide = bf16 ? work.take<float>(tokens * w.rows) : static_cast<float*>(y);
+  const Values input{x, bf16 != 0};
+  prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, down, true, tiles, u, integers);
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, wide, integers},
+           bf16 ? static_cast<BF16*>(y) : nullptr);
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
-// dy W' + v down unless null. rank 0: dx = dy W'.
-void qlora_layer_backward(const Weight* weight, const float* gain, int by_integers, const float* dy, const float* x,
-                          const float* down, const float* up, const float* u, const float* y, int64_t tokens,
-                          int64_t rank, float scaling, const float* safe, char* memory, float* dx, float* dA, float* dB,
-                          float* dm, int threads) {
+// dy W' + v down unless null. rank 0: dx = dy W'. dy, x, y and dx are float32 or `bf16`.
+void qlora_layer_backward(const Weight* weight, const float* gain, int by_integers, int bf16, const void* dy,
+                          const void* x, const float* down, const float* up, const float* u, const void* y,
+                          int64_t tokens, int64_t rank, float scaling, const float* safe, char* memory, void* dx,
+                          float* dA, float* dB, float* dm, int threads) {
   Weight w = *weight;
   w.gain = gain;
   Work work{memory};
@@ -156,33 +166,40 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
   const Integers integers = integers_of(c, w.rows, work);
   float *const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.rows), *const v = work.take<float>(tokens * rank),
                *const padded = work.take<float>(tokens * in_eights(rank));
-  prepare(c, rank > 0 ? dy : nullptr, dx != nullptr ? dy : nullptr, w.rows, up, false, tiles, v, integers);
+  const auto values = [&](const void* at) { return Values{at, bf16 != 0}; };
+  prepare(c, values(rank > 0 ? dy : nullptr), values(dx != nullptr ? dy : nullptr), w.rows, up, false, tiles, v,
+          integers);
   if (rank > 0) {
-    sum_over_tokens(c, dy, y, u, padded, w.rows, [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
-      for (int64_t j = row; j < row + rows; ++j) {
-        const float factor = gain == nullptr ? scaling : scaling * gain[j];
-        for (int64_t k = 0; k < rank; ++k) dB[j * rank + k] = factor * sums[k * kStripColumns + j - row];
-        if (y != nullptr) dm[j] = dots[j - row] / safe[j];
-      }
-    });
-    sum_over_tokens(c, x, nullptr, v, padded, w.columns,
+    sum_over_tokens(c, values(dy), values(y), u, padded, w.rows,
+                    [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
+                      for (int64_t j = row; j < row + rows; ++j) {
+                        const float factor = gain == nullptr ? scaling : scaling * gain[j];
+                        for (int64_t k = 0; k < rank; ++k)
+                          dB[j * rank + k] = factor * sums[k * kStripColumns + j - row];
+                        if (y != nullptr) dm[j] = dots[j - row] / safe[j];
+                      }
+                    });
+    sum_over_tokens(c, values(x), values(nullptr), v, padded, w.columns,
                     [&](int64_t column, int64_t columns, const float* sums, const float*) {
                       for (int64_t k = 0; k < rank; ++k)
                         for (int64_t i = 0; i < columns; ++i)
                           dA[k * w.columns + column + i] = sums[k * kStripColumns + i];
                     });
   }
-  if (dx != nullptr) multiply(c, {w, false, dy, tokens, w.rows, w.columns, rank, v, down, dx, integers});
+  if (dx == nullptr) return;
+  float* const wide = bf16 ? work.take<float>(tokens * w.columns) : static_cast<float*>(dx);
+  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, wide, integers},
+           bf16 ? static_cast<BF16*>(dx) : nullptr);
 }
 
 // Bytes of `work`, aligned to 64, for the product below.
 int64_t qlora_dense_bytes(int threads) { return threads * integer_layer->dense_room(); }
 
 // y = x W^T [tokens, rows], or x W [tokens, columns], of a dense W [rows, columns], by integers.
-void qlora_dense(const float* weight, int64_t rows, int64_t columns, int transposed, const float* x, int64_t tokens,
-                 char* work, float* y, int threads) {
+void qlora_dense(const void* weight, int bf16, int64_t rows, int64_t columns, int transposed, const float* x,
+                 int64_t tokens, char* work, float* y, int threads) {
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
-  const DenseProduct product{weight, transposed != 0, x, tokens, inner, outer, y};
+  const DenseProduct product{{weight, bf16 != 0}, transposed != 0, x, tokens, inner, outer, y};
   share(*integer_layer, tokens, outer, threads,
         [&](int64_t i, int64_t token, int64_t count, int64_t panel, int64_t panels) {
           integer_layer->dense(product, token, count, panel, panels, work + i * integer_layer->dense_room());

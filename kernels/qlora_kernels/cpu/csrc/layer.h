@@ -1,8 +1,15 @@
-// What nf4_gemm.h and nf4_gemm_integers.h have for api_layer.cpp, which cuts the work: an adapted layer in float32.
+// What nf4_gemm.h and nf4_gemm_integers.h have for api_layer.cpp, which cuts the work: an adapted layer in float32, of
+// values that lie in float32 or, where no unit multiplies it, in bf16.
 #pragma once
 #include "kernels.h"
 
 namespace qlora {
+
+// A matrix as it lies, row by row.
+struct Values {
+  const void* at;
+  bool bf16;  // else float32
+};
 
 // x in integers, see nf4_gemm_integers.h: [tile][64 of inner][row of the tile][64], and a scale for each 64.
 struct Integers {
@@ -15,7 +22,7 @@ struct Integers {
 struct LayerProduct {
   Weight weight;    // [rows, columns], with a gain per row or none
   bool transposed;  // W^T: inner = columns, outer = rows; else the other way round
-  const float* x;
+  Values x;
   int64_t tokens, inner, outer;
   int64_t rank;
   const float* left;    // [tokens, rank]
@@ -24,9 +31,10 @@ struct LayerProduct {
   Integers integers;  // of x, where the product is by integers
 };
 
-// y [tokens, outer] = x [tokens, inner] times W^T or W of a dense W [rows, columns]; columns in 64s.
+// y [tokens, outer] = x [tokens, inner] times W^T or W of a dense W [rows, columns], in float32 or bf16; columns in
+// 64s.
 struct DenseProduct {
-  const float* weight;
+  Values weight;
   bool transposed;  // as above
   const float* x;
   int64_t tokens, inner, outer;
@@ -35,8 +43,8 @@ struct DenseProduct {
 
 // For some columns of x [tokens, columns]: out [rank in 8s, kStripColumns] = left^T x, and dots_c = sum_t x_tc y_tc.
 struct LayerSums {
-  const float *x, *y;  // y or null
-  const float* left;   // [tokens, rank in 8s, the rest zeros]
+  Values x, y;        // y or null
+  const float* left;  // [tokens, rank in 8s, the rest zeros]
   int64_t tokens, columns, ranks;
 };
 constexpr int64_t kStripColumns = 128;
@@ -46,10 +54,10 @@ struct Layer {
   // Bytes that a thread needs for each of those below, aligned to 64.
   int64_t (*room)(int64_t inner, int64_t rank);
   // u [tokens, rank] = x factor of some tokens, the factor as tiles [rank / 16, inner, 16].
-  void (*narrow)(const float* x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens,
-                 char* work, float* u);
+  void (*narrow)(Values x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
+                 float* u);
   // Some tokens of x in integers; null where the product takes x as it is.
-  void (*integers)(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out);
+  void (*integers)(Values x, int64_t inner, int64_t token, int64_t tokens, Integers out);
   void (*wide)(const LayerProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);
   void (*sums)(const LayerSums&, int64_t column, int64_t columns, float* out, float* dots);
   // As `room` and `wide` of a dense weight; null where the library's product is as fast.

@@ -1,5 +1,5 @@
-// The products of an adapted layer in float32, over the primitives that the including file defines for its instruction
-// set (nf4_kernels.h has the rest of them):
+// The products of an adapted layer in float32, of values in float32 or bf16, over the primitives that the including
+// file defines for its instruction set (nf4_kernels.h has the rest of them):
 //
 //   forward   y  = x W'^T + u up^T      u = x down^T               W' = diag(gain) W
 //   backward  dx = dy W'  + v down      v = dy up     dB = dy^T u     dA = v^T x     dm = sum_t dy y
@@ -26,6 +26,15 @@ constexpr int kSumRanks = kTileRows > 8 ? 8 : 4;
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t pieces_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f of the values in their own type.
+template <class F>
+inline void as_they_lie(Values x, F f) {
+  if (x.bf16)
+    f(static_cast<const BF16*>(x.at));
+  else
+    f(static_cast<const float*>(x.at));
+}
 
 // out [kTileRows, kVectors] = before, or 0, + a [kTileRows, depth] b [depth, kVectors]. Not inlined: a compiler that
 // sees more at once spills the sums.
@@ -63,12 +72,13 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t 
 }
 
 // `depth` values of kTileRows rows of x from `token` on to rows kStride apart; zeros behind the last.
-inline void copy_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, float* out) {
+template <class T>
+inline void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, float* out) {
   for (int64_t r = 0; r < kTileRows; ++r, out += kStride) {
     int64_t k = 0;
     if (r < rows)
-      for (; k + 16 <= depth; k += 16) F16::load(x + r * stride + k).store(out + k);
-    for (; k < depth; ++k) out[k] = r < rows ? x[r * stride + k] : 0.0f;
+      for (; k + 16 <= depth; k += 16) load16(x + r * stride + k).store(out + k);
+    for (; k < depth; ++k) out[k] = r < rows ? to_float(x[r * stride + k]) : 0.0f;
   }
 }
 
@@ -135,7 +145,9 @@ int64_t room(int64_t, int64_t rank) {
                                    pieces_of(rank, 16) * 16 * kTileRows);
 }
 
-void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
+template <class T>
+void wide_of(const LayerProduct& p, const T* x, int64_t token, int64_t tokens, int64_t panel, int64_t panels,
+             char* work) {
   float *const rows = reinterpret_cast<float*>(work), *const edge = rows + kTileRows * kStride,
                *const decoded = edge + kTileRows * kWidth;
   const int64_t depths = depths_of(p.inner, p.rank);
@@ -156,7 +168,7 @@ void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, i
       }
       for (int64_t t = token; t < token + tokens; t += kTileRows) {
         const int64_t n = least(kTileRows, token + tokens - t);
-        copy_rows(p.x + t * p.inner + d.start, p.inner, n, d.size, rows);
+        copy_rows(x + t * p.inner + d.start, p.inner, n, d.size, rows);
         copy_rows(p.left + t * p.rank + d.rank, p.rank, n, d.ranks, rows + d.size);
         for (int64_t c = 0; c < count; ++c) {
           float* const y = p.y + t * p.outer + (panel + done + c) * kWidth;
@@ -177,8 +189,13 @@ void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, i
   }
 }
 
-void narrow(const float* x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
-            float* u) {
+void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
+  as_they_lie(p.x, [&](const auto* x) { wide_of(p, x, token, tokens, panel, panels, work); });
+}
+
+template <class T>
+void narrow_of(const T* x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
+               float* u) {
   float *const rows = reinterpret_cast<float*>(work), *const sums = rows + kTileRows * kStride;
   const int64_t strips = pieces_of(rank, 16), parts = parts_of(inner);
   for (int64_t t = token; t < token + tokens; t += kTileRows) {
@@ -196,12 +213,17 @@ void narrow(const float* x, int64_t inner, const float* tiles, int64_t rank, int
   }
 }
 
+void narrow(Values values, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
+            float* u) {
+  as_they_lie(values, [&](const auto* x) { narrow_of(x, inner, tiles, rank, token, tokens, work, u); });
+}
+
 // ---------------------------------------------------------------- sums over tokens
 
 // out [kSumRanks, kTileVectors], rows kStripColumns apart, += left^T x; dots += the sums of x y.
-template <bool kDots>
-__attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left, const float* x, const float* y,
-                                          int64_t tokens, float* out, float* dots) {
+template <bool kDots, class T>
+__attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left, const T* x, const T* y, int64_t tokens,
+                                          float* out, float* dots) {
   constexpr int64_t kAheadRows = 16;  // whose lines are fetched: no prefetcher sees them coming
   const int64_t ranks = s.ranks, columns = s.columns;
   F16 sum[kSumRanks][kTileVectors], dot[kTileVectors];
@@ -215,10 +237,10 @@ __attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left,
     F16 row[kTileVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVectors; ++v) {
-      row[v] = F16::load(x + 16 * v);
+      row[v] = load16(x + 16 * v);
       __builtin_prefetch(x + kAheadRows * columns + 16 * v);
       if (!kDots) continue;
-      dot[v] = madd(row[v], F16::load(y + 16 * v), dot[v]);
+      dot[v] = madd(row[v], load16(y + 16 * v), dot[v]);
       __builtin_prefetch(y + kAheadRows * columns + 16 * v);
     }
     if (kDots) y += columns;
@@ -237,7 +259,8 @@ __attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left,
   for (int v = 0; kDots && v < kTileVectors; ++v) dot[v].store(dots + 16 * v);
 }
 
-void sums(const LayerSums& s, int64_t column, int64_t columns, float* out, float* dots) {
+template <class T>
+void sums_of(const LayerSums& s, const T* x, const T* y, int64_t column, int64_t columns, float* out, float* dots) {
   constexpr int64_t kTokens = 64;  // of a strip of columns, which then lie in the first cache
   for (int64_t i = 0; i < s.ranks * kStripColumns; ++i) out[i] = 0.0f;
   for (int64_t c = 0; c < columns; ++c) dots[c] = 0.0f;
@@ -245,14 +268,18 @@ void sums(const LayerSums& s, int64_t column, int64_t columns, float* out, float
     const int64_t n = least(kTokens, s.tokens - t), at = t * s.columns + column;
     for (int64_t c = 0; c < columns; c += kWidth)
       for (int64_t r = 0; r < s.ranks; r += kSumRanks) {
-        const float *left = s.left + t * s.ranks + r, *x = s.x + at + c;
+        const float* const left = s.left + t * s.ranks + r;
         float* const to = out + r * kStripColumns + c;
-        if (r == 0 && s.y != nullptr)
-          sum_tokens<true>(s, left, x, s.y + at + c, n, to, dots + c);
+        if (r == 0 && y != nullptr)
+          sum_tokens<true>(s, left, x + at + c, y + at + c, n, to, dots + c);
         else
-          sum_tokens<false>(s, left, x, nullptr, n, to, nullptr);
+          sum_tokens<false>(s, left, x + at + c, x, n, to, nullptr);
       }
   }
+}
+
+void sums(const LayerSums& s, int64_t column, int64_t columns, float* out, float* dots) {
+  as_they_lie(s.x, [&](const auto* x) { sums_of(s, x, static_cast<decltype(x)>(s.y.at), column, columns, out, dots); });
 }
 
 }  // namespace

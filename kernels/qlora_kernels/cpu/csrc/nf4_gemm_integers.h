@@ -66,8 +66,9 @@ __attribute__((noinline)) void multiply_integers(const int32_t* a, const int32_t
 }
 
 // The first n of 16 values, zeros behind them; n may be anything.
-inline F16 some_of(const float* x, int64_t n) {
-  return n >= 16 ? F16::load(x) : n <= 0 ? F16::zero() : load_some(x, n);
+template <class T>
+inline F16 some_of(const T* x, int64_t n) {
+  return n >= 16 ? load16(x) : n <= 0 ? F16::zero() : load_some(x, n);
 }
 
 // What takes values up to `largest` to integers up to `most`.
@@ -84,7 +85,8 @@ inline float round_64(const F16* value, int most, int16_t* out) {
 
 // `rows` rows of x, `depth` values each: [64 of depth][row of the tile][64], and a scale for each 64. Zeros where there
 // are none.
-inline void integer_tile(const float* x, int64_t stride, int64_t rows, int64_t depth, int16_t* values, float* scales) {
+template <class T>
+inline void integer_tile(const T* x, int64_t stride, int64_t rows, int64_t depth, int16_t* values, float* scales) {
   for (int64_t n = 0; n < pieces_of(depth, 64); ++n)
     for (int64_t r = 0; r < kTileRows; ++r, values += 64, ++scales) {
       F16 value[4];
@@ -94,12 +96,14 @@ inline void integer_tile(const float* x, int64_t stride, int64_t rows, int64_t d
     }
 }
 
-void integers(const float* x, int64_t inner, int64_t token, int64_t tokens, Integers out) {
-  for (int64_t t = token; t < token + tokens; t += kTileRows) {
-    const int64_t at = t / kTileRows * pieces_of(inner, 64) * kTileRows;
-    integer_tile(x + t * inner, inner, least(kTileRows, token + tokens - t), inner, out.values + 64 * at,
-                 out.scales + at);
-  }
+void integers(Values values, int64_t inner, int64_t token, int64_t tokens, Integers out) {
+  as_they_lie(values, [&](const auto* x) {
+    for (int64_t t = token; t < token + tokens; t += kTileRows) {
+      const int64_t at = t / kTileRows * pieces_of(inner, 64) * kTileRows;
+      integer_tile(x + t * inner, inner, least(kTileRows, token + tokens - t), inner, out.values + 64 * at,
+                   out.scales + at);
+    }
+  });
 }
 
 // out = before + the product of a tile with a panel, `parts` times 64 deep; `before` is overwritten.
