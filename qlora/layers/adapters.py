@@ -177,8 +177,9 @@ def backward_product(
         return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
     if backends.is_widened(dy):
         wide, y = [part.float() for part in saved], None if y is None else y.float()
-        dx, dxa, *rest = backward_product(dy.float(), x_adapter.float(), wide, y, constants, needs, shared)
-        return *(None if part is None else part.to(dy.dtype) for part in (dx, dxa)), *rest
+        dx, dxa, dA, dB, dm = backward_product(dy.float(), x_adapter.float(), wide, y, constants, needs, shared)
+        dx, dxa = (None if part is None else part.to(dy.dtype) for part in (dx, dxa))
+        return dx, dxa, dA, dB, dm
     dx = dxa = dA = dm = None
     row_scale, m_clamped = row_scale_and_m(saved)
     if row_scale is not None and weight.quantized is None:

@@ -60,8 +60,9 @@ class AttentionKernels(Subject):
             shapes = f"gradient {tuple(dout.shape)}, result {tuple(out.shape)} and lse {tuple(lse.shape)}"
             raise ValueError(f"{shapes} for queries {tuple(q.shape)}")
         if self._is_widened(q):
-            wide = (x.float() for x in (dout, q, k, v, out))
-            return tuple(x.to(q.dtype) for x in self.attention_backward(*wide, lse, cu_seqlens, scale))
+            inputs = (q.float(), k.float(), v.float(), out.float())
+            wide = self.attention_backward(dout.float(), *inputs, lse, cu_seqlens, scale)
+            return tuple(gradient.to(q.dtype) for gradient in wide)
         gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         self._attention([dout, q, k, v, out, *gradients], lse.contiguous(), cu_seqlens, scale)
         return gradients
