@@ -114,11 +114,13 @@ def ours(method: str, folder: str, dtype: str):
 
     import qlora
     from qlora.cli import bound_kernel_caches
+    from qlora.models.device import DTYPES
+    from qlora_kernels import backends
 
     bound_kernel_caches()  # as every command does
-    if dtype == "int16":
+    if dtype == "int16" or backends.is_widened(torch.empty(0, dtype=DTYPES[dtype])):
         torch.set_float32_matmul_precision("high")  # as models.device.products_of
-        dtype = "fp32"
+        dtype = "fp32" if dtype == "int16" else dtype
     torch.manual_seed(0)
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype=dtype), method=method, rank=RANK, alpha=ALPHA)
 
@@ -252,7 +254,7 @@ def fastest(found: dict[str, list[dict]], names: list[str]) -> str | None:
 def compare(work: str, folder: str, dtype: str, rounds: int, steps: int) -> dict:
     """All contestants in turns on one kind of batch; prints a table and returns its rows."""
     found = take_turns(work, folder, dtype, rounds, steps)
-    multiplied = "fp32" if dtype == "int16" else dtype
+    multiplied = "fp32" if dtype not in their_dtypes() else dtype
     ceiling = child(__file__, "--ceiling", multiplied, work, "--folder", folder, quiet=True)
     allowed = ceiling["tokens"] / ceiling["seconds"]
     rows: dict[str, dict] = {}
