@@ -376,17 +376,24 @@ def supports_matmul_dense(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Whether products of x are made in float32 and rounded: of bf16 on a CPU that does not multiply it, or is held to
-    less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is bf16.
+    """Whether products of x are made in float32 and rounded: of 16 bits on a CPU that does not multiply them, or is held
+    to less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is not wide.
     """
-    if x.dtype != torch.bfloat16 or kind_of(x.device) != "cpu":
+    if x.dtype not in (torch.bfloat16, torch.float16) or kind_of(x.device) != "cpu":
         return False
+    if x.dtype == torch.float16:
+        return not _multiplies_fp16()
     return not (multiplies_bf16() if NATIVE is None else NATIVE.bf16_unit)
 
 
 def multiplies_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def _multiplies_fp16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def multiplies_by_integers() -> bool:

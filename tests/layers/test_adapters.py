@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -344,6 +345,37 @@ def test_a_layer_in_one_operator_equals_the_plain_route(in_use):
             )
         for ours, plain in zip(*found, strict=True):
             assert relative(ours, plain) < TOLERANCE[torch.bfloat16], (method, bias, dropout)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_no_unit_multiplies_is_widened(in_use, kind, dtype):
+    """A CPU with AVX2 alone, few tokens and odd sizes, dropout or not: rounded once, where 16 bits in between would be
+    rounded at each product. What is kept for the backward pass is not wide.
+    """
+    in_use.select("avx2")
+    for tokens, dropout in itertools.product((5, 40), (0.0, 0.3)):
+        torch.manual_seed(2)
+        model, _ = one_layer(kind, 77, 33, dtype=torch.float32)
+        layer = adapted(model, "dora", dropout=dropout).layer
+        layer.base.to(dtype)
+        exact = in_float64(copy.deepcopy(model))
+        x = torch.randn(tokens, 77).to(dtype).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            torch.manual_seed(3)
+            y = model(x)
+        torch.manual_seed(3)
+        expected = exact(wide)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+        y.backward(dy)
+        expected.backward(dy.double())
+        large = [t for t in kept if t.numel() >= tokens * 33]
+        assert y.dtype == x.grad.dtype == dtype and {t.dtype for t in large if t.shape[0] == tokens} == {dtype}
+        assert relative(y, expected) < TOLERANCE[dtype] / 4 and relative(x.grad, wide.grad) < TOLERANCE[dtype] / 4
+        for ours, theirs in zip(adapter_parameters(model), adapter_parameters(exact), strict=True):
+            assert relative(ours.grad, theirs.grad) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
