@@ -238,6 +238,8 @@ class LayerKernels(AdapterKernels):
         dy, x, A_cast, B_scaled = dy.contiguous(), x.contiguous(), A_cast.contiguous(), B_scaled.contiguous()
         xA, factors = xA.contiguous(), factors.contiguous()
         if not self._on_amx(dy):
+            if y is not None and y.dtype != dy.dtype:
+                return NotImplemented
             y = None if y is None else y.contiguous()
             return self._float32_backward(dy, [x, xA, A_cast, B_scaled, factors], y, scaling, weight, layout, needs_x)
         if not self._sums_on_the_unit(dy, xA) or (y is not None and y.dtype != dy.dtype):
