@@ -25,7 +25,7 @@ from qlora_kernels.weight import QuantizedWeight
 # do not meet.
 _scratch = threading.local()
 
-WIDENED = 4096  # rows of a weight in bf16 that are made float32 at a time
+WIDENED = 4096  # rows of a weight in 16 bits that are made float32 at a time
 
 
 def _buffers() -> dict[tuple[torch.device, torch.dtype], Tensor]:
@@ -171,7 +171,7 @@ def matmul(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
 
 def multiply_frozen(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
     """x W^T, or x W, to `out`, of a frozen dense W, such as a head's. By integers where float32 may be less than exact
-    and we have them; where not, of a W in bf16 that meets float32 (`backends.is_widened`) a few rows at a time are
+    and we have them; where not, of a W in 16 bits that meets float32 (`backends.is_widened`) a few rows at a time are
     made float32.
     """
     if backends.supports_matmul_dense(x, weight):

@@ -363,7 +363,7 @@ def test_what_no_unit_multiplies_is_widened(in_use, kind, dtype):
         x = torch.randn(tokens, 77).to(dtype).requires_grad_()
         wide = x.detach().double().requires_grad_()
         kept: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             torch.manual_seed(3)
             y = model(x)
         torch.manual_seed(3)
