@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -359,7 +359,7 @@ def test_what_no_unit_multiplies_is_widened(in_use, kind, dtype):
         model, _ = one_layer(kind, 77, 33, dtype=torch.float32)
         layer = adapted(model, "dora", dropout=dropout).layer
         layer.base.to(dtype)
-        exact = in_float64(copy.deepcopy(model))
+        exact = in_float64(deepcopy(model))
         x = torch.randn(tokens, 77).to(dtype).requires_grad_()
         wide = x.detach().double().requires_grad_()
         kept: list[torch.Tensor] = []
