@@ -376,8 +376,9 @@ def supports_matmul_dense(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Whether products of x are made in float32 and rounded: of 16 bits on a CPU that does not multiply them, or is held
-    to less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is not wide.
+    """Whether products of x are made in float32 and rounded: of 16 bits on a CPU that does not multiply them, or is
+    held to less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is not
+    wide.
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or kind_of(x.device) != "cpu":
         return False
