@@ -10,12 +10,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from qlora.config.commands import FinetuneConfig, PlanConfig
 from qlora.data.batch import Example
 from qlora.errors import UserError, problem
+from qlora.models.device import resolve_dtype
 from qlora.models.source import Source
 from qlora.plan.fit import Plan, baseline_bytes, fit, peak_batches, predict, requested
-from qlora.plan.meta import MetaRun
+from qlora.plan.meta import MetaRun, planned_device
 
 
 def table(plan: Plan) -> str:
@@ -37,14 +40,17 @@ def _line(name: str, nbytes: int, note: str = "") -> str:
     return f"  {name:<24} {nbytes / 1e6:>10.1f} MB" + (f", {note}" if note else "")
 
 
-def refusal(memory: int, smallest: Plan, baseline: int) -> UserError:
+def refusal(config: FinetuneConfig, memory: int, smallest: Plan, baseline: int) -> UserError:
     """The error for a budget (bytes) that no settings keep."""
     # The process' own size differs by a little from run to run.
     least = -(-(smallest.budget + baseline) // 1_000_000) + 5
     settings = ", ".join(f"`{option}`" for option in smallest.settings.options())
     own = f"{baseline / 1e6:.0f} MB of it the process itself"
     rule = f"too little for this model and these options: the smallest that works is {least}MB ({own}, with {settings})"
-    return UserError(problem("memory", f"{memory / 1e6:.0f}MB", rule, f"Use `memory={least}MB`"))
+    device = torch.device(planned_device(config.device))
+    wide = config.dtype == "auto" and device.type == "cpu" and resolve_dtype("auto", device) == "fp32"
+    narrower = ", or `dtype=bf16`, which keeps activations in half the memory here" if wide else ""
+    return UserError(problem("memory", f"{memory / 1e6:.0f}MB", rule, f"Use `memory={least}MB`{narrower}"))
 
 
 def within_budget(
@@ -59,7 +65,7 @@ def within_budget(
     run = MetaRun(config, source, varied_lengths=True)
     chosen, smallest = fit(run, memory - baseline, peak_batches(config, train, held_out))
     if chosen is None:
-        raise refusal(memory, smallest, baseline)
+        raise refusal(config, memory, smallest, baseline)
     return dataclasses.replace(config, **dataclasses.asdict(chosen.settings)), chosen, baseline
 
 
@@ -83,7 +89,7 @@ def describe(
         fitting, smallest = fit(run, config.memory - baseline, batches)
         found |= {"memory": config.memory, "fits": fitting is not None and fitting.settings == requested(config)}
         found |= {"fitting": as_json(fitting) if fitting else None, "smallest": smallest.budget + baseline}
-        text += _verdict(config, config.memory, fitting, refusal(config.memory, smallest, baseline).problems)
+        text += _verdict(config, config.memory, fitting, refusal(config, config.memory, smallest, baseline).problems)
     return {**found, "text": "\n".join(text)}
 
 

@@ -291,6 +291,19 @@ def test_same_losses_within_a_budget(place, tmp_path, capsys):
     finetune(options(place, tmp_path / "tight", memory=None, save_every=2, resume=True))  # a budget may change
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_refusal_says_what_takes_half(place, tmp_path, monkeypatch, bf16):
+    """Where auto is fp32 on a CPU, and only there; it is true."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: bf16)
+    for dtype in ("auto", "fp32"):
+        with pytest.raises(UserError) as refused:
+            finetune(options(place, tmp_path / "tight", memory=1_000_000, dtype=dtype))
+        assert ("or `dtype=bf16`" in refused.value.problems[0]) == (dtype == "auto" and not bf16)
+    kept = [meta_run(options(place, tmp_path, dtype=dtype)).step((64, 64), False).kept for dtype in ("bf16", "fp32")]
+    assert kept[0] < 0.6 * kept[1]
+
+
 def test_no_other_masks_for_a_budget(place, tmp_path):
     """Dropout draws by batch: a run with it keeps its batches."""
     config = options(place, tmp_path / "x", dropout=0.1)
