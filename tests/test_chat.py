@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -193,24 +194,29 @@ def test_ctrl_c_on_a_terminal_ends_the_reply_and_not_the_chat(made):
     os.close(ours)
     seen = ""
 
-    def until(pattern: str) -> None:
+    def until(pattern: str, otherwise: Callable[[], object] = lambda: None) -> None:
         nonlocal seen
         end = time.monotonic() + 300  # beside other work a start takes a minute
         while not re.search(pattern, seen):
             assert time.monotonic() < end, seen
             if select.select([theirs], [], [], 1)[0]:
                 seen += os.read(theirs, 4096).decode(errors="replace")
+            else:
+                otherwise()
+
+    def interrupt() -> None:
+        child.send_signal(signal.SIGINT)
 
     try:
         until(r"Speaking to base.*\s+> $")
         os.write(theirs, b"tell\r")
         seen = ""
         until(r"tell\r?\n(.|\n){20}")  # some of the reply
-        child.send_signal(signal.SIGINT)
+        interrupt()
         until(r"\d+ tokens, [\d.]+ tokens/s, interrupted\s+> $")
         seen = ""
-        child.send_signal(signal.SIGINT)
-        until(r"/quit or Ctrl-D leaves\s+> $")
+        interrupt()  # again if it came after readline drew the prompt and before it listened: CPython loses that one
+        until(r"/quit or Ctrl-D leaves\s+> $", interrupt)
         os.write(theirs, b"/help\r")
         until(r"/compare +let every adapter")
         os.write(theirs, b"/quit\r")

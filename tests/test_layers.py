@@ -60,7 +60,6 @@ FLOORS = (
         "config.options",
         "data.chat",
         "data.formats",
-        "layers.forward",
         "layers.nf4",
         "manifest",
         "models.device",
@@ -84,7 +83,7 @@ FLOORS = (
         "optim.pinned_tier",
         "run.watch",
     ),
-    ("config.commands", "data.doctor", "layers.linear", "models.source", "optim.pager"),
+    ("config.commands", "data.doctor", "layers.forward", "layers.linear", "models.source", "optim.pager"),
     ("config.data_command", "layers.adapters", "layers.targets", "models.limits", "models.packed", "optim.pages"),
     ("generate", "layers.attach", "layers.forward_mode", "layers.joined", "models.quantize", "optim.moments"),
     (
