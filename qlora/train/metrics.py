@@ -231,6 +231,8 @@ class Progress:
     def show(self, metrics: Metrics) -> None:
         """Show a step's metrics, if it is time to."""
         now, text = time.monotonic(), self.line(metrics)
+        if metrics["step"] == self.first:  # an evaluation before the steps says nothing of how long they take
+            self._began = now
         if self._live is not None:
             self._live.update(self._task, completed=metrics["step"], text=text)
             if "eval_loss" in metrics:
