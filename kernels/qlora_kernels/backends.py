@@ -380,7 +380,7 @@ def is_widened(x: Tensor) -> bool:
     held to less (QLORA_CPU_ISA), where torch has a plain loop or an emulation. What waits for the backward pass is not
     wide.
     """
-    if x.dtype not in (torch.bfloat16, torch.float16) or kind_of(x.device) != "cpu":
+    if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or kind_of(x.device) != "cpu":  # a card's is hot
         return False
     if x.dtype == torch.float16:
         return not _multiplies_fp16()

@@ -109,12 +109,12 @@ def forward_product(
         if constants.keep is not None:
             constants.keep(saved[-1][2])
         return y, saved
+    if weight.has_operands(x):
+        return product_of_operands(x, x_adapter, A, B, m, constants)
     if backends.is_widened(x):
         wide = x.float()
         y, saved = forward_product(wide, wide if x_adapter is x else x_adapter.float(), A, B, m, constants)
         return y.to(x.dtype), saved
-    if weight.has_operands(x):
-        return product_of_operands(x, x_adapter, A, B, m, constants)
     fold = m is not None and weight.quantized is not None
     A_cast, B_scaled, row_scale, m_clamped = ops.prepare_lora_factors(
         A, B, m if fold else None, n if fold else None, scaling, x.dtype

@@ -152,7 +152,7 @@ def head_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     learns = torch.is_grad_enabled() and (states.requires_grad or any(p.requires_grad for p in head.parameters()))
     if backends.is_widened(states) and type(head) is nn.Linear and not learns:
-        logits = torch.empty(states.shape[0], head.weight.shape[0], device=states.device)
+        logits = states.new_empty(states.shape[0], head.weight.shape[0], dtype=torch.float32)
         multiply_frozen(logits, states.float(), head.weight, transposed=True)
         logits = logits if head.bias is None else logits + head.bias
     else:

@@ -70,20 +70,20 @@ def device_notes(device: torch.device, dtype: str) -> list[str]:
         name = torch.cuda.get_device_properties(device).name
         fast = "`dtype=fp16` is several times as fast in half the memory, but may overflow (`on_nan=skip` goes on)"
         notes.append(f"{name} has no bf16, so auto is fp32: {fast}")
-    if device.type == "cpu" and dtype == "fp32" and not backends.multiplies_bf16():
+    if dtype == "fp32" and lacks_bf16(device):
         half = "`dtype=bf16` keeps what waits for the backward pass in half the memory, as fast"
         notes.append(f"this CPU does not multiply bf16, so auto is fp32: {half}")
     return notes
 
 
-def _want_of_bf16(dtype: str, device: torch.device) -> bool:
-    """Whether a CPU has no bf16: "auto" is fp32 there, and "bf16" is multiplied in float32."""
-    return dtype in ("auto", "bf16") and device.type == "cpu" and not backends.multiplies_bf16()
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU that does not multiply bf16: "auto" is fp32 there, and "bf16" is multiplied in float32."""
+    return device.type == "cpu" and not backends.multiplies_bf16()
 
 
 def arithmetic_of(dtype: str, device: torch.device) -> str:
     """What decides the numbers of a run: the dtype, and whether `products_of` makes float32 products of integers."""
-    if dtype == "auto" and _want_of_bf16(dtype, device) and backends.multiplies_by_integers():
+    if dtype == "auto" and lacks_bf16(device) and backends.multiplies_by_integers():
         return "auto (fp32, products by integers)"
     return resolve_dtype(dtype, device)
 
@@ -96,7 +96,7 @@ def products_of(dtype: str, device: torch.device) -> Iterator[None]:
     """
     before = torch.get_float32_matmul_precision()
     try:
-        if _want_of_bf16(dtype, device) and before == "highest":
+        if dtype in ("auto", "bf16") and lacks_bf16(device) and before == "highest":
             torch.set_float32_matmul_precision("high")
         yield
     finally:

@@ -15,7 +15,7 @@ import torch
 from qlora.config.commands import FinetuneConfig, PlanConfig
 from qlora.data.batch import Example
 from qlora.errors import UserError, problem
-from qlora.models.device import resolve_dtype
+from qlora.models.device import lacks_bf16
 from qlora.models.source import Source
 from qlora.plan.fit import Plan, baseline_bytes, fit, peak_batches, predict, requested
 from qlora.plan.meta import MetaRun, planned_device
@@ -47,8 +47,7 @@ def refusal(config: FinetuneConfig, memory: int, smallest: Plan, baseline: int) 
     settings = ", ".join(f"`{option}`" for option in smallest.settings.options())
     own = f"{baseline / 1e6:.0f} MB of it the process itself"
     rule = f"too little for this model and these options: the smallest that works is {least}MB ({own}, with {settings})"
-    device = torch.device(planned_device(config.device))
-    wide = config.dtype == "auto" and device.type == "cpu" and resolve_dtype("auto", device) == "fp32"
+    wide = config.dtype == "auto" and lacks_bf16(torch.device(planned_device(config.device)))
     narrower = ", or `dtype=bf16`, which keeps activations in half the memory here" if wide else ""
     return UserError(problem("memory", f"{memory / 1e6:.0f}MB", rule, f"Use `memory={least}MB`{narrower}"))
 
