@@ -30,6 +30,7 @@ from qlora.config.shared import (
     Shards,
     Spoken,
     Verified,
+    calibration_text,
 )
 from qlora.errors import problem
 from qlora.sizes import parse_memory, parse_size
@@ -363,9 +364,10 @@ class QuantizeConfig(Code, Shards, Calibrated, Blocks, Output, NamedModel):
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         found = Calibrated.conflicts(values)
         given, codes = values.get("calibrate"), values.get("codes")
-        if given is None and codes == "gptq":
-            rule, remedy = "is needed by codes=gptq", "Give data such as train.jsonl, like what the model will read"
-            found.append(problem("calibrate", "(not given)", rule, remedy))
+        if calibration_text(given)[0] is None and codes == "gptq":
+            rule = "is needed by codes=gptq" if given is None else "names no data"
+            remedy = "Give data such as train.jsonl, like what the model will read"
+            found.append(problem("calibrate", given or "(not given)", rule, remedy))
         if given is not None and codes == "nearest":
             rule = "nothing is calibrated with the nearest codes"
             found.append(problem("calibrate", given, rule, "Leave it out, or use `codes=gptq`"))

@@ -94,8 +94,8 @@ class Calibrated(Options):
         None,
         group=QUANTIZATION,
         min_length=1,
-        help="text that shows which errors of the base matter, as data or data:tokens "
-        f"(default: {CALIBRATION_TOKENS} tokens, of a run's training data)",
+        help="text that shows which errors of the base matter, as data, data:tokens, or tokens of a run's training "
+        f"data (default: {CALIBRATION_TOKENS} of these)",
     )
     codes: Codes = option(
         "nearest",
@@ -115,11 +115,13 @@ class Calibrated(Options):
 
 
 def calibration_text(given: str | None) -> tuple[str | None, int]:
-    """(data, tokens) of an option such as my.jsonl:65536; None for the training data."""
+    """(data, tokens) of an option such as my.jsonl:65536 or 65536; None for the training data."""
     if given is None:
         return None, CALIBRATION_TOKENS
-    name, _, count = given.rpartition(":")
-    return (name, int(count)) if name and count.isascii() and count.isdigit() else (given, CALIBRATION_TOKENS)
+    name, colon, count = given.rpartition(":")
+    if count.isascii() and count.isdigit() and (name or not colon):
+        return name or None, int(count)
+    return given, CALIBRATION_TOKENS
 
 
 @dataclass(kw_only=True)

@@ -62,11 +62,12 @@ def quantize_command(config: QuantizeConfig) -> Path:
         )
     folder = check_new_folder(config.output)
     data, count = calibration_text(config.calibrate)
+    assert data is not None, "codes=gptq needs data, as the options say"
     source = resolve(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     if source.packed:
         raise UserError(problem("model", config.model, "is NF4 already", "Use it as it is"))
     tokenizer = load_tokenizer(source)
-    examples = tokenize(read_records(data or ""), tokenizer, max_tokens=TOKENS).examples
+    examples = tokenize(read_records(data), tokenizer, max_tokens=TOKENS).examples
     refuse_tokens(source_limits(source), examples, tokenizer, "calibrate")
     text = rectangles(examples, count, 0, BATCH)
     model, said = chosen_base(source, config.quantization(), text, config.dtype, verbose=config.verbose)

@@ -9,6 +9,7 @@ own that writes an adapter to go on from, would be left out by everybody who doe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from qlora.run.inputs import Inputs
 from qlora.run.watch import watched
 
 RECORDS = 16  # that the gap is measured on, at most
+GAP_TOKENS = 512  # of these records where the start took few, else an eighth of its own: three models compute each
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,21 @@ def begin(model: PreTrainedModel, config: FinetuneConfig, inputs: Inputs) -> Beg
     fill = forward_tokens(config.batch_size, config.max_tokens)
     tokens = calibration_text(config.calibrate)[1]
     batches = rectangles(inputs.calibration, tokens, config.seed, config.batch_size, fill)
+    taken = sum(batch.numel() for batch in batches)
     weights = originals(inputs.unquantized)
     adapted = sum(1 for _ in named_adapters(model))
     with watched("start", adapted) as done:
         layers = start_by_error(model, weights, batches, done=done)
-    records = _records(inputs, config.seed)
+    records = _records(inputs, config.seed, max(GAP_TOKENS, taken // 8))
     gap = measure_gap(model, weights, records, config.batch_size, fill) if can_measure(model, weights) else None
-    return Beginning(
-        layers, adapted, sum(batch.numel() for batch in batches), gap, time.monotonic() - began, config.verbose
-    )
+    return Beginning(layers, adapted, taken, gap, time.monotonic() - began, config.verbose)
 
 
-def _records(inputs: Inputs, seed: int) -> list[Example]:
-    """A few held-out records; where there are none, those of the training data that come last."""
+def _records(inputs: Inputs, seed: int, tokens: int) -> list[Example]:
+    """A few held-out records of about so many tokens, one at least; where there are none, those of the training data
+    that come last.
+    """
     order = epoch_order(len(inputs.train), seed, 0)[-RECORDS:]
-    return inputs.held_out[:RECORDS] or [inputs.train[i] for i in order]
+    records = inputs.held_out[:RECORDS] or [inputs.train[i] for i in order]
+    before = itertools.accumulate((len(record.input_ids) for record in records), initial=0)
+    return [record for record, count in zip(records, before, strict=False) if count < tokens]

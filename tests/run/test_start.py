@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from qlora import load_base
 from qlora.config.commands import FinetuneConfig
+from qlora.data.tokenize import tokenize
 from qlora.export.bnb import quantize_checkpoint
 from qlora.export.peft import START
 from qlora.run.recipe import finetune
@@ -64,6 +66,25 @@ def test_the_start_is_that_of_the_calibration_text(error, place, tmp_path):
     assert all(torch.equal(starts[0][key], starts[2][key]) for key in starts[0])
 
 
+def test_a_number_is_how_many_tokens_of_the_training_data(error, place, tmp_path):
+    for output, calibrate in (("number", "99"), ("data", f"{place / 'data.jsonl'}:99"), ("usual", None)):
+        finetune(error(output, steps=1, calibrate=calibrate))
+    number, data, usual = (load_file(tmp_path / name / "adapter" / START) for name in ("number", "data", "usual"))
+    assert all(torch.equal(number[key], data[key]) for key in number)
+    assert any(not torch.equal(number[key], usual[key]) for key in number)
+
+
+def test_the_gap_is_measured_on_few_tokens(error, tmp_path):
+    """On records that begin within the first 512, where the start took few: three models compute each."""
+    records = [{"question": "?" * 40, "answer": f"{n:02d}" * 20} for n in range(10, 30)]
+    (tmp_path / "held.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    finetune(error(steps=1, eval_data=str(tmp_path / "held.jsonl"), eval_every=1))
+    examples = tokenize(records, tiny.tokenizer()).examples[:16]
+    before = itertools.accumulate((len(example.input_ids) for example in examples), initial=0)
+    targets = [sum(example.loss_mask) for example, count in zip(examples, before, strict=False) if count < 512]
+    assert metrics(tmp_path / "run")[0]["gap_target_tokens"] == sum(targets) and 5 < len(targets) < 16
+
+
 def test_a_resume_from_another_start_is_refused(error, config, tmp_path):
     finetune(error(save_every=2))
     (problem,) = refused(config(resume=True, adapter_init="zero"))
@@ -112,6 +133,7 @@ def test_what_is_impossible_is_refused_before_anything_is_loaded(error, place, t
         ({"calibrate": "x.jsonl", "adapter_init": "zero"}, "calibrate=x.jsonl"),
         ({"calibrate": "x.jsonl", "bits": 16}, "calibrate=x.jsonl"),
         ({"adapter_init": "error", "calibrate": "x.jsonl:0"}, "calibrate=x.jsonl:0"),
+        ({"adapter_init": "error", "calibrate": "1"}, "calibrate=1"),
     ],
 )
 def test_options_that_contradict_each_other(options, name):
