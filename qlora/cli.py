@@ -316,7 +316,3 @@ def _say(text: str) -> None:
     """A last word on standard error, if anybody hears it."""
     with steady():
         print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

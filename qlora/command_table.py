@@ -6,13 +6,15 @@ module for each command, spreads one table over eight files.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,26 @@ from qlora.errors import guard
 from qlora.streams import steady
 
 
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Import torch, transformers and what needs them, with other libraries' chatter kept off the terminal; their
+    errors, and the bars of long downloads, stay.
+
+    A process of the command begins without collecting garbage (`__main__`). It begins to collect here, and passes over
+    the objects of the modules, which stay.
+    """
+    _quiet()
+    yield
+    _collect()
+
+
+def _collect() -> None:
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def _quiet() -> None:
-    """Keep other libraries' chatter off the terminal; their errors, and the bars of long downloads, stay."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -52,8 +72,8 @@ def _quiet() -> None:
 
 
 def _finetune(config: FinetuneConfig) -> None:
-    _quiet()
-    from qlora.run.recipe import finetune
+    with _imports():
+        from qlora.run.recipe import finetune
 
     folder = finetune(config).output
     folder = folder if folder != Path(config.output).absolute() else Path(config.output)  # it may have been moved
@@ -67,8 +87,8 @@ def _finetune(config: FinetuneConfig) -> None:
 
 
 def _verify_resume(config: VerifyConfig) -> int:
-    _quiet()
-    from qlora.run.verify import verify_resume
+    with _imports():
+        from qlora.run.verify import verify_resume
 
     tally = verify_resume(config)
     print(tally)
@@ -76,8 +96,8 @@ def _verify_resume(config: VerifyConfig) -> int:
 
 
 def _export(config: MergeConfig) -> None:
-    _quiet()
-    from qlora.export.formats import export_adapter
+    with _imports():
+        from qlora.export.formats import export_adapter
 
     folder = shlex.quote(config.output)
     with steady():  # a reader that goes ends no work
@@ -98,8 +118,8 @@ def _export(config: MergeConfig) -> None:
 
 
 def _generate(config: GenerateConfig) -> None:
-    _quiet()
-    from qlora.run.commands import generate_command
+    with _imports():
+        from qlora.run.commands import generate_command
 
     answers = generate_command(config, lambda text: print(text, end="", flush=True))
     if config.output is not None:
@@ -107,15 +127,15 @@ def _generate(config: GenerateConfig) -> None:
 
 
 def _chat(config: ChatConfig) -> None:
-    _quiet()
-    from qlora.run.commands import chat_command
+    with _imports():
+        from qlora.run.commands import chat_command
 
     chat_command(config)
 
 
 def _eval(config: EvalConfig) -> None:
-    _quiet()
-    from qlora.run.commands import evaluate_command
+    with _imports():
+        from qlora.run.commands import evaluate_command
 
     result = evaluate_command(config)
     if config.json:  # JSON has no infinity
@@ -128,8 +148,8 @@ def _eval(config: EvalConfig) -> None:
 
 
 def _quantize(config: QuantizeConfig) -> None:
-    _quiet()
-    from qlora.run.codes import quantize_command
+    with _imports():
+        from qlora.run.codes import quantize_command
 
     with steady():
         quantize_command(config)
@@ -137,8 +157,8 @@ def _quantize(config: QuantizeConfig) -> None:
 
 
 def _plan(config: PlanConfig) -> None:
-    _quiet()
-    from qlora.run.commands import plan_command
+    with _imports():
+        from qlora.run.commands import plan_command
 
     found = plan_command(config)
     text = found.pop("text")
@@ -146,8 +166,8 @@ def _plan(config: PlanConfig) -> None:
 
 
 def _data(config: DataConfig) -> None:
-    _quiet()
-    from qlora.run.data_command import data_command
+    with _imports():
+        from qlora.run.data_command import data_command
 
     print(data_command(config))
 
@@ -155,6 +175,7 @@ def _data(config: DataConfig) -> None:
 def _selftest(config: SelftestConfig) -> int:
     from qlora.selftest.report import as_json, as_text, selftest
 
+    _collect()
     found = selftest(config.device, config.only)
     if config.json is not None:
         with guard("json", config.json, "cannot be written", "Choose another file"):
@@ -168,9 +189,8 @@ def _doctor(config: DoctorConfig) -> None:
 
     found = doctor.report()
     if config.trace:
-        _quiet()
-        from qlora.run.trace import trace
-
+        with _imports():
+            from qlora.run.trace import trace
         found["trace"] = trace()
     print(json.dumps(found, indent=2) if config.json else doctor.as_text(found))
 

@@ -187,7 +187,7 @@ def test_bytes_that_are_no_text_end_no_conversation(made, loaded, monkeypatch, c
 def test_ctrl_c_on_a_terminal_ends_the_reply_and_not_the_chat(made):
     """The reply that was begun is kept; at the prompt Ctrl-C drops the line; Ctrl-D leaves."""
     theirs, ours = pty.openpty()
-    command = [sys.executable, "-m", "qlora.cli", "chat", "--model", str(made / "base"), "--max-new-tokens", "100000"]
+    command = [sys.executable, "-m", "qlora", "chat", "--model", str(made / "base"), "--max-new-tokens", "100000"]
     child = subprocess.Popen(
         [*command, "--device", "cpu"], stdin=ours, stdout=ours, stderr=ours, env=ENVIRONMENT, start_new_session=True
     )

@@ -85,7 +85,7 @@ def test_help_names_every_option_and_its_default(command, capsys):
 def run(*argv: str, **settings) -> subprocess.CompletedProcess:
     """`python -m qlora.cli` in a process of its own."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
-    return subprocess.run([sys.executable, "-m", "qlora.cli", *argv], text=True, env=ENVIRONMENT, **settings)
+    return subprocess.run([sys.executable, "-m", "qlora", *argv], text=True, env=ENVIRONMENT, **settings)
 
 
 def test_help_and_checks_import_no_torch():
@@ -269,7 +269,7 @@ def test_doctor_traces_a_step(capsys):
 
 def test_a_command_tells_its_kernels(tmp_path):
     """With QLORA_TRACE=1, on standard error, so that JSON stays JSON."""
-    command = [sys.executable, "-m", "qlora.cli", "doctor", "--trace", "--json"]
+    command = [sys.executable, "-m", "qlora", "doctor", "--trace", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "QLORA_TRACE": "1"})
     assert done.returncode == 0, done.stderr
     ran = {line.split()[0] for line in done.stderr.partition("Kernels that ran")[2].splitlines()[1:]}

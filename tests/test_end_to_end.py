@@ -31,7 +31,7 @@ STEPS = 24
 
 
 def qlora(*arguments: object) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", "qlora.cli", *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "qlora", *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -114,7 +114,7 @@ def _running(config: VerifyConfig, output: Path) -> Iterator[subprocess.Popen[st
     options |= {"output": str(output), "resume": "auto", "save_every": config.save_every or 1}
     file = output.with_name(f"{output.name}.yaml")
     file.write_text(to_yaml(FinetuneConfig(**options)), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora.cli", "finetune", "--config", str(file)]
+    command = [sys.executable, "-m", "qlora", "finetune", "--config", str(file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

@@ -51,7 +51,7 @@ def finetune(data: str, steps: int, memory: int | None) -> dict:
         command = [
             sys.executable,
             "-m",
-            "qlora.cli",
+            "qlora",
             "finetune",
             *OPTIONS.split(),
             "--data",

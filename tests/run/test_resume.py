@@ -142,7 +142,7 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "qlora.cli", "finetune", *arguments]
+    return [sys.executable, "-m", "qlora", "finetune", *arguments]
 
 
 def test_control_c_then_the_printed_command_is_the_uninterrupted_run(config, tmp_path):

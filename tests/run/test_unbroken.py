@@ -85,7 +85,7 @@ def test_the_command_with_closed_streams_ends_well(config, tmp_path):
     file = written(config(steps=2), tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
-    command = f"exec {sys.executable} -m qlora.cli finetune --config {file} >&-"
+    command = f"exec {sys.executable} -m qlora finetune --config {file} >&-"
     done = subprocess.run(["sh", "-c", command], stderr=writer, stdin=subprocess.DEVNULL)
     os.close(writer)
     assert done.returncode == 0 and adapter(tmp_path / "run")
