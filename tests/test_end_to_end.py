@@ -62,6 +62,8 @@ def run(tmp_path_factory):
         6,
         "--max-tokens",
         256,
+        "--calibrate",
+        2048,
     )
     return output
 
