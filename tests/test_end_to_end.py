@@ -162,5 +162,7 @@ def test_the_adapter_in_peft(run, held_out, tmp_path):
     theirs = peft.PeftModel.from_pretrained(without_quantized_gemm(base), run / "adapter").eval()
     ours = load_adapter(load_base("smollm2-135m", dtype="fp32"), run / "adapter").eval()
     batch = pack(held_out[:4])
+    rounding = 1e-6 * batch.target_tokens  # a loss near 0 is what is left of logits of 40
     with torch.no_grad():
-        assert loss_sum(theirs, batch).item() == pytest.approx(loss_sum(ours, batch).item(), rel=1e-4)
+        expected = pytest.approx(loss_sum(ours, batch).item(), rel=1e-4, abs=rounding)
+        assert loss_sum(theirs, batch).item() == expected

@@ -17,6 +17,7 @@ from qlora.specs import Blocksize, Codes, Scales, VerifySpec
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Format = Literal["chat", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
+MOST_TOKENS, DIGITS = 10**9, 18  # of calibration text: more than fits any memory; Python refuses to read 4,301 digits
 CALIBRATION_TOKENS = 8192  # four times as many moved the KL of a start by 2 % (docs/log.md)
 
 
@@ -109,9 +110,10 @@ class Calibrated(Options):
     @staticmethod
     def conflicts(values: Mapping[str, Any]) -> list[str]:
         given = values.get("calibrate")
-        if given is None or calibration_text(given)[1] >= 2:
+        if given is None or 2 <= calibration_text(given)[1] <= MOST_TOKENS:
             return []
-        return [problem("calibrate", given, "must be at least 2 tokens", f"{CALIBRATION_TOKENS} are the default")]
+        rule = f"must be 2 to {MOST_TOKENS:,} tokens"
+        return [problem("calibrate", given, rule, f"{CALIBRATION_TOKENS} are the default")]
 
 
 def calibration_text(given: str | None) -> tuple[str | None, int]:
@@ -120,7 +122,7 @@ def calibration_text(given: str | None) -> tuple[str | None, int]:
         return None, CALIBRATION_TOKENS
     name, colon, count = given.rpartition(":")
     if count.isascii() and count.isdigit() and (name or not colon):
-        return name or None, int(count)
+        return name or None, int(count) if len(count) <= DIGITS else MOST_TOKENS + 1
     return given, CALIBRATION_TOKENS
 
 

@@ -133,7 +133,9 @@ def test_what_is_impossible_is_refused_before_anything_is_loaded(error, place, t
         ({"calibrate": "x.jsonl", "adapter_init": "zero"}, "calibrate=x.jsonl"),
         ({"calibrate": "x.jsonl", "bits": 16}, "calibrate=x.jsonl"),
         ({"adapter_init": "error", "calibrate": "x.jsonl:0"}, "calibrate=x.jsonl:0"),
-        ({"adapter_init": "error", "calibrate": "1"}, "calibrate=1"),
+        ({"adapter_init": "error", "calibrate": "1"}, "calibrate=1: must be 2 to 1,000,000,000 tokens"),
+        ({"adapter_init": "error", "calibrate": "9" * 5000}, "calibrate=9"),
+        ({"adapter_init": "error", "calibrate": "x.jsonl:" + "9" * 5000}, "calibrate=x.jsonl:9"),
     ],
 )
 def test_options_that_contradict_each_other(options, name):
