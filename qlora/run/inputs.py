@@ -8,6 +8,7 @@ a wrong data file are said together. The alternative, to stop at the first probl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -130,6 +131,7 @@ def read_inputs(
     quantization = problems.gather(lambda: _resolved(source.value, config.quantization(), weights))
     problems.gather(lambda: begins_by_error(config, source.value))
     problems.gather(lambda: chooses_codes(config, source.value))
+    problems.gather(lambda: _refuse_ambiguous(config.calibrate))
     tokenizer = problems.gather(lambda: load_tokenizer(source.value))
     found = problems.gather(lambda: read_records(config.data))
     shown = problems.gather(lambda: read_records(calibrating) if calibrating else [])
@@ -174,6 +176,17 @@ def _calibration(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, rec
         UserError: the option with what is wrong.
     """
     return tokenize(records, tokenizer, max_tokens=config.max_tokens).examples if records else []
+
+
+def _refuse_ambiguous(calibrate: str | None) -> None:
+    """A number alone is how many tokens of the training data, unless it may be the name of the user's own data.
+
+    Raises:
+        UserError: something here bears it.
+    """
+    if calibrate is not None and calibration_text(calibrate)[0] is None and os.path.lexists(calibrate):
+        remedy = f"Give `./{calibrate}` for the data, or data with its tokens such as train.jsonl:{calibrate}"
+        raise UserError(problem("calibrate", calibrate, "is a number of tokens, and a name in this folder", remedy))
 
 
 def find_model(config: FinetuneConfig, *, weights: bool = True) -> Source:

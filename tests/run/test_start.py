@@ -74,6 +74,15 @@ def test_a_number_is_how_many_tokens_of_the_training_data(error, place, tmp_path
     assert any(not torch.equal(number[key], usual[key]) for key in number)
 
 
+def test_a_number_that_is_also_a_name_is_asked_about(error, tmp_path, monkeypatch):
+    (tmp_path / "2024").mkdir()
+    tiny.write_data(tmp_path / "2024" / "text.jsonl", seed=5)
+    monkeypatch.chdir(tmp_path)
+    (problem,) = refused(error(calibrate="2024"))
+    assert problem.startswith("calibrate=2024: is a number of tokens, and a name in this folder. Give `./2024`")
+    assert finetune(error(calibrate="./2024", steps=1)).steps == 1
+
+
 def test_the_gap_is_measured_on_few_tokens(error, tmp_path):
     """On records that begin within the first 512, where the start took few: three models compute each."""
     records = [{"question": "?" * 40, "answer": f"{n:02d}" * 20} for n in range(10, 30)]
