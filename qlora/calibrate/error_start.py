@@ -6,6 +6,8 @@
     scaled      each row a of A to mean (a x)^2 = at H a = |d|^2 tr(H) / in, what a drawn row d has in expectation, and
                 B's column takes the rest: B A is the same, and B's steps stay those of LoRA
     DoRA        m_j = n_j <w_j, v_j>_H / <v_j, v_j>_H,   v = Q + s B A,   n_j = ||v_j||: the best factor of each row
+    what comes of it    l = e - s b A of each row has l H l = e H e - 2 s b (A H e) + s^2 b (A H At) bt: from w H w,
+                w H e, e H e and products of r columns, no second matrix of the size of E is made
 
 The published form takes H^(1/2) and its inverse; none is needed: with F = E H^(1/2), the best F' of rank r is U Ut F,
 and U Ut F H^(-1/2) = U Ut E. U comes from subspace iteration, Y <- (E H) (Et Y), two thin products a round. The
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROUNDS = 10  # of the subspace iteration
+ROUNDS = 5  # of the subspace iteration: 10 lower the error of SmolLM2's layers by another 0.03 %
 SPARE = 8  # directions more than asked for, for it to converge
 
 
@@ -46,12 +48,52 @@ def error_table(layers: Mapping[str, LayerError]) -> str:
 
 def weighted_error(E: Tensor, H: Tensor) -> float:
     """tr(E H Et): the mean squared error of the layer's output, for errors E [out, in] and moments H [in, in]."""
-    return inner_product(E @ H, E)
+    return float(((E @ H) * E).sum(dtype=torch.float64))
 
 
-def inner_product(EH: Tensor, E: Tensor) -> float:
-    """tr(E H Et) of E [out, in] and E H."""
-    return float((EH * E).sum(dtype=torch.float64))
+@dataclass(frozen=True)
+class RowForms:
+    """<w, w>_H, <w, e>_H and <e, e>_H of each row of a weight and of its error, [out] each, in float64."""
+
+    ww: Tensor
+    we: Tensor
+    ee: Tensor
+
+    def less(self, B: Tensor, WHA: Tensor, EHA: Tensor, AHA: Tensor) -> RowForms:
+        """The same with E - B A in the place of E.
+
+        Args:
+            B: [out, r].
+            WHA: W H At [out, r].
+            EHA: E H At [out, r].
+            AHA: A H At [r, r].
+        """
+        changed, square = (B * EHA).sum(1), ((B @ AHA) * B).sum(1)
+        return RowForms(self.ww, self.we - (B * WHA).sum(1), (self.ee - 2 * changed + square).clamp_min(0))
+
+    def gains(self) -> Tensor:
+        """g = <w, v>_H / <v, v>_H, the best factor of each row of V = W - E; 1 for a row that H does not see."""
+        size = self._vv()
+        seen = size > 1e-6 * self.ww  # less is what rounding left of nothing
+        return torch.where(seen, 1 + (self.we - self.ee) / torch.where(seen, size, 1), 1)
+
+    def scaled(self, gains: Tensor) -> Tensor:
+        """<w - g v, w - g v>_H of each row, V = W - E."""
+        more = gains - 1
+        return (self.ee - 2 * more * (self.we - self.ee) + more.square() * self._vv()).clamp_min(0)
+
+    def _vv(self) -> Tensor:
+        return self.ww - 2 * self.we + self.ee
+
+
+def row_forms(W: Tensor, H: Tensor, E: Tensor, EH: Tensor) -> RowForms:
+    """The forms of some rows: W, E and E H [rows, in], H [in, in]."""
+    product = torch.empty_like(W)
+
+    def sums(X: Tensor, Y: Tensor) -> Tensor:
+        return torch.mul(X, Y, out=product).sum(1).double()
+
+    return RowForms(sums(torch.mm(W, H, out=product), W), sums(EH, W), sums(EH, E))
 
 
 def principal_directions(E: Tensor, EH: Tensor, count: int, rounds: int = ROUNDS) -> Tensor:
@@ -96,12 +138,3 @@ def error_factors(
     A[k] = rows[k] * (wanted / size[k]).unsqueeze(1)
     B[:, k] = U[:, k] * (size[k] / (wanted * scaling))
     return A, B
-
-
-def row_gains(V: Tensor, VH: Tensor, left: Tensor) -> Tensor:
-    """g [out] = <w_j, v_j>_H / <v_j, v_j>_H of V [out, in], V H, and what is `left` of the error, W - V; 1 for a row
-    that H does not see.
-    """
-    size = (VH * V).sum(1)
-    seen = size > 0
-    return torch.where(seen, 1 + (VH * left).sum(1) / torch.where(seen, size, 1), 1)

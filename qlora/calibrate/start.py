@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qlora.calibrate.error_start import LayerError, error_factors, inner_product, row_gains
+from qlora.calibrate.error_start import LayerError, RowForms, error_factors, row_forms
 from qlora.calibrate.moments import input_moments
 from qlora.layers.adapters import AdaptedLinear
 from qlora.layers.attach import adapters_of, named_adapters
@@ -60,47 +60,40 @@ def start_layer(layer: AdaptedLinear, W: Tensor, H: Tensor) -> LayerError:
     """Start one fresh adapter by the error of its base against W [out, in] under H [in, in]; zero if that is no better.
 
     In memory are E [out, in] and E H in float32 and a few rows of all else. Damped is E H, so that nothing of H's size
-    is made. W H is the only other large product: what is left after the update is L = E - s B A, so that L H = E H -
-    s B (A H) and V H = W H - L H.
+    is made.
     """
     quantized = frozen_weight(layer.base)
     E, EH = (torch.empty(quantized.shape, device=H.device) for _ in range(2))
-    parts = []
+    WHA = torch.empty(quantized.shape[0], len(layer.lora_A), device=H.device)
+    parts, found = [], []
     for part, Q in quantized.chunks(elements=ROWS):
-        E[part] = W[part].float() - Q
-        EH[part] = E[part] @ H
+        dense = W[part].float()
+        torch.sub(dense, Q, out=E[part])
+        torch.mm(E[part], H, out=EH[part])
+        found.append(row_forms(dense, H, E[part], EH[part]))
         parts.append(part)
-    before = inner_product(EH, E)
-    if not 0 < before < math.inf:  # nothing to undo, no inputs, or no numbers
+    forms = RowForms(*(torch.cat(rows) for rows in zip(*((f.ww, f.we, f.ee) for f in found), strict=True)))
+    before, size = float(forms.ee.sum()), float(forms.ww.sum())
+    if not 0 < before < math.inf or before <= EXACT * size:  # nothing to undo, no inputs, or no numbers
         return LayerError(0.0, 0.0)
     mean_square = float(H.diagonal().mean())
     damping = DAMPING * mean_square
     A, B = error_factors(E, EH.add_(E, alpha=damping), mean_square + damping, layer.lora_A, layer.scaling)
     AH = A @ H
-    gains = None if layer.magnitude is None else torch.ones_like(layer.magnitude)
-    size = after = 0.0
-    for rows in parts:
-        dense = W[rows].float()
-        WH = dense @ H
-        size += inner_product(WH, dense)
-        left = E[rows] - layer.scaling * (B[rows] @ A)
-        left_H = EH[rows] - damping * E[rows] - layer.scaling * (B[rows] @ AH)
-        if gains is not None:
-            V, VH = dense - left, WH - left_H
-            gains[rows] = row_gains(V, VH, left)
-            more = (gains[rows] - 1).unsqueeze(1)
-            left, left_H = left - more * V, left_H - more * VH
-        after += inner_product(left_H, left)
-    if before <= EXACT * size:
-        return LayerError(0.0, 0.0)
+    for part in parts:
+        torch.mm(W[part].float(), AH.t(), out=WHA[part])
+    EHA = EH @ A.t() - damping * (E @ A.t())
+    forms = forms.less(*(x.double() for x in (layer.scaling * B, WHA, EHA, AH @ A.t())))
+    gains = None if layer.magnitude is None else forms.gains()
+    after = float((forms.ee if gains is None else forms.scaled(gains)).sum())
     if not after < before:
         return LayerError(before / size, before / size)
     layer.lora_A.copy_(A)
     layer.lora_B.copy_(B)
     layer.forget_row_norms()
     if layer.magnitude is not None and gains is not None:
-        layer.magnitude.copy_(layer.current_row_norms() * gains)
-    return LayerError(before / size, max(0.0, after) / size)
+        layer.magnitude.copy_(layer.current_row_norms() * gains.float())
+    return LayerError(before / size, after / size)
 
 
 def keep_start(model: torch.nn.Module) -> None:

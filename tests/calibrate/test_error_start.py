@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from qlora.calibrate.error_start import error_factors, principal_directions, row_gains, weighted_error
+from qlora.calibrate.error_start import error_factors, principal_directions, row_forms, weighted_error
 from qlora.calibrate.start import start_layer
 from qlora.layers.attach import attach_adapters, named_adapters
 from qlora.layers.linear import quantize_
@@ -21,7 +21,7 @@ def drawn(out: int = 48, columns: int = 64, rank: int = 5, seed: int = 0) -> tup
     return E, X.t() @ X / len(X), torch.randn(rank, columns, dtype=torch.float64)
 
 
-def factors(E, H, A, scaling=1.0, rounds=10):
+def factors(E, H, A, scaling=1.0, rounds=5):
     return error_factors(E, E @ H, H.diagonal().mean().item(), A, scaling, rounds)
 
 
@@ -37,7 +37,7 @@ def test_it_is_the_solution_by_the_root_of_h(scaling):
     assert (scaling * B @ A_new - published).norm() < 1e-8 * published.norm()
 
 
-def test_ten_rounds_come_close_to_the_best():
+def test_its_rounds_come_close_to_the_best():
     E, H, A = drawn(rank=8)
     best = torch.linalg.eigvalsh(E @ H @ E.t())[:-8].sum().item()
     A_new, B = factors(E, H, A)
@@ -85,10 +85,24 @@ def test_gains_are_the_best_factor_of_each_row():
     W, H, _ = drawn()
     V = W + torch.randn_like(W) / 100
     V[0] = 0
-    g = row_gains(V, V @ H, W - V)
+    forms = row_forms(W, H, W - V, (W - V) @ H)
+    g = forms.gains()
     assert g[0] == 1
     wanted = torch.stack([(w @ H @ v) / (v @ H @ v) for w, v in zip(W[1:], V[1:], strict=True)])
     assert torch.allclose(g[1:], wanted)
+    left = W - g.unsqueeze(1) * V
+    assert torch.allclose(forms.scaled(g), ((left @ H) * left).sum(1))
+
+
+def test_the_forms_of_rows_follow_an_update():
+    W, H, A = drawn()
+    E, B = torch.randn_like(W) / 100, torch.randn(len(W), len(A), dtype=torch.float64) / 100
+    left = E - B @ A
+    found = row_forms(W, H, E, E @ H).less(B, W @ H @ A.t(), E @ H @ A.t(), A @ H @ A.t())
+    wanted = row_forms(W, H, left, left @ H)
+    for name in ("ww", "we", "ee"):
+        assert torch.allclose(getattr(found, name), getattr(wanted, name)), name
+    assert found.ee.sum().item() == pytest.approx(weighted_error(left, H))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -104,3 +118,23 @@ def test_a_layer_that_gains_nothing_keeps_the_zero_start(method):
     start_layer(layer, exact + 0.01, H * 0)
     assert all(torch.equal(one, two) for one, two in zip(before, layer.parameters(recurse=False), strict=True))
     assert start_layer(layer, exact + 0.01, H).after < 1e-6 and layer.lora_B.any()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_errors_told_are_those_of_the_layer(method):
+    model = attach_adapters(quantize_(tiny.llama()), method=method, rank=4, alpha=6)
+    layer = next(layer for _, layer in named_adapters(model))
+    torch.manual_seed(0)
+    frozen = layer.base.frozen.dense(torch.float32)
+    W, inputs = (
+        frozen + 0.02 * torch.randn_like(frozen),
+        torch.randn(300, frozen.shape[1]) * torch.rand(frozen.shape[1]),
+    )
+    H = inputs.t() @ inputs / len(inputs)
+    found = start_layer(layer, W, H)
+    with torch.no_grad():
+        got = layer(inputs) - layer(torch.zeros_like(inputs))
+    mean_square = (inputs @ W.t()).square().mean()
+    assert found.before == pytest.approx(float((inputs @ (W - frozen).t()).square().mean() / mean_square), rel=1e-4)
+    assert found.after == pytest.approx(float((inputs @ W.t() - got).square().mean() / mean_square), rel=1e-3)
+    assert found.after < 0.9 * found.before
