@@ -17,8 +17,9 @@ from qlora.data.chat import prompt_ids, stop_ids
 from qlora.data.prompts import read_prompts
 from qlora.errors import UserError
 from qlora.export.peft_write import save_adapter
-from qlora.generate import Listener, Remembered, Sampling, Streamer, generate_batch
+from qlora.generate import Listener, Remembered, Sampling, Streamer, generate_batch, speaker_of
 from qlora.run.commands import generate_command
+from qlora_kernels import backends
 
 PROMPTS = ["a", "What is 2+2?", "x y z " * 5]
 
@@ -60,6 +61,35 @@ def test_the_head_multiplies_what_lies_in_one_piece():
     width = model.config.hidden_size
     assert strides == [(width, width, 1)] * 3
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_generated_tokens_is_multiplied_as_in_the_loss(dtype, precision):
+    """A bias, a batch, one token each; by integers where they may be. A forward that somebody replaced is called."""
+    model = talkative("llama")
+    torch.manual_seed(0)
+    model.lm_head = torch.nn.Linear(64, 331, dtype=dtype)
+    states, before, routes = torch.randn(3, 1, 64, dtype=dtype), torch.get_float32_matmul_precision(), {}
+    try:
+        torch.set_float32_matmul_precision(precision)
+        routes = backends.ROUTES.copy()
+        with torch.no_grad():
+            logits = speaker_of(model).lm_head(states)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    integers = (
+        precision == "high"
+        and backends.multiplies_by_integers()
+        and (dtype == torch.float32 or backends.is_widened(states))
+    )
+    assert backends.routes(routes).get("matmul_dense_into", {}) == ({"native": 1} if integers else {})
+    wanted = torch.nn.functional.linear(states.double(), model.lm_head.weight.double(), model.lm_head.bias.double())
+    assert logits.dtype == dtype and logits.shape == (3, 1, 331)
+    limit = 1e-2 if dtype == torch.bfloat16 else 6e-4 if integers else 1e-5
+    assert (logits.double() - wanted).abs().max() < limit * wanted.abs().max()
+    model.lm_head.forward = lambda states: states + 1
+    assert torch.equal(speaker_of(model).lm_head(states), states + 1)
 
 
 def test_it_stops_at_any_end_token_of_tokenizer_template_or_model():

@@ -110,8 +110,9 @@ def _looks_along_the_row(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _find(model: PreTrainedModel, may_pack: bool) -> ForwardMode:
-    training, parts = model.training, _has_parts(model)
+    training, parts, precision = model.training, _has_parts(model), torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")  # logits are compared
     try:
         vocabulary = model.config.get_text_config().vocab_size
         first, second = probe_examples(vocabulary)
@@ -142,6 +143,7 @@ def _find(model: PreTrainedModel, may_pack: bool) -> ForwardMode:
         model.set_attn_implementation("sdpa")
         return ForwardMode(True, False, _REFUSED)
     finally:
+        torch.set_float32_matmul_precision(precision)
         model.train(training)
 
 

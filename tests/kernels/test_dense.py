@@ -13,8 +13,18 @@ from qlora_kernels import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned", "threads")
 
-# tokens, rows, columns: tiles over, panels that are not whole, inner dimensions of several parts and not of 64s
-SIZES = [(32, 1, 64), (33, 64, 128), (45, 1090, 192), (40, 2049, 64), (130, 100, 1344), (32, 1600, 448)]
+# tokens, rows, columns: tiles over, less than a tile, panels that are not whole, inner dimensions of several parts and
+# not of 64s
+SIZES = [
+    (32, 1, 64),
+    (1, 1090, 128),
+    (7, 96, 64),
+    (33, 64, 128),
+    (45, 1090, 192),
+    (40, 2049, 64),
+    (130, 100, 1344),
+    (32, 1600, 448),
+]
 each_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 
 
@@ -119,9 +129,9 @@ def test_the_largest_integers_do_not_overflow(isa, allowed):
 
 
 def test_what_integers_do_not_take_is_the_references(isa, allowed):
-    """Without leave, other dtypes, few tokens, columns not in 64s."""
+    """Without leave, other dtypes, no tokens, columns not in 64s."""
     x, W = torch.randn(40, 128), torch.randn(96, 128)
-    assert not isa.supports_matmul_dense(x[:31], W)
+    assert not isa.supports_matmul_dense(x[:0], W)
     assert not isa.supports_matmul_dense(x[:, :96], W[:, :96].contiguous())
     assert not isa.supports_matmul_dense(x.bfloat16(), W.bfloat16())
     assert not isa.supports_matmul_dense(x, W.t().contiguous().t())

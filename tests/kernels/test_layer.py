@@ -17,8 +17,8 @@ from qlora_kernels.weight import QuantizedWeight
 
 pytestmark = pytest.mark.usefixtures("poisoned", "threads")
 
-# tokens, rows, columns, rank, block size: tiles and tokens over, widths and ranks of several depths, ranks that fill
-# nothing
+# tokens, rows, columns, rank, block size: tiles and tokens over, less than a tile, widths and ranks of several depths,
+# ranks that fill nothing
 LAYERS = [
     (32, 32, 64, 1, 64),
     (33, 96, 64, 16, 64),
@@ -27,6 +27,9 @@ LAYERS = [
     (70, 32, 4096, 16, 256),
     (41, 2048, 64, 5, 64),
     (32, 96, 1600, 900, 64),
+    (1, 96, 128, 16, 64),
+    (5, 64, 192, 3, 64),
+    (31, 2048, 64, 17, 64),
 ]
 SIZES = pytest.mark.parametrize("size", LAYERS, ids=lambda size: "x".join(map(str, size)))
 S = 0.7
@@ -108,7 +111,8 @@ def test_products_of_a_weight_in_float32(isa, precision, size):
 def test_float32_has_kernels_with_avx2_and_more(isa):
     weight, (_, _, _, x, _) = drawn(*LAYERS[0])
     assert isa.supports_fused_gemm(x, weight.parts, weight.layout) == (isa.isa != "portable C++") == (isa.layers > 0)
-    assert not isa.supports_fused_gemm(x[:31], weight.parts, weight.layout)
+    assert isa.supports_fused_gemm(x[:1], weight.parts, weight.layout) == (isa.layers > 0)
+    assert not isa.supports_fused_gemm(x[:0], weight.parts, weight.layout)
     assert not isa.supports_fused_gemm(x.double(), weight.parts, weight.layout)
 
 

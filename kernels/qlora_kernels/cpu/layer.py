@@ -81,12 +81,13 @@ class LayerKernels(AdapterKernels):
 
     def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
         """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2, AVX-512 and NEON, bf16 there too where no
-        unit multiplies it; whole tiles.
+        unit multiplies it; whole tiles of the weight, and on AMX of the tokens.
         """
+        on_amx = self._on_amx(x)
         return (
-            (self._on_amx(x) or (self.layers > 0 and (x.dtype == torch.float32 or self._is_widened(x))))
+            (on_amx or (self.layers > 0 and (x.dtype == torch.float32 or self._is_widened(x))))
             and x.dim() == 2
-            and x.shape[0] >= 32
+            and x.shape[0] >= (32 if on_amx else 1)
             and layout[0] % 32 == 0 == layout[1] % 64
             and layout[2] >= 64
             and readable(weight, layout, x.device)
@@ -396,7 +397,7 @@ class LayerKernels(AdapterKernels):
             self._by_integers(x)
             and x.dtype == torch.float32
             and weight.dtype in (torch.float32, torch.bfloat16)
-            and x.shape[0] >= 32
+            and x.shape[0] > 0
             and weight.shape[1] % 64 == 0
             and weight.is_contiguous()
         )
