@@ -7,17 +7,9 @@ on tickets not trained on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
-
-import transformers
-from rich.console import Console
-from rich.table import Table
-
-import qlora
-from qlora.data.records import read_records
-from qlora.generate import generate_batch
-from qlora.models.device import products_of
 
 
 def main() -> None:
@@ -33,6 +25,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.show < 1:
         parser.error(f"show={arguments.show}: must be at least 1. Leave it out for 4.")
+    gc.disable()  # nothing that modules make is garbage, and to look for it takes seconds, as in qlora/__main__.py
+    import transformers
+    from rich.console import Console
+    from rich.table import Table
+
+    import qlora
+    from qlora.data.records import read_records
+    from qlora.generate import generate_batch
+    from qlora.models.device import products_of
+
+    gc.freeze()
+    gc.enable()
     transformers.utils.logging.disable_progress_bar()
 
     records = read_records(arguments.data)
