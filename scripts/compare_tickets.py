@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.show < 1:
         parser.error(f"show={arguments.show}: must be at least 1. Leave it out for 4.")
-    gc.disable()  # nothing that modules make is garbage, and to look for it takes seconds, as in qlora/__main__.py
+    gc.disable()  # importing makes no garbage, and to look for some takes a fifth of the time (qlora/__main__.py)
     import transformers
     from rich.console import Console
     from rich.table import Table
@@ -35,7 +35,6 @@ def main() -> None:
     from qlora.generate import generate_batch
     from qlora.models.device import products_of
 
-    gc.freeze()
     gc.enable()
     transformers.utils.logging.disable_progress_bar()
 
