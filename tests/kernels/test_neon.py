@@ -21,7 +21,7 @@ from qlora_kernels.cpu import build
 
 KERNELS = Path(__file__).parent
 SHARE = {
-    "test_layer.py": "neon and highest and (33x or 130x or 31x or 1x96) and (in_float32 or bf16_that) or float32_has_kernels",
+    "test_layer.py": "neon and highest and (33x or 130x or 31x or 1x96) and (in_float32 or bf16_that) or float32_has",
     "test_nf4.py": "neon and (codes_equal or decoded_bits or not_finite or nested_codes) or fitted_scales_and and 77",
     "test_levels.py": "neon and (scales_equal or decoded_bits)",
     "test_step.py": "neon and (equal_the_reference or rounded_once or edges)",
