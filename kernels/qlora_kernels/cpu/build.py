@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -37,19 +38,19 @@ FLAGS = (
     "-fvisibility=default",
     "-Wall",
 )
-COMMON = (
-    "api_nf4.cpp",
-    "api_adapter.cpp",
-    "api_layer.cpp",
-    "api_step.cpp",
-    "api_attention.cpp",
-    "api_optim.cpp",
-    "dispatch.cpp",
-    "tables.cpp",
+COMMON = (  # those that take long first, so that none is waited for at the end
     "portable.cpp",
     "attention_bf16.cpp",
     "nf4_gemm_amx.cpp",
     "skinny_gemm_amx.cpp",
+    "api_layer.cpp",
+    "api_adapter.cpp",
+    "api_step.cpp",
+    "api_optim.cpp",
+    "api_nf4.cpp",
+    "tables.cpp",
+    "dispatch.cpp",
+    "api_attention.cpp",
 )
 X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -83,8 +84,7 @@ class BuildError(RuntimeError):
 
 def sources(machine: str) -> dict[str, tuple[str, ...]]:
     """The files compiled for a machine, as `platform.machine` names it, and the flags that each has beside FLAGS."""
-    found: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ())
-    return found | OF_MACHINE.get(machine.lower(), {})
+    return OF_MACHINE.get(machine.lower(), {}) | dict.fromkeys(COMMON, ())
 
 
 def source_hash(folder: Path = SOURCE, machine: str = platform.machine()) -> str | None:
@@ -122,7 +122,7 @@ def threading_flags(compiler: list[str]) -> list[str]:
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
         command = [*compiler, "-fopenmp", str(source), "-o", str(Path(work, "probe"))]
         try:
-            _finish(command, _start(command))
+            _run(command)
         except BuildError:
             print(
                 f"the native kernels will run on one thread: {compiler[0]} has no OpenMP. For more set CXX to a "
@@ -148,40 +148,38 @@ def compile_library(target: Path, compiler: str | None = None, machine: str = pl
     threads, define = threading_flags(words), f'-DQLORA_SOURCE_HASH="{source_hash(machine=machine)}"'
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build") as work:
-        started = []
-        for name, flags in files.items():
-            command = [
-                *words,
-                *FLAGS,
-                *threads,
-                *flags,
-                define,
-                "-c",
-                str(SOURCE / name),
-                "-o",
-                str(Path(work, name + ".o")),
-            ]
-            started.append((command, _start(command)))
-        for command, process in started:
-            _finish(command, process)
+        base = [*words, *FLAGS, *threads]
+        commands = [
+            [*base, *flags, define, "-c", str(SOURCE / name), "-o", str(Path(work, name + ".o"))]
+            for name, flags in files.items()
+        ]
+        # More at a time than there are processors take longer together, and starve what runs beside.
+        with ThreadPoolExecutor(_processors()) as pool:
+            compiled = [pool.submit(_run, command) for command in commands]
+            try:
+                for one in compiled:
+                    one.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         library = Path(work, LIBRARY)
-        link = [*words, "-shared", *threads, *(str(Path(work, name + ".o")) for name in files), "-o", str(library)]
-        _finish(link, _start(link))
+        _run([*words, "-shared", *threads, *(str(Path(work, name + ".o")) for name in files), "-o", str(library)])
         os.replace(library, target)
     return target
 
 
-def _start(command: list[str]) -> subprocess.Popen:
+def _processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(command: list[str]) -> None:
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise BuildError(f"{command[0]}: {error}") from error
-
-
-def _finish(command: list[str], process: subprocess.Popen) -> None:
-    output, _ = process.communicate()
-    if process.returncode:
-        raise BuildError(f"{' '.join(command)}\n{output}")
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}")
 
 
 def build(force: bool = False, target: Path = FOLDER / LIBRARY) -> Path:

@@ -188,25 +188,6 @@ inline void pairs_of(Tile& t, const BF16* x, int64_t stride, int64_t n, int64_t 
   }
 }
 
-// The forms in which the products take x [n, D], tokens past n as zeros: A [2 blocks][D / 32] or, transposed, B in the
-// same order;
-inline void pack_rows(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D, bool transposed) {
-  for (int64_t t = 0; t < 2 * blocks; ++t)
-    for (int64_t d = 0; d < out.across; ++d) {
-      rows_of(out(t, d), x + 16 * t * stride + 32 * d, stride, n - 16 * t, D - 32 * d);
-      if (transposed) transpose(out(t, d));
-    }
-}
-
-// B [D / 16][blocks] or, transposed, A in the same order.
-inline void pack_pairs(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D, bool transposed) {
-  for (int64_t d = 0; d < 2 * ceil_div(D, 32); ++d)
-    for (int64_t t = 0; t < blocks; ++t) {
-      pairs_of(out(d, t), x + 32 * t * stride + 16 * d, stride, n - 32 * t, D - 16 * d);
-      if (transposed) transpose(out(d, t));
-    }
-}
-
 // C times a factor to 16 rows of x, of which n exist, 16 columns, of which `columns` exist.
 inline void store_rows(const Tile& c, float factor, BF16* x, int64_t stride, int64_t n, int64_t columns) {
   for (int r = 0; r < 16 && r < n; ++r)

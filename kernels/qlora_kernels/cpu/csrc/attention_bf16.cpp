@@ -38,6 +38,29 @@ inline __mmask16 visible(int key, int query) {
   return key <= query ? 0xffff : key >= query + 16 ? 0 : __mmask16(0xffff << (key - query));
 }
 
+// ---------------------------------------------------------------- packing
+
+// The forms in which the products take x [n, D], tokens past n as zeros. Not inlined: to compile that takes twice as
+// long, for a call in many tiles. A [2 blocks][D / 32] or, transposed, B in the same order:
+__attribute__((noinline)) void pack_rows(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D,
+                                         bool transposed) {
+  for (int64_t t = 0; t < 2 * blocks; ++t)
+    for (int64_t d = 0; d < out.across; ++d) {
+      rows_of(out(t, d), x + 16 * t * stride + 32 * d, stride, n - 16 * t, D - 32 * d);
+      if (transposed) transpose(out(t, d));
+    }
+}
+
+// and B [D / 16][blocks] or, transposed, A in the same order.
+__attribute__((noinline)) void pack_pairs(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D,
+                                          bool transposed) {
+  for (int64_t d = 0; d < 2 * ceil_div(D, 32); ++d)
+    for (int64_t t = 0; t < blocks; ++t) {
+      pairs_of(out(d, t), x + 32 * t * stride + 16 * d, stride, n - 32 * t, D - 16 * d);
+      if (transposed) transpose(out(d, t));
+    }
+}
+
 // ---------------------------------------------------------------- one example, one group of heads
 
 int64_t forward_bytes(int64_t tokens, int64_t D) {
