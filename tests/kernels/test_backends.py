@@ -4,6 +4,7 @@ missing libraries.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -299,6 +300,24 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     with pytest.raises(build.BuildError, match="no-such-compiler"):
         build.compile_library(tmp_path / "library.so")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_does_not_compile_is_named_and_nothing_is_left(monkeypatch, tmp_path):
+    """As many compilers at a time as there are processors; none links what is not whole."""
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\necho "+ $*" >> {log}\nsleep 0.1\necho "-" >> {log}\n'
+        'case "$*" in *api_step.cpp*) echo "a word is missing"; exit 1;; esac\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildError, match=r"(?s)api_step\.cpp.*a word is missing"):
+        build.compile_library(tmp_path / "library.so")
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "compiler"}
+    lines = log.read_text().splitlines()
+    running = list(itertools.accumulate(1 if line.startswith("+") else -1 for line in lines))
+    assert 1 <= max(running) <= len(os.sched_getaffinity(0))
+    assert not any("-shared" in line for line in lines)
 
 
 def test_what_is_fresh_is_not_compiled_again(monkeypatch, tmp_path):

@@ -155,13 +155,7 @@ def compile_library(target: Path, compiler: str | None = None, machine: str = pl
         ]
         # More at a time than there are processors take longer together, and starve what runs beside.
         with ThreadPoolExecutor(_processors()) as pool:
-            compiled = [pool.submit(_run, command) for command in commands]
-            try:
-                for one in compiled:
-                    one.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            list(pool.map(_run, commands))  # of the first that fails, the error; those not begun are dropped
         library = Path(work, LIBRARY)
         _run([*words, "-shared", *threads, *(str(Path(work, name + ".o")) for name in files), "-o", str(library)])
         os.replace(library, target)

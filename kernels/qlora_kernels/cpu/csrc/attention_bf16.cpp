@@ -40,8 +40,10 @@ inline __mmask16 visible(int key, int query) {
 
 // ---------------------------------------------------------------- packing
 
-// The forms in which the products take x [n, D], tokens past n as zeros. Not inlined: to compile that takes twice as
-// long, for a call in many tiles. A [2 blocks][D / 32] or, transposed, B in the same order:
+// The forms in which the products take x [n, D], tokens past n as zeros. Not inlined: each packs many tiles a call, and
+// inlined they double the time to compile this file.
+//
+// A [2 blocks][D / 32] or, transposed, B in the same order:
 __attribute__((noinline)) void pack_rows(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D,
                                          bool transposed) {
   for (int64_t t = 0; t < 2 * blocks; ++t)
@@ -51,7 +53,7 @@ __attribute__((noinline)) void pack_rows(Grid out, int64_t blocks, const BF16* x
     }
 }
 
-// and B [D / 16][blocks] or, transposed, A in the same order.
+// B [D / 16][blocks] or, transposed, A in the same order:
 __attribute__((noinline)) void pack_pairs(Grid out, int64_t blocks, const BF16* x, int64_t stride, int64_t n, int64_t D,
                                           bool transposed) {
   for (int64_t d = 0; d < 2 * ceil_div(D, 32); ++d)
