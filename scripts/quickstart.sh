@@ -20,7 +20,7 @@ fi
 source scripts/environment.sh
 
 set -x
-qlora finetune --model smollm2-135m --data scripts/data/tickets_train.jsonl --eval-fraction 0.03 --calibrate 2048 \
+qlora finetune --model smollm2-135m --data scripts/data/tickets_train.jsonl --eval-fraction 0.015 --calibrate 2048 \
     --bits 4 --method dora --rank 16 --steps "$steps" --batch-size 3 --learning-rate 2e-3 --warmup 6 --max-tokens 256 --output "$output"
 python scripts/compare_tickets.py --model smollm2-135m --adapter "$output/adapter" --data scripts/data/tickets_test.jsonl --at-least 0.9
 qlora merge --adapter "$output/adapter" --output "$output/merged"
