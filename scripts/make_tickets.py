@@ -4,7 +4,7 @@ r"""The quickstart's data: support tickets -> a JSON object with five fields, fr
      "completion": "{\"name\":\"Clara Keller\",\"order\":\"25430\",\"product\":\"toaster\",\"issue\":\"missing\", ...}"}
 
 Name, order and product are copied from the ticket; issue and priority are the writer's words turned into labels. The
-ticket says nothing of fields or labels, so that no model can do it before training, and a small one after 40 steps,
+ticket says nothing of fields or labels, so that no model can do it before training, and a small one after 30 steps,
 with names and orders it has not seen: no name and no order number is in two rows, let alone in both files.
 About 84 tokens with SmolLM2's chat template. Only `Random.random` is used, the one method Python keeps the same.
 
