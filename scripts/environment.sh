@@ -14,9 +14,10 @@ want="$(cd "$root" && cat pyproject.toml constraints.txt setup.py kernels/qlora_
 
 install_all() ( # several things at once; if one fails, or at Ctrl-C, the others end too
     set -e
-    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-    # The kernels are compiled while pip works. Where nothing compiles the installation says so.
-    PYTHONPATH="$root/kernels" "$python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
+    trap 'kill -- $(jobs -p) "-$kernels" 2>/dev/null || true' EXIT
+    # The kernels are compiled while pip works, in a group of their own, so that the compilers end too. Where nothing compiles the
+    # installation says so.
+    PYTHONPATH="$root/kernels" setsid "$python" -m qlora_kernels.cpu.build >/dev/null 2>&1 &
     kernels=$!
     options=(--quiet --disable-pip-version-check -c "$root/constraints.txt")
     if [ ! -x "$root/.venv/bin/pip" ]; then

@@ -7,8 +7,10 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,6 +320,23 @@ def test_a_file_that_does_not_compile_is_named_and_nothing_is_left(monkeypatch, 
     running = list(itertools.accumulate(1 if line.startswith("+") else -1 for line in lines))
     assert 1 <= max(running) <= len(os.sched_getaffinity(0))
     assert not any("-shared" in line for line in lines)
+
+
+def test_a_build_that_is_ended_takes_its_folder_along(tmp_path):
+    """As `scripts/environment.sh` ends it, at Ctrl-C: the build and its compilers, a group of their own."""
+    compiler, begun = tmp_path / "compiler", tmp_path / "begun"
+    compiler.write_text(f'#!/bin/sh\necho "$*" >> {begun}\nexec sleep 60\n')
+    compiler.chmod(0o755)
+    there = set(build.FOLDER.iterdir())
+    command = [sys.executable, "-m", "qlora_kernels.cpu.build", "--force"]
+    environment = {**os.environ, "CXX": str(compiler), "PYTHONPATH": str(build.FOLDER.parents[1])}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    while not begun.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert set(build.FOLDER.iterdir()) == there
 
 
 def test_what_is_fresh_is_not_compiled_again(monkeypatch, tmp_path):

@@ -14,10 +14,12 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,8 +156,18 @@ def compile_library(target: Path, compiler: str | None = None, machine: str = pl
             for name, flags in files.items()
         ]
         # More at a time than there are processors take longer together, and starve what runs beside.
+        failed = threading.Event()
+
+        def compile_file(command: list[str]) -> None:
+            try:
+                if not failed.is_set():
+                    _run(command)
+            except BuildError:
+                failed.set()  # none begins after it, nor after a compiler that was killed
+                raise
+
         with ThreadPoolExecutor(_processors()) as pool:
-            list(pool.map(_run, commands))  # of the first that fails, the error; those not begun are dropped
+            list(pool.map(compile_file, commands))  # of the first that fails, the error
         library = Path(work, LIBRARY)
         _run([*words, "-shared", *threads, *(str(Path(work, name + ".o")) for name in files), "-o", str(library)])
         os.replace(library, target)
@@ -191,7 +203,13 @@ def build(force: bool = False, target: Path = FOLDER / LIBRARY) -> Path:
     return target
 
 
+def _end(signal_number: int, frame: object) -> None:
+    """Leave as at Ctrl-C: the folder of what is not finished goes too."""
+    sys.exit(128 + signal_number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     try:
         print(build(force="--force" in sys.argv[1:]))
     except BuildError as error:
