@@ -203,14 +203,31 @@ def test_products_of_a_weight(isa, threads, size, nested):
             assert relative(product, source.double() @ matrix) < 0.02, (row_scale is not None, transposed)
 
 
+@SIZES
+def test_products_err_by_their_rounding_alone(isa, size):
+    """Against float64: what is lost is what one rounding to bf16 loses, of the result, and of the weight where products
+    of bf16 make it.
+    """
+    weight, W, _, _, m, x, dy = drawn_layer(*size, True)
+    if not isa.supports_fused_gemm(x, weight.parts, weight.layout):
+        return
+    rounds_weight = isa.layers_in_bf16 or isa.bf16_unit == "AMX"
+    scaled = decoded(weight, torch.bfloat16, m).double() if rounds_weight else m.double().unsqueeze(1) * W
+    for source, matrix, transposed in ((x, scaled.t(), True), (dy, scaled, False)):
+        exact = source.double() @ matrix
+        found = isa.matmul_4bit(source, weight.parts, weight.layout, m, transposed)
+        errors = [(rounded.double() - exact).norm(dim=1) for rounded in (found, exact.bfloat16())]
+        assert bool((errors[0] <= 1.1 * errors[1] + 1e-4 * exact.norm(dim=1)).all())
+
+
 def test_products_have_kernels_where_tiles_fit(isa):
-    """The first seven sizes are whole tiles, the eighth only of the weight: with a matrix unit, and with no unit for
-    bf16 at all, none of them is left to the reference, but that AMX wants 32 tokens.
+    """The first seven sizes are whole tiles, the eighth only of the weight: none of them is left to the reference, but
+    that AMX wants 32 tokens.
     """
     whole = LAYERS[: 7 if isa.bf16_unit == "AMX" else 8]
     for size in LAYERS:
         weight, _, A, B, m, x, _ = drawn_layer(*size, True)
-        fits = isa.layers > 0 and isa.bf16_unit != "AVX512-BF16" and size in whole
+        fits = isa.layers > 0 and size in whole
         assert isa.supports_fused_gemm(x, weight.parts, weight.layout) == fits, size
         found = isa.adapted_linear(x, x, A, B, m, None, None, 0.7, weight.parts, weight.layout)
         assert (found is not NotImplemented) == fits, size

@@ -196,9 +196,9 @@ def test_a_forked_child_does_not_hang(kernels):
 
 @pytest.mark.parametrize("isa", ["", *ISAS[1:]], ids=["best", *ISAS[1:]])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral"])
-def test_a_model_in_bf16(name, isa):
-    """Gradients with our kernels are as near to those of the model in float64 as the gradients with torch's are; where
-    nothing multiplies bf16, all products are widened.
+def test_a_model_in_bf16(name, isa, monkeypatch):
+    """Gradients with our attention are as near to those of the model in float64 as the gradients with torch's are, all
+    else alike.
     """
     batch = pack([Example(tuple(range(7, 7 + n)), (False,) + (True,) * (n - 1)) for n in (70, 33, 2, 40)])
     model = adapted(random_model(name).bfloat16(), "lora")
@@ -212,7 +212,7 @@ def test_a_model_in_bf16(name, isa):
     backends.NATIVE.select(isa)
     ours = gradients(copy.deepcopy(model))
     has_ours = has_kernel(backends.NATIVE)
-    backends.NATIVE.select("portable")
+    monkeypatch.setitem(backends.AVOIDED, ("attention", "native"), "torch's is the oracle")
     theirs = gradients(model)
     backends.NATIVE.select()
     assert torch.equal(ours, theirs) == (not has_ours)  # that it is used at all

@@ -71,6 +71,7 @@ HEADERS = (
     "kernels.h",
     "layer.h",
     "nf4_gemm.h",
+    "nf4_gemm_bf16.h",
     "nf4_gemm_amx.h",
     "nf4_gemm_integers.h",
     "nf4_kernels.h",

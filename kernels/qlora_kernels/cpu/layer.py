@@ -1,11 +1,12 @@
 """A whole adapted layer on a CPU as one operator each way: the weight is decoded as it is multiplied, the adapter's
 product is in the same sums, and in the backward pass all of the adapter's gradients come of one call.
 
-    bf16      on AMX (csrc/nf4_gemm_amx.cpp), where DoRA's n is made on the way too
-    float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h); bf16 too where nothing multiplies it: it is read and written
-              as it lies, and all between is float32
+    bf16      on AMX (csrc/nf4_gemm_amx.cpp), where DoRA's n is made on the way too; by the dot products of AVX512-BF16
+              where they are as fast as an FMA (csrc/nf4_gemm_bf16.h)
+    float32   on AVX2, AVX-512 and NEON (csrc/nf4_gemm.h); bf16 too where neither is: it is read and written as it lies,
+              and all between is float32
 
-For bf16, and where torch's own switch allows less than float32's precision
+For such bf16, and where torch's own switch allows less than float32's precision
 (`torch.set_float32_matmul_precision("high")`, which allows TF32 on a card), and the processor has AVX-512 VNNI, or AVX2
 and no AVX-512, the large product is one of 16-bit integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and
 about TF32's precision. So are those of a frozen head, which is dense (csrc/dense_gemm_integers.h). The alternative, a
@@ -41,6 +42,7 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward_bytes": [*[SIZE] * 4, INTEGER],
         "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
         "qlora_layers": [],
+        "qlora_layers_in_bf16": [],
         "qlora_layer_bytes": [INTEGER, INTEGER, *[SIZE] * 4, INTEGER],
         "qlora_dense_bytes": [INTEGER],
         "qlora_dense": [POINTER, INTEGER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
@@ -73,19 +75,21 @@ class LayerKernels(AdapterKernels):
         "qlora_product": INTEGER,
         "qlora_adapted_backward_bytes": SIZE,
         "qlora_layers": INTEGER,
+        "qlora_layers_in_bf16": INTEGER,
         "qlora_layer_bytes": SIZE,
         "qlora_dense_bytes": SIZE,
     }
 
     layers: int  # what multiplies float32: 0: torch, 1: float32, 2: 16-bit integers too
+    layers_in_bf16: bool  # bf16 has dot products of its own
 
     def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
-        """Whether a kernel multiplies these: bf16 on AMX, float32 on AVX2, AVX-512 and NEON, bf16 there too where no
-        unit multiplies it; whole tiles of the weight, and on AMX of the tokens.
+        """Whether a kernel multiplies these: bf16 on AMX, float32 and bf16 on AVX2, AVX-512 and NEON; whole tiles of
+        the weight, and on AMX of the tokens.
         """
         on_amx = self._on_amx(x)
         return (
-            (on_amx or (self.layers > 0 and (x.dtype == torch.float32 or self._is_widened(x))))
+            (on_amx or (self.layers > 0 and x.dtype in (torch.float32, torch.bfloat16)))
             and x.dim() == 2
             and x.shape[0] >= (32 if on_amx else 1)
             and layout[0] % 32 == 0 == layout[1] % 64
@@ -106,7 +110,7 @@ class LayerKernels(AdapterKernels):
             scales = None if row_scale is None else row_scale.numel()
             raise ValueError(f"x {tuple(x.shape)} and {scales} row scales for a weight of {rows} x {columns}")
         row_scale = None if row_scale is None else row_scale.float().contiguous()
-        by = self._matmul if self._on_amx(x) else self._float32_matmul
+        by = self._matmul if self._on_amx(x) else self._vector_matmul
         return by(x, weight, layout, row_scale, transposed)
 
     def _matmul(
@@ -173,7 +177,7 @@ class LayerKernels(AdapterKernels):
             raise ValueError(f"{shapes} for a weight of {rows} x {columns}")
         x, x_adapter, A, B = x.contiguous(), x_adapter.contiguous(), A.contiguous(), B.contiguous()
         if not self._on_amx(x):
-            return self._float32_layer(x, x_adapter, A, B, m, n, scaling, weight, layout)
+            return self._vector_layer(x, x_adapter, A, B, m, n, scaling, weight, layout)
         threads = torch.get_num_threads()
         # What is kept longest comes first, here and in the backward pass: behind what is soon freed it would cut the
         # heap into holes.
@@ -242,7 +246,7 @@ class LayerKernels(AdapterKernels):
             if y is not None and y.dtype != dy.dtype:
                 return NotImplemented
             y = None if y is None else y.contiguous()
-            return self._float32_backward(dy, [x, xA, A_cast, B_scaled, factors], y, scaling, weight, layout, needs_x)
+            return self._vector_backward(dy, [x, xA, A_cast, B_scaled, factors], y, scaling, weight, layout, needs_x)
         if not self._sums_on_the_unit(dy, xA) or (y is not None and y.dtype != dy.dtype):
             row_scale, m_clamped = (factors[0], factors[1]) if scaled else (None, None)
             v, dB, dm = self.adapter_gradients(dy, B_scaled, xA, y, row_scale, m_clamped, scaling)
@@ -279,18 +283,18 @@ class LayerKernels(AdapterKernels):
         )
         return dx, dA, dB, dm
 
-    # ---------------------------------------------------------------- float32 arithmetic
+    # ---------------------------------------------------------------- without a matrix unit
 
     def _by_integers(self, x: Tensor) -> bool:
         """They lose less than bf16 does, so bf16 needs no leave."""
         return self.layers > 1 and (x.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest")
 
-    def _float32_work(self, x: Tensor, layout: list[int], rank: int) -> Tensor:
+    def _vector_work(self, x: Tensor, layout: list[int], rank: int) -> Tensor:
         kind = (self._by_integers(x), x.dtype == torch.bfloat16)
         threads = torch.get_num_threads()
         return self.workspace(self.library.qlora_layer_bytes(*kind, x.shape[0], *layout[:2], rank, threads))
 
-    def _float32_matmul(
+    def _vector_matmul(
         self, x: Tensor, weight: list[Tensor], layout: list[int], row_scale: Tensor | None, transposed: bool
     ) -> Tensor:
         """x W't, or x W'."""
@@ -298,7 +302,7 @@ class LayerKernels(AdapterKernels):
         y = x.new_empty(tokens, layout[0] if transposed else layout[1])
         kind = (self._by_integers(x), x.dtype == torch.bfloat16)
         begin = (as_argument(weight, layout), pointer(row_scale), *kind, x.data_ptr())
-        work = self._float32_work(x, layout, 0).data_ptr()
+        work = self._vector_work(x, layout, 0).data_ptr()
         if transposed:
             self.library.qlora_layer_forward(*begin, tokens, *[None] * 3, 0, work, None, y.data_ptr(), threads)
         else:
@@ -308,7 +312,7 @@ class LayerKernels(AdapterKernels):
             )
         return y
 
-    def _float32_layer(
+    def _vector_layer(
         self,
         x: Tensor,
         x_adapter: Tensor,
@@ -339,14 +343,14 @@ class LayerKernels(AdapterKernels):
             down.data_ptr(),
             up.data_ptr(),
             rank,
-            self._float32_work(x, layout, rank).data_ptr(),
+            self._vector_work(x, layout, rank).data_ptr(),
             xA.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
         )
         return y, xA.to(x.dtype), A_cast, B_scaled, factors
 
-    def _float32_backward(
+    def _vector_backward(
         self,
         dy: Tensor,
         saved: list[Tensor],
@@ -378,7 +382,7 @@ class LayerKernels(AdapterKernels):
             rank,
             scaling,
             None if gain is None else gain + 4 * layout[0],
-            self._float32_work(dy, layout, rank).data_ptr(),
+            self._vector_work(dy, layout, rank).data_ptr(),
             dx.data_ptr() if needs_x else None,
             dA.data_ptr(),
             dB.data_ptr(),

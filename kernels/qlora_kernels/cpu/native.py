@@ -104,6 +104,7 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
         if name is None:
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa, self.layers = name.decode(), self.library.qlora_layers()
+        self.layers_in_bf16 = bool(self.library.qlora_layers_in_bf16())
         self.attends_in_float32 = bool(self.library.qlora_float_attention())
         # What multiplies bf16: attention has a kernel only where something does. AMX, where nothing is forced, takes an
         # adapter's sums too.
@@ -114,7 +115,7 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
         """Such as "native (AVX-512, attention and adapters by AMX, 2 threads)"."""
         threaded = self.library.qlora_threaded()
         threads = torch.get_num_threads() if threaded == 1 else 1
-        what = "attention and adapted layers" if self.bf16_unit == "AMX" else "attention"
+        what = "attention and adapted layers" if self.bf16_unit == "AMX" or self.layers_in_bf16 else "attention"
         attention = f"{what} by {self.bf16_unit}, " if self.bf16_unit else ""
         why = {0: " after a fork", -1: ", built without OpenMP"}.get(threaded, "")
         count = f"{threads} thread{'s' * (threads != 1)}{why}"

@@ -1,4 +1,4 @@
-// An adapted layer in float32 arithmetic, forward and backward, on every instruction set that has a `Layer`.
+// An adapted layer, forward and backward, on every instruction set that has a `Layer`.
 
 #include "dispatch.h"
 #include "types.h"
@@ -35,8 +35,8 @@ int64_t own_bytes(const Layer& l, int64_t inner, int64_t rank) {
   return ceil_div(maximum(l.room(inner, rank), sums), 64) * 64;
 }
 
-Call call_of(int by_integers, int64_t tokens, int64_t inner, int64_t rank, int threads, Work& work) {
-  const Layer& l = by_integers ? *integer_layer : *layer;
+Call call_of(int by_integers, int bf16, int64_t tokens, int64_t inner, int64_t rank, int threads, Work& work) {
+  const Layer& l = bf16 && bf16_layer != nullptr ? *bf16_layer : by_integers ? *integer_layer : *layer;
   const int64_t own = own_bytes(l, inner, rank);
   return {l, tokens, rank, threads, own, work.take<char>(threads * own)};
 }
@@ -81,14 +81,14 @@ void share(const Layer& l, int64_t tokens, int64_t outer, int threads, F piece) 
   });
 }
 
-// The product; `rounded` to bf16 where that is not null.
-void multiply(const Call& c, const LayerProduct& p, BF16* rounded) {
+// The product, rounded where y is in bf16.
+void multiply(const Call& c, const LayerProduct& p) {
   share(c.kernel, c.tokens, p.outer, c.threads,
         [&](int64_t i, int64_t token, int64_t tokens, int64_t panel, int64_t panels) {
           c.kernel.wide(p, token, tokens, panel, panels, c.rooms + i * c.own);
           const int64_t first = panel * c.kernel.width, last = minimum(p.outer, (panel + panels) * c.kernel.width);
-          for (int64_t t = token; rounded != nullptr && t < token + tokens; ++t)
-            for (int64_t k = first; k < last; ++k) rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
+          for (int64_t t = token; p.y != nullptr && p.rounded != nullptr && t < token + tokens; ++t)
+            for (int64_t k = first; k < last; ++k) p.rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
         });
 }
 
@@ -110,6 +110,17 @@ void sum_over_tokens(const Call& c, Values x, Values y, const float* left, float
   });
 }
 
+// Where a product writes: a y in bf16 that the kernel does not round goes through float32.
+struct Result {
+  float* y;
+  BF16* rounded;
+};
+
+Result result_of(const Call& c, void* y, int bf16, int64_t outer, Work& work) {
+  if (!bf16) return {static_cast<float*>(y), nullptr};
+  return {c.kernel.rounds ? nullptr : work.take<float>(c.tokens * outer), static_cast<BF16*>(y)};
+}
+
 Integers integers_of(const Call& c, int64_t inner, Work& work) {
   if (c.kernel.integers == nullptr) return {};
   const int64_t rows = ceil_div(c.tokens, c.kernel.tile) * c.kernel.tile, parts = ceil_div(inner, 64);
@@ -126,12 +137,12 @@ int64_t qlora_layer_bytes(int by_integers, int bf16, int64_t tokens, int64_t row
                           int threads) {
   const int64_t inner = maximum(rows, columns), ranks = in_eights(rank);
   Work work{nullptr};
-  const Call c = call_of(by_integers, tokens, inner, rank, threads, work);
+  const Call c = call_of(by_integers, bf16, tokens, inner, rank, threads, work);
   integers_of(c, inner, work);
   work.take<float>(ceil_div(rank, 16) * 16 * inner);
   work.take<float>(tokens * rank);
   work.take<float>(tokens * ranks);
-  if (bf16) work.take<float>(tokens * inner);
+  if (bf16 && !c.kernel.rounds) work.take<float>(tokens * inner);
   return work.next - static_cast<char*>(nullptr);
 }
 
@@ -143,14 +154,13 @@ void qlora_layer_forward(const Weight* weight, const float* gain, int by_integer
   Weight w = *weight;
   w.gain = gain;
   Work work{memory};
-  const Call c = call_of(by_integers, tokens, maximum(w.rows, w.columns), rank, threads, work);
+  const Call c = call_of(by_integers, bf16, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.columns, work);
   float* const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.columns);
-  float* const wide = bf16 ? work.take<float>(tokens * w.rows) : static_cast<float*>(y);
+  const Result out = result_of(c, y, bf16, w.rows, work);
   const Values input{x, bf16 != 0};
   prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, down, true, tiles, u, integers);
-  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, wide, integers},
-           bf16 ? static_cast<BF16*>(y) : nullptr);
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers});
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
@@ -162,7 +172,7 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
   Weight w = *weight;
   w.gain = gain;
   Work work{memory};
-  const Call c = call_of(by_integers, tokens, maximum(w.rows, w.columns), rank, threads, work);
+  const Call c = call_of(by_integers, bf16, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.rows, work);
   float *const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.rows), *const v = work.take<float>(tokens * rank),
                *const padded = work.take<float>(tokens * in_eights(rank));
@@ -187,9 +197,8 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
                     });
   }
   if (dx == nullptr) return;
-  float* const wide = bf16 ? work.take<float>(tokens * w.columns) : static_cast<float*>(dx);
-  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, wide, integers},
-           bf16 ? static_cast<BF16*>(dx) : nullptr);
+  const Result out = result_of(c, dx, bf16, w.columns, work);
+  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers});
 }
 
 // Bytes of `work`, aligned to 64, for the product below.

@@ -321,6 +321,7 @@ struct I16 {
   static I16 zero() { return {_mm512_setzero_si512()}; }
   static I16 broadcast(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static I16 load(const int32_t* p) { return {_mm512_load_si512(p)}; }
+  void store(int32_t* p) const { _mm512_store_si512(p, v); }
 };
 
 inline F16 to_float(I16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
@@ -353,7 +354,8 @@ struct Words {
             _mm512_cvtepi32_epi16(integers_of(mul(F16::load(levels), F16::broadcast(factor)))))) {}
 };
 
-inline __m512i decode_words(const Words& words, const uint8_t* bytes) {
+template <class T>
+inline __m512i decode_words(const T& words, const uint8_t* bytes) {
   return expand32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), words.values);
 }
 
@@ -361,14 +363,46 @@ inline void expand_words(const Words& words, const uint8_t* bytes, int16_t* out)
   _mm512_store_si512(out, decode_words(words, bytes));
 }
 
-inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& more, const uint8_t* more_bytes,
-                         int32_t* out) {
+template <class T>  // Words, or a table of bf16
+inline void expand_pairs(const T& words, const uint8_t* bytes, const T& more, const uint8_t* more_bytes, int32_t* out) {
   alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kFirst), high = _mm512_add_epi16(low, _mm512_set1_epi16(16)),
                 a = decode_words(words, bytes), b = decode_words(more, more_bytes);
   _mm512_store_si512(out, _mm512_permutex2var_epi16(a, low, b));
   _mm512_store_si512(out + 16, _mm512_permutex2var_epi16(a, high, b));
+}
+
+// For nf4_gemm_bf16.h. Inline assembly: this file needs no more than AVX-512 where these are not called, and of the
+// intrinsic's sum compilers make copies.
+inline void dot_bf16(F16& sum, const I16& a, const I16& b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+}
+
+inline I16 round_words(F16 a, F16 b) {
+  I16 words;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words.v) : "v"(a.v), "v"(b.v));
+  return words;
+}
+
+inline I16 load_words(const BF16* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_words(BF16* p, I16 words) { _mm512_storeu_si512(p, words.v); }
+
+inline I16 pair_words(I16 words) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), words.v)};
+}
+
+inline void pair_rows(I16 a, I16 b, I16& lower, I16& upper) {  // columns 0 to 3 of each eight, then 4 to 7
+  lower = {_mm512_unpacklo_epi16(a.v, b.v)};
+  upper = {_mm512_unpackhi_epi16(a.v, b.v)};
+}
+
+inline F32 in_columns(F16 lower, F16 upper) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(lower.v, first, upper.v)}, {_mm512_permutex2var_ps(lower.v, second, upper.v)}};
 }
 
 }  // namespace
@@ -380,12 +414,15 @@ inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& 
 #include "attention_float.h"
 #include "nf4_gemm_integers.h"
 #include "dense_gemm_integers.h"
+#include "nf4_gemm_bf16.h"
 
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
 const Attention avx512_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
-const Layer avx512_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
-const Layer avx512_vnni_layer = {kTileRows,    kWidth, integer_room, narrow,    integers,
-                                 integer_wide, sums,   dense_room,   dense_wide};
+const Layer avx512_layer = {kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, nullptr, nullptr};
+const Layer avx512_vnni_layer = {kTileRows, kWidth,       true, integer_room, narrow,
+                                 integers,  integer_wide, sums, dense_room,   dense_wide};
+const Layer avx512_bf16_layer = {kTileRows, kWidth,    true,      bf16_room, bf16_narrow,
+                                 nullptr,   bf16_wide, bf16_sums, nullptr,   nullptr};
 }  // namespace qlora
 #endif

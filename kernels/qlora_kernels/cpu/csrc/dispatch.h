@@ -20,6 +20,7 @@ namespace qlora {
 
 extern const Kernels* kernels;                        // of the instruction set in use
 extern const Layer *layer, *integer_layer;            // a layer in float32, and by narrower products; or null
+extern const Layer* bf16_layer;                       // of bf16, by its own products; or null: by those above
 extern const Attention *attention, *float_attention;  // in bf16 and in float32; or null
 
 // How many of `wanted` threads to use for these pieces: one in a process that is a fork.

@@ -2,6 +2,7 @@
 // values that lie in float32 or, where no unit multiplies it, in bf16.
 #pragma once
 #include "kernels.h"
+#include "types.h"
 
 namespace qlora {
 
@@ -27,8 +28,9 @@ struct LayerProduct {
   int64_t rank;
   const float* left;    // [tokens, rank]
   const float* factor;  // with W^T: [rows, rank]; with W: [rank, columns]
-  float* y;
-  Integers integers;  // of x, where the product is by integers
+  float* y;             // null where y is in bf16 and the product rounds it
+  BF16* rounded;        // y in bf16, or null
+  Integers integers;    // of x, where the product is by integers
 };
 
 // y [tokens, outer] = x [tokens, inner] times W^T or W of a dense W [rows, columns], in float32 or bf16; columns in
@@ -51,6 +53,7 @@ constexpr int64_t kStripColumns = 128;
 
 struct Layer {
   int64_t tile, width;  // tokens and columns of y that are summed at a time; work is cut at tiles
+  bool rounds;          // `wide` itself rounds a y in bf16
   // Bytes that a thread needs for each of those below, aligned to 64.
   int64_t (*room)(int64_t inner, int64_t rank);
   // u [tokens, rank] = x factor of some tokens, the factor as tiles [rank / 16, inner, 16].
@@ -66,7 +69,7 @@ struct Layer {
 };
 
 #if defined(__x86_64__)
-extern const Layer avx2_layer, avx2_integer_layer, avx512_layer, avx512_vnni_layer;
+extern const Layer avx2_layer, avx2_integer_layer, avx512_layer, avx512_vnni_layer, avx512_bf16_layer;
 #elif defined(__aarch64__)
 extern const Layer neon_layer;
 #endif

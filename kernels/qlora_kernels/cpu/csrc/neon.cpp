@@ -371,6 +371,6 @@ inline void add_product(const float* a, int64_t stride, const float* b, int64_t 
 
 namespace qlora {
 const Kernels neon_kernels = {"NEON", QLORA_KERNELS(QLORA_ENTRY)};
-const Layer neon_layer = {kTileRows, kWidth, room, narrow, nullptr, wide, sums, nullptr, nullptr};
+const Layer neon_layer = {kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, nullptr, nullptr};
 }  // namespace qlora
 #endif

@@ -200,11 +200,15 @@ void integer_wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t 
             multiply<kTileVectors>(rows, scales + kWidth * (parts + k), least(kDepthMost, p.rank - k),
                                    k == 0 ? nullptr : sums, kWidth, sums, kWidth);
           }
-        float* const y = p.y + t * p.outer + (panel + done + c) * kWidth;
+        const int64_t at = t * p.outer + (panel + done + c) * kWidth;
+        const bool in_place = n == kTileRows && p.rounded == nullptr;
         add_integers(p.integers.values + 64 * tile, p.integers.scales + tile, panel_of, scales, parts, sums,
-                     n == kTileRows ? y : edge, n == kTileRows ? p.outer : kWidth);
-        for (int64_t r = 0; n < kTileRows && r < n; ++r)
-          for (int64_t k = 0; k < kWidth; ++k) y[r * p.outer + k] = edge[r * kWidth + k];
+                     in_place ? p.y + at : edge, in_place ? p.outer : kWidth);
+        for (int64_t r = 0; !in_place && r < n; ++r)
+          for (int64_t k = 0; k < kWidth; k += 16) {
+            const F16 y = F16::load(edge + r * kWidth + k);
+            p.rounded == nullptr ? y.store(p.y + at + r * p.outer + k) : store16(p.rounded + at + r * p.outer + k, y);
+          }
       }
     }
   }
