@@ -402,6 +402,11 @@ def multiplies_by_integers() -> bool:
     return NATIVE is not None and NATIVE.layers > 1
 
 
+def multiplies_layers_in_bf16() -> bool:
+    """Whether layers in bf16 are made of dot products of our own, without a matrix unit."""
+    return NATIVE is not None and NATIVE.layers_in_bf16
+
+
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` has a kernel for them on their device."""
     if ("attention", "native") in AVOIDED or ("attention_backward", "native") in AVOIDED:

@@ -44,6 +44,8 @@ from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 90_000_000
+# of these, what oneDNN compiles for layers in bf16, where none of them is left to it but the head
+LAYER_LIBRARIES = 25_000_000
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000
 # CUDA, bytes: the workspaces of cuBLAS, 32 MiB for each of the two threads that multiply (less before Hopper)
@@ -98,8 +100,11 @@ class MetaRun:
     def __init__(self, config: FinetuneConfig, source: Source, *, varied_lengths: bool = False):
         self.options, self.source = config, source
         self.device = planned_device(config.device)
-        self.libraries = LIBRARIES + SHAPES * varied_lengths if self.device == "cpu" else WORKSPACES
         dtype = _planned_dtype(config.dtype, self.device)
+        self.libraries = WORKSPACES
+        if self.device == "cpu":
+            own = dtype == "bf16" and backends.multiplies_layers_in_bf16()
+            self.libraries = LIBRARIES + SHAPES * varied_lengths - LAYER_LIBRARIES * own
         self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
         self.architecture = load_config(source)
         stated = getattr(self.architecture, "dtype", None)  # before transformers writes ours over it
