@@ -26,7 +26,10 @@ struct Call {
   int threads;
   int64_t own;  // bytes of each thread
   char* rooms;
+  char* room_of(int64_t thread) const { return rooms + thread * own; }
 };
+
+void nothing(int64_t, int64_t) {}  // that a share does ahead of its product
 
 int64_t in_eights(int64_t rank) { return ceil_div(rank, 8) * 8; }
 
@@ -41,37 +44,25 @@ Call call_of(int by_integers, int bf16, int64_t tokens, int64_t inner, int64_t r
   return {l, tokens, rank, threads, own, work.take<char>(threads * own)};
 }
 
-// u [tokens, rank] = x factor, and x in integers. factor [inner, rank], or transposed [rank, inner]; either x may be
-// null.
-void prepare(const Call& c, Values narrow, Values x, int64_t inner, const float* factor, bool transposed, float* tiles,
-             float* u, Integers to) {
-  const int64_t strips = ceil_div(c.rank, 16), step = 256, pieces = ceil_div(inner, step);
-  if (narrow.at != nullptr)
-    parallel(strips * pieces, c.threads, [&](int64_t p) {
-      const int64_t s = p / pieces, first = p % pieces * step, last = minimum(inner, first + step);
-      for (int64_t i = first; i < last; ++i)
-        for (int64_t k = 16 * s; k < 16 * s + 16; ++k)
-          tiles[(s * inner + i) * 16 + k % 16] = k >= c.rank  ? 0.0f
-                                                 : transposed ? factor[k * inner + i]
-                                                              : factor[i * c.rank + k];
-    });
+// u [tokens, rank] = x factor, and x in integers; either x may be null.
+void prepare(const Call& c, Values narrow, Values x, int64_t inner, Factor factor, float* u, Integers to) {
   const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), cut = threads_for(blocks, c.threads);
   parallel(cut, c.threads, [&](int64_t p) {
     const int64_t token = blocks * p / cut * c.kernel.tile,
                   stop = minimum(c.tokens, blocks * (p + 1) / cut * c.kernel.tile);
-    if (narrow.at != nullptr)
-      c.kernel.narrow(narrow, inner, tiles, c.rank, token, stop - token, c.rooms + p * c.own, u);
+    if (narrow.at != nullptr) c.kernel.narrow(narrow, inner, factor, token, stop - token, c.room_of(p), u);
     if (x.at != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
   });
 }
 
-// A thread's share: panels, and where there are too few, parts of the tokens too. piece(share, token, tokens, panel,
-// panels).
-template <class F>
-void share(const Layer& l, int64_t tokens, int64_t outer, int threads, F piece) {
+// first(share, shares), then a thread's share of a product: panels, and where there are too few, parts of the tokens
+// too. piece(share, token, tokens, panel, panels).
+template <class G, class F>
+void share(const Layer& l, int64_t tokens, int64_t outer, int threads, G first, F piece) {
   const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
   const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
   parallel(shares, threads, [&](int64_t i) {
+    first(i, shares);
     for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
       const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
       const int64_t token = blocks * part / parts * l.tile, end = minimum(tokens, blocks * (part + 1) / parts * l.tile);
@@ -81,33 +72,36 @@ void share(const Layer& l, int64_t tokens, int64_t outer, int threads, F piece) 
   });
 }
 
-// The product, rounded where y is in bf16.
-void multiply(const Call& c, const LayerProduct& p) {
-  share(c.kernel, c.tokens, p.outer, c.threads,
+// The product after `first`, rounded where y is in bf16.
+template <class G>
+void multiply(const Call& c, const LayerProduct& p, G first) {
+  share(c.kernel, c.tokens, p.outer, c.threads, first,
         [&](int64_t i, int64_t token, int64_t tokens, int64_t panel, int64_t panels) {
-          c.kernel.wide(p, token, tokens, panel, panels, c.rooms + i * c.own);
-          const int64_t first = panel * c.kernel.width, last = minimum(p.outer, (panel + panels) * c.kernel.width);
+          c.kernel.wide(p, token, tokens, panel, panels, c.room_of(i));
+          const int64_t start = panel * c.kernel.width, stop = minimum(p.outer, (panel + panels) * c.kernel.width);
           for (int64_t t = token; p.y != nullptr && p.rounded != nullptr && t < token + tokens; ++t)
-            for (int64_t k = first; k < last; ++k) p.rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
+            for (int64_t k = start; k < stop; ++k) p.rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
         });
 }
 
-// left^T x for each strip of columns: put(column, columns, sums [rank in 8s, kStripColumns], dots [columns]).
-template <class F>
-void sum_over_tokens(const Call& c, Values x, Values y, const float* left, float* padded, int64_t columns, F put) {
-  const int64_t ranks = in_eights(c.rank), strips = ceil_div(columns, kStripColumns),
-                cut = threads_for(strips, c.threads);
+// Sums over tokens of `columns` columns; left [tokens, rank], padded to eights.
+LayerSums sums_of(const Call& c, Values x, Values y, const float* left, int64_t columns, Work& work) {
+  const int64_t ranks = in_eights(c.rank);
+  float* const padded = work.take<float>(c.tokens * ranks);
   for (int64_t t = 0; ranks != c.rank && t < c.tokens; ++t)
     for (int64_t k = 0; k < ranks; ++k) padded[t * ranks + k] = k < c.rank ? left[t * c.rank + k] : 0.0f;
-  const LayerSums sums{x, y, ranks == c.rank ? left : padded, c.tokens, columns, ranks};
-  parallel(cut, c.threads, [&](int64_t p) {
-    float *const out = reinterpret_cast<float*>(c.rooms + p * c.own), *const dots = out + ranks * kStripColumns;
-    for (int64_t s = strips * p / cut; s < strips * (p + 1) / cut; ++s) {
-      const int64_t column = s * kStripColumns, count = minimum(kStripColumns, columns - column);
-      c.kernel.sums(sums, column, count, out, dots);
-      put(column, count, out, dots);
-    }
-  });
+  return {x, y, ranks == c.rank ? left : padded, c.tokens, columns, ranks};
+}
+
+int64_t strips_of(const LayerSums& s) { return ceil_div(s.columns, kStripColumns); }
+
+// A strip of them, in the room of a thread: put(column, columns, sums [rank in 8s, kStripColumns], dots [columns]).
+template <class F>
+void sum_strip(const Call& c, const LayerSums& s, int64_t strip, int64_t thread, F put) {
+  float *const out = reinterpret_cast<float*>(c.room_of(thread)), *const dots = out + s.ranks * kStripColumns;
+  const int64_t column = strip * kStripColumns, columns = minimum(kStripColumns, s.columns - column);
+  c.kernel.sums(s, column, columns, out, dots);
+  put(column, columns, out, dots);
 }
 
 // Where a product writes: a y in bf16 that the kernel does not round goes through float32.
@@ -139,9 +133,8 @@ int64_t qlora_layer_bytes(int by_integers, int bf16, int64_t tokens, int64_t row
   Work work{nullptr};
   const Call c = call_of(by_integers, bf16, tokens, inner, rank, threads, work);
   integers_of(c, inner, work);
-  work.take<float>(ceil_div(rank, 16) * 16 * inner);
   work.take<float>(tokens * rank);
-  work.take<float>(tokens * ranks);
+  for (int pass = 0; pass < 2; ++pass) work.take<float>(tokens * ranks);
   if (bf16 && !c.kernel.rounds) work.take<float>(tokens * inner);
   return work.next - static_cast<char*>(nullptr);
 }
@@ -156,11 +149,10 @@ void qlora_layer_forward(const Weight* weight, const float* gain, int by_integer
   Work work{memory};
   const Call c = call_of(by_integers, bf16, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.columns, work);
-  float* const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.columns);
   const Result out = result_of(c, y, bf16, w.rows, work);
   const Values input{x, bf16 != 0};
-  prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, down, true, tiles, u, integers);
-  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers});
+  prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, {down, rank, true}, u, integers);
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, nothing);
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
@@ -174,31 +166,36 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
   Work work{memory};
   const Call c = call_of(by_integers, bf16, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.rows, work);
-  float *const tiles = work.take<float>(ceil_div(rank, 16) * 16 * w.rows), *const v = work.take<float>(tokens * rank),
-               *const padded = work.take<float>(tokens * in_eights(rank));
+  float* const v = work.take<float>(tokens * rank);
   const auto values = [&](const void* at) { return Values{at, bf16 != 0}; };
-  prepare(c, values(rank > 0 ? dy : nullptr), values(dx != nullptr ? dy : nullptr), w.rows, up, false, tiles, v,
+  prepare(c, values(rank > 0 ? dy : nullptr), values(dx != nullptr ? dy : nullptr), w.rows, {up, rank, false}, v,
           integers);
-  if (rank > 0) {
-    sum_over_tokens(c, values(dy), values(y), u, padded, w.rows,
-                    [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
-                      for (int64_t j = row; j < row + rows; ++j) {
-                        const float factor = gain == nullptr ? scaling : scaling * gain[j];
-                        for (int64_t k = 0; k < rank; ++k)
-                          dB[j * rank + k] = factor * sums[k * kStripColumns + j - row];
-                        if (y != nullptr) dm[j] = dots[j - row] / safe[j];
-                      }
-                    });
-    sum_over_tokens(c, values(x), values(nullptr), v, padded, w.columns,
-                    [&](int64_t column, int64_t columns, const float* sums, const float*) {
-                      for (int64_t k = 0; k < rank; ++k)
-                        for (int64_t i = 0; i < columns; ++i)
-                          dA[k * w.columns + column + i] = sums[k * kStripColumns + i];
-                    });
+  const LayerSums of_B = sums_of(c, values(dy), values(y), u, w.rows, work),
+                  of_A = sums_of(c, values(x), values(nullptr), v, w.columns, work);
+  const auto put_B = [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
+    for (int64_t j = row; j < row + rows; ++j) {
+      const float factor = gain == nullptr ? scaling : scaling * gain[j];
+      for (int64_t k = 0; k < rank; ++k) dB[j * rank + k] = factor * sums[k * kStripColumns + j - row];
+      if (y != nullptr) dm[j] = dots[j - row] / safe[j];
+    }
+  };
+  const auto put_A = [&](int64_t column, int64_t columns, const float* sums, const float*) {
+    for (int64_t k = 0; k < rank; ++k)
+      for (int64_t i = 0; i < columns; ++i) dA[k * w.columns + column + i] = sums[k * kStripColumns + i];
+  };
+  // A thread's share of both, ahead of its share of the product: threads wait for each other once.
+  const int64_t strips_B = rank > 0 ? strips_of(of_B) : 0, strips = rank > 0 ? strips_B + strips_of(of_A) : 0;
+  const auto sum = [&](int64_t i, int64_t shares) {
+    for (int64_t s = strips * i / shares; s < strips * (i + 1) / shares; ++s)
+      s < strips_B ? sum_strip(c, of_B, s, i, put_B) : sum_strip(c, of_A, s - strips_B, i, put_A);
+  };
+  if (dx == nullptr) {
+    const int64_t shares = threads_for(strips, threads);
+    parallel(shares, threads, [&](int64_t i) { sum(i, shares); });
+    return;
   }
-  if (dx == nullptr) return;
   const Result out = result_of(c, dx, bf16, w.columns, work);
-  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers});
+  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers}, sum);
 }
 
 // Bytes of `work`, aligned to 64, for the product below.
@@ -209,7 +206,7 @@ void qlora_dense(const void* weight, int bf16, int64_t rows, int64_t columns, in
                  int64_t tokens, char* work, float* y, int threads) {
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
   const DenseProduct product{{weight, bf16 != 0}, transposed != 0, x, tokens, inner, outer, y};
-  share(*integer_layer, tokens, outer, threads,
+  share(*integer_layer, tokens, outer, threads, nothing,
         [&](int64_t i, int64_t token, int64_t count, int64_t panel, int64_t panels) {
           integer_layer->dense(product, token, count, panel, panels, work + i * integer_layer->dense_room());
         });

@@ -12,6 +12,13 @@ struct Values {
   bool bf16;  // else float32
 };
 
+// An adapter's narrow factor [inner, rank], or transposed [rank, inner].
+struct Factor {
+  const float* at;
+  int64_t rank;
+  bool transposed;
+};
+
 // x in integers, see nf4_gemm_integers.h: [tile][64 of inner][row of the tile][64], and a scale for each 64.
 struct Integers {
   int16_t* values;
@@ -56,9 +63,8 @@ struct Layer {
   bool rounds;          // `wide` itself rounds a y in bf16
   // Bytes that a thread needs for each of those below, aligned to 64.
   int64_t (*room)(int64_t inner, int64_t rank);
-  // u [tokens, rank] = x factor of some tokens, the factor as tiles [rank / 16, inner, 16].
-  void (*narrow)(Values x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
-                 float* u);
+  // u [tokens, rank] = x factor of some tokens.
+  void (*narrow)(Values x, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u);
   // Some tokens of x in integers; null where the product takes x as it is.
   void (*integers)(Values x, int64_t inner, int64_t token, int64_t tokens, Integers out);
   void (*wide)(const LayerProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);

@@ -139,10 +139,10 @@ inline Depth depth_of(int64_t inner, int64_t rank, int64_t i) {
   return {start, stop - start, 0, i + 1 == parts && rank <= kRanksBelow ? rank : 0};
 }
 
-int64_t room(int64_t, int64_t rank) {
-  const int64_t copies = kTileRows * kStride, panel = kStride * kWidth;
-  return int64_t(sizeof(float)) * (copies + 2 * kTileRows * kWidth + most(panel, kPanelBytes / 4) + panel +
-                                   pieces_of(rank, 16) * 16 * kTileRows);
+int64_t room(int64_t inner, int64_t) {
+  const int64_t copies = kTileRows * kStride, panel = kStride * kWidth,
+                strip = 16 * (inner + kTileRows);  // of a narrow factor, and its sums
+  return int64_t(sizeof(float)) * (copies + 2 * kTileRows * kWidth + most(most(panel, kPanelBytes / 4) + panel, strip));
 }
 
 template <class T>
@@ -193,29 +193,45 @@ void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, i
   as_they_lie(p.x, [&](const auto* x) { wide_of(p, x, token, tokens, panel, panels, work); });
 }
 
-template <class T>
-void narrow_of(const T* x, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
-               float* u) {
-  float *const rows = reinterpret_cast<float*>(work), *const sums = rows + kTileRows * kStride;
-  const int64_t strips = pieces_of(rank, 16), parts = parts_of(inner);
-  for (int64_t t = token; t < token + tokens; t += kTileRows) {
-    const int64_t n = least(kTileRows, token + tokens - t);
-    for (int64_t i = 0; i < parts; ++i) {
-      const Depth d = depth_of(inner, 0, i);
-      copy_rows(x + t * inner + d.start, inner, n, d.size, rows);
-      for (int64_t s = 0; s < strips; ++s) {
-        float* const sum = sums + s * 16 * kTileRows;
-        multiply<1>(rows, tiles + 16 * (s * inner + d.start), d.size, i == 0 ? nullptr : sum, 16, sum, 16);
-      }
+// 16 ranks of a narrow factor from `first` on, zeros behind the last; out [inner, 16].
+inline void strip_of(const Factor& f, int64_t inner, int64_t first, float* out) {
+  const int64_t ranks = least(16, f.rank - first);
+  for (int64_t i = 0; i < inner; i += 16) {
+    if (f.transposed && ranks == 16) {
+      transpose16(f.at + first * inner + i, inner, out + 16 * i, 16);
+      continue;
     }
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t k = 0; k < rank; ++k) u[(t + r) * rank + k] = sums[(k / 16 * kTileRows + r) * 16 + k % 16];
+    for (int64_t j = i; j < i + 16; ++j)
+      if (f.transposed)
+        for (int64_t k = 0; k < 16; ++k) out[16 * j + k] = k < ranks ? f.at[(first + k) * inner + j] : 0.0f;
+      else
+        (ranks == 16 ? F16::load(f.at + j * f.rank + first) : load_some(f.at + j * f.rank + first, ranks))
+            .store(out + 16 * j);
   }
 }
 
-void narrow(Values values, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens, char* work,
-            float* u) {
-  as_they_lie(values, [&](const auto* x) { narrow_of(x, inner, tiles, rank, token, tokens, work, u); });
+template <class T>
+void narrow_of(const T* x, int64_t inner, const Factor& factor, int64_t token, int64_t tokens, char* work, float* u) {
+  float *const rows = reinterpret_cast<float*>(work), *const sums = rows + kTileRows * kStride,
+               *const strip = sums + 16 * kTileRows;
+  const int64_t parts = parts_of(inner), rank = factor.rank;
+  for (int64_t first = 0; first < rank; first += 16) {
+    strip_of(factor, inner, first, strip);
+    for (int64_t t = token; t < token + tokens; t += kTileRows) {
+      const int64_t n = least(kTileRows, token + tokens - t);
+      for (int64_t i = 0; i < parts; ++i) {
+        const Depth d = depth_of(inner, 0, i);
+        copy_rows(x + t * inner + d.start, inner, n, d.size, rows);
+        multiply<1>(rows, strip + 16 * d.start, d.size, i == 0 ? nullptr : sums, 16, sums, 16);
+      }
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t k = first; k < least(rank, first + 16); ++k) u[(t + r) * rank + k] = sums[16 * r + k - first];
+    }
+  }
+}
+
+void narrow(Values values, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u) {
+  as_they_lie(values, [&](const auto* x) { narrow_of(x, inner, factor, token, tokens, work, u); });
 }
 
 // ---------------------------------------------------------------- sums over tokens

@@ -118,7 +118,8 @@ int64_t bf16_pairs(int64_t inner, int64_t rank) { return inner / 2 + pieces_of(r
 int64_t bf16_room(int64_t inner, int64_t rank) {
   const int64_t tile = kTileRows * kLine * (lines_of(inner) + lines_of(rank)), edge = kTileRows * kWidth,
                 panel = kWidth * bf16_pairs(inner, rank);
-  return 4 * (tile + edge + most(panel, kPanelBytes / 4));
+  const int64_t strip = (16 + 8) * inner + 16 * kTileRows;  // of a narrow factor, twice, and its sums
+  return 4 * (tile + edge + most(most(panel, kPanelBytes / 4), strip));
 }
 
 void bf16_wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work) {
@@ -148,20 +149,19 @@ void bf16_wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t pan
   }
 }
 
-void bf16_narrow(Values values, int64_t inner, const float* tiles, int64_t rank, int64_t token, int64_t tokens,
-                 char* work, float* u) {
-  int32_t *const tile = reinterpret_cast<int32_t*>(work), *const factor = tile + kTileRows * kLine * lines_of(inner);
-  float* const sums = reinterpret_cast<float*>(factor + 8 * inner);
+void bf16_narrow(Values values, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u) {
+  int32_t *const tile = reinterpret_cast<int32_t*>(work), *const pairs = tile + kTileRows * kLine * lines_of(inner);
+  float *const sums = reinterpret_cast<float*>(pairs + 8 * inner), *const strip = sums + 16 * kTileRows;
   const BF16* const x = static_cast<const BF16*>(values.at);
+  const int64_t rank = factor.rank;
   for (int64_t first = 0; first < rank; first += 16) {
-    for (int64_t k = 0; k < inner; k += 2) {
-      const float* const from = tiles + first * inner + 16 * k;
-      pair_words(round_words(F16::load(from), F16::load(from + 16))).store(factor + 8 * k);
-    }
+    strip_of(factor, inner, first, strip);
+    for (int64_t k = 0; k < inner; k += 2)
+      pair_words(round_words(F16::load(strip + 16 * k), F16::load(strip + 16 * k + 16))).store(pairs + 8 * k);
     for (int64_t t = token; t < token + tokens; t += kTileRows) {
       const int64_t n = least(kTileRows, token + tokens - t);
       tile_of(x + t * inner, inner, n, inner, tile);
-      multiply_bf16<1>(tile, factor, inner / 2, sums, 16);
+      multiply_bf16<1>(tile, pairs, inner / 2, sums, 16);
       for (int64_t r = 0; r < n; ++r)
         for (int64_t k = first; k < least(rank, first + 16); ++k) u[(t + r) * rank + k] = sums[16 * r + k - first];
     }
