@@ -211,9 +211,12 @@ def test_products_err_by_their_rounding_alone(isa, size):
     weight, W, _, _, m, x, dy = drawn_layer(*size, True)
     if not isa.supports_fused_gemm(x, weight.parts, weight.layout):
         return
-    rounds_weight = isa.layers_in_bf16 or isa.bf16_unit == "AMX"
-    scaled = decoded(weight, torch.bfloat16, m).double() if rounds_weight else m.double().unsqueeze(1) * W
-    for source, matrix, transposed in ((x, scaled.t(), True), (dy, scaled, False)):
+    forward = backward = m.double().unsqueeze(1) * W
+    if isa.layers_in_bf16 or isa.bf16_unit == "AMX":
+        forward = backward = decoded(weight, torch.bfloat16, m).double()
+    if isa.bf16_unit == "AMX":  # the gain goes onto sums
+        forward = m.double().unsqueeze(1) * decoded(weight, torch.bfloat16).double()
+    for source, matrix, transposed in ((x, forward.t(), True), (dy, backward, False)):
         exact = source.double() @ matrix
         found = isa.matmul_4bit(source, weight.parts, weight.layout, m, transposed)
         errors = [(rounded.double() - exact).norm(dim=1) for rounded in (found, exact.bfloat16())]
