@@ -103,7 +103,7 @@ class MetaRun:
         dtype = _planned_dtype(config.dtype, self.device)
         self.libraries = WORKSPACES
         if self.device == "cpu":
-            own = dtype == "bf16" and backends.multiplies_layers_in_bf16()
+            own = config.bits == 4 and dtype == "bf16" and backends.multiplies_layers_in_bf16()
             self.libraries = LIBRARIES + SHAPES * varied_lengths - LAYER_LIBRARIES * own
         self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
         self.architecture = load_config(source)

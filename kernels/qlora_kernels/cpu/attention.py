@@ -32,6 +32,10 @@ class AttentionKernels(Subject):
             kernel = self.attends_in_float32 and q.shape[-1] <= WIDEST and q.dtype in (torch.float32, torch.bfloat16)
         return kernel and q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
 
+    def _is_widened(self, x: Tensor) -> bool:
+        """Whether x is bf16 that no unit multiplies: kernels in float32 do."""
+        return x.dtype == torch.bfloat16 and not self.bf16_unit
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> tuple[Tensor, Tensor]:
         if not self.supports_attention(q, k, v):
             return NotImplemented

@@ -109,10 +109,6 @@ class Subject:
     bf16_unit: str
     _thread: threading.local
 
-    def _is_widened(self, x: Tensor) -> bool:
-        """Whether x is bf16 that no unit multiplies: kernels in float32 do."""
-        return x.dtype == torch.bfloat16 and not self.bf16_unit
-
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """As torch.empty, on huge pages where the result is large."""
         tensor = torch.empty(*shape, dtype=dtype)

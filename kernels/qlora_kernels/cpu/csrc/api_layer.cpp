@@ -45,7 +45,7 @@ Call call_of(int by_integers, int bf16, int64_t tokens, int64_t inner, int64_t r
 }
 
 // u [tokens, rank] = x factor, and x in integers; either x may be null.
-void prepare(const Call& c, Values narrow, Values x, int64_t inner, Factor factor, float* u, Integers to) {
+void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor factor, float* u, Integers to) {
   const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), cut = threads_for(blocks, c.threads);
   parallel(cut, c.threads, [&](int64_t p) {
     const int64_t token = blocks * p / cut * c.kernel.tile,

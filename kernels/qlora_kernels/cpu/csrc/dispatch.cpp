@@ -62,7 +62,6 @@ const Kernels* named(int isa) {
   __builtin_cpu_init();
   if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return &avx2_kernels;
-  if (isa == 1) integer_layer = &avx2_integer_layer;
   if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return &avx512_kernels;

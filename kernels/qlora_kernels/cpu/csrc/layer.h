@@ -1,5 +1,5 @@
-// What nf4_gemm.h and nf4_gemm_integers.h have for api_layer.cpp, which cuts the work: an adapted layer in float32, of
-// values that lie in float32 or, where no unit multiplies it, in bf16.
+// What nf4_gemm.h, nf4_gemm_integers.h and nf4_gemm_bf16.h have for api_layer.cpp, which cuts the work: an adapted
+// layer of values that lie in float32 or bf16, with sums in float32.
 #pragma once
 #include "kernels.h"
 #include "types.h"
@@ -13,7 +13,7 @@ struct Values {
 };
 
 // An adapter's narrow factor [inner, rank], or transposed [rank, inner].
-struct Factor {
+struct NarrowFactor {
   const float* at;
   int64_t rank;
   bool transposed;
@@ -64,7 +64,7 @@ struct Layer {
   // Bytes that a thread needs for each of those below, aligned to 64.
   int64_t (*room)(int64_t inner, int64_t rank);
   // u [tokens, rank] = x factor of some tokens.
-  void (*narrow)(Values x, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u);
+  void (*narrow)(Values x, int64_t inner, NarrowFactor factor, int64_t token, int64_t tokens, char* work, float* u);
   // Some tokens of x in integers; null where the product takes x as it is.
   void (*integers)(Values x, int64_t inner, int64_t token, int64_t tokens, Integers out);
   void (*wide)(const LayerProduct&, int64_t token, int64_t tokens, int64_t panel, int64_t panels, char* work);

@@ -194,24 +194,22 @@ void wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t panel, i
 }
 
 // 16 ranks of a narrow factor from `first` on, zeros behind the last; out [inner, 16].
-inline void strip_of(const Factor& f, int64_t inner, int64_t first, float* out) {
+inline void strip_of(const NarrowFactor& f, int64_t inner, int64_t first, float* out) {
   const int64_t ranks = least(16, f.rank - first);
-  for (int64_t i = 0; i < inner; i += 16) {
-    if (f.transposed && ranks == 16) {
-      transpose16(f.at + first * inner + i, inner, out + 16 * i, 16);
-      continue;
-    }
-    for (int64_t j = i; j < i + 16; ++j)
-      if (f.transposed)
-        for (int64_t k = 0; k < 16; ++k) out[16 * j + k] = k < ranks ? f.at[(first + k) * inner + j] : 0.0f;
-      else
-        (ranks == 16 ? F16::load(f.at + j * f.rank + first) : load_some(f.at + j * f.rank + first, ranks))
-            .store(out + 16 * j);
+  alignas(64) float rows[16][16] = {};
+  for (int64_t i = 0; f.transposed && i < inner; i += 16) {
+    for (int64_t k = 0; k < ranks; ++k) F16::load(f.at + (first + k) * inner + i).store(rows[k]);
+    transpose16(rows[0], 16, out + 16 * i, 16);
+  }
+  for (int64_t i = 0; !f.transposed && i < inner; ++i) {
+    const float* const from = f.at + i * f.rank + first;
+    (ranks == 16 ? F16::load(from) : load_some(from, ranks)).store(out + 16 * i);
   }
 }
 
 template <class T>
-void narrow_of(const T* x, int64_t inner, const Factor& factor, int64_t token, int64_t tokens, char* work, float* u) {
+void narrow_of(const T* x, int64_t inner, const NarrowFactor& factor, int64_t token, int64_t tokens, char* work,
+               float* u) {
   float *const rows = reinterpret_cast<float*>(work), *const sums = rows + kTileRows * kStride,
                *const strip = sums + 16 * kTileRows;
   const int64_t parts = parts_of(inner), rank = factor.rank;
@@ -230,7 +228,7 @@ void narrow_of(const T* x, int64_t inner, const Factor& factor, int64_t token, i
   }
 }
 
-void narrow(Values values, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u) {
+void narrow(Values values, int64_t inner, NarrowFactor factor, int64_t token, int64_t tokens, char* work, float* u) {
   as_they_lie(values, [&](const auto* x) { narrow_of(x, inner, factor, token, tokens, work, u); });
 }
 

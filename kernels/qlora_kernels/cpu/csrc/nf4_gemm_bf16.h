@@ -149,7 +149,8 @@ void bf16_wide(const LayerProduct& p, int64_t token, int64_t tokens, int64_t pan
   }
 }
 
-void bf16_narrow(Values values, int64_t inner, Factor factor, int64_t token, int64_t tokens, char* work, float* u) {
+void bf16_narrow(Values values, int64_t inner, NarrowFactor factor, int64_t token, int64_t tokens, char* work,
+                 float* u) {
   int32_t *const tile = reinterpret_cast<int32_t*>(work), *const pairs = tile + kTileRows * kLine * lines_of(inner);
   float *const sums = reinterpret_cast<float*>(pairs + 8 * inner), *const strip = sums + 16 * kTileRows;
   const BF16* const x = static_cast<const BF16*>(values.at);
