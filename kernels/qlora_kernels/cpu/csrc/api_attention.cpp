@@ -22,13 +22,7 @@ void qlora_attention(int is_backward, int floats, const Heads* views, float* lse
     const int64_t from = bounds[i / groups], n = bounds[i / groups + 1] - from;
     kernel->pass[is_backward](views, lse, shape, from, n, i % groups, work + thread * bytes);
   };
-  threads = threads_for(examples * groups, threads);
-  if (threads == 1) {
-    for (int64_t i = 0; i < examples * groups; ++i) piece(i, 0);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)  // the examples are of any length
-  for (int64_t i = 0; i < examples * groups; ++i) piece(i, omp_get_thread_num());
+  parallel_threads(examples * groups, threads, piece);
 }
 
 }  // extern "C"

@@ -29,7 +29,7 @@ struct Call {
   char* room_of(int64_t thread) const { return rooms + thread * own; }
 };
 
-void nothing(int64_t, int64_t) {}  // that a share does ahead of its product
+void nothing(int64_t, int) {}
 
 int64_t in_eights(int64_t rank) { return ceil_div(rank, 8) * 8; }
 
@@ -46,38 +46,61 @@ Call call_of(int by_integers, int bf16, int64_t tokens, int64_t inner, int64_t r
 
 // u [tokens, rank] = x factor, and x in integers; either x may be null.
 void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor factor, float* u, Integers to) {
-  const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), cut = threads_for(blocks, c.threads);
-  parallel(cut, c.threads, [&](int64_t p) {
-    const int64_t token = blocks * p / cut * c.kernel.tile,
-                  stop = minimum(c.tokens, blocks * (p + 1) / cut * c.kernel.tile);
-    if (narrow.at != nullptr) c.kernel.narrow(narrow, inner, factor, token, stop - token, c.room_of(p), u);
+  constexpr int64_t kPieces = 4;  // of each thread
+  const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), threads = threads_for(blocks, c.threads),
+                pieces = threads == 1 ? 1 : minimum(blocks, kPieces * threads);
+  parallel_threads(pieces, c.threads, [&](int64_t i, int thread) {
+    const int64_t token = blocks * i / pieces * c.kernel.tile,
+                  stop = minimum(c.tokens, blocks * (i + 1) / pieces * c.kernel.tile);
+    if (narrow.at != nullptr) c.kernel.narrow(narrow, inner, factor, token, stop - token, c.room_of(thread), u);
     if (x.at != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
   });
 }
 
-// first(share, shares), then a thread's share of a product: panels, and where there are too few, parts of the tokens
-// too. piece(share, token, tokens, panel, panels).
+struct Range {
+  int64_t start, stop;
+};
+
+// Piece k of `all` units, in rounds of a piece for each thread, each round half of what is left: threads that are
+// equally fast end at the same time, and a slow one takes fewer. Empty behind the last.
+Range dealt(int64_t all, int64_t threads, int64_t k) {
+  constexpr int64_t kLeast = 2;
+  for (int64_t at = 0;; k -= threads) {
+    const int64_t left = all - at, half = left / (2 * threads),
+                  size = threads == 1 || half < kLeast ? ceil_div(left, threads) : half;
+    if (k < threads || size * threads >= left) return {minimum(all, at + k * size), minimum(all, at + (k + 1) * size)};
+    at += size * threads;
+  }
+}
+
+// strip(i, thread) for `strips` strips, and a product, piece(token, tokens, panel, panels, thread), in pieces of panels
+// and, where there are few, of parts of the tokens.
 template <class G, class F>
-void share(const Layer& l, int64_t tokens, int64_t outer, int threads, G first, F piece) {
+void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t strips, G strip, F piece) {
+  constexpr int64_t kUnits = 8;  // of each thread
   const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
-  const int64_t parts = minimum(blocks, ceil_div(threads, panels)), shares = threads_for(parts * panels, threads);
-  parallel(shares, threads, [&](int64_t i) {
-    first(i, shares);
-    for (int64_t at = parts * panels * i / shares, stop = parts * panels * (i + 1) / shares; at < stop;) {
-      const int64_t part = at / panels, count = minimum(stop, (part + 1) * panels) - at;
+  const int64_t parts = wanted == 1 ? 1 : minimum(blocks, ceil_div(kUnits * wanted, panels)), all = parts * panels,
+                threads = threads_for(all, wanted);
+  int64_t pieces = 0;
+  while (dealt(all, threads, pieces).start < all) ++pieces;
+  parallel_threads(strips + pieces, wanted, [&](int64_t i, int thread) {
+    if (i < strips) return strip(i, thread);
+    const Range some = dealt(all, threads, i - strips);
+    for (int64_t at = some.start; at < some.stop;) {
+      const int64_t part = at / panels, count = minimum(some.stop, (part + 1) * panels) - at;
       const int64_t token = blocks * part / parts * l.tile, end = minimum(tokens, blocks * (part + 1) / parts * l.tile);
-      piece(i, token, end - token, at % panels, count);
+      piece(token, end - token, at % panels, count, thread);
       at += count;
     }
   });
 }
 
-// The product after `first`, rounded where y is in bf16.
+// The product, rounded where y is in bf16, and strips.
 template <class G>
-void multiply(const Call& c, const LayerProduct& p, G first) {
-  share(c.kernel, c.tokens, p.outer, c.threads, first,
-        [&](int64_t i, int64_t token, int64_t tokens, int64_t panel, int64_t panels) {
-          c.kernel.wide(p, token, tokens, panel, panels, c.room_of(i));
+void multiply(const Call& c, const LayerProduct& p, int64_t strips, G strip) {
+  share(c.kernel, c.tokens, p.outer, c.threads, strips, strip,
+        [&](int64_t token, int64_t tokens, int64_t panel, int64_t panels, int thread) {
+          c.kernel.wide(p, token, tokens, panel, panels, c.room_of(thread));
           const int64_t start = panel * c.kernel.width, stop = minimum(p.outer, (panel + panels) * c.kernel.width);
           for (int64_t t = token; p.y != nullptr && p.rounded != nullptr && t < token + tokens; ++t)
             for (int64_t k = start; k < stop; ++k) p.rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
@@ -152,7 +175,7 @@ void qlora_layer_forward(const Weight* weight, const float* gain, int by_integer
   const Result out = result_of(c, y, bf16, w.rows, work);
   const Values input{x, bf16 != 0};
   prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, {down, rank, true}, u, integers);
-  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, nothing);
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, 0, nothing);
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
@@ -183,19 +206,15 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
     for (int64_t k = 0; k < rank; ++k)
       for (int64_t i = 0; i < columns; ++i) dA[k * w.columns + column + i] = sums[k * kStripColumns + i];
   };
-  // A thread's share of both, ahead of its share of the product: threads wait for each other once.
+  // In one region with the product: threads wait for each other once.
   const int64_t strips_B = rank > 0 ? strips_of(of_B) : 0, strips = rank > 0 ? strips_B + strips_of(of_A) : 0;
-  const auto sum = [&](int64_t i, int64_t shares) {
-    for (int64_t s = strips * i / shares; s < strips * (i + 1) / shares; ++s)
-      s < strips_B ? sum_strip(c, of_B, s, i, put_B) : sum_strip(c, of_A, s - strips_B, i, put_A);
+  const auto sum = [&](int64_t i, int thread) {
+    i < strips_B ? sum_strip(c, of_B, i, thread, put_B) : sum_strip(c, of_A, i - strips_B, thread, put_A);
   };
-  if (dx == nullptr) {
-    const int64_t shares = threads_for(strips, threads);
-    parallel(shares, threads, [&](int64_t i) { sum(i, shares); });
-    return;
-  }
+  if (dx == nullptr) return parallel_threads(strips, threads, sum);
   const Result out = result_of(c, dx, bf16, w.columns, work);
-  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers}, sum);
+  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers}, strips,
+           sum);
 }
 
 // Bytes of `work`, aligned to 64, for the product below.
@@ -206,9 +225,9 @@ void qlora_dense(const void* weight, int bf16, int64_t rows, int64_t columns, in
                  int64_t tokens, char* work, float* y, int threads) {
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
   const DenseProduct product{{weight, bf16 != 0}, transposed != 0, x, tokens, inner, outer, y};
-  share(*integer_layer, tokens, outer, threads, nothing,
-        [&](int64_t i, int64_t token, int64_t count, int64_t panel, int64_t panels) {
-          integer_layer->dense(product, token, count, panel, panels, work + i * integer_layer->dense_room());
+  share(*integer_layer, tokens, outer, threads, 0, nothing,
+        [&](int64_t token, int64_t count, int64_t panel, int64_t panels, int thread) {
+          integer_layer->dense(product, token, count, panel, panels, work + thread * integer_layer->dense_room());
         });
 }
 

@@ -1,10 +1,11 @@
 // What the files of the C interface share: the kernels in use, and work dealt to threads.
 //
 // Threads are OpenMP's, at most as many as the caller says (torch's own number: both use one libgomp, so its setting
-// rules), and none for small work. Work is cut into pieces whose size does not depend on the number of threads, so
-// neither does any result. After a fork the threads of libgomp are gone and a parallel region would wait for them for
-// ever: there everything runs on one thread. The alternative, torch's own at::parallel_for, would tie the library to
-// one build of torch.
+// rules), and none for small work. The next piece of the work goes to whoever is free: where one core is slower than
+// the others, as the efficiency cores of a laptop are, it does less, and does not hold them. No sum depends on who
+// makes it, or on how many there are. After a fork the threads of libgomp are gone and a parallel region would wait for
+// them for ever: there everything runs on one thread. The alternative, torch's own at::parallel_for, would tie the
+// library to one build of torch.
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
@@ -28,15 +29,21 @@ int threads_for(int64_t pieces, int wanted);
 
 namespace {
 
+// piece(i, thread) for each i, in order; a thread's number is below threads_for(pieces, wanted).
 template <class F>
-void parallel(int64_t pieces, int wanted, F piece) {
+void parallel_threads(int64_t pieces, int wanted, F piece) {
   const int threads = threads_for(pieces, wanted);
   if (threads == 1) {
-    for (int64_t i = 0; i < pieces; ++i) piece(i);
+    for (int64_t i = 0; i < pieces; ++i) piece(i, 0);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < pieces; ++i) piece(i);
+#pragma omp parallel for num_threads(threads) schedule(monotonic : dynamic)
+  for (int64_t i = 0; i < pieces; ++i) piece(i, omp_get_thread_num());
+}
+
+template <class F>
+void parallel(int64_t pieces, int wanted, F piece) {
+  parallel_threads(pieces, wanted, [&](int64_t i, int) { piece(i); });
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
