@@ -170,9 +170,8 @@ def matmul(x: Tensor, w: Tensor, onto: Tensor | None = None) -> Tensor:
 
 
 def multiply_frozen(out: Tensor, x: Tensor, weight: Tensor, transposed: bool) -> None:
-    """x W^T, or x W, to `out`, of a frozen dense W, such as a head's. By integers where float32 may be less than exact
-    and we have them; where not, of a W in 16 bits that meets float32 (`backends.is_widened`) a few rows at a time are
-    made float32.
+    """x W^T, or x W, to `out`, of a frozen dense W, such as a head's. Where no kernel of ours takes them and a W in 16
+    bits meets float32 (`backends.is_widened`), a few rows at a time are made float32.
     """
     if backends.supports_matmul_dense(x, weight):
         ops.matmul_dense_into(out, x, weight, transposed)

@@ -125,6 +125,17 @@ def ours(method: str, folder: str, dtype: str):
     return qlora.attach_adapters(qlora.load_base(folder, bits=4, dtype=dtype), method=method, rank=RANK, alpha=ALPHA)
 
 
+def our_dtype(isa: str | None) -> str:
+    """What `finetune --dtype auto` takes, on a processor that has no more than `isa` (None: on this one)."""
+    import torch
+
+    from qlora.models.device import resolve_dtype
+    from qlora_kernels import backends
+
+    dtype = "fp32" if isa else resolve_dtype("auto", torch.device("cpu"))
+    return "int16" if dtype == "fp32" and backends.multiplies_by_integers() else dtype
+
+
 def measure(method: str, side: str, dtype: str, work: str, steps: int, folder: str) -> dict:
     """One contestant in this process."""
     import torch
@@ -345,17 +356,11 @@ def main() -> None:
     os.environ.update(HELD.get(arguments.isa, {}))  # before anything that reads it is loaded; children inherit it
     import tempfile
 
-    import torch
     import transformers
 
     import qlora
-    from qlora.models.device import resolve_dtype
-    from qlora_kernels import backends
 
-    fallback = "fp32" if arguments.isa else resolve_dtype("auto", torch.device("cpu"))
-    if fallback == "fp32" and backends.multiplies_by_integers():
-        fallback = "int16"
-    dtype = fallback if arguments.dtype == "auto" else arguments.dtype
+    dtype = our_dtype(arguments.isa) if arguments.dtype == "auto" else arguments.dtype
     transformers.utils.logging.disable_progress_bar()
     record = about("torch", "transformers", "peft", "bitsandbytes") | {"dtype": dtype, "isa": arguments.isa}
     print(f"rank 16, all-linear, {dtype}, {record['threads']} threads, {record['backend']}\n")

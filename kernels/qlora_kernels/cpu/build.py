@@ -65,6 +65,7 @@ HEADERS = (
     "amx.h",
     "attention.h",
     "attention_float.h",
+    "dense_gemm.h",
     "dense_gemm_integers.h",
     "dispatch.h",
     "elementwise.h",

@@ -9,8 +9,10 @@ product is in the same sums, and in the backward pass all of the adapter's gradi
 For such bf16, and where torch's own switch allows less than float32's precision
 (`torch.set_float32_matmul_precision("high")`, which allows TF32 on a card), and the processor has AVX-512 VNNI, or AVX2
 and no AVX-512, the large product is one of 16-bit integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and
-about TF32's precision. So are those of a frozen head, which is dense (csrc/dense_gemm_integers.h). The alternative, a
-switch of our own, would be a second word for one thing.
+about TF32's precision. The alternative, a switch of our own, would be a second word for one thing.
+
+Those of a frozen head, which is dense, are in float32 or by integers likewise (csrc/dense_gemm.h); of bf16 on a CPU that
+multiplies it, they are torch's.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward": [WEIGHT, *[POINTER] * 7, SIZE, SIZE, FLOAT, *[POINTER] * 6, INTEGER],
         "qlora_layers": [],
         "qlora_layers_in_bf16": [],
+        "qlora_dense_in_float32": [],
         "qlora_layer_bytes": [INTEGER, INTEGER, *[SIZE] * 4, INTEGER],
-        "qlora_dense_bytes": [INTEGER],
-        "qlora_dense": [POINTER, INTEGER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
+        "qlora_dense_bytes": [INTEGER, INTEGER],
+        "qlora_dense": [INTEGER, POINTER, INTEGER, SIZE, SIZE, INTEGER, POINTER, SIZE, POINTER, POINTER, INTEGER],
         "qlora_layer_forward": [
             WEIGHT,
             POINTER,
@@ -76,12 +79,14 @@ class LayerKernels(AdapterKernels):
         "qlora_adapted_backward_bytes": SIZE,
         "qlora_layers": INTEGER,
         "qlora_layers_in_bf16": INTEGER,
+        "qlora_dense_in_float32": INTEGER,
         "qlora_layer_bytes": SIZE,
         "qlora_dense_bytes": SIZE,
     }
 
     layers: int  # what multiplies float32: 0: torch, 1: float32, 2: 16-bit integers too
     layers_in_bf16: bool  # bf16 has dot products of its own
+    dense_in_float32: bool  # a dense weight has a product of its own
 
     def supports_fused_gemm(self, x: Tensor, weight: list[Tensor], layout: list[int]) -> bool:
         """Whether a kernel multiplies these: bf16 on AMX, float32 and bf16 on AVX2, AVX-512 and NEON; whole tiles of
@@ -394,11 +399,9 @@ class LayerKernels(AdapterKernels):
     # ---------------------------------------------------------------- a dense weight
 
     def supports_matmul_dense(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether integers multiply these, faster than torch: float32 that may be less than exact, by a weight in
-        float32 or bf16.
-        """
+        """Whether these are multiplied faster than by torch: float32, by a weight in float32 or bf16."""
         return (
-            self._by_integers(x)
+            (self._by_integers(x) or self.dense_in_float32)
             and x.dtype == torch.float32
             and weight.dtype in (torch.float32, torch.bfloat16)
             and x.shape[0] > 0
@@ -415,9 +418,19 @@ class LayerKernels(AdapterKernels):
             raise ValueError(f"x {tuple(x.shape)} and out {tuple(out.shape)} for a weight of {rows} x {columns}")
         reference.mark_mutated(out)
         x = x.contiguous()
-        work = self.workspace(self.library.qlora_dense_bytes(threads))
-        weight_at, bf16 = weight.data_ptr(), weight.dtype == torch.bfloat16
+        by_integers = self._by_integers(x)
+        work = self.workspace(self.library.qlora_dense_bytes(by_integers, threads))
         self.library.qlora_dense(
-            weight_at, bf16, rows, columns, transposed, x.data_ptr(), tokens, work.data_ptr(), out.data_ptr(), threads
+            by_integers,
+            weight.data_ptr(),
+            weight.dtype == torch.bfloat16,
+            rows,
+            columns,
+            transposed,
+            x.data_ptr(),
+            tokens,
+            work.data_ptr(),
+            out.data_ptr(),
+            threads,
         )
         return None

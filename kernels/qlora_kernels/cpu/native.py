@@ -105,6 +105,7 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
             raise BackendError(f"QLORA_CPU_ISA={isa}: this processor cannot run it. Unset it for the best")
         self.isa, self.layers = name.decode(), self.library.qlora_layers()
         self.layers_in_bf16 = bool(self.library.qlora_layers_in_bf16())
+        self.dense_in_float32 = bool(self.library.qlora_dense_in_float32())
         self.attends_in_float32 = bool(self.library.qlora_float_attention())
         # What multiplies bf16: attention has a kernel only where something does. AMX, where nothing is forced, takes an
         # adapter's sums too.

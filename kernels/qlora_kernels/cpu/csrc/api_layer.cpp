@@ -57,17 +57,20 @@ void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor
   });
 }
 
+// Panels of the smallest piece. For each piece x is laid out once more; a head's gradients are many columns.
+constexpr int64_t kLayerPanels = 2, kDensePanels = 8;
+
 struct Range {
   int64_t start, stop;
 };
 
 // Piece k of `all` units, in rounds of a piece for each thread, each round half of what is left: threads that are
-// equally fast end at the same time, and a slow one takes fewer. Empty behind the last.
-Range dealt(int64_t all, int64_t threads, int64_t k) {
-  constexpr int64_t kLeast = 2;
+// equally fast end at the same time, and a slow one takes fewer; none has less than `least` but in the last. Empty
+// behind that.
+Range dealt(int64_t all, int64_t threads, int64_t least, int64_t k) {
   for (int64_t at = 0;; k -= threads) {
     const int64_t left = all - at, half = left / (2 * threads),
-                  size = threads == 1 || half < kLeast ? ceil_div(left, threads) : half;
+                  size = threads == 1 || half < least ? ceil_div(left, threads) : half;
     if (k < threads || size * threads >= left) return {minimum(all, at + k * size), minimum(all, at + (k + 1) * size)};
     at += size * threads;
   }
@@ -76,16 +79,16 @@ Range dealt(int64_t all, int64_t threads, int64_t k) {
 // strip(i, thread) for `strips` strips, and a product, piece(token, tokens, panel, panels, thread), in pieces of panels
 // and, where there are few, of parts of the tokens.
 template <class G, class F>
-void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t strips, G strip, F piece) {
+void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t least, int64_t strips, G strip, F piece) {
   constexpr int64_t kUnits = 8;  // of each thread
   const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
   const int64_t parts = wanted == 1 ? 1 : minimum(blocks, ceil_div(kUnits * wanted, panels)), all = parts * panels,
                 threads = threads_for(all, wanted);
   int64_t pieces = 0;
-  while (dealt(all, threads, pieces).start < all) ++pieces;
+  while (dealt(all, threads, least, pieces).start < all) ++pieces;
   parallel_threads(strips + pieces, wanted, [&](int64_t i, int thread) {
     if (i < strips) return strip(i, thread);
-    const Range some = dealt(all, threads, i - strips);
+    const Range some = dealt(all, threads, least, i - strips);
     for (int64_t at = some.start; at < some.stop;) {
       const int64_t part = at / panels, count = minimum(some.stop, (part + 1) * panels) - at;
       const int64_t token = blocks * part / parts * l.tile, end = minimum(tokens, blocks * (part + 1) / parts * l.tile);
@@ -98,7 +101,7 @@ void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t st
 // The product, rounded where y is in bf16, and strips.
 template <class G>
 void multiply(const Call& c, const LayerProduct& p, int64_t strips, G strip) {
-  share(c.kernel, c.tokens, p.outer, c.threads, strips, strip,
+  share(c.kernel, c.tokens, p.outer, c.threads, kLayerPanels, strips, strip,
         [&](int64_t token, int64_t tokens, int64_t panel, int64_t panels, int thread) {
           c.kernel.wide(p, token, tokens, panel, panels, c.room_of(thread));
           const int64_t start = panel * c.kernel.width, stop = minimum(p.outer, (panel + panels) * c.kernel.width);
@@ -218,16 +221,19 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
 }
 
 // Bytes of `work`, aligned to 64, for the product below.
-int64_t qlora_dense_bytes(int threads) { return threads * integer_layer->dense_room(); }
+int64_t qlora_dense_bytes(int by_integers, int threads) {
+  return threads * (by_integers ? integer_layer : layer)->dense_room();
+}
 
-// y = x W^T [tokens, rows], or x W [tokens, columns], of a dense W [rows, columns], by integers.
-void qlora_dense(const void* weight, int bf16, int64_t rows, int64_t columns, int transposed, const float* x,
-                 int64_t tokens, char* work, float* y, int threads) {
+// y = x W^T [tokens, rows], or x W [tokens, columns], of a dense W [rows, columns].
+void qlora_dense(int by_integers, const void* weight, int bf16, int64_t rows, int64_t columns, int transposed,
+                 const float* x, int64_t tokens, char* work, float* y, int threads) {
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
   const DenseProduct product{{weight, bf16 != 0}, transposed != 0, x, tokens, inner, outer, y};
-  share(*integer_layer, tokens, outer, threads, 0, nothing,
+  const Layer& l = *(by_integers ? integer_layer : layer);
+  share(l, tokens, outer, threads, kDensePanels, 0, nothing,
         [&](int64_t token, int64_t count, int64_t panel, int64_t panels, int thread) {
-          integer_layer->dense(product, token, count, panel, panels, work + thread * integer_layer->dense_room());
+          l.dense(product, token, count, panel, panels, work + thread * l.dense_room());
         });
 }
 

@@ -435,13 +435,23 @@ inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& 
 #include "nf4_gemm.h"
 #include "attention_float.h"
 #include "nf4_gemm_integers.h"
+#include "dense_gemm.h"
 #include "dense_gemm_integers.h"
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
 const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
-const Layer avx2_layer = {kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, nullptr, nullptr};
-const Layer avx2_integer_layer = {kTileRows, kWidth,       true, integer_room, narrow,
-                                  integers,  integer_wide, sums, dense_room,   dense_wide};
+const Layer avx2_layer = {
+    kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, dense_room<DenseFloat>, dense_wide<DenseFloat>};
+const Layer avx2_integer_layer = {kTileRows,
+                                  kWidth,
+                                  true,
+                                  integer_room,
+                                  narrow,
+                                  integers,
+                                  integer_wide,
+                                  sums,
+                                  dense_room<DenseIntegers>,
+                                  dense_wide<DenseIntegers>};
 }  // namespace qlora
 #endif

@@ -112,6 +112,9 @@ int qlora_layers() { return integer_layer != nullptr ? 2 : layer != nullptr ? 1 
 // Whether a layer of bf16 is multiplied by products of bf16, not by the above.
 int qlora_layers_in_bf16() { return bf16_layer != nullptr; }
 
+// Whether a dense weight is multiplied in float32.
+int qlora_dense_in_float32() { return layer != nullptr && layer->dense != nullptr; }
+
 // Whether attention in float32 has a kernel.
 int qlora_float_attention() { return float_attention != nullptr; }
 
