@@ -11,8 +11,8 @@ For such bf16, and where torch's own switch allows less than float32's precision
 and no AVX-512, the large product is one of 16-bit integers (csrc/nf4_gemm_integers.h): 1.5 to 1.7 times the speed, and
 about TF32's precision. The alternative, a switch of our own, would be a second word for one thing.
 
-Those of a frozen head, which is dense, are in float32 or by integers likewise (csrc/dense_gemm.h); of bf16 on a CPU that
-multiplies it, they are torch's.
+Those of a frozen head, which is dense, are in float32 or by integers likewise (csrc/dense_gemm.h); of bf16 on a CPU
+that multiplies it, they are torch's.
 """
 
 from __future__ import annotations
