@@ -7,8 +7,8 @@ A thread of OpenMP that waits for the others spins. On a core that another proce
 for does not run meanwhile, and a step takes several times as long; a thread that sleeps at once costs an idle machine
 5 %. A thousand turns cost little on either (docs/log.md). torch takes one thread for each core that it may run on: it
 sees the affinity, not the quota, and not that some cores are slow, for which its own products wait. Both runtimes read
-these variables once, when they are loaded. The alternative, to set them when `qlora` is imported, would change a program
-that only uses us.
+these variables once, when they are loaded. The alternative, to set them when `qlora` is imported, would change a
+program that only uses us.
 """
 
 from __future__ import annotations
