@@ -29,7 +29,7 @@ struct Call {
   char* room_of(int64_t thread) const { return rooms + thread * own; }
 };
 
-void nothing(int64_t, int) {}
+void no_strip(int64_t, int) {}
 
 int64_t in_eights(int64_t rank) { return ceil_div(rank, 8) * 8; }
 
@@ -57,7 +57,8 @@ void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor
   });
 }
 
-// Panels of the smallest piece. For each piece x is laid out once more; a head's gradients are many columns.
+// Panels of the smallest piece. Each piece lays x out once more, and of a head's gradients x is as wide as the
+// vocabulary.
 constexpr int64_t kLayerPanels = 2, kDensePanels = 8;
 
 struct Range {
@@ -82,11 +83,11 @@ template <class G, class F>
 void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t least, int64_t strips, G strip, F piece) {
   constexpr int64_t kUnits = 8;  // of each thread
   const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
-  const int64_t parts = wanted == 1 ? 1 : minimum(blocks, ceil_div(kUnits * wanted, panels)), all = parts * panels,
-                threads = threads_for(all, wanted);
+  const int threads = threads_for(panels * blocks, wanted);
+  const int64_t parts = threads == 1 ? 1 : minimum(blocks, ceil_div(kUnits * threads, panels)), all = parts * panels;
   int64_t pieces = 0;
   while (dealt(all, threads, least, pieces).start < all) ++pieces;
-  parallel_threads(strips + pieces, wanted, [&](int64_t i, int thread) {
+  parallel_threads(strips + pieces, threads, [&](int64_t i, int thread) {
     if (i < strips) return strip(i, thread);
     const Range some = dealt(all, threads, least, i - strips);
     for (int64_t at = some.start; at < some.stop;) {
@@ -178,7 +179,7 @@ void qlora_layer_forward(const Weight* weight, const float* gain, int by_integer
   const Result out = result_of(c, y, bf16, w.rows, work);
   const Values input{x, bf16 != 0};
   prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, {down, rank, true}, u, integers);
-  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, 0, nothing);
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, 0, no_strip);
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
@@ -231,7 +232,7 @@ void qlora_dense(int by_integers, const void* weight, int bf16, int64_t rows, in
   const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
   const DenseProduct product{{weight, bf16 != 0}, transposed != 0, x, tokens, inner, outer, y};
   const Layer& l = *(by_integers ? integer_layer : layer);
-  share(l, tokens, outer, threads, kDensePanels, 0, nothing,
+  share(l, tokens, outer, threads, kDensePanels, 0, no_strip,
         [&](int64_t token, int64_t count, int64_t panel, int64_t panels, int thread) {
           l.dense(product, token, count, panel, panels, work + thread * l.dense_room());
         });

@@ -441,17 +441,6 @@ inline void expand_pairs(const Words& words, const uint8_t* bytes, const Words& 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
 const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
-const Layer avx2_layer = {
-    kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, dense_room<DenseFloat>, dense_wide<DenseFloat>};
-const Layer avx2_integer_layer = {kTileRows,
-                                  kWidth,
-                                  true,
-                                  integer_room,
-                                  narrow,
-                                  integers,
-                                  integer_wide,
-                                  sums,
-                                  dense_room<DenseIntegers>,
-                                  dense_wide<DenseIntegers>};
+const Layer avx2_layer = kFloatLayer, avx2_integer_layer = kIntegerLayer;
 }  // namespace qlora
 #endif

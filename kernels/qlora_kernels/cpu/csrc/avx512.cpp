@@ -420,18 +420,7 @@ inline F32 in_columns(F16 lower, F16 upper) {
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
 const Attention avx512_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
-const Layer avx512_layer = {
-    kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, dense_room<DenseFloat>, dense_wide<DenseFloat>};
-const Layer avx512_vnni_layer = {kTileRows,
-                                 kWidth,
-                                 true,
-                                 integer_room,
-                                 narrow,
-                                 integers,
-                                 integer_wide,
-                                 sums,
-                                 dense_room<DenseIntegers>,
-                                 dense_wide<DenseIntegers>};
+const Layer avx512_layer = kFloatLayer, avx512_vnni_layer = kIntegerLayer;
 const Layer avx512_bf16_layer = {kTileRows, kWidth,    true,      bf16_room, bf16_narrow,
                                  nullptr,   bf16_wide, bf16_sums, nullptr,   nullptr};
 }  // namespace qlora

@@ -6,7 +6,8 @@
 // cache that all tokens are multiplied with; x is laid out a tile at a time, into the first. No copy of W is made, and
 // none of x. A Format, DenseFloat or that of dense_gemm_integers.h, has:
 //
-//   kDepth; kTile, kPanel        and the 4-byte places of a tile and a panel
+//   kDepth                       values of the inner dimension that a tile and a panel hold
+//   kTile, kPanel                4-byte places of a tile and of a panel
 //   tile(x, stride, rows, depth, out)
 //                                kTileRows rows of x, zeros behind the last
 //   rows(W, stride, rows, depth, out)
@@ -14,7 +15,7 @@
 //   columns(W, stride, depth, count, out)
 //                                `count` panels of W, side by side
 //   product(tile, panel, depth, before, out, stride)
-//                                out [kTileRows, kWidth] = before + tile panel; `before` is overwritten
+//                                out [kTileRows, kWidth] = before + tile panel; `before` may be overwritten
 #pragma once
 
 namespace qlora {
@@ -106,6 +107,9 @@ void dense_wide(const DenseProduct& p, int64_t token, int64_t tokens, int64_t pa
   as_they_lie(p.weight,
               [&](const auto* weight) { dense_product<Format>(p, weight, token, tokens, panel, panels, work); });
 }
+
+constexpr Layer kFloatLayer = {
+    kTileRows, kWidth, false, room, narrow, nullptr, wide, sums, dense_room<DenseFloat>, dense_wide<DenseFloat>};
 
 }  // namespace
 }  // namespace qlora

@@ -1,13 +1,14 @@
-// The integers of nf4_gemm_integers.h for dense_gemm.h. Rounding W once for good would take half of W more, and saves a
-// tenth of the time at 256 tokens. Of W^T a scale is that of 64 of a row; of W 64 rows x kWidth columns have one.
+// The integers of nf4_gemm_integers.h for dense_gemm.h, and the layer that has both. Rounding W once for good would
+// take half of W more, and saves a tenth of the time at 256 tokens. Of W^T a scale is that of 64 of a row; of W 64 rows
+// x kWidth columns have one.
 #pragma once
 
 namespace qlora {
 namespace {
 
-// A tile or panel is integers, [kParts] times 64 deep, behind the scales of each.
+// A tile or panel is kParts scales of each row or column, then its integers, kParts times 64 deep.
 struct DenseIntegers {
-  static constexpr int64_t kDepth = 1024, kParts = kDepth / 64, kTile = kTileRows * kParts * (32 + 1),
+  static constexpr int64_t kDepth = 1024, kParts = kDepth / 64, kTile = kTileRows * kParts * (kPairs + 1),
                            kPanel = kWidth * kParts * (kPairs + 1);
 
   static int16_t* values_of(float* tile) { return reinterpret_cast<int16_t*>(tile + kTileRows * kParts); }
@@ -66,6 +67,17 @@ struct DenseIntegers {
     add_integers(values_of(tile), tile, pairs_of(panel), panel, pieces_of(depth, 64), before, out, stride);
   }
 };
+
+constexpr Layer kIntegerLayer = {kTileRows,
+                                 kWidth,
+                                 true,
+                                 integer_room,
+                                 narrow,
+                                 integers,
+                                 integer_wide,
+                                 sums,
+                                 dense_room<DenseIntegers>,
+                                 dense_wide<DenseIntegers>};
 
 }  // namespace
 }  // namespace qlora
