@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qlora_kernels import BackendError, avoided, ops, reference
 from qlora_kernels.cpu import native
+from qlora_kernels.cpu.binding import DTYPES
 from qlora_kernels.weight import QuantizedWeight
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
@@ -293,6 +294,22 @@ def quickly(name: str, x: Tensor) -> Callable:
         return _on_cards[name]
     operator: Callable = getattr(ops, name)
     return operator
+
+
+# ---------------------------------------------------------------- memory of results
+
+
+def empty(*shape: int, like: Tensor) -> Tensor:
+    """As `like.new_empty(shape)`, for what soon goes: on a CPU in memory that the native library keeps for such."""
+    if NATIVE is None or like.device.type != "cpu" or like.dtype not in DTYPES:
+        return like.new_empty(shape)
+    return NATIVE.empty(*shape, dtype=like.dtype)
+
+
+def release_memory() -> None:
+    """Return to the system what the native library keeps for results to come."""
+    if NATIVE is not None:
+        NATIVE.library.qlora_release_memory()
 
 
 # ---------------------------------------------------------------- what has a kernel

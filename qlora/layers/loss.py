@@ -67,7 +67,7 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         n, vocabulary = states.shape[0], weight.shape[0]
         rows = chunk_size(backends.kind_of(states.device), vocabulary)
-        buffer = states.new_empty(min(n, rows), vocabulary)
+        buffer = backends.empty(min(n, rows), vocabulary, like=states)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         losses = states.new_empty(n, dtype=torch.promote_types(states.dtype, torch.float32))
         for part in _chunks(states, vocabulary):

@@ -1,7 +1,7 @@
 """How much memory a run takes, and how it stays within a limit.
 
     CPU    RssAnon of the process, looked at by a thread: Linux keeps no peak of it. Near the limit the thread gives
-           freed memory back to the system, which glibc would keep.
+           freed memory back to the system, which glibc and the native kernels (csrc/allocator.cpp) would keep.
     CUDA   what torch's allocator has reserved; it keeps the peak itself, and the limit is set where the run begins
 
 Anonymous memory leaves mapped model files out, which the kernel takes back when it needs to. The alternatives,
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from qlora import posix
+from qlora_kernels import backends
 
 
 def anonymous_memory() -> int:
@@ -30,7 +31,8 @@ def anonymous_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, which glibc keeps for the next that asks. Does nothing without glibc."""
+    """Give freed memory back to the system, which the native kernels and glibc keep for the next that asks."""
+    backends.release_memory()
     if os.name != "posix":
         return
     libc = ctypes.CDLL(None)

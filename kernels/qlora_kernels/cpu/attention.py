@@ -42,7 +42,7 @@ class AttentionKernels(Subject):
         if self._is_widened(q):
             out, lse = self.attention(q.float(), k.float(), v.float(), cu_seqlens, scale)
             return out.to(q.dtype), lse
-        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        out, lse = self.empty_like(q), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
         self._attention([q, k, v, out], lse, cu_seqlens, scale)
         return out, lse
 
@@ -67,7 +67,7 @@ class AttentionKernels(Subject):
             inputs = (q.float(), k.float(), v.float(), out.float())
             wide = self.attention_backward(dout.float(), *inputs, lse, cu_seqlens, scale)
             return tuple(gradient.to(q.dtype) for gradient in wide)
-        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        gradients = tuple(map(self.empty_like, (q, k, v)))
         self._attention([dout, q, k, v, out, *gradients], lse.contiguous(), cu_seqlens, scale)
         return gradients
 
@@ -85,7 +85,7 @@ class AttentionKernels(Subject):
         views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
         parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
         size = self.library.qlora_attention_bytes(backward, floats, max(lengths), D)
-        work = torch.empty(min(threads, groups * len(lengths)) * size, dtype=torch.uint8)  # torch aligns to 64 bytes
+        work = self.workspace(min(threads, groups * len(lengths)) * size)
         self.library.qlora_attention(
             backward,
             floats,

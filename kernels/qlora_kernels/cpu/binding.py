@@ -13,15 +13,19 @@ returns NotImplemented, see `backends`.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 POINTER, INTEGER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
-LARGE = 1 << 22  # bytes from which a result is worth huge pages
+LARGE = 1 << 18  # bytes from which a result lies in the library's memory
+HUGE = 1 << 22  # bytes from which one is worth huge pages
 
 Signatures = dict[str, list[type]]
 
@@ -37,13 +41,17 @@ class Weight(ctypes.Structure):
 
 
 WEIGHT = ctypes.POINTER(Weight)  # takes a Weight by reference
+CAPSULE = b"dltensor"  # DLPack's name; a capsule keeps the pointer to it
+new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, POINTER, ctypes.c_char_p, POINTER)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def integers(values: list[int]) -> ctypes.Array:
+def integers(values: Sequence[int]) -> ctypes.Array:
     return (SIZE * len(values))(*values)
 
 
@@ -110,9 +118,23 @@ class Subject:
     _thread: threading.local
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """As torch.empty, on huge pages where the result is large."""
+        """As torch.empty, for results that come and go: a large one lies in memory that the library keeps for the next
+        (csrc/allocator.cpp). Not where torch is to fill what it makes, as with deterministic algorithms.
+        """
+        if math.prod(shape) * dtype.itemsize >= LARGE and not torch.are_deterministic_algorithms_enabled():
+            made = self.library.qlora_new_tensor(DTYPES[dtype], len(shape), integers(shape))
+            if made is not None:
+                return from_dlpack(new_capsule(made, CAPSULE, None))
+        return torch.empty(shape, dtype=dtype)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """`empty` of the shape and dtype of x, in the order of its dimensions."""
+        return self.empty(*x.shape, dtype=x.dtype)
+
+    def empty_on_huge_pages(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """As torch.empty, for what stays or is decoded once: on huge pages where it is large."""
         tensor = torch.empty(*shape, dtype=dtype)
-        if tensor.nbytes >= LARGE:
+        if tensor.nbytes >= HUGE:
             self.library.qlora_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 

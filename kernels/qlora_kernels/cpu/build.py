@@ -52,6 +52,7 @@ COMMON = (  # those that take long first, so that none is waited for at the end
     "api_nf4.cpp",
     "tables.cpp",
     "dispatch.cpp",
+    "allocator.cpp",
     "api_attention.cpp",
 )
 X86: dict[str, tuple[str, ...]] = {

@@ -131,7 +131,7 @@ class LayerKernels(AdapterKernels):
         """x W't, or x W' + v A, of contiguous factors."""
         x, rank, threads = x.contiguous(), 0 if v is None else v.shape[1], torch.get_num_threads()
         inner, outer = (layout[1], layout[0]) if transposed else (layout[0], layout[1])
-        y = x.new_empty(x.shape[0], outer)
+        y = self.empty(x.shape[0], outer, dtype=x.dtype)
         work = self.workspace(self.library.qlora_product_bytes(x.shape[0], inner, rank, threads))
         nothing = [None] * 5
         self.library.qlora_product(
@@ -188,7 +188,7 @@ class LayerKernels(AdapterKernels):
         # heap into holes.
         A_cast, B_scaled, xA = x.new_empty(rank, columns), x.new_empty(rows, rank), x.new_empty(tokens, rank)
         factors, m_at, base_at, row_scale = A.new_empty(0 if m is None else 3, rows), None, None, None
-        y = x.new_empty(tokens, rows)
+        y = self.empty(tokens, rows, dtype=x.dtype)
         if m is not None:
             m = m.contiguous()
             m_at, row_scale = m.data_ptr(), factors.data_ptr()
@@ -264,7 +264,7 @@ class LayerKernels(AdapterKernels):
         row_scale_at, threads = factors.data_ptr() if scaled else None, torch.get_num_threads()
         dA, dB = factors.new_empty(A_cast.shape), factors.new_empty(B_scaled.shape)
         dm = factors.new_empty(0 if y is None else rows)
-        dx = dy.new_empty((tokens, columns) if needs_x else 0)
+        dx = self.empty(*((tokens, columns) if needs_x else (0,)), dtype=dy.dtype)
         work = self.workspace(self.library.qlora_adapted_backward_bytes(tokens, rows, columns, rank, threads))
         self.library.qlora_adapted_backward(
             as_argument(weight, layout),
@@ -304,7 +304,7 @@ class LayerKernels(AdapterKernels):
     ) -> Tensor:
         """x W't, or x W'."""
         x, tokens, threads = x.contiguous(), x.shape[0], torch.get_num_threads()
-        y = x.new_empty(tokens, layout[0] if transposed else layout[1])
+        y = self.empty(tokens, layout[0] if transposed else layout[1], dtype=x.dtype)
         kind = (self._by_integers(x), x.dtype == torch.bfloat16)
         begin = (as_argument(weight, layout), pointer(row_scale), *kind, x.data_ptr())
         work = self._vector_work(x, layout, 0).data_ptr()
@@ -334,7 +334,7 @@ class LayerKernels(AdapterKernels):
         if m is not None and n is None:
             n = self.row_norms_4bit(weight, layout, A, B, scaling)
         A_cast, B_scaled, row_scale, m_clamped = self.prepare_lora_factors(A, B, m, n, scaling, x.dtype)
-        y, xA = x.new_empty(tokens, rows), A.new_empty(tokens, rank)
+        y, xA = self.empty(tokens, rows, dtype=x.dtype), A.new_empty(tokens, rank)
         down, up = A_cast.float(), B_scaled.float()
         factors = A.new_empty(0, rows) if m is None or n is None else torch.stack((row_scale, m_clamped, n))
         self.library.qlora_layer_forward(
@@ -371,7 +371,7 @@ class LayerKernels(AdapterKernels):
         tokens, rank = xA.shape
         gain = factors.data_ptr() if factors.numel() else None
         dA, dB, dm = torch.empty_like(down), torch.empty_like(up), factors.new_empty(0 if y is None else layout[0])
-        dx = dy.new_empty((tokens, layout[1]) if needs_x else 0)
+        dx = self.empty(*((tokens, layout[1]) if needs_x else (0,)), dtype=dy.dtype)
         self.library.qlora_layer_backward(
             as_argument(weight, layout),
             gain,

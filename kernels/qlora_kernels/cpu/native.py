@@ -64,8 +64,17 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
             "qlora_select_attention": [INTEGER],
             "qlora_threaded": [],
             "qlora_huge_pages": [POINTER, SIZE],
+            "qlora_new_tensor": [INTEGER, INTEGER, POINTER],
+            "qlora_release_memory": [],
+            "qlora_memory_in_use": [],
         }
-        results = {"qlora_select": ctypes.c_char_p, "qlora_select_attention": INTEGER, "qlora_threaded": INTEGER}
+        results = {
+            "qlora_select": ctypes.c_char_p,
+            "qlora_select_attention": INTEGER,
+            "qlora_threaded": INTEGER,
+            "qlora_new_tensor": POINTER,
+            "qlora_memory_in_use": SIZE,
+        }
         for subject in type(self).__mro__:
             signatures |= vars(subject).get("SIGNATURES", {})
             results |= vars(subject).get("RESULTS", {})

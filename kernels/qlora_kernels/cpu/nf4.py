@@ -36,7 +36,7 @@ class NF4Kernels(Subject):
             return NotImplemented
         weight = weight.contiguous()
         n = weight.numel()
-        packed = self.empty((n + 1) // 2, 1, dtype=torch.uint8)
+        packed = self.empty_on_huge_pages((n + 1) // 2, 1, dtype=torch.uint8)
         absmax = torch.empty(-(-n // blocksize), dtype=torch.float32)
         self.library.qlora_quantize_4bit(
             weight.data_ptr(),
@@ -73,7 +73,7 @@ class NF4Kernels(Subject):
         if scales.numel() != -(-n // blocksize):
             raise ValueError(f"{scales.numel()} scales for {-(-n // blocksize)} blocks")
         weight, scales = weight.contiguous(), scales.contiguous()
-        packed = self.empty((n + 1) // 2, 1, dtype=torch.uint8)
+        packed = self.empty_on_huge_pages((n + 1) // 2, 1, dtype=torch.uint8)
         self.library.qlora_encode_4bit(
             weight.data_ptr(),
             DTYPES[weight.dtype],
@@ -111,7 +111,7 @@ class NF4Kernels(Subject):
     ) -> Tensor:
         if dtype not in DTYPES:
             return NotImplemented
-        out = self.empty(layout[0], layout[1], dtype=dtype)
+        out = self.empty_on_huge_pages(layout[0], layout[1], dtype=dtype)
         return out if self._decode(out, weight, layout, row_scale, fresh=True) else NotImplemented
 
     def dequantize_4bit_into(

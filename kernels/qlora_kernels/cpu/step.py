@@ -60,7 +60,7 @@ class StepKernels(Subject):
         if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.shape != x.shape[1:] or not x.numel():
             return NotImplemented
         x, weight = x.contiguous(), weight.contiguous()
-        y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+        y, inverse = self.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
         self.library.qlora_rms_norm(
             DTYPES[x.dtype],
             x.data_ptr(),
@@ -78,7 +78,7 @@ class StepKernels(Subject):
         if x.dtype not in DTYPES or not alike or not x.numel():
             return NotImplemented
         dy, x, weight, inverse = (part.contiguous() for part in (dy, x, weight, inverse))
-        dx = torch.empty_like(x)
+        dx = self.empty_like(x)
         self.library.qlora_rms_norm_backward(
             DTYPES[x.dtype],
             dy.data_ptr(),
@@ -101,7 +101,7 @@ class StepKernels(Subject):
         if gate.dtype not in DTYPES or up.dtype != gate.dtype or up.shape != gate.shape:
             return NotImplemented
         gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
+        y = self.empty_like(gate)
         kernel(DTYPES[gate.dtype], gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr(), torch.get_num_threads())
         return y
 
@@ -115,7 +115,7 @@ class StepKernels(Subject):
         if gate.dtype not in DTYPES or not dy.dtype == up.dtype == gate.dtype or not dy.shape == up.shape == gate.shape:
             return NotImplemented
         dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = self.empty_like(gate), self.empty_like(up)
         kernel(
             DTYPES[gate.dtype],
             dy.data_ptr(),
@@ -134,7 +134,7 @@ class StepKernels(Subject):
             return NotImplemented
         dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
         rows, columns = gate.shape
-        dgate, dup, dots = torch.empty_like(gate), torch.empty_like(up), torch.empty(2, columns, dtype=torch.float32)
+        dgate, dup, dots = self.empty_like(gate), self.empty_like(up), torch.empty(2, columns, dtype=torch.float32)
         partial = self.partial_sums(rows, 2 * columns)
         self.library.qlora_swiglu_backward_dots(
             DTYPES[gate.dtype],
@@ -169,7 +169,7 @@ class StepKernels(Subject):
             )
         q, k = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (q, k))
         cos, sin = cos.contiguous(), sin.contiguous()
-        turned = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=q.dtype)
+        turned = self.empty_like(q), self.empty_like(k)
         self.library.qlora_rotate(
             DTYPES[q.dtype],
             back,
