@@ -35,6 +35,7 @@ OPTIONAL = {  # what can be had beside the declared dependencies -> (what for, p
 # torch's name of an instruction set -> the usual one
 INSTRUCTIONS = {
     "avx2": "AVX2",
+    "avx_vnni": "AVX-VNNI",
     "avx512_f": "AVX-512",
     "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16",

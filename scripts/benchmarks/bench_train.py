@@ -2,7 +2,8 @@
 a laptop.
 
     python scripts/benchmarks/bench_train.py [--shape 4x256 8x512] [--data FILE] [--rounds 2] [--steps 4] [--large]
-                                             [--dtype auto|bf16|fp32|int16] [--isa avx512|avx2|portable] [--json FILE]
+                                             [--dtype auto|bf16|fp32|int16]
+                                             [--isa avx512|avx_vnni|avx2|portable] [--json FILE]
 
 SmolLM2-135M, rank 16, all-linear, AdamW (ours: PagedAdamW, the default of `finetune`; PEFT: torch's), no activation
 checkpointing, the same batches and the same loop. Ours runs in what `finetune --dtype auto` would choose, or `--dtype`
@@ -49,6 +50,12 @@ HELD = {
         "QLORA_CPU_ISA": "avx512",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+    },
+    "avx_vnni": {
+        "QLORA_CPU_ISA": "avx_vnni",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI",
     },
     "avx2": {
         "QLORA_CPU_ISA": "avx2",

@@ -26,11 +26,12 @@ from qlora_kernels.weight import NESTED_BLOCKSIZE, QuantizedWeight
 
 
 def test_environment_chooses_the_code(monkeypatch):
-    for name, words in zip(ISAS, ("portable C++", "AVX2", "AVX-512"), strict=False):
+    named = {"portable": "portable C++", "avx2": "AVX2", "avx_vnni": "AVX2 and AVX-VNNI", "avx512": "AVX-512"}
+    for name in ISAS:
         monkeypatch.setenv("QLORA_CPU_ISA", name)
-        assert native.load()[1].startswith(f"native ({words}, ")
+        assert native.load()[1].startswith(f"native ({named.get(name, 'NEON')}, ")
     monkeypatch.setenv("QLORA_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx512"):
+    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA=mmx: must be one of portable, avx2, avx_vnni, avx512"):
         native.load()
     monkeypatch.delenv("QLORA_CPU_ISA")
 

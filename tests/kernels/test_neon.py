@@ -64,4 +64,4 @@ def test_apples_compiler_is_asked_for_openmp(monkeypatch, tmp_path, capsys):
 def test_each_machine_has_its_own_files():
     shared = {*build.PORTABLE, *build.COMMON}
     own = {machine: set(build.sources(machine)) - shared for machine in ("x86_64", "arm64", "riscv64")}
-    assert own == {"x86_64": {"avx2.cpp", "avx512.cpp"}, "arm64": {"neon.cpp"}, "riscv64": set()}
+    assert own == {"x86_64": {"avx2.cpp", "avx_vnni.cpp", "avx512.cpp"}, "arm64": {"neon.cpp"}, "riscv64": set()}

@@ -24,7 +24,8 @@ from qlora_kernels.cpu import build
 MACHINE = "aarch64"
 COMPILER, EMULATOR, ROOT = f"{MACHINE}-linux-gnu-g++", f"qemu-{MACHINE}", f"/usr/{MACHINE}-linux-gnu"
 CHOSEN = os.environ.get("QLORA_TEST_MACHINE") == MACHINE  # whether this run's kernels are those of the machine
-ADVICE = frozenset({"qlora_huge_pages"})  # says something of this process's memory, which lies elsewhere there
+# These are about this process's memory, which lies elsewhere there.
+ADVICE = frozenset({"qlora_huge_pages", "qlora_new_tensor", "qlora_release_memory"})
 KEPT = 512  # more than the tensors of any call, and their memory is small
 
 

@@ -27,6 +27,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, to
 ISAS = {"AVX512": ("portable", "avx2", "avx512"), "AVX2": ("portable", "avx2")}.get(
     torch.backends.cpu.get_cpu_capability(), ("portable",)
 )
+if torch.cpu.get_capabilities().get("avx_vnni"):
+    ISAS = tuple(name for isa in ISAS for name in ((isa, "avx_vnni") if isa == "avx2" else (isa,)))
 if emulated.CHOSEN or platform.machine().lower() in ("aarch64", "arm64"):
     ISAS = ("portable", "neon")
 

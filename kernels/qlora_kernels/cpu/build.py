@@ -57,6 +57,7 @@ COMMON = (  # those that take long first, so that none is waited for at the end
 )
 X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "avx_vnni.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mfma", "-mavx2"),
 }
 # GCC's first scheduling moves loads over the sums of a tile, which then find no room in registers; Clang warns only.
@@ -66,6 +67,7 @@ HEADERS = (
     "amx.h",
     "attention.h",
     "attention_float.h",
+    "avx2.h",
     "dense_gemm.h",
     "dense_gemm_integers.h",
     "dispatch.h",

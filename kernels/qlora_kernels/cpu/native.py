@@ -4,7 +4,7 @@ The library is found by the spec of the module `qlora_kernels.cpu._native`, so a
 source tree behave alike. What it cannot do (float64, foreign block sizes, mixed dtypes) goes to the reference, whose
 results it equals: codes, constants and decoded values bit for bit, sums to float32 rounding.
 
-    QLORA_CPU_ISA=portable|avx2|avx512|neon   force an instruction set; otherwise the best that the processor has
+    QLORA_CPU_ISA=portable|avx2|avx_vnni|avx512|neon   force an instruction set; otherwise the best that there is
 
 Whether it is used at all is decided in `backends`.
 """
@@ -28,7 +28,7 @@ from qlora_kernels.cpu.nf4 import NF4Kernels
 from qlora_kernels.cpu.optim import OptimizerKernels
 from qlora_kernels.cpu.step import StepKernels
 
-ISAS = ("portable", "avx2", "avx512", "neon")  # by the number that qlora_select has for each
+ISAS = ("portable", "avx2", "avx_vnni", "avx512", "neon")  # by the number that qlora_select has for each
 
 
 class StaleLibrary(BackendError):

@@ -17,6 +17,8 @@ const Attention *attention = nullptr, *float_attention = nullptr;
 
 namespace {
 
+enum Set { kPortable, kAVX2, kAVXVNNI, kAVX512, kNEON };  // in the order of native.ISAS
+
 // PF_FORKNOEXEC in /proc/self/stat: this process is a fork, so threads may have been lost before the library was
 // loaded.
 bool is_fork() {
@@ -56,17 +58,34 @@ const Attention* best_attention(bool matrix_allowed) {
 #endif
 }
 
+#if defined(__x86_64__)
+bool has_avx_vnni() {
+  if (avx_vnni_layer.wide == nullptr) return false;
+#if defined(QLORA_EVEX)
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+#endif
+}
+#endif
+
 const Kernels* named(int isa) {
-  if (isa == 0) return &portable_kernels;
+  if (isa == kPortable) return &portable_kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return &avx2_kernels;
-  if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == kAVX2 && avx2) return &avx2_kernels;
+  if (isa == kAVXVNNI && avx2 && has_avx_vnni()) {
+    static Kernels same = avx2_kernels;
+    same.name = "AVX2 and AVX-VNNI";
+    return &same;
+  }
+  if (isa == kAVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return &avx512_kernels;
 #elif defined(__aarch64__)
-  if (isa == 3) return &neon_kernels;
+  if (isa == kNEON) return &neon_kernels;
 #endif
   return nullptr;
 }
@@ -87,21 +106,23 @@ extern "C" {
 // Which source this was built from; found in the file's bytes by build.py.
 __attribute__((used)) const char qlora_source[] = "qlora-source-hash:" QLORA_SOURCE_HASH;
 
-// 0 portable, 1 AVX2, 2 AVX-512, 3 NEON. The name of the set now in use, or null where this processor lacks it.
+// One of the sets above. The name of the set now in use, or null where this processor lacks it.
 const char* qlora_select(int isa) {
   const Kernels* found = named(isa);
   if (found == nullptr) return nullptr;
   kernels = found;
   layer = integer_layer = bf16_layer = nullptr, float_attention = nullptr;
 #if defined(__x86_64__)
-  if (isa > 0) layer = isa == 1 ? &avx2_layer : &avx512_layer;
-  if (isa > 0) float_attention = isa == 1 ? &avx2_attention : &avx512_attention;
-  if (isa == 1) integer_layer = &avx2_integer_layer;
-  if (isa == 2 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
+  if (isa != kPortable) layer = isa == kAVX512 ? &avx512_layer : &avx2_layer;
+  if (isa != kPortable) float_attention = isa == kAVX512 ? &avx512_attention : &avx2_attention;
+  if (isa == kAVX2) integer_layer = &avx2_integer_layer;
+  if (isa == kAVXVNNI) integer_layer = &avx_vnni_layer;
+  if (isa == kAVX512 && __builtin_cpu_supports("avx512vnni")) integer_layer = &avx512_vnni_layer;
   // VDPBF16PS is as fast as an FMA on AMD's; on Intel's it takes four times as long, and integers are faster.
-  if (isa == 2 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) bf16_layer = &avx512_bf16_layer;
+  if (isa == kAVX512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))
+    bf16_layer = &avx512_bf16_layer;
 #elif defined(__aarch64__)
-  if (isa == 3) layer = &neon_layer;
+  if (isa == kNEON) layer = &neon_layer;
 #endif
   return found->name;
 }

@@ -75,7 +75,7 @@ struct Layer {
 };
 
 #if defined(__x86_64__)
-extern const Layer avx2_layer, avx2_integer_layer, avx512_layer, avx512_vnni_layer, avx512_bf16_layer;
+extern const Layer avx2_layer, avx2_integer_layer, avx_vnni_layer, avx512_layer, avx512_vnni_layer, avx512_bf16_layer;
 #elif defined(__aarch64__)
 extern const Layer neon_layer;
 #endif
