@@ -7,10 +7,10 @@
 //
 // Backward the scores of kMacroKeys x kMacroQueries exist at a time. Transposed, a row of them is the left factor of dV
 // and dK, whose sums over all these queries stay in registers; a panel of kWidth queries is the right factor of dQ^T.
-// The keys of a group are packed once for the heads that share them, and only the tiles that cross the diagonal have
-// scores for nothing. One thread takes an example and a group: sums are always in the same order. The alternative,
-// torch's kernel of the same algorithm, multiplies blocks of the triangle's other half, and expands the keys of a
-// group.
+// The keys of a group are packed once for the heads that share them, and only what crosses the diagonal has scores for
+// nothing: of a tile 16 columns at a time, of a sum's depth nothing. One thread takes an example and a group: sums are
+// always in the same order. The alternative, torch's kernel of the same algorithm, multiplies blocks of the triangle's
+// other half, and expands the keys of a group.
 #pragma once
 #include "attention.h"
 
@@ -70,6 +70,16 @@ inline float largest_of(F16 x) {
   return largest;
 }
 
+// A tile of scores, or its columns from `first` or up to `stop` on, in whole 16s: the rest is not looked at.
+inline void scores_of(const float* rows, const float* panel, int64_t D, int64_t first, int64_t stop, float* out) {
+  if (kTileVectors == 1 || (first < 16 && stop > 16))
+    multiply<kTileVectors>(rows, panel, D, nullptr, 0, out, kStride);
+  else if (first < 16)
+    multiply<1, kWidth>(rows, panel, D, nullptr, 0, out, kStride);
+  else
+    multiply<1, kWidth>(rows, panel + 16, D, nullptr, 0, out + 16, kStride);
+}
+
 // A row of scores becomes e^(scale s - top), top the largest so far: of `visible` keys, zeros up to `depth`. Their sum.
 inline float exponentials(float* x, int64_t visible, int64_t depth, float scale, float& top) {
   const int64_t end = up_to(visible, 16), stop = up_to(depth, 16);
@@ -110,7 +120,7 @@ void attend(const Heads* views, float* lse, const AttentionShape& s, int64_t fro
       for (int64_t first = 0; first < seen; first += kDepthMost) {
         const int64_t depth = least(kDepthMost, seen - first);
         for (int64_t p = 0; p < depth; p += kWidth)
-          multiply<kTileVectors>(rows, factors + (first + p) * s.D, s.D, nullptr, 0, scores + p, kStride);
+          scores_of(rows, factors + (first + p) * s.D, s.D, 0, depth - p, scores + p);
         for (int64_t r = 0; r < kTileRows; ++r) {
           const int64_t visible = most(0, least(depth, t + r + 1 - first));
           const float before = top[r], sum = exponentials(scores + r * kStride, visible, depth, s.scale, top[r]);
@@ -170,14 +180,21 @@ inline void slopes_of(const AttentionWork& w, float scale, int64_t key, int64_t 
   for (int64_t r = 0; r < kTileRows; ++r) {
     const int64_t sees = key + r - ahead;  // the first query that sees this key
     for (int64_t i = first; i < count; i += 16) {
-      float *const p = w.p + r * kStride + i, *const ds = w.ds + r * kStride + i;
+      float *const p = w.p + r * kStride + i, *const ds = w.ds + r * kStride + i,
+                   *const slopes = w.slopes + i / kWidth * kWidth * kMacroKeys + (key + r) * kWidth + i % kWidth;
+      if (i + 16 <= sees) {
+        F16::zero().store(p);
+        F16::zero().store(ds);
+        F16::zero().store(slopes);
+        continue;
+      }
       const F16 x = madd(F16::load(p), factor, negative(F16::load(w.top + i)));
       F16 e = exponential(maximum(low, minimum(F16::zero(), x)));
       if (i < sees) e = mul(e, F16::load(kMask + 16 - least(16, sees - i)));
       const F16 g = mul(e, add(F16::load(ds), negative(F16::load(w.delta + i))));
       e.store(p);
       g.store(ds);
-      g.store(w.slopes + i / kWidth * kWidth * kMacroKeys + (key + r) * kWidth + i % kWidth);
+      g.store(slopes);
     }
   }
 }
@@ -212,19 +229,20 @@ void attend_backward(const Heads* views, float* lse, const AttentionShape& s, in
         const int64_t keys = least(kMacroKeys, q0 + count - k0), ahead = q0 - k0;
         transposed(k.floats(from + k0, group), k.token, keys, s.D, keys, w.keys_t, kStride);
         for (int64_t j = 0; j < keys; j += kTileRows) {
-          const int64_t some = least(kTileRows, keys - j), first = most(0, j - ahead) / kWidth * kWidth;
+          // Before query `sees` none sees a key of this tile.
+          const int64_t some = least(kTileRows, keys - j), sees = most(0, j - ahead), first = sees / kWidth * kWidth;
           copy_rows(k.floats(from + k0 + j, group), k.token, some, s.D, w.key_rows);
           copy_rows(v.floats(from + k0 + j, group), v.token, some, s.D, w.value_rows);
           for (int64_t i = first; i < count; i += kWidth) {
-            multiply<kTileVectors>(w.key_rows, w.queries + i * s.D, s.D, nullptr, 0, w.p + i, kStride);
-            multiply<kTileVectors>(w.value_rows, w.gradient + i * s.D, s.D, nullptr, 0, w.ds + i, kStride);
+            scores_of(w.key_rows, w.queries + i * s.D, s.D, sees - i, kWidth, w.p + i);
+            scores_of(w.value_rows, w.gradient + i * s.D, s.D, sees - i, kWidth, w.ds + i);
           }
           slopes_of(w, s.scale, j, ahead, first, up_to(count, kWidth));
           for (int64_t d = 0; d < width; d += kWidth) {
             float *const to_v = w.sum_v + (k0 + j) * width + d, *const to_k = w.sum_k + (k0 + j) * width + d;
-            const int64_t panel = d * count + first * kWidth;
-            multiply<kTileVectors>(w.p + first, w.gradient_p + panel, count - first, to_v, width, to_v, width);
-            multiply<kTileVectors>(w.ds + first, w.queries_p + panel, count - first, to_k, width, to_k, width);
+            const int64_t panel = d * count + sees * kWidth;
+            multiply<kTileVectors>(w.p + sees, w.gradient_p + panel, count - sees, to_v, width, to_v, width);
+            multiply<kTileVectors>(w.ds + sees, w.queries_p + panel, count - sees, to_k, width, to_k, width);
           }
         }
         for (int64_t t = 0; t < count; t += kWidth) {

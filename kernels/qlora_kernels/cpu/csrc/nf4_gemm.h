@@ -36,9 +36,9 @@ inline void as_they_lie(Values x, F f) {
     f(static_cast<const float*>(x.at));
 }
 
-// out [kTileRows, kVectors] = before, or 0, + a [kTileRows, depth] b [depth, kVectors]. Not inlined: a compiler that
-// sees more at once spills the sums.
-template <int kVectors>
+// out [kTileRows, kVectors] = before, or 0, + a [kTileRows, depth] b [depth, kVectors], whose rows lie kBetween apart.
+// Not inlined: a compiler that sees more at once spills the sums.
+template <int kVectors, int64_t kBetween = 16 * kVectors>
 __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t depth, const float* before,
                                         int64_t before_stride, float* out, int64_t stride) {
   F16 sum[kTileRows][kVectors];
@@ -50,7 +50,7 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, int64_t 
 #if defined(__aarch64__)
   add_product(a, kStride, b, depth, sum);  // by element
 #else
-  for (int64_t k = 0; k < depth; ++k, b += 16 * kVectors) {
+  for (int64_t k = 0; k < depth; ++k, b += kBetween) {
     F16 column[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
