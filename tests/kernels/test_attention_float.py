@@ -25,6 +25,7 @@ CASES = [
     ((31, 32), 2, 1, 5),
     ((1600,), 1, 1, 16),
     ((20, 270), 1, 1, 512),
+    ((290,), 10, 2, 32),  # two threads cut a group into a part of two heads and one of three, five into each head
 ]
 
 

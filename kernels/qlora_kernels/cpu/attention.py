@@ -17,8 +17,8 @@ WIDEST = 512  # elements of a head in float32: a row of them fits the rows that 
 class AttentionKernels(Subject):
     SIGNATURES = {
         "qlora_float_attention": [],
-        "qlora_attention_bytes": [INTEGER, INTEGER, SIZE, SIZE],
-        "qlora_attention": [INTEGER, INTEGER, *[POINTER] * 3, *[SIZE] * 4, FLOAT, POINTER, SIZE, INTEGER],
+        "qlora_attention_bytes": [INTEGER, INTEGER, POINTER, *[SIZE] * 5, INTEGER],
+        "qlora_attention": [INTEGER, INTEGER, *[POINTER] * 4, *[SIZE] * 5, FLOAT, POINTER, INTEGER],
     }
     RESULTS = {"qlora_attention_bytes": SIZE, "qlora_float_attention": INTEGER}
 
@@ -84,20 +84,10 @@ class AttentionKernels(Subject):
             return
         views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
         parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
-        size = self.library.qlora_attention_bytes(backward, floats, max(lengths), D)
-        work = self.workspace(min(threads, groups * len(lengths)) * size)
+        longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        starts, sizes = (integers([of[i] for i in longest_first]) for of in (cu_seqlens, lengths))
+        shape = (len(lengths), tokens, heads, groups, D)
+        work = self.workspace(self.library.qlora_attention_bytes(backward, floats, sizes, *shape, threads))
         self.library.qlora_attention(
-            backward,
-            floats,
-            integers(parts),
-            lse.data_ptr(),
-            integers(cu_seqlens),
-            len(lengths),
-            heads,
-            groups,
-            D,
-            scale,
-            work.data_ptr(),
-            size,
-            threads,
+            backward, floats, integers(parts), lse.data_ptr(), starts, sizes, *shape, scale, work.data_ptr(), threads
         )

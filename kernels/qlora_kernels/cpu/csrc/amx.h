@@ -194,6 +194,11 @@ inline void store_rows(const Tile& c, float factor, BF16* x, int64_t stride, int
     _mm256_mask_storeu_epi16(x + r * stride, __mmask16(first(columns)),
                              (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(c.floats(r), _mm512_set1_ps(factor))));
 }
+inline void store_rows(const Tile& c, float factor, float* x, int64_t stride, int64_t n, int64_t columns) {
+  for (int r = 0; r < 16 && r < n; ++r)
+    _mm512_mask_storeu_ps(x + r * stride, __mmask16(first(columns)),
+                          _mm512_mul_ps(c.floats(r), _mm512_set1_ps(factor)));
+}
 
 }  // namespace
 }  // namespace qlora

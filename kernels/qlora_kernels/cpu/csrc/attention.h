@@ -17,14 +17,22 @@ struct AttentionShape {
   float scale;
 };
 
-// One group of heads of the example of n tokens that begins at `from`. views, forward: q, k, v, out; backward: dout, q,
-// k, v, out, dq, dk, dv. lse [heads, tokens]: log(sum_k e^(scale S)), from the forward to the backward pass.
-using AttentionPass = void (*)(const Heads* views, float* lse, const AttentionShape& shape, int64_t from, int64_t n,
-                               int64_t group, void* work);
+// A part of one group of heads of the example of n tokens that begins at `from`: forward every `parts`th tile of
+// queries, backward one of so many parts of the group's heads. dK and dV are sums over heads, each a sum over queries
+// first: of several parts those of each head go, unscaled and in float32, to views [tokens, heads, D].
+struct AttentionPart {
+  int64_t from, n, group, part, parts;
+};
+
+// views, forward: q, k, v, out; backward: dout, q, k, v, out, dq, dk, dv. lse [heads, tokens]: log(sum_k e^(scale S)),
+// from the forward to the backward pass.
+using AttentionPass = void (*)(const Heads* views, float* lse, const AttentionShape& shape, const AttentionPart& part,
+                               void* work);
 
 struct Attention {  // [0]: forward, [1]: backward
   AttentionPass pass[2];
   int64_t (*bytes[2])(int64_t tokens, int64_t D);  // of `work`, aligned to 64, for an example of so many tokens
+  int64_t tile;                                    // queries
 };
 extern const Attention matrix_attention, dot_attention;  // empty where the compiler cannot make them
 #if defined(__x86_64__)

@@ -6,8 +6,8 @@
 //
 // All operands are arrays of tiles, see amx.h. Scores are computed transposed, [keys, queries]: a lane is a query, so
 // maxima, sums and constants of queries are plain vectors, and rounded rows of C are A (for dK, dV) or, interleaved, B
-// (for O and dQ, which come out transposed too) without another pass over them. One thread takes an example and a group
-// of heads that share keys: sums are always in the same order. The alternative, torch's kernel of the same algorithm,
+// (for O and dQ, which come out transposed too) without another pass over them. One thread takes a part of an example:
+// sums are always in the same order. The alternative, torch's kernel of the same algorithm,
 // rounds dK and dV of every head, and its backward pass is several times slower (docs/benchmarks.md).
 #include "amx.h"
 
@@ -71,9 +71,9 @@ int64_t forward_bytes(int64_t tokens, int64_t D) {
 }
 
 template <bool kAmx>
-void forward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
-             void* work) {
+void forward(const Heads* views, float* lse, const AttentionShape& s, const AttentionPart& part, void* work) {
   const Heads q = views[0], k = views[1], v = views[2], out = views[3];
+  const int64_t from = part.from, n = part.n, group = part.group;
   const int64_t blocks = ceil_div(n, 32), D = ceil_div(s.D, 32), shared = s.heads / s.groups;
   Memory memory{static_cast<Tile*>(work)};
   const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * D, blocks);  // A of S, O
@@ -84,7 +84,7 @@ void forward(const Heads* views, float* lse, const AttentionShape& s, int64_t fr
   const Unit<kAmx> unit;
   const __m512 c = _mm512_set1_ps(s.scale * kLog2e);
   for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
-    for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t block = part.part; block < blocks; block += part.parts) {
       const int64_t at = from + 32 * block, rest = n - 32 * block;
       pack_rows(queries, 1, q.at(at, h), q.token, rest, s.D, true);
       __m512 largest[2], sum[2];
@@ -137,21 +137,29 @@ inline float dot(const BF16* a, const BF16* b, int64_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
+// C = before, or 0, + another.
+inline void add_tile(Tile& all, const Tile& more, bool before) {
+  for (int r = 0; r < 16; ++r)
+    _mm512_store_ps(all.row[r], before ? _mm512_add_ps(all.floats(r), more.floats(r)) : more.floats(r));
+}
+
 int64_t backward_bytes(int64_t tokens, int64_t D) {
   const int64_t blocks = ceil_div(tokens, 32), columns = ceil_div(D, 32);
-  return int64_t(sizeof(Tile)) * (14 * blocks * columns + 12 * kMacro * columns + 6 * kMacro * kMacro + 8);
+  return int64_t(sizeof(Tile)) * (22 * blocks * columns + 12 * kMacro * columns + 6 * kMacro * kMacro + 8);
 }
 
 template <bool kAmx>
-void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
-              void* work) {
+void backward(const Heads* views, float* lse, const AttentionShape& s, const AttentionPart& part, void* work) {
   const Heads dout = views[0], q = views[1], k = views[2], v = views[3], out = views[4], dq = views[5], dk = views[6],
               dv = views[7];
-  const int64_t blocks = ceil_div(n, 32), D = ceil_div(s.D, 32), shared = s.heads / s.groups;
+  const int64_t from = part.from, n = part.n, group = part.group, blocks = ceil_div(n, 32), D = ceil_div(s.D, 32),
+                shared = s.heads / s.groups, head = group * shared + shared * part.part / part.parts,
+                end = group * shared + shared * (part.part + 1) / part.parts;
   Memory memory{static_cast<Tile*>(work)};
   const Grid keys = memory.take(2 * blocks, D), values = memory.take(2 * blocks, D),
              keys_t = memory.take(2 * D, blocks);                                              // A of S, dP, dQ
-  const Grid sum_k = memory.take(2 * blocks, 2 * D), sum_v = memory.take(2 * blocks, 2 * D);   // C: dK, dV
+  const Grid sum_k = memory.take(2 * blocks, 2 * D), sum_v = memory.take(2 * blocks, 2 * D);   // C: dK, dV of a head
+  const Grid all_k = memory.take(2 * blocks, 2 * D), all_v = memory.take(2 * blocks, 2 * D);   // of all
   const Grid queries = memory.take(2 * kMacro, D), gradient = memory.take(2 * kMacro, D);      // B of S, dP
   const Grid queries_p = memory.take(2 * D, kMacro), gradient_p = memory.take(2 * D, kMacro);  // B of dK, dV
   const Grid p = memory.take(2 * kMacro, kMacro), ds = memory.take(2 * kMacro, kMacro),
@@ -163,7 +171,7 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t f
   pack_pairs(keys_t, blocks, k.at(from, group), k.token, n, s.D, true);
   const Unit<kAmx> unit;
   const __m512 c = _mm512_set1_ps(s.scale * kLog2e);
-  for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
+  for (int64_t h = head; h < end; ++h) {
     for (int64_t q0 = 0; q0 < blocks; q0 += kMacro) {
       const int64_t count = minimum(kMacro, blocks - q0), at = from + 32 * q0, rest = n - 32 * q0;
       pack_rows(queries, count, q.at(at, h), q.token, rest, s.D, true);
@@ -203,7 +211,7 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t f
           }
         for (int64_t j = 0; j <= last(count - 1); ++j) {
           const int64_t i = k0 < q0 ? 0 : j;  // the first query block that sees it
-          const bool more = h > group * shared || k0 < q0;
+          const bool more = k0 < q0;
           for (int64_t d = 0; d < 2 * D; d += 2) {
             multiply<kAmx>(p.from(2 * j, i), gradient_p.from(d, i), count - i, sum_v.from(2 * (k0 + j), d), more);
             multiply<kAmx>(ds.from(2 * j, i), queries_p.from(d, i), count - i, sum_k.from(2 * (k0 + j), d), more);
@@ -219,17 +227,29 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, int64_t f
           store_rows(sum_q(d, t), s.scale, dq.at(at + 16 * t, h) + 16 * d, dq.token, rest - 16 * t, s.D - 16 * d);
         }
     }
-  for (int64_t t = 0; t < 2 * blocks; ++t)
+    for (int64_t t = 0; t < 2 * blocks; ++t)
+      for (int64_t d = 0; d < 2 * D; ++d) {
+        const int64_t at = from + 16 * t, rows = n - 16 * t, columns = s.D - 16 * d;
+        if (part.parts > 1) {
+          store_rows(sum_k(t, d), 1.0f, dk.floats(at, h) + 16 * d, dk.token, rows, columns);
+          store_rows(sum_v(t, d), 1.0f, dv.floats(at, h) + 16 * d, dv.token, rows, columns);
+        } else {
+          add_tile(all_k(t, d), sum_k(t, d), h > head);
+          add_tile(all_v(t, d), sum_v(t, d), h > head);
+        }
+      }
+  }
+  for (int64_t t = 0; part.parts == 1 && t < 2 * blocks; ++t)
     for (int64_t d = 0; d < 2 * D; ++d) {
-      store_rows(sum_k(t, d), s.scale, dk.at(from + 16 * t, group) + 16 * d, dk.token, n - 16 * t, s.D - 16 * d);
-      store_rows(sum_v(t, d), 1.0f, dv.at(from + 16 * t, group) + 16 * d, dv.token, n - 16 * t, s.D - 16 * d);
+      store_rows(all_k(t, d), s.scale, dk.at(from + 16 * t, group) + 16 * d, dk.token, n - 16 * t, s.D - 16 * d);
+      store_rows(all_v(t, d), 1.0f, dv.at(from + 16 * t, group) + 16 * d, dv.token, n - 16 * t, s.D - 16 * d);
     }
 }
 
 }  // namespace
 
-const Attention matrix_attention = {{forward<true>, backward<true>}, {forward_bytes, backward_bytes}};
-const Attention dot_attention = {{forward<false>, backward<false>}, {forward_bytes, backward_bytes}};
+const Attention matrix_attention = {{forward<true>, backward<true>}, {forward_bytes, backward_bytes}, 32};
+const Attention dot_attention = {{forward<false>, backward<false>}, {forward_bytes, backward_bytes}, 32};
 
 }  // namespace qlora
 

@@ -8,9 +8,9 @@
 // Backward the scores of kMacroKeys x kMacroQueries exist at a time. Transposed, a row of them is the left factor of dV
 // and dK, whose sums over all these queries stay in registers; a panel of kWidth queries is the right factor of dQ^T.
 // The keys of a group are packed once for the heads that share them, and only what crosses the diagonal has scores for
-// nothing: of a tile 16 columns at a time, of a sum's depth nothing. One thread takes an example and a group: sums are
-// always in the same order. The alternative, torch's kernel of the same algorithm, multiplies blocks of the triangle's
-// other half, and expands the keys of a group.
+// nothing: of a tile 16 columns at a time, of a sum's depth nothing. One thread takes a part: sums are always in the
+// same order. The alternative, torch's kernel of the same algorithm, multiplies blocks of the triangle's other half,
+// and expands the keys of a group.
 #pragma once
 #include "attention.h"
 
@@ -101,10 +101,10 @@ int64_t attend_bytes(int64_t tokens, int64_t D) {
   return int64_t(sizeof(float)) * up_to(keys * D + keys * width + kTileRows * (2 * kStride + width), 16);
 }
 
-void attend(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
-            void* work) {
+void attend(const Heads* views, float* lse, const AttentionShape& s, const AttentionPart& part, void* work) {
   const Heads q = views[0], k = views[1], v = views[2], out = views[3];
-  const int64_t keys = up_to(n, kWidth), width = up_to(s.D, kWidth), shared = s.heads / s.groups;
+  const int64_t from = part.from, n = part.n, group = part.group, keys = up_to(n, kWidth), width = up_to(s.D, kWidth),
+                shared = s.heads / s.groups;
   float *const factors = static_cast<float*>(work), *const values = factors + keys * s.D,
                *const rows = values + n * width, *const scores = rows + kTileRows * kStride,
                *const sums = scores + kTileRows * kStride;
@@ -112,7 +112,7 @@ void attend(const Heads* views, float* lse, const AttentionShape& s, int64_t fro
     transposed(k.floats(from + t, group), k.token, least(kWidth, n - t), s.D, kWidth, factors + t * s.D, kWidth);
   panels_of(v.floats(from, group), v.token, n, s.D, values);
   for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
-    for (int64_t t = 0; t < n; t += kTileRows) {
+    for (int64_t t = part.part * kTileRows; t < n; t += part.parts * kTileRows) {
       const int64_t count = least(kTileRows, n - t), seen = t + count;
       float top[kTileRows], total[kTileRows];
       for (int r = 0; r < kTileRows; ++r) top[r] = -3e38f, total[r] = 0.0f;
@@ -143,11 +143,11 @@ void attend(const Heads* views, float* lse, const AttentionShape& s, int64_t fro
 
 // What a piece of the backward pass works in. Panels and rows as `multiply` takes them.
 struct AttentionWork {
-  float *queries, *gradient;                   // right factors of S^T, dP^T: [kMacroQueries / kWidth][D][kWidth]
-  float *queries_p, *gradient_p;               // of dK, dV: panels of [kMacroQueries, D]
-  float *keys_t, *slopes;                      // factors of dQ^T: [D][keys], [kMacroQueries / kWidth][keys][kWidth]
-  float *key_rows, *value_rows, *p, *ds;       // kTileRows rows
-  float *sum_q, *sum_k, *sum_v, *top, *delta;  // sum_q: [kMacroQueries / kWidth][D][kWidth]
+  float *queries, *gradient;              // right factors of S^T, dP^T: [kMacroQueries / kWidth][D][kWidth]
+  float *queries_p, *gradient_p;          // of dK, dV: panels of [kMacroQueries, D]
+  float *keys_t, *slopes;                 // factors of dQ^T: [D][keys], [kMacroQueries / kWidth][keys][kWidth]
+  float *key_rows, *value_rows, *p, *ds;  // kTileRows rows
+  float *sum_q, *sum_k, *sum_v, *all_k, *all_v, *top, *delta;  // sum_q: [kMacroQueries / kWidth][D][kWidth]
   int64_t places;
 
   AttentionWork(float* at, int64_t tokens, int64_t D) : places(0) {
@@ -163,6 +163,7 @@ struct AttentionWork {
     key_rows = take(kTileRows * kStride), value_rows = take(kTileRows * kStride);
     p = take(kTileRows * kStride), ds = take(kTileRows * kStride);
     sum_q = take(kMacroQueries * height), sum_k = take(keys * width), sum_v = take(keys * width);
+    all_k = take(keys * width), all_v = take(keys * width);
     top = take(kMacroQueries), delta = take(kMacroQueries);
   }
 };
@@ -199,14 +200,18 @@ inline void slopes_of(const AttentionWork& w, float scale, int64_t key, int64_t 
   }
 }
 
-void attend_backward(const Heads* views, float* lse, const AttentionShape& s, int64_t from, int64_t n, int64_t group,
-                     void* work) {
+void attend_backward(const Heads* views, float* lse, const AttentionShape& s, const AttentionPart& part, void* work) {
   const Heads dout = views[0], q = views[1], k = views[2], v = views[3], out = views[4], dq = views[5], dk = views[6],
               dv = views[7];
+  const int64_t from = part.from, n = part.n, group = part.group, width = up_to(s.D, kWidth),
+                height = up_to(s.D, kTileRows), shared = s.heads / s.groups,
+                head = group * shared + shared * part.part / part.parts,
+                end = group * shared + shared * (part.part + 1) / part.parts;
   const AttentionWork w(static_cast<float*>(work), n, s.D);
-  const int64_t width = up_to(s.D, kWidth), height = up_to(s.D, kTileRows), shared = s.heads / s.groups;
-  for (int64_t i = 0; i < up_to(n, kTileRows) * width; ++i) w.sum_k[i] = w.sum_v[i] = 0.0f;
-  for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
+  const int64_t sums = up_to(n, kTileRows) * width;
+  for (int64_t i = 0; i < sums; ++i) w.all_k[i] = w.all_v[i] = 0.0f;
+  for (int64_t h = head; h < end; ++h) {
+    for (int64_t i = 0; i < sums; ++i) w.sum_k[i] = w.sum_v[i] = 0.0f;
     for (int64_t q0 = 0; q0 < n; q0 += kMacroQueries) {
       const int64_t count = least(kMacroQueries, n - q0), at = from + q0;
       for (int64_t t = 0; t < count; t += kWidth) {
@@ -260,8 +265,16 @@ void attend_backward(const Heads* views, float* lse, const AttentionShape& s, in
         store_rows(w.slopes, width, some, s.D, s.scale, dq.floats(at + t, h), dq.token);
       }
     }
-  store_rows(w.sum_k, width, n, s.D, s.scale, dk.floats(from, group), dk.token);
-  store_rows(w.sum_v, width, n, s.D, 1.0f, dv.floats(from, group), dv.token);
+    if (part.parts > 1) {
+      store_rows(w.sum_k, width, n, s.D, 1.0f, dk.floats(from, h), dk.token);
+      store_rows(w.sum_v, width, n, s.D, 1.0f, dv.floats(from, h), dv.token);
+    } else {
+      for (int64_t i = 0; i < sums; ++i) w.all_k[i] += w.sum_k[i], w.all_v[i] += w.sum_v[i];
+    }
+  }
+  if (part.parts > 1) return;
+  store_rows(w.all_k, width, n, s.D, s.scale, dk.floats(from, group), dk.token);
+  store_rows(w.all_v, width, n, s.D, 1.0f, dv.floats(from, group), dv.token);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 
 namespace qlora {
 const Kernels avx2_kernels = {"AVX2", QLORA_KERNELS(QLORA_ENTRY)};
-const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
+const Attention avx2_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}, kTileRows};
 const Layer avx2_layer = kFloatLayer, avx2_integer_layer = kIntegerLayer;
 }  // namespace qlora
 #endif

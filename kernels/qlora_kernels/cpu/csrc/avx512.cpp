@@ -419,7 +419,7 @@ inline F32 in_columns(F16 lower, F16 upper) {
 
 namespace qlora {
 const Kernels avx512_kernels = {"AVX-512", QLORA_KERNELS(QLORA_ENTRY)};
-const Attention avx512_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}};
+const Attention avx512_attention = {{attend, attend_backward}, {attend_bytes, attend_backward_bytes}, kTileRows};
 const Layer avx512_layer = kFloatLayer, avx512_vnni_layer = kIntegerLayer;
 const Layer avx512_bf16_layer = {kTileRows, kWidth,    true,      bf16_room, bf16_narrow,
                                  nullptr,   bf16_wide, bf16_sums, nullptr,   nullptr};
