@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from qlora.data.batch import Batch
 from qlora.errors import UserError
-from qlora.train.memory import PeakMemory
+from qlora.train.memory import PeakMemory, return_freed_memory
 from qlora.train.metrics import Metrics, Totals
 from qlora.train.signals import Interrupted, Stopped, StopRequest
 from qlora.train.step import NotFinite, optimizer_step
@@ -97,7 +97,7 @@ def train(
     """
     watched = nullcontext(memory) if memory else PeakMemory(next(model.parameters()).device)
     skipped = schedule.skipped
-    with StopRequest() as stop, watched as peak:
+    with StopRequest() as stop, watched as peak, _returning_memory():
         before = {"step": 0, "tokens": 0} if schedule.first == 0 else schedule.owed
         if evaluate is not None and before is not None:
             try:
@@ -132,6 +132,15 @@ def train(
                 raise failed
             if interrupted:
                 raise Interrupted(done, stop.number)
+
+
+@contextmanager
+def _returning_memory() -> Iterator[None]:
+    """A step keeps what it frees for the next one; when there is no next one, it goes back to the system."""
+    try:
+        yield
+    finally:
+        return_freed_memory()
 
 
 def _timed_step(

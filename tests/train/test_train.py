@@ -35,6 +35,7 @@ from qlora.train.memory import PeakMemory, anonymous_memory
 from qlora.train.metrics import MetricsLog, Totals, cut_back, duration
 from qlora.train.signals import Interrupted, exit_code
 from qlora.train.step import accumulate, checkpoint_activations, learning_rate, optimizer_step
+from qlora_kernels import backends
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -305,6 +306,19 @@ def test_a_limit_gives_freed_memory_back():
                 break
         assert full - anonymous_memory() > 80e6 and memory.peak() <= full + 10e6
     assert stays.sum() == 100_000
+
+
+def test_memory_kept_for_the_next_step_goes_back_after_the_last():
+    like = torch.empty(0)
+    kept = [backends.empty(1 << 22, like=like).fill_(1) for _ in range(5)]
+    full = anonymous_memory()
+    kept.clear()
+    assert full - anonymous_memory() < 30e6
+    model = tiny.adapted(tiny.llama())
+    train(
+        model, sgd(model), lambda step: [pack(examples(*UNEVEN))], Schedule(1, lambda step: 0.1), log=lambda line: None
+    )
+    assert full - anonymous_memory() > 50e6
 
 
 FREED = """
