@@ -11,8 +11,8 @@ neither weights nor a formula of bytes a layer are needed (tracker.py says why),
 examples.
 
 On a CPU the figures are anonymous memory (RssAnon) above the process' baseline after its imports, without what is freed
-but kept by glibc: a process with a budget gives that back near it (`train.memory.PeakMemory`), one without peaks higher
-by a fifth. On CUDA they are what torch allocates, by the same account, and the baseline is CUDA's own context, which
+but kept: a process with a budget gives that back near it (`train.memory.PeakMemory`), one without peaks higher by up to
+a tenth. On CUDA they are what torch allocates, by the same account, and the baseline is CUDA's own context, which
 torch does not count (`meta.CONTEXT`). The planned device decides, not the machine that plans. No card has verified it
 yet.
 """

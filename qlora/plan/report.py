@@ -83,7 +83,7 @@ def describe(
     unverified = " (not verified on a card)" if run.device == "cuda" else ""
     text = [f"{config.model} on {run.device}{unverified}", table(wanted)]
     if baseline:
-        text.append(f"{_line('with the process itself', total)}; without a budget up to a fifth more, freed but kept")
+        text.append(f"{_line('with the process itself', total)}; without a budget up to a tenth more, freed but kept")
     if config.memory is not None:
         fitting, smallest = fit(run, config.memory - baseline, batches)
         found |= {"memory": config.memory, "fits": fitting is not None and fitting.settings == requested(config)}

@@ -26,7 +26,7 @@ from record import SCRIPTS, about, write
 TICKETS = SCRIPTS / "data/tickets_train.jsonl"
 OPTIONS = (
     "--model smollm2-135m --method dora --rank 16 --batch-size 16 --max-tokens 256 --warmup 1 "
-    "--learning-rate 5e-4 --device cpu --dtype bf16"
+    "--learning-rate 5e-4 --device cpu --dtype bf16 --adapter-init zero"
 )
 EVERY = 0.002
 
@@ -64,6 +64,7 @@ def finetune(data: str, steps: int, memory: int | None) -> dict:
         run = watched(command + (["--memory", str(memory)] if memory is not None else []))
         if run["code"] == 0:
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            lines = [line for line in lines if line["step"] > 0]  # before them is the gap to 16 bits
             run |= {
                 "losses": [line["loss"] for line in lines],
                 "tokens_per_second": median(line["tokens_per_second"] for line in lines[1:]),
