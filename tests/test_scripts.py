@@ -47,3 +47,14 @@ def test_a_contestant_of_the_training_benchmark_is_who_it_says(tmp_path):
     ours, theirs = one("dora ours int16"), one("dora peft fp32")
     assert (ours["model"], theirs["model"]) == ("LlamaForCausalLM", "PeftModelForCausalLM")
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+
+
+def test_a_run_of_the_budget_benchmark_is_read():
+    """Its metrics once began with a line that it did not know."""
+    code = (
+        "import measure_budget as m; run = m.finetune(str(m.TICKETS), 2, None); print(run['code'], len(run['losses']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=HOUSE / "scripts/benchmarks", capture_output=True, text=True, timeout=600
+    )
+    assert run.stdout.split() == ["0", "2"], run.stdout + run.stderr
