@@ -7,8 +7,8 @@
 // All operands are arrays of tiles, see amx.h. Scores are computed transposed, [keys, queries]: a lane is a query, so
 // maxima, sums and constants of queries are plain vectors, and rounded rows of C are A (for dK, dV) or, interleaved, B
 // (for O and dQ, which come out transposed too) without another pass over them. One thread takes a part of an example:
-// sums are always in the same order. The alternative, torch's kernel of the same algorithm,
-// rounds dK and dV of every head, and its backward pass is several times slower (docs/benchmarks.md).
+// sums are always in the same order. The alternative, torch's kernel of the same algorithm, rounds dK and dV of every
+// head, and its backward pass is several times slower (docs/benchmarks.md).
 #include "amx.h"
 
 #include "attention.h"
