@@ -1,6 +1,6 @@
 """A training step beside other processes, and on cores of which one is slow, in times of what it takes alone.
 
-    python scripts/benchmarks/bench_neighbours.py [--shape 4x256] [--method dora] [--rounds 5] [--isa avx512|avx2]
+    python scripts/benchmarks/bench_neighbours.py [--shape 4x256] [--method dora] [--rounds 5] [--isa SET]
                                                   [--json FILE]
 
     alone   nothing beside

@@ -61,7 +61,7 @@ def test_gradients_flow_through_it():
 
 
 def test_results_keep_to_their_own_memory():
-    """Thousands of sizes come and go in any order, by two threads; none ever touches another."""
+    """Hundreds of sizes come and go in any order, by two threads; none ever touches another."""
     before, errors = in_use(), []
 
     def work(seed: int) -> None:

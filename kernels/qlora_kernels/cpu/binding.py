@@ -1,4 +1,4 @@
-"""What the native operators of every subject share: the library, its arguments, workspace memory.
+"""What the native operators of every subject share: the library, its arguments, memory for results and for work.
 
     C                      ctypes         here
     const T*               POINTER        `tensor.data_ptr()`, or None

@@ -264,7 +264,7 @@ class LayerKernels(AdapterKernels):
         row_scale_at, threads = factors.data_ptr() if scaled else None, torch.get_num_threads()
         dA, dB = factors.new_empty(A_cast.shape), factors.new_empty(B_scaled.shape)
         dm = factors.new_empty(0 if y is None else rows)
-        dx = self.empty(*((tokens, columns) if needs_x else (0,)), dtype=dy.dtype)
+        dx = self.empty(tokens, columns, dtype=dy.dtype) if needs_x else dy.new_empty(0)
         work = self.workspace(self.library.qlora_adapted_backward_bytes(tokens, rows, columns, rank, threads))
         self.library.qlora_adapted_backward(
             as_argument(weight, layout),
@@ -371,7 +371,7 @@ class LayerKernels(AdapterKernels):
         tokens, rank = xA.shape
         gain = factors.data_ptr() if factors.numel() else None
         dA, dB, dm = torch.empty_like(down), torch.empty_like(up), factors.new_empty(0 if y is None else layout[0])
-        dx = self.empty(*((tokens, layout[1]) if needs_x else (0,)), dtype=dy.dtype)
+        dx = self.empty(tokens, layout[1], dtype=dy.dtype) if needs_x else dy.new_empty(0)
         self.library.qlora_layer_backward(
             as_argument(weight, layout),
             gain,
