@@ -33,9 +33,9 @@ Cut cut_of(int is_backward, int floats, const int64_t* lengths, int64_t examples
           is_backward && parts > 1 ? s.tokens * s.heads * s.D : 0};
 }
 
-// dK = factor times the sums of a group's heads [tokens, heads, D], in their order; the first one's are overwritten.
+// dK of those of a group's heads [tokens, heads, D], in their order; the first one's are overwritten.
 template <class T>
-void add_heads(float* sums, const AttentionShape& s, float factor, const Heads& to, int threads) {
+void add_heads(float* sums, const AttentionShape& s, const Heads& to, int threads) {
   const int64_t shared = s.heads / s.groups;
   parallel(s.tokens, threads, [&](int64_t t) {
     for (int64_t g = 0; g < s.groups; ++g) {
@@ -43,7 +43,7 @@ void add_heads(float* sums, const AttentionShape& s, float factor, const Heads& 
       for (int64_t h = 1; h < shared; ++h)
         for (int64_t d = 0; d < s.D; ++d) first[d] += first[h * s.D + d];
       T* const out = static_cast<T*>(to.data) + t * to.token + g * to.head;
-      for (int64_t d = 0; d < s.D; ++d) out[d] = round_to<T>(first[d] * factor);
+      for (int64_t d = 0; d < s.D; ++d) out[d] = round_to<T>(first[d]);
     }
   });
 }
@@ -79,8 +79,7 @@ void qlora_attention(int is_backward, int floats, const Heads* views, float* lse
                              work + thread * cut.bytes);
   });
   for (int k = 0; cut.sums > 0 && k < 2; ++k)
-    (floats ? add_heads<float> : add_heads<BF16>)(sums + k * cut.sums, shape, k == 0 ? scale : 1.0f, views[6 + k],
-                                                  threads);
+    (floats ? add_heads<float> : add_heads<BF16>)(sums + k * cut.sums, shape, views[6 + k], threads);
 }
 
 }  // extern "C"

@@ -19,7 +19,7 @@ struct AttentionShape {
 
 // A part of one group of heads of the example of n tokens that begins at `from`: forward every `parts`th tile of
 // queries, backward one of so many parts of the group's heads. dK and dV are sums over heads, each a sum over queries
-// first: of several parts those of each head go, unscaled and in float32, to views [tokens, heads, D].
+// first: of several parts those of each head go to views [tokens, heads, D] of float32.
 struct AttentionPart {
   int64_t from, n, group, part, parts;
 };

@@ -137,10 +137,12 @@ inline float dot(const BF16* a, const BF16* b, int64_t n) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// C = before, or 0, + another.
-inline void add_tile(Tile& all, const Tile& more, bool before) {
-  for (int r = 0; r < 16; ++r)
-    _mm512_store_ps(all.row[r], before ? _mm512_add_ps(all.floats(r), more.floats(r)) : more.floats(r));
+// C = before, or 0, + a factor times another.
+inline void add_tile(Tile& all, const Tile& more, float factor, bool before) {
+  for (int r = 0; r < 16; ++r) {
+    const __m512 scaled = _mm512_mul_ps(more.floats(r), _mm512_set1_ps(factor));
+    _mm512_store_ps(all.row[r], before ? _mm512_add_ps(all.floats(r), scaled) : scaled);
+  }
 }
 
 int64_t backward_bytes(int64_t tokens, int64_t D) {
@@ -231,17 +233,17 @@ void backward(const Heads* views, float* lse, const AttentionShape& s, const Att
       for (int64_t d = 0; d < 2 * D; ++d) {
         const int64_t at = from + 16 * t, rows = n - 16 * t, columns = s.D - 16 * d;
         if (part.parts > 1) {
-          store_rows(sum_k(t, d), 1.0f, dk.floats(at, h) + 16 * d, dk.token, rows, columns);
+          store_rows(sum_k(t, d), s.scale, dk.floats(at, h) + 16 * d, dk.token, rows, columns);
           store_rows(sum_v(t, d), 1.0f, dv.floats(at, h) + 16 * d, dv.token, rows, columns);
         } else {
-          add_tile(all_k(t, d), sum_k(t, d), h > head);
-          add_tile(all_v(t, d), sum_v(t, d), h > head);
+          add_tile(all_k(t, d), sum_k(t, d), s.scale, h > head);
+          add_tile(all_v(t, d), sum_v(t, d), 1.0f, h > head);
         }
       }
   }
   for (int64_t t = 0; part.parts == 1 && t < 2 * blocks; ++t)
     for (int64_t d = 0; d < 2 * D; ++d) {
-      store_rows(all_k(t, d), s.scale, dk.at(from + 16 * t, group) + 16 * d, dk.token, n - 16 * t, s.D - 16 * d);
+      store_rows(all_k(t, d), 1.0f, dk.at(from + 16 * t, group) + 16 * d, dk.token, n - 16 * t, s.D - 16 * d);
       store_rows(all_v(t, d), 1.0f, dv.at(from + 16 * t, group) + 16 * d, dv.token, n - 16 * t, s.D - 16 * d);
     }
 }

@@ -53,12 +53,17 @@ inline void panels_of(const float* x, int64_t stride, int64_t rows, int64_t colu
     for (int64_t t = 0; t < rows; ++t) out[c / kWidth * kWidth * rows + t * kWidth + c % kWidth] = 0.0f;
 }
 
+// out = factor x of some rows, or += that.
+template <bool kAdds = false>
 inline void store_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, float* out,
                        int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r, from += stride, out += out_stride) {
     int64_t c = 0;
-    for (; c + 16 <= columns; c += 16) mul(F16::load(from + c), F16::broadcast(factor)).store(out + c);
-    for (; c < columns; ++c) out[c] = from[c] * factor;
+    for (; c + 16 <= columns; c += 16) {
+      const F16 scaled = mul(F16::load(from + c), F16::broadcast(factor));
+      (kAdds ? add(F16::load(out + c), scaled) : scaled).store(out + c);
+    }
+    for (; c < columns; ++c) out[c] = kAdds ? out[c] + from[c] * factor : from[c] * factor;
   }
 }
 
@@ -70,7 +75,7 @@ inline float largest_of(F16 x) {
   return largest;
 }
 
-// A tile of scores, or its columns from `first` or up to `stop` on, in whole 16s: the rest is not looked at.
+// A tile of scores, of which columns `first` to `stop` are looked at: where all of these lie in one half, that half.
 inline void scores_of(const float* rows, const float* panel, int64_t D, int64_t first, int64_t stop, float* out) {
   if (kTileVectors == 1 || (first < 16 && stop > 16))
     multiply<kTileVectors>(rows, panel, D, nullptr, 0, out, kStride);
@@ -143,11 +148,11 @@ void attend(const Heads* views, float* lse, const AttentionShape& s, const Atten
 
 // What a piece of the backward pass works in. Panels and rows as `multiply` takes them.
 struct AttentionWork {
-  float *queries, *gradient;              // right factors of S^T, dP^T: [kMacroQueries / kWidth][D][kWidth]
-  float *queries_p, *gradient_p;          // of dK, dV: panels of [kMacroQueries, D]
-  float *keys_t, *slopes;                 // factors of dQ^T: [D][keys], [kMacroQueries / kWidth][keys][kWidth]
-  float *key_rows, *value_rows, *p, *ds;  // kTileRows rows
-  float *sum_q, *sum_k, *sum_v, *all_k, *all_v, *top, *delta;  // sum_q: [kMacroQueries / kWidth][D][kWidth]
+  float *queries, *gradient;                   // right factors of S^T, dP^T: [kMacroQueries / kWidth][D][kWidth]
+  float *queries_p, *gradient_p;               // of dK, dV: panels of [kMacroQueries, D]
+  float *keys_t, *slopes;                      // factors of dQ^T: [D][keys], [kMacroQueries / kWidth][keys][kWidth]
+  float *key_rows, *value_rows, *p, *ds;       // kTileRows rows
+  float *sum_q, *sum_k, *sum_v, *top, *delta;  // sum_q: [kMacroQueries / kWidth][D][kWidth]
   int64_t places;
 
   AttentionWork(float* at, int64_t tokens, int64_t D) : places(0) {
@@ -163,7 +168,6 @@ struct AttentionWork {
     key_rows = take(kTileRows * kStride), value_rows = take(kTileRows * kStride);
     p = take(kTileRows * kStride), ds = take(kTileRows * kStride);
     sum_q = take(kMacroQueries * height), sum_k = take(keys * width), sum_v = take(keys * width);
-    all_k = take(keys * width), all_v = take(keys * width);
     top = take(kMacroQueries), delta = take(kMacroQueries);
   }
 };
@@ -209,7 +213,6 @@ void attend_backward(const Heads* views, float* lse, const AttentionShape& s, co
                 end = group * shared + shared * (part.part + 1) / part.parts;
   const AttentionWork w(static_cast<float*>(work), n, s.D);
   const int64_t sums = up_to(n, kTileRows) * width;
-  for (int64_t i = 0; i < sums; ++i) w.all_k[i] = w.all_v[i] = 0.0f;
   for (int64_t h = head; h < end; ++h) {
     for (int64_t i = 0; i < sums; ++i) w.sum_k[i] = w.sum_v[i] = 0.0f;
     for (int64_t q0 = 0; q0 < n; q0 += kMacroQueries) {
@@ -265,16 +268,12 @@ void attend_backward(const Heads* views, float* lse, const AttentionShape& s, co
         store_rows(w.slopes, width, some, s.D, s.scale, dq.floats(at + t, h), dq.token);
       }
     }
-    if (part.parts > 1) {
-      store_rows(w.sum_k, width, n, s.D, 1.0f, dk.floats(from, h), dk.token);
-      store_rows(w.sum_v, width, n, s.D, 1.0f, dv.floats(from, h), dv.token);
-    } else {
-      for (int64_t i = 0; i < sums; ++i) w.all_k[i] += w.sum_k[i], w.all_v[i] += w.sum_v[i];
-    }
+    const bool apart = part.parts > 1;
+    const int64_t place = apart ? h : group;
+    const auto put = apart || h == head ? store_rows<false> : store_rows<true>;
+    put(w.sum_k, width, n, s.D, s.scale, dk.floats(from, place), dk.token);
+    put(w.sum_v, width, n, s.D, 1.0f, dv.floats(from, place), dv.token);
   }
-  if (part.parts > 1) return;
-  store_rows(w.all_k, width, n, s.D, s.scale, dk.floats(from, group), dk.token);
-  store_rows(w.all_v, width, n, s.D, 1.0f, dv.floats(from, group), dv.token);
 }
 
 }  // namespace
