@@ -5,10 +5,10 @@
 The models are SmolLM2-135M from its GGUF file, the same from a safetensors file in bf16 (what is used as it is stored
 stays mapped from there and is no anonymous memory), both in what `--dtype auto` takes here, and a Llama of the 1B shape
 with random NF4 weights, in bf16. Three optimizer steps, after chosen codes and an error start where a row has them, on
-random tokens of the largest batch the settings allow, in a process whose glibc keeps no freed memory (its bounds are set
-so; a run with a budget gives it back only where it must, `measure_budget.py`), while the native kernels keep that of
-their results, as in any run; RssAnon is read every 3 ms. Both figures
-are above the process' baseline after its imports, which is printed too. Exit code 1 if one is off by more than 10 %.
+random tokens of the largest batch the settings allow. glibc is told to keep no freed memory (a run with a budget gives
+it back only where it must, `measure_budget.py`); the native kernels keep that of their results, as in any run. RssAnon
+is read every 3 ms. Both figures are above the process' baseline after its imports, which is printed too. Exit code 1 if
+one is off by more than 10 %.
 """
 
 from __future__ import annotations
