@@ -207,21 +207,47 @@ inline void strip_of(const NarrowFactor& f, int64_t inner, int64_t first, float*
   }
 }
 
+// sums [kTileRows, 16] = `rows` rows of x times strip [inner, 16]. Rows are laid side by side as they are multiplied, 16
+// columns at a time, and the next tile's are fetched: what memory takes lies behind the products.
+template <class T>
+__attribute__((noinline)) void multiply_strip(const T* x, int64_t inner, int64_t rows, const float* strip,
+                                              float* sums) {
+  alignas(64) float values[kTileRows][16];
+  F16 sum[kTileRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) sum[r] = F16::zero();
+  for (int64_t k = 0; k < inner; k += 16, strip += 256) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      const T* const from = x + (r < rows ? r : 0) * inner + k;  // rows past the last are nobody's
+      load16(from).store(values[r]);
+      __builtin_prefetch(from + kTileRows * inner);
+    }
+#if defined(__aarch64__)
+    add_product(values[0], 16, strip, 16, sum);
+#else
+    for (int i = 0; i < 16; ++i) {
+      const F16 column = F16::load(strip + 16 * i);
+      __builtin_prefetch(strip + 16 * i + 256);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) sum[r] = madd(F16::broadcast(values[r][i]), column, sum[r]);
+    }
+#endif
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) sum[r].store(sums + 16 * r);
+}
+
 template <class T>
 void narrow_of(const T* x, int64_t inner, const NarrowFactor& factor, int64_t token, int64_t tokens, char* work,
                float* u) {
-  float *const rows = reinterpret_cast<float*>(work), *const sums = rows + kTileRows * kStride,
-               *const strip = sums + 16 * kTileRows;
-  const int64_t parts = parts_of(inner), rank = factor.rank;
+  float *const sums = reinterpret_cast<float*>(work), *const strip = sums + 16 * kTileRows;
+  const int64_t rank = factor.rank;
   for (int64_t first = 0; first < rank; first += 16) {
     strip_of(factor, inner, first, strip);
     for (int64_t t = token; t < token + tokens; t += kTileRows) {
       const int64_t n = least(kTileRows, token + tokens - t);
-      for (int64_t i = 0; i < parts; ++i) {
-        const Depth d = depth_of(inner, 0, i);
-        copy_rows(x + t * inner + d.start, inner, n, d.size, rows);
-        multiply<1>(rows, strip + 16 * d.start, d.size, i == 0 ? nullptr : sums, 16, sums, 16);
-      }
+      multiply_strip(x + t * inner, inner, n, strip, sums);
       for (int64_t r = 0; r < n; ++r)
         for (int64_t k = first; k < least(rank, first + 16); ++k) u[(t + r) * rank + k] = sums[16 * r + k - first];
     }
@@ -238,7 +264,7 @@ void narrow(Values values, int64_t inner, NarrowFactor factor, int64_t token, in
 template <bool kDots, class T>
 __attribute__((noinline)) void sum_tokens(const LayerSums& s, const float* left, const T* x, const T* y, int64_t tokens,
                                           float* out, float* dots) {
-  constexpr int64_t kAheadRows = 16;  // whose lines are fetched: no prefetcher sees them coming
+  constexpr int64_t kAheadRows = 48;  // whose lines are fetched: no prefetcher sees them coming
   const int64_t ranks = s.ranks, columns = s.columns;
   F16 sum[kSumRanks][kTileVectors], dot[kTileVectors];
 #pragma GCC unroll 16
