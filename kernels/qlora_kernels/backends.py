@@ -37,13 +37,19 @@ from qlora_kernels.weight import QuantizedWeight
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
+_on_cpu: dict[str, Callable] = {}  # what torch's dispatcher calls on a CPU
+_on_cards: dict[str, Callable] = {}  # and on a card
+
 ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
 AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora selftest` found it wrong here
 
 
 def use(name: str, device: str, function: Callable, backend: str) -> None:
     """Run `function`, of `backend`, for the operator on tensors of `device` (a dispatch key, such as "CPU")."""
-    ops.LIBRARY.impl(name, routed(name, function, backend), device)
+    call = routed(name, function, backend)
+    ops.LIBRARY.impl(name, call, device)
+    if device == "CPU":
+        _on_cpu[name] = call
 
 
 def routed(name: str, function: Callable, backend: str) -> Callable:
@@ -279,19 +285,19 @@ def _register() -> None:
                 _on_cards[name] = call
 
 
-_on_cards: dict[str, Callable] = {}  # what torch's dispatcher calls on a card
 _register()
 if NATIVE is not None:
     recall("native")
 
 
 def quickly(name: str, x: Tensor) -> Callable:
-    """The operator `name` for tensors that lie where x does. On a card it is the function that torch's dispatcher would
-    call: to hand lists to and fro takes the dispatcher as long as a launch takes. Not where torch looks on, as
-    whatever traces or counts operators does. Only for what autograd need not see.
+    """The operator `name` for tensors that lie where x does: the function that torch's dispatcher would call. To hand
+    lists to and fro takes the dispatcher as long as a launch takes, and on a CPU all threads wait for it. Not where
+    torch looks on, as whatever traces, counts or profiles operators does. Only for what autograd need not see.
     """
-    if x.is_cuda and not is_in_torch_dispatch_mode():
-        return _on_cards[name]
+    direct = _on_cards if x.is_cuda else _on_cpu if x.is_cpu else {}
+    if name in direct and not is_in_torch_dispatch_mode() and not torch.autograd._profiler_enabled():
+        return direct[name]
     operator: Callable = getattr(ops, name)
     return operator
 

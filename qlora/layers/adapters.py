@@ -105,7 +105,8 @@ def forward_product(
     """
     weight, scaling, n = constants.weight, constants.scaling, constants.n
     if weight.supports_fused_gemm(x):
-        y, *saved = ops.adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, *weight.operands)
+        adapted_linear = backends.quickly("adapted_linear", x)
+        y, *saved = adapted_linear(x, x_adapter, A, B, m, n, constants.base_row_norms, scaling, *weight.operands)
         if constants.keep is not None:
             constants.keep(saved[-1][2])
         return y, saved
@@ -173,7 +174,8 @@ def backward_product(
     xA, A_cast, B_scaled = saved[:3]
     need_x, need_xa, need_A, need_B, need_m = needs
     if shared and len(saved) == 4 and weight.supports_fused_gemm(dy):  # a fused product made these
-        dx, dA, dB, dm = ops.adapted_linear_backward(dy, [x_adapter, *saved], y, scaling, *weight.operands, need_x)
+        gradients = backends.quickly("adapted_linear_backward", dy)
+        dx, dA, dB, dm = gradients(dy, [x_adapter, *saved], y, scaling, *weight.operands, need_x)
         return dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None
     if backends.is_widened(dy):
         wide, y = [part.float() for part in saved], None if y is None else y.float()

@@ -5,9 +5,9 @@ chains of elementwise operations.
     GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x), no product (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
 
-Where gate and up are DoRA layers, one autograd Function owns both and their magnitudes (`GatedDoRA`): it sums the
-magnitude gradients in the pass over gate and up that the gradient of the product makes anyway. On a card adapters of
-one input are one product (`joined`).
+Where gate and up are adapted, one autograd Function owns both (`GatedLayers`): it sums the gradients of their magnitudes
+in the pass over gate and up that the gradient of the product makes anyway. Adapters of one input are one Function, and
+on a card one product (`joined`).
 
 `fuse` replaces a module where the code of its forward is known (`transformers_code`), so what is replaced computes the
 same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast
@@ -103,23 +103,23 @@ class _Gated(torch.autograd.Function):
         return *GATED_PRODUCTS[ctx.activation].gradients(dy, *ctx.saved_tensors), None
 
 
-class GatedDoRA(torch.autograd.Function):
-    """act(gate(x)) * up(x) of two DoRA layers: h [tokens, n]; and gate(x) and up(x), without a gradient.
+class GatedLayers(torch.autograd.Function):
+    """act(gate(x)) * up(x) of two adapted layers: h [tokens, n]; and gate(x) and up(x), without a gradient.
 
-    dm_j = sum_t dy_tj y_tj / m_j of gate and up is summed as their gradients dy are made, while both are at hand; each
-    layer by itself would save its y and read both again.
+    Of DoRA layers dm_j = sum_t dy_tj y_tj / m_j is summed as the gradients dy of gate and up are made, while both are
+    at hand; each layer by itself would save its y and read both again.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, gate: Constants, up: Constants, activation: str, *tensors: Tensor):
-        """`tensors`: of gate, then of up, the adapter's input, A, B and m."""
+        """`tensors`: of gate, then of up, the adapter's input, A, B and m; both have an m, or neither."""
         x_gate, x_up = tensors[0], tensors[4]
         A_gate, B_gate, m_gate, A_up, B_up, m_up = *tensors[1:4], *tensors[5:8]
         y_gate, saved_gate = forward_product(x, x_gate, A_gate, B_gate, m_gate, gate)
         y_up, saved_up = forward_product(x, x_up, A_up, B_up, m_up, up)
         ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
         ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
-        ctx.saved_by_gate = len(saved_gate)
+        ctx.saved_by_gate, ctx.scaled = len(saved_gate), m_gate is not None
         ctx.mark_non_differentiable(y_gate, y_up)
         ctx.set_materialize_grads(False)
         return GATED_PRODUCTS[activation].value(y_gate, y_up), y_gate, y_up
@@ -129,7 +129,9 @@ class GatedDoRA(torch.autograd.Function):
     def backward(ctx, dh: Tensor, _gate: None, _up: None):
         x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
         of_gate, of_up = saved[: ctx.saved_by_gate], saved[ctx.saved_by_gate :]
-        dgate, dup, dots = GATED_PRODUCTS[ctx.activation].gradients_and_dots(dh, y_gate, y_up)
+        product = GATED_PRODUCTS[ctx.activation]
+        gradients = product.gradients_and_dots if ctx.scaled else product.gradients
+        dgate, dup, *dots = gradients(dh, y_gate, y_up)
         need_x, _, _, _, *needs = ctx.needs_input_grad
         (gate, up), (gate_shared, up_shared) = ctx.constants, ctx.shared
         wanted: tuple[bool, ...] = (need_x, *needs[4:7], False)
@@ -138,9 +140,12 @@ class GatedDoRA(torch.autograd.Function):
         wanted = (need_x, *needs[:3], False)
         dx, *gate_gradients, _ = backward_product(dgate, x_gate, of_gate, None, gate, wanted, gate_shared)
         if dx is not None and dx_up is not None:
-            dx = dx + dx_up
-        m_gate, m_up = (cast(Tensor, row_scale_and_m(part)[1]) for part in (of_gate, of_up))
-        return dx, None, None, None, *gate_gradients, dots[0] / m_gate, *up_gradients, dots[1] / m_up
+            dx += dx_up
+        dm_gate = dm_up = None
+        if ctx.scaled:
+            m_gate, m_up = (cast(Tensor, row_scale_and_m(part)[1]) for part in (of_gate, of_up))
+            dm_gate, dm_up = dots[0][0] / m_gate, dots[0][1] / m_up
+        return dx, None, None, None, *gate_gradients, dm_gate, *up_gradients, dm_up
 
 
 class GatedMLP(nn.Module):
@@ -161,8 +166,8 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj, self.up_proj
         if self.join and joined.joinable((gate, up), biased=False):
             return self.down_proj(_in_eager(joined.swiglu)(x, gate, up))
-        if torch.is_grad_enabled() and _magnitude_learns(gate) and _magnitude_learns(up):
-            hidden, *made_of = _in_eager(gated_dora)(x, gate, up, self.activation)
+        if torch.is_grad_enabled() and _gateable(gate) and _gateable(up) and _scaled(gate) == _scaled(up):
+            hidden, *made_of = _in_eager(gated_layers)(x, gate, up, self.activation)
         else:
             made_of = [gate(x), up(x)]
             hidden = _Gated.apply(*made_of, self.activation)
@@ -174,15 +179,15 @@ class GatedMLP(nn.Module):
         return down(hidden, Recomputed(value, tuple(as_matrix(part.detach()) for part in made_of)))
 
 
-def gated_dora(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """act(gate(x)) * up(x) [..., n] of DoRA layers whose magnitudes learn, and gate(x) and up(x) [tokens, n]."""
+def gated_layers(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """act(gate(x)) * up(x) [..., n] of `_gateable` layers, and gate(x) and up(x) [tokens, n]."""
     x = autocast(x)
     flat = as_matrix(x)
     constants, tensors = [], []
     for layer in (gate, up):
         constants.append(layer.constants(flat))
         tensors += [layer.adapter_input(flat), *layer.factors()]
-    hidden, *made_of = GatedDoRA.apply(flat, *constants, activation, *tensors)
+    hidden, *made_of = GatedLayers.apply(flat, *constants, activation, *tensors)
     return hidden.view(*x.shape[:-1], -1), *made_of
 
 
@@ -192,16 +197,21 @@ def _in_eager(function: Callable) -> Callable:
 
 
 _not_compiled = {
-    function: torch.compiler.disable(function) for function in (gated_dora, joined.products, joined.swiglu)
+    function: torch.compiler.disable(function)
+    for function in (gated_layers, joined.products, joined.one_by_one, joined.swiglu)
 }
 
 
-def _magnitude_learns(layer: nn.Module) -> TypeGuard[AdaptedLinear]:
-    """Whether the output of this layer is a DoRA layer's y itself, and its m learns."""
-    if not isinstance(layer, AdaptedLinear) or not layer.enabled:
+def _gateable(layer: nn.Module) -> TypeGuard[AdaptedLinear]:
+    """Whether the output of this layer is the adapted product itself, and its m, if it has one, learns."""
+    if not isinstance(layer, AdaptedLinear) or not layer.enabled or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    magnitude, hooks = layer._parameters.get("magnitude"), layer._forward_hooks or layer._forward_pre_hooks
-    return magnitude is not None and magnitude.requires_grad and layer.base.bias is None and not hooks
+    magnitude = layer._parameters.get("magnitude")
+    return layer.base.bias is None and (magnitude is None or magnitude.requires_grad)
+
+
+def _scaled(layer: AdaptedLinear) -> bool:
+    return layer._parameters.get("magnitude") is not None
 
 
 class _Rotation(torch.autograd.Function):
@@ -265,8 +275,8 @@ class RotaryAttention:
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         layers = self.q_proj, self.k_proj, self.v_proj
-        if self.join and joined.joinable(layers):
-            return _in_eager(joined.products)(x, layers)
+        if joined.joinable(layers):
+            return _in_eager(joined.products if self.join else joined.one_by_one)(x, layers)
         return tuple(layer(x) for layer in layers)
 
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

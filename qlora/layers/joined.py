@@ -1,4 +1,6 @@
-"""Adapted layers of one input as one: q, k and v of an attention, gate and up of an MLP, on a card.
+"""Adapted layers of one input as one: q, k and v of an attention, gate and up of an MLP.
+
+On a card they are one product (`products`, `swiglu`):
 
     W = [W1; W2; ...]   A = [A1; A2; ...]   B = diag(B1, B2, ...)    below each other, and along a diagonal
     y = x W't + (x At) Bt                                            the equation of `adapters`, once for all of them
@@ -7,9 +9,9 @@ So a step launches for three layers what it launches for one: the weights are de
 made together, and dx needs no sum. The zeros beside the diagonal cost nothing: a product of r columns takes a tile of
 64 anyway. Peak memory: the dense weights of these layers together, where one by one takes the largest.
 
-On a CPU each layer is one kernel, which reads its codes once; nothing is to be gained there. The alternative, one
-Function that calls the products of each layer (Unsloth), saves the sums alone: about 90 launches a layer and step where
-this has 66.
+On a CPU each layer is one kernel, which reads its codes once. There one Function calls the products of each
+(`one_by_one`; Unsloth does so on a card, where it saves the sums alone: about 90 launches a layer and step where one
+product has 66): what it saves is autograd's and Python's time, in which all threads but one wait.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora.layers.adapters import AdaptedLinear, as_matrix
+from qlora.layers.adapters import AdaptedLinear, Constants, as_matrix, backward_product, forward_product
 from qlora.layers.linear import NF4Linear, autocast
 from qlora.layers.weight import FrozenWeight
 from qlora_kernels import backends, ops
@@ -134,6 +136,45 @@ class _SwiGLU(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, None, *gradients
 
 
+class _OneByOne(torch.autograd.Function):
+    """y [tokens, out] of each layer, of x [..., in]: what `adapters.AdaptedProduct` makes and saves, for all of them.
+
+    `tensors`: A, B and m of the first, then of the next.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, constants: list[Constants], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        flat = as_matrix(x)
+        made, kept = [], []
+        for i, one in enumerate(constants):
+            A, B, m = tensors[3 * i : 3 * i + 3]
+            y, saved = forward_product(flat, flat, A, B, m, one)  # type: ignore[arg-type]  # m alone may be None
+            made.append(y)
+            kept += [None if m is None else y, *saved]
+        ctx.constants = constants
+        ctx.save_for_backward(x, *kept)
+        ctx.set_materialize_grads(False)
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys: Tensor | None):
+        x, *kept = ctx.saved_tensors
+        flat, size = as_matrix(x), len(kept) // len(dys)
+        need_x, _, *needs = ctx.needs_input_grad
+        dx, gradients = None, []
+        for i, (dy, one) in enumerate(zip(dys, ctx.constants, strict=True)):
+            if dy is None:
+                gradients += [None] * 3
+                continue
+            y, *saved = kept[size * i : size * (i + 1)]
+            wanted = (need_x, False, *needs[3 * i : 3 * i + 3])
+            part, _, *own = backward_product(dy, flat, saved, y, one, wanted, True)
+            gradients += own
+            dx = part if dx is None else dx.add_(part)
+        return None if dx is None else dx.view(x.shape), None, *gradients
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -202,6 +243,16 @@ def products(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
     if not any(bias is not None for bias in biases):
         return parts
     return tuple(part if bias is None else part + bias.to(part.dtype) for part, bias in zip(parts, biases, strict=True))
+
+
+def one_by_one(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
+    """What each layer makes of x [..., in]: [..., out]."""
+    x = autocast(x)
+    constants = [layer.constants(x) for layer in layers]
+    made = _OneByOne.apply(x, constants, *(tensor for layer in layers for tensor in layer.factors()))
+    biases: Any = [layer._modules["base"].bias for layer in layers]  # type: ignore[union-attr]
+    made = [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(made, biases, strict=True)]
+    return tuple(made) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in made)
 
 
 def swiglu(x: Tensor, gate: AdaptedLinear, up: AdaptedLinear) -> Tensor:

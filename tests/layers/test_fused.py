@@ -84,8 +84,8 @@ def test_magnitude_gradients_of_a_gated_product(monkeypatch, change):
     expected = torch.autograd.grad(mlp(x), parameters, dy)
     fused = fuse(torch.nn.Sequential(mlp))
     assert type(fused[0]) is GatedMLP
-    joined, gated_dora = [], fused_layers.gated_dora
-    monkeypatch.setattr(fused_layers, "gated_dora", lambda *given: joined.append(1) or gated_dora(*given))
+    joined, gated_layers = [], fused_layers.gated_layers
+    monkeypatch.setattr(fused_layers, "gated_layers", lambda *given: joined.append(1) or gated_layers(*given))
     y = checkpoint(fused, x, use_reentrant=False) if change == "checkpointing" else fused(x)
     found = torch.autograd.grad(y, parameters, dy)
     assert bool(joined) == (change in ("nothing", "checkpointing"))

@@ -25,6 +25,7 @@ POINTER, INTEGER, SIZE, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKSIZES = frozenset(1 << k for k in range(5, 13))  # 32..4096
 LARGE = 1 << 18  # bytes from which a result lies in the library's memory
+NO_SIZES = (0, 0, 0, 0)  # of the four dimensions that a result may have
 HUGE = 1 << 22  # bytes from which one is worth huge pages
 
 Signatures = dict[str, list[type]]
@@ -121,8 +122,8 @@ class Subject:
         """As torch.empty, for results that come and go: a large one lies in memory that the library keeps for the next
         (csrc/allocator.cpp). Not where torch is to fill what it makes, as with deterministic algorithms.
         """
-        if math.prod(shape) * dtype.itemsize >= LARGE and not torch.are_deterministic_algorithms_enabled():
-            made = self.library.qlora_new_tensor(DTYPES[dtype], len(shape), integers(shape))
+        if math.prod(shape) * dtype.itemsize >= LARGE and len(shape) <= len(NO_SIZES) and not torch.are_deterministic_algorithms_enabled():
+            made = self.library.qlora_new_tensor(DTYPES[dtype], len(shape), *shape, *NO_SIZES[len(shape) :])
             if made is not None:
                 return from_dlpack(new_capsule(made, CAPSULE, None))
         return torch.empty(shape, dtype=dtype)

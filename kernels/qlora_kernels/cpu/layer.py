@@ -331,15 +331,17 @@ class LayerKernels(AdapterKernels):
     ) -> tuple[Tensor, ...]:
         """`adapted_linear` of contiguous operands that fit."""
         tokens, (rank, rows) = x.shape[0], (A.shape[0], B.shape[0])
-        if m is not None and n is None:
-            n = self.row_norms_4bit(weight, layout, A, B, scaling)
-        A_cast, B_scaled, row_scale, m_clamped = self.prepare_lora_factors(A, B, m, n, scaling, x.dtype)
+        factors, gain = A.new_empty(0 if m is None else 3, rows), None
+        if m is not None:
+            factors[2] = self.row_norms_4bit(weight, layout, A, B, scaling) if n is None else n
+            gain, m, n = factors.data_ptr(), m.contiguous(), factors[2]
+        at = (None, None) if gain is None else (gain, gain + 4 * rows)
+        A_cast, B_scaled = self._fold(A, B, m, n, scaling, x.dtype, *at)
         y, xA = self.empty(tokens, rows, dtype=x.dtype), A.new_empty(tokens, rank)
         down, up = A_cast.float(), B_scaled.float()
-        factors = A.new_empty(0, rows) if m is None or n is None else torch.stack((row_scale, m_clamped, n))
         self.library.qlora_layer_forward(
             as_argument(weight, layout),
-            None if m is None else factors.data_ptr(),
+            gain,
             self._by_integers(x),
             x.dtype == torch.bfloat16,
             x.data_ptr(),

@@ -64,7 +64,7 @@ class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerK
             "qlora_select_attention": [INTEGER],
             "qlora_threaded": [],
             "qlora_huge_pages": [POINTER, SIZE],
-            "qlora_new_tensor": [INTEGER, INTEGER, POINTER],
+            "qlora_new_tensor": [INTEGER, INTEGER, *[SIZE] * 4],
             "qlora_release_memory": [],
             "qlora_memory_in_use": [],
         }

@@ -142,10 +142,11 @@ using namespace qlora;
 
 extern "C" {
 
-// An uninitialised DLManagedTensor of this shape, or null where no memory is to be had here.
-void* qlora_new_tensor(int dtype, int dimensions, const int64_t* shape) {
-  Result* const result = dimensions <= kMostDimensions ? static_cast<Result*>(calloc(1, sizeof(Result))) : nullptr;
+// An uninitialised DLManagedTensor of these sizes, of which so many count, or null where no memory is to be had here.
+void* qlora_new_tensor(int dtype, int dimensions, int64_t first, int64_t second, int64_t third, int64_t fourth) {
+  Result* const result = static_cast<Result*>(calloc(1, sizeof(Result)));
   if (result == nullptr) return nullptr;
+  const int64_t shape[kMostDimensions] = {first, second, third, fourth};
   int64_t bytes = dtype == kFloat32 ? 4 : 2;
   for (int i = 0; i < dimensions; ++i) bytes *= result->shape[i] = shape[i];
   lock();

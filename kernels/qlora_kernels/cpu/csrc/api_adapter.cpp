@@ -50,6 +50,7 @@ void qlora_fold_factors(int dtype, const float* A, int64_t count, const float* B
   if (m != nullptr)
     for (int64_t j = 0; j < rows; ++j) fold(m[j], n[j], safe[j], gain[j]);
   const int64_t width = dtype == kFloat32 ? 4 : 2, step = ceil_div(kPiece, rank), first = ceil_div(rows, step);
+  if (rows * rank + count <= 2 * kPiece) threads = 1;  // to wake another takes as long
   parallel(first + ceil_div(count, kPiece), threads, [&](int64_t i) {
     if (i < first)
       kernels->scaled(Dtype(dtype), B + i * step * rank, minimum(step, rows - i * step), rank, scaling,
