@@ -368,6 +368,11 @@ def has_fused_elementwise(device: torch.device) -> bool:
     return NATIVE is not None if kind_of(device) == "cpu" else _runs_triton(device)
 
 
+def has_sum_and_norm(device: torch.device) -> bool:
+    """Whether `add_rms_norm` and `rms_norm_backward_add` have kernels there; elsewhere torch adds."""
+    return NATIVE is not None and kind_of(device) == "cpu"
+
+
 def has_joined_products(device: torch.device) -> bool:
     """Whether adapted layers of one input are best computed as one: where launches are what costs."""
     return _runs_triton(device)

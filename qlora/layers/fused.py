@@ -4,6 +4,7 @@ chains of elementwise operations.
     RMSNorm          y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x), no product (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
+    ResidualLayer    x + attention(norm(x)), likewise the MLP: a sum and its norm in one pass, on a CPU
 
 Where gate and up are adapted, one autograd Function owns both (`GatedLayers`): it sums the gradients of their magnitudes
 in the pass over gate and up that the gradient of the product makes anyway. Adapters of one input are one Function, and
@@ -38,7 +39,7 @@ from qlora.layers.adapters import (
 )
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
-from qlora_kernels import ops
+from qlora_kernels import backends, ops
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -54,6 +55,51 @@ class _RMSNorm(torch.autograd.Function):
         return ops.rms_norm_backward(dy, *ctx.saved_tensors), None, None
 
 
+class _SumAndNorm(torch.autograd.Function):
+    """h = x + y, or x itself without y, and its RMSNorm, of one shape [..., n]. Saves h and one number a row; what the
+    gradient of h brings is added as that of the norm is made.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        h = x
+        if y is None:
+            normal, inverse = ops.rms_norm(as_matrix(x), weight, eps)
+        else:
+            h, normal, inverse = ops.add_rms_norm(as_matrix(x), as_matrix(y), weight, eps)
+            h = h.view(x.shape)
+        ctx.save_for_backward(h, weight, inverse)
+        ctx.adds = y is not None
+        ctx.set_materialize_grads(False)
+        return h, normal.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor | None, dnormal: Tensor | None):
+        h, weight, inverse = ctx.saved_tensors
+        dx = dh
+        if dnormal is not None:
+            of_norm = (as_matrix(dnormal), as_matrix(h), weight, inverse)
+            if dh is None:
+                dx = ops.rms_norm_backward(*of_norm).view(h.shape)
+            else:
+                dx = ops.rms_norm_backward_add(*of_norm, as_matrix(dh)).view(h.shape)
+        return dx, dx if ctx.adds else None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """x + y, in memory for what comes and goes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        return torch.add(x, y, out=backends.empty(*x.shape, like=x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy, dy
+
+
 class RMSNorm(nn.Module):
     """[..., n] -> [..., n], over the last dimension. `weight` is frozen."""
 
@@ -65,6 +111,15 @@ class RMSNorm(nn.Module):
         if self.weight.requires_grad:  # somebody unfroze it: torch's own, which knows its gradient
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+def sum_and_norm(x: Tensor, y: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """h = x + y, or x without y, and norm(h)."""
+    alike = x.dtype == norm.weight.dtype and (y is None or (y.dtype == x.dtype and y.shape == x.shape))
+    if not alike or norm.weight.requires_grad or norm._forward_hooks or norm._forward_pre_hooks:
+        h = x if y is None else x + y
+        return h, norm(h)
+    return _SumAndNorm.apply(x, y, norm.weight, norm.eps)
 
 
 @dataclass(frozen=True)
@@ -291,27 +346,67 @@ class RotaryAttention:
         return sys.modules[cls.__mro__[2].__module__]
 
     def __reduce_ex__(self, protocol):  # a class made here has no name to be pickled by
-        return _rebuild, (type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])
+        return _rebuild, (RotaryAttention, type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])
 
 
+class ResidualLayer:
+    """Mixed into a decoder layer's class of transformers, as RotaryAttention into an attention: its forward, with each
+    sum in one pass with the norm behind it, and the sum's gradient with the norm's.
+    """
+
+    form: None
+
+    def forward(
+        self: Any,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        kwargs |= {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+        }
+        x, before, behind = hidden_states, self.input_layernorm, self.post_attention_layernorm
+        norms = isinstance(before, RMSNorm) and isinstance(behind, RMSNorm)
+        if not norms or not backends.has_sum_and_norm(x.device) or torch.compiler.is_compiling():
+            return super().forward(x, **kwargs)  # type: ignore[misc]  # of the class that this is mixed into
+        x, normal = sum_and_norm(x, None, before)
+        attended, _ = self.self_attn(hidden_states=normal, **kwargs)
+        x, normal = sum_and_norm(x, attended, behind)
+        y = self.mlp(normal)
+        return _Sum.apply(x, y) if y.dtype == x.dtype and y.shape == x.shape else x + y
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (ResidualLayer, type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])
+
+
+Form = transformers_code.AttentionForm | None
 _classes: dict[type, type] = {}
 
 
-def _fused_class(base: type, form: transformers_code.AttentionForm) -> type:
-    """The class of `base` with RotaryAttention's forward: made once, so that modules of one class share it."""
+def _fused_class(mixin: type, base: type, form: Form) -> type:
+    """The class of `base` with the forward of `mixin`: made once, so that modules of one class share it."""
     if base not in _classes:
-        _classes[base] = type(f"Rotary{base.__name__}", (RotaryAttention, base), {"form": form})
+        _classes[base] = type(f"{mixin.__name__}Of{base.__name__}", (mixin, base), {"form": form})
     return _classes[base]
 
 
-def _rebuild(base: type, form: transformers_code.AttentionForm, state: dict[str, Any]) -> nn.Module:
-    module: Any = object.__new__(_fused_class(base, form))
+def _rebuild(mixin: type, base: type, form: Form, state: dict[str, Any]) -> nn.Module:
+    module: Any = object.__new__(_fused_class(mixin, base, form))
     module.__setstate__(state)
     return module
 
 
 def fuse(model: nn.Module, join: bool = False) -> nn.Module:
-    """Replace, in place, every RMSNorm, gated MLP and rotary attention whose code is known; returns `model`.
+    """Replace, in place, every RMSNorm, gated MLP, rotary attention and decoder layer whose code is known; returns
+    `model`.
 
     `join`: adapted layers of one input are one product, see `joined`; `backends.has_joined_products` knows where.
     """
@@ -322,8 +417,10 @@ def fuse(model: nn.Module, join: bool = False) -> nn.Module:
         elif isinstance(kind, transformers_code.GatedForm):
             _replace(model, name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj, kind.activation, join))
         elif isinstance(kind, transformers_code.AttentionForm):
-            module.__class__ = _fused_class(type(module), kind)
+            module.__class__ = _fused_class(RotaryAttention, type(module), kind)
             module.join = join
+        elif kind == "residual":
+            module.__class__ = _fused_class(ResidualLayer, type(module), None)
     return model
 
 

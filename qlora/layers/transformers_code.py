@@ -40,6 +40,7 @@ class AttentionForm:
 
 RMS_NORM = {"9635bcd843f3"}  # LlamaRMSNorm
 GATED_MLP = {"7d2027d4464e"}  # LlamaMLP
+RESIDUAL = {"1a8125909341"}  # LlamaDecoderLayer
 ROTARY = {"4a8f8b85ee37"}  # apply_rotary_pos_emb
 ROTATE_HALF = {"7b6c9b425ca0"}
 ATTENTION = {
@@ -175,13 +176,15 @@ def activation_of(function: Any) -> str | None:
 
 
 def kind_of(module: nn.Module) -> str | GatedForm | AttentionForm | None:
-    """ "rms_norm", the form of a gated MLP or of a rotary attention, or None."""
+    """ "rms_norm", "residual" (a decoder layer), the form of a gated MLP or of a rotary attention, or None."""
     kind = type(module)
     if not kind.__module__.startswith(("transformers.", "transformers_modules.")):
         return None
     digest: str = _forward_digest(kind)  # type: ignore[arg-type]  # a class is hashable
     if digest in RMS_NORM and set(module._parameters) == {"weight"}:
         return "rms_norm"
+    if digest in RESIDUAL:
+        return "residual"
     activation = activation_of(getattr(module, "act_fn", None)) if digest in GATED_MLP else None
     if activation is not None:
         return GatedForm(activation)

@@ -86,7 +86,7 @@ def test_magnitude_gradients(change):
     expected = torch.autograd.grad(mlp(x), parameters, dy)
     fused = fuse(torch.nn.Sequential(mlp))
     assert type(fused[0]) is GatedMLP and fused[0].activation == "gelu_tanh"
-    owned = "GatedDoRA" in functions_of(fused(x))
+    owned = "GatedLayers" in functions_of(fused(x))
     assert owned == (change == "nothing")
     found = torch.autograd.grad(fused(x), parameters, dy)
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))

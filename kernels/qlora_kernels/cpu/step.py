@@ -14,8 +14,8 @@ from qlora_kernels.cpu.binding import DTYPES, FLOAT, INTEGER, POINTER, SIZE, Sub
 class StepKernels(Subject):
     SIGNATURES = {
         "qlora_cross_entropy": [INTEGER, POINTER, POINTER, SIZE, SIZE, POINTER, INTEGER],
-        "qlora_rms_norm": [INTEGER, POINTER, POINTER, SIZE, SIZE, FLOAT, POINTER, POINTER, INTEGER],
-        "qlora_rms_norm_backward": [INTEGER, POINTER, POINTER, POINTER, POINTER, SIZE, SIZE, POINTER, INTEGER],
+        "qlora_rms_norm": [INTEGER, *[POINTER] * 3, SIZE, SIZE, FLOAT, *[POINTER] * 3, INTEGER],
+        "qlora_rms_norm_backward": [INTEGER, *[POINTER] * 4, SIZE, SIZE, POINTER, POINTER, INTEGER],
         "qlora_swiglu": [INTEGER, POINTER, POINTER, SIZE, POINTER, INTEGER],
         "qlora_swiglu_backward": [INTEGER, *[POINTER] * 3, SIZE, POINTER, POINTER, INTEGER],
         "qlora_swiglu_backward_dots": [INTEGER, *[POINTER] * 3, SIZE, SIZE, *[POINTER] * 4, INTEGER],
@@ -59,14 +59,28 @@ class StepKernels(Subject):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if x.dtype not in DTYPES or weight.dtype != x.dtype or weight.shape != x.shape[1:] or not x.numel():
             return NotImplemented
-        x, weight = x.contiguous(), weight.contiguous()
+        return self._normalized(x.contiguous(), None, None, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        alike = weight.dtype == more.dtype == x.dtype and more.shape == x.shape and weight.shape == x.shape[1:]
+        if x.dtype not in DTYPES or not alike or not x.numel():
+            return NotImplemented
+        sums = self.empty_like(x)
+        return sums, *self._normalized(x.contiguous(), more.contiguous(), sums, weight, eps)
+
+    def _normalized(
+        self, x: Tensor, more: Tensor | None, sums: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight.contiguous()
         y, inverse = self.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
         self.library.qlora_rms_norm(
             DTYPES[x.dtype],
             x.data_ptr(),
+            pointer(more),
             weight.data_ptr(),
             *x.shape,
             eps,
+            pointer(sums),
             y.data_ptr(),
             inverse.data_ptr(),
             torch.get_num_threads(),
@@ -74,6 +88,16 @@ class StepKernels(Subject):
         return y, inverse
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        return self._normalized_backward(dy, x, weight, inverse, None)
+
+    def rms_norm_backward_add(self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, onto: Tensor) -> Tensor:
+        if onto.dtype != x.dtype or onto.shape != x.shape:
+            return NotImplemented
+        return self._normalized_backward(dy, x, weight, inverse, onto.contiguous())
+
+    def _normalized_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, onto: Tensor | None
+    ) -> Tensor:
         alike = dy.dtype == weight.dtype == x.dtype and dy.shape == x.shape and weight.shape == x.shape[1:]
         if x.dtype not in DTYPES or not alike or not x.numel():
             return NotImplemented
@@ -86,6 +110,7 @@ class StepKernels(Subject):
             weight.data_ptr(),
             inverse.data_ptr(),
             *x.shape,
+            pointer(onto),
             dx.data_ptr(),
             torch.get_num_threads(),
         )

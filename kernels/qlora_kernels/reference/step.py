@@ -39,11 +39,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (wide * inverse.unsqueeze(1)).to(x.dtype), inverse
 
 
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + more [rows, n], and `rms_norm` of it."""
+    total = x + more
+    return total, *rms_norm(total, weight, eps)
+
+
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """dx [rows, n] = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy; the weight is frozen."""
     g, inverse = widened(dy * weight), inverse.unsqueeze(1)
     normal = widened(x) * inverse
     return ((g - normal * (g * normal).mean(1, keepdim=True)) * inverse).to(x.dtype)
+
+
+def rms_norm_backward_add(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, onto: Tensor) -> Tensor:
+    """dx of `rms_norm_backward` + onto [rows, n]: rounded before it is added, as autograd adds gradients."""
+    return rms_norm_backward(dy, x, weight, inverse) + onto
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -43,23 +43,29 @@ void qlora_cross_entropy(int dtype, void* logits, const int64_t* targets, int64_
   });
 }
 
-void qlora_rms_norm(int dtype, const void* x, const void* weight, int64_t rows, int64_t columns, float eps, void* y,
-                    float* inverse, int threads) {
+// y of x [rows, columns], or of `sums` = x + more where that is given.
+void qlora_rms_norm(int dtype, const void* x, const void* more, const void* weight, int64_t rows, int64_t columns,
+                    float eps, void* sums, void* y, float* inverse, int threads) {
   const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
+  const bool adds = more != nullptr;
   parallel(ceil_div(rows, step), threads, [&](int64_t i) {
     for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
-      kernels->rms_norm(Dtype(dtype), static_cast<const char*>(x) + row * width, weight, columns, eps,
-                        static_cast<char*>(y) + row * width, inverse + row);
+      kernels->rms_norm(Dtype(dtype), static_cast<const char*>(x) + row * width,
+                        adds ? static_cast<const char*>(more) + row * width : nullptr, weight, columns, eps,
+                        adds ? static_cast<char*>(sums) + row * width : nullptr, static_cast<char*>(y) + row * width,
+                        inverse + row);
   });
 }
 
+// dx, plus `onto` unless null.
 void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const void* weight, const float* inverse,
-                             int64_t rows, int64_t columns, void* dx, int threads) {
+                             int64_t rows, int64_t columns, const void* onto, void* dx, int threads) {
   const int64_t width = columns * (dtype == kFloat32 ? 4 : 2), step = ceil_div(kPiece, columns);
   parallel(ceil_div(rows, step), threads, [&](int64_t i) {
     for (int64_t row = i * step; row < minimum(rows, (i + 1) * step); ++row)
       kernels->rms_norm_backward(Dtype(dtype), static_cast<const char*>(dy) + row * width,
                                  static_cast<const char*>(x) + row * width, weight, columns, inverse[row],
+                                 onto == nullptr ? nullptr : static_cast<const char*>(onto) + row * width,
                                  static_cast<char*>(dx) + row * width);
   });
 }

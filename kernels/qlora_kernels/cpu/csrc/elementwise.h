@@ -148,35 +148,42 @@ void cross_entropy(Dtype dtype, void* row, int64_t n, int64_t target, float* los
   });
 }
 
-// y = weight * round(x / rms), rms = sqrt(mean(x^2) + eps)
+// y = weight * round(x / rms), rms = sqrt(mean(x^2) + eps); with `more`, of the rounded x + more, which goes to `sums`
 template <class T>
-float rms_norm_row(const T* x, const T* weight, int64_t n, float eps, T* y) {
+float rms_norm_row(const T* x, const T* more, const T* weight, int64_t n, float eps, T* sums, T* y) {
   F32 squares = zeros();
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, x);
-    const F32 v = load32(x + i, left);
+    F32 v = load32(x + i, left);
+    if (more != nullptr) {
+      const F32 w = load32(more + i, left);
+      v = store32(sums + i, F32{add(v.a, w.a), add(v.b, w.b)}, left);
+    }
     squares = {fused(v.a, v.a, squares.a), fused(v.b, v.b, squares.b)};
   });
   const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / float(n) + eps);
   const F16 scale = F16::broadcast(inverse);
+  const T* const from = more == nullptr ? x : sums;
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, y);
-    const F32 v = load32(x + i, left), w = load32(weight + i, left);
+    const F32 v = load32(from + i, left), w = load32(weight + i, left);
     store32(y + i, F32{mul(w.a, round16<T>(mul(v.a, scale))), mul(w.b, round16<T>(mul(v.b, scale)))}, left);
   });
   return inverse;
 }
 
-void rms_norm(Dtype dtype, const void* x, const void* weight, int64_t n, float eps, void* y, float* inverse) {
+void rms_norm(Dtype dtype, const void* x, const void* more, const void* weight, int64_t n, float eps, void* sums,
+              void* y, float* inverse) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    *inverse = rms_norm_row(static_cast<const T*>(x), static_cast<const T*>(weight), n, eps, static_cast<T*>(y));
+    *inverse = rms_norm_row(static_cast<const T*>(x), static_cast<const T*>(more), static_cast<const T*>(weight), n,
+                            eps, static_cast<T*>(sums), static_cast<T*>(y));
   });
 }
 
-// dx = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy
+// dx = (g - x^ mean(g x^)) / rms with x^ = x / rms and g = weight * dy; rounded, and plus `onto` unless null
 template <class T>
-void rms_norm_backward_row(const T* dy, const T* x, const T* weight, int64_t n, float inverse, T* dx) {
+void rms_norm_backward_row(const T* dy, const T* x, const T* weight, int64_t n, float inverse, const T* onto, T* dx) {
   const auto gradient = [&](int64_t i, auto left) {
     const F32 g = load32(dy + i, left), w = load32(weight + i, left);
     return F32{round16<T>(mul(g.a, w.a)), round16<T>(mul(g.b, w.b))};
@@ -191,16 +198,21 @@ void rms_norm_backward_row(const T* dy, const T* x, const T* weight, int64_t n, 
   each32(n, [&](int64_t i, auto left) {
     prefetch(i, dx);
     const F32 g = gradient(i, left), v = load32(x + i, left);
-    store32(dx + i, F32{mul(fused(v.a, pull, g.a), scale), mul(fused(v.b, pull, g.b), scale)}, left);
+    F32 d{mul(fused(v.a, pull, g.a), scale), mul(fused(v.b, pull, g.b), scale)};
+    if (onto != nullptr) {
+      const F32 more = load32(onto + i, left);
+      d = {add(round16<T>(d.a), more.a), add(round16<T>(d.b), more.b)};
+    }
+    store32(dx + i, d, left);
   });
 }
 
 void rms_norm_backward(Dtype dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse,
-                       void* dx) {
+                       const void* onto, void* dx) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     rms_norm_backward_row(static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight), n,
-                          inverse, static_cast<T*>(dx));
+                          inverse, static_cast<const T*>(onto), static_cast<T*>(dx));
   });
 }
 

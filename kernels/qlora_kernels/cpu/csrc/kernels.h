@@ -88,10 +88,12 @@ struct AdamW {
      int64_t last, float* n))                                                                                          \
   /* See elementwise.h. One row of logits becomes its gradient. */                                                     \
   X(void, cross_entropy, (Dtype, void* row, int64_t n, int64_t target, float* loss))                                   \
-  /* One row of n is normalized. */                                                                                    \
-  X(void, rms_norm, (Dtype, const void* x, const void* weight, int64_t n, float eps, void* y, float* inverse))         \
+  /* One row of n is normalized, or the sum of two. */                                                                 \
+  X(void, rms_norm,                                                                                                    \
+    (Dtype, const void* x, const void* more, const void* weight, int64_t n, float eps, void* sums, void* y,            \
+     float* inverse))                                                                                                  \
   X(void, rms_norm_backward,                                                                                           \
-    (Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, void* dx))                    \
+    (Dtype, const void* dy, const void* x, const void* weight, int64_t n, float inverse, const void* onto, void* dx))  \
   /* n values of a gated product; of its gradient, also with sums over rows. */                                        \
   X(void, swiglu, (Dtype, const void* gate, const void* up, int64_t n, void* y))                                       \
   X(void, swiglu_backward,                                                                                             \

@@ -207,8 +207,8 @@ inline void strip_of(const NarrowFactor& f, int64_t inner, int64_t first, float*
   }
 }
 
-// sums [kTileRows, 16] = `rows` rows of x times strip [inner, 16]. Rows are laid side by side as they are multiplied, 16
-// columns at a time, and the next tile's are fetched: what memory takes lies behind the products.
+// sums [kTileRows, 16] = `rows` rows of x times strip [inner, 16]. Rows are laid side by side as they are multiplied,
+// 16 columns at a time, and the next tile's are fetched: what memory takes lies behind the products.
 template <class T>
 __attribute__((noinline)) void multiply_strip(const T* x, int64_t inner, int64_t rows, const float* strip,
                                               float* sums) {
