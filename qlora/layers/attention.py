@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora.layers.attention_kernels import by_length, by_varlen, choose, need_of, offer_of
-from qlora_kernels import ops
+from qlora_kernels import backends
 
 NAME = "qlora"  # for `model.set_attn_implementation`
 # The `attention_mask` to pass with borders. transformers hands a mask of four dimensions through as it is; given None,
@@ -59,7 +59,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> Tensor:
-        out, lse = ops.attention(q, k, v, cu_seqlens, scale)
+        out, lse = backends.quickly("attention", q)(q, k, v, cu_seqlens, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = cu_seqlens, scale
         return out
@@ -67,7 +67,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
-        return *ops.attention_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None
+        gradients = backends.quickly("attention_backward", dout)
+        return *gradients(dout, *ctx.saved_tensors, *ctx.rest), None, None
 
 
 def attend(

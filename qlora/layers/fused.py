@@ -45,14 +45,14 @@ from qlora_kernels import backends, ops
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = ops.rms_norm(x, weight, eps)
+        y, inverse = backends.quickly("rms_norm", x)(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        return ops.rms_norm_backward(dy, *ctx.saved_tensors), None, None
+        return backends.quickly("rms_norm_backward", dy)(dy, *ctx.saved_tensors), None, None
 
 
 class _SumAndNorm(torch.autograd.Function):
@@ -64,9 +64,10 @@ class _SumAndNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         h = x
         if y is None:
-            normal, inverse = ops.rms_norm(as_matrix(x), weight, eps)
+            normal, inverse = backends.quickly("rms_norm", x)(as_matrix(x), weight, eps)
         else:
-            h, normal, inverse = ops.add_rms_norm(as_matrix(x), as_matrix(y), weight, eps)
+            add_rms_norm = backends.quickly("add_rms_norm", x)
+            h, normal, inverse = add_rms_norm(as_matrix(x), as_matrix(y), weight, eps)
             h = h.view(x.shape)
         ctx.save_for_backward(h, weight, inverse)
         ctx.adds = y is not None
@@ -81,9 +82,9 @@ class _SumAndNorm(torch.autograd.Function):
         if dnormal is not None:
             of_norm = (as_matrix(dnormal), as_matrix(h), weight, inverse)
             if dh is None:
-                dx = ops.rms_norm_backward(*of_norm).view(h.shape)
+                dx = backends.quickly("rms_norm_backward", h)(*of_norm).view(h.shape)
             else:
-                dx = ops.rms_norm_backward_add(*of_norm, as_matrix(dh)).view(h.shape)
+                dx = backends.quickly("rms_norm_backward_add", h)(*of_norm, as_matrix(dh)).view(h.shape)
         return dx, dx if ctx.adds else None, None, None
 
 
@@ -137,9 +138,13 @@ def _geglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
     return dgate, dup, torch.stack((ops.columnwise_dot(dgate, gate), ops.columnwise_dot(dup, up)))
 
 
+def _quickly(name: str) -> Callable:
+    return lambda *tensors: backends.quickly(name, tensors[0])(*tensors)
+
+
 GATED_PRODUCTS = {  # by the name of the activation, see `transformers_code.activation_of`
-    "silu": GatedProduct(ops.swiglu, ops.swiglu_backward, ops.swiglu_backward_dots),
-    "gelu_tanh": GatedProduct(ops.geglu, ops.geglu_backward, _geglu_backward_dots),
+    "silu": GatedProduct(*map(_quickly, ("swiglu", "swiglu_backward", "swiglu_backward_dots"))),
+    "gelu_tanh": GatedProduct(_quickly("geglu"), _quickly("geglu_backward"), _geglu_backward_dots),
 }
 
 
@@ -280,12 +285,13 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
         cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
         ctx.save_for_backward(cos, sin)
-        return _by_head(ops.rotate(_by_token(q), _by_token(k), cos, sin), q.shape[0])
+        return _by_head(backends.quickly("rotate", q)(_by_token(q), _by_token(k), cos, sin), q.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
-        turned = ops.rotate_backward(_by_token(dq), _by_token(dk), *ctx.saved_tensors)
+        turn_back = backends.quickly("rotate_backward", dq)
+        turned = turn_back(_by_token(dq), _by_token(dk), *ctx.saved_tensors)
         return *_by_head(turned, dq.shape[0]), None, None
 
 
