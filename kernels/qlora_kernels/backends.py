@@ -293,7 +293,7 @@ if NATIVE is not None:
 def quickly(name: str, x: Tensor) -> Callable:
     """The operator `name` for tensors that lie where x does: the function that torch's dispatcher would call. To hand
     lists to and fro takes the dispatcher as long as a launch takes, and on a CPU all threads wait for it. Not where
-    torch looks on, as whatever compiles, traces, counts or profiles operators does. Only for what autograd need not see.
+    torch looks on, as what compiles, traces, counts or profiles operators does. Only for what autograd need not see.
     """
     operator: Callable = getattr(ops, name)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():

@@ -46,7 +46,7 @@ def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scaling: float) -> Ten
     """
     if weight.quantized is None:
         return reference.row_norms(weight.chunks(A.dtype), A, B, scaling)
-    return ops.row_norms_4bit(*weight.operands, A, B, scaling)
+    return backends.quickly("row_norms_4bit", A)(*weight.operands, A, B, scaling)
 
 
 def merged_weight(

@@ -6,9 +6,9 @@ chains of elementwise operations.
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
     ResidualLayer    x + attention(norm(x)), likewise the MLP: a sum and its norm in one pass, on a CPU
 
-Where gate and up are adapted, one autograd Function owns both (`GatedLayers`): it sums the gradients of their magnitudes
-in the pass over gate and up that the gradient of the product makes anyway. Adapters of one input are one Function, and
-on a card one product (`joined`).
+Where gate and up are adapted, one autograd Function owns both (`GatedLayers`): it sums the gradients of their
+magnitudes in the pass over gate and up that the gradient of the product makes anyway. Adapters of one input are one
+Function, and on a card one product (`joined`).
 
 `fuse` replaces a module where the code of its forward is known (`transformers_code`), so what is replaced computes the
 same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast

@@ -162,7 +162,8 @@ class _OneByOne(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         flat, size = as_matrix(x), len(kept) // len(dys)
         need_x, _, *needs = ctx.needs_input_grad
-        dx, gradients = None, []
+        dx: Tensor | None = None
+        gradients: list[Tensor | None] = []
         for i, (dy, one) in enumerate(zip(dys, ctx.constants, strict=True)):
             if dy is None:
                 gradients += [None] * 3
@@ -171,7 +172,7 @@ class _OneByOne(torch.autograd.Function):
             wanted = (need_x, False, *needs[3 * i : 3 * i + 3])
             part, _, *own = backward_product(dy, flat, saved, y, one, wanted, True)
             gradients += own
-            dx = part if dx is None else dx.add_(part)
+            dx = part if dx is None or part is None else dx.add_(part)
         return None if dx is None else dx.view(x.shape), None, *gradients
 
 

@@ -196,10 +196,14 @@ def test_routes_are_printed_an_operator_a_line(kernels, counts):
     )
 
 
-def test_only_a_card_goes_past_the_dispatcher():
+def test_operators_go_past_the_dispatcher():
     """And not while somebody looks on: a plan and a count see every operator."""
     here, card = torch.ones(1), SimpleNamespace(is_cuda=True)
-    assert backends.quickly("swiglu", here) is ops.swiglu
+    assert backends.quickly("swiglu", here) is not ops.swiglu
+    assert torch.equal(backends.quickly("swiglu", here)(here, here), ops.swiglu(here, here))
+    assert backends.quickly("swiglu", here.to("meta")) is ops.swiglu
+    with torch.profiler.profile():
+        assert backends.quickly("swiglu", here) is ops.swiglu
     assert backends.quickly("swiglu", card) is not ops.swiglu
     with FlopCounterMode(display=False):
         assert backends.quickly("swiglu", card) is ops.swiglu

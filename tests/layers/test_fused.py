@@ -13,19 +13,20 @@ from tiny import adapted, build, random_model
 from torch.utils.checkpoint import checkpoint
 
 from qlora.layers import fused as fused_layers
-from qlora.layers.fused import GatedMLP, RMSNorm, RotaryAttention, fuse
+from qlora.layers.fused import GatedMLP, ResidualLayer, RMSNorm, RotaryAttention, fuse
+from qlora_kernels import backends
 
-# (norms, gated products, attentions) that are replaced: Gemma's norm, Cohere's rotation and the single product
-# that makes q, k and v in Phi are other functions
+# (norms, gated products, attentions, decoder layers) that are replaced: Gemma's norm, Cohere's rotation and the single
+# product that makes q, k and v in Phi are other functions, Phi's layers drop out, Cohere's sum once
 FUSED = {
-    "llama": (5, 2, 2),
-    "qwen2": (5, 2, 2),
-    "qwen3": (9, 2, 2),
-    "mistral": (5, 2, 2),
-    "phi3": (5, 0, 0),
-    "gemma": (0, 2, 2),
-    "cohere": (0, 2, 0),
-    "gpt2": (0, 0, 0),
+    "llama": (5, 2, 2, 2),
+    "qwen2": (5, 2, 2, 2),
+    "qwen3": (9, 2, 2, 2),
+    "mistral": (5, 2, 2, 2),
+    "phi3": (5, 0, 0, 0),
+    "gemma": (0, 2, 2, 2),
+    "cohere": (0, 2, 0, 0),
+    "gpt2": (0, 0, 0, 0),
 }
 
 
@@ -34,8 +35,10 @@ def test_what_is_fused(name):
     model = build(name)
     fuse(model)
     kinds = [type(module) for module in model.modules()]
-    rotating = sum(isinstance(module, RotaryAttention) for module in model.modules())
-    assert (kinds.count(RMSNorm), kinds.count(GatedMLP), rotating) == FUSED[name]
+    rotating, summing = (
+        sum(isinstance(module, kind) for module in model.modules()) for kind in (RotaryAttention, ResidualLayer)
+    )
+    assert (kinds.count(RMSNorm), kinds.count(GatedMLP), rotating, summing) == FUSED[name]
     assert set(model.state_dict()) == set(build(name).state_dict())
     count = len(kinds)
     assert len(list(fuse(model).modules())) == count  # once is enough
@@ -92,6 +95,25 @@ def test_magnitude_gradients_of_a_gated_product(monkeypatch, change):
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("pair", ["lora", "dora", "lora and dora"])
+def test_gate_and_up_are_one_function_where_they_are_alike(monkeypatch, pair):
+    """To the bit what two layers and a product make, but for dx, whose two parts are summed in another place."""
+    model = fuse(adapted(random_model("llama"), "lora" if pair == "lora" else "dora").train())
+    mlp = model.model.layers[0].mlp
+    if pair == "lora and dora":
+        mlp.gate_proj.magnitude = None
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    parameters = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    together, gated_layers = [], fused_layers.gated_layers
+    monkeypatch.setattr(fused_layers, "gated_layers", lambda *given: together.append(1) or gated_layers(*given))
+    found = [mlp(x), *torch.autograd.grad(mlp(x), parameters, dy)]
+    assert bool(together) == (pair != "lora and dora")
+    monkeypatch.setattr(fused_layers, "_gateable", lambda layer: False)
+    expected = [mlp(x), *torch.autograd.grad(mlp(x), parameters, dy)]
+    assert torch.equal(found[0], expected[0])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -143,13 +165,49 @@ def turned(rotate, q, k, cos, sin) -> list[torch.Tensor]:
 def test_a_fused_attention_is_of_its_class_and_can_be_copied():
     """In this model alone: the class of transformers stays as it was."""
     model = fuse(build("llama")).eval()
-    layer, other = model.model.layers[0].self_attn, build("llama").model.layers[0].self_attn
-    assert isinstance(layer, type(other)) and type(layer) is not type(other) and "forward" not in vars(layer)
+    layer, other = model.model.layers[0], build("llama").model.layers[0]
+    for ours, theirs in ((layer, other), (layer.self_attn, other.self_attn)):
+        assert isinstance(ours, type(theirs)) and type(ours) is not type(theirs) and "forward" not in vars(ours)
     ids = torch.arange(20)[None]
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        found = copied.model.layers[0].self_attn
-        assert type(found) is type(layer) and found.q_proj is not layer.q_proj
+        found = copied.model.layers[0]
+        assert type(found) is type(layer) and type(found.self_attn) is type(layer.self_attn)
+        assert found.self_attn.q_proj is not layer.self_attn.q_proj
         assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("change", ["nothing", "a hook", "a norm that learns", "checkpointing", "another type"])
+def test_a_layer_sums_and_normalizes_in_one_pass(change):
+    """The hidden states and every gradient of transformers' own layer; where somebody looks at a norm or trains it, by
+    itself.
+    """
+    model = random_model("llama").requires_grad_(False)
+    layer, plain = model.model.layers[0], copy.deepcopy(model.model.layers[0])
+    norm = fuse(model).model.layers[0].post_attention_layernorm
+    x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
+    positions = model.model.rotary_emb(x, torch.arange(7)[None])
+    seen = []
+    if change == "a hook":
+        norm.register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    if change == "a norm that learns":
+        norm.weight.requires_grad_(True)
+    if change == "another type":
+        for one in (norm, plain.post_attention_layernorm):
+            one.weight.data = one.weight.data.bfloat16()
+
+    def run(layer):
+        if change == "checkpointing":
+            return checkpoint(layer, x, position_embeddings=positions, use_reentrant=False)
+        return layer(x, position_embeddings=positions)
+
+    before = backends.ROUTES.copy()
+    y = run(layer)
+    sums = sum(backends.routes(since=before).get("add_rms_norm", {}).values())
+    assert sums == (change in ("nothing", "checkpointing")) and len(seen) == (change == "a hook")
+    parameters = [p for p in (x, norm.weight) if p.requires_grad]
+    found, expected = torch.autograd.grad(y, parameters, dy.to(y.dtype)), torch.autograd.grad(run(plain), x, dy)
+    torch.testing.assert_close(y.float(), run(plain), rtol=1e-5, atol=1e-5)
+    assert relative(found[0], expected[0]) < 1e-5 and len(found) == 1 + (change == "a norm that learns")
 
 
 def test_a_norm_that_learns_keeps_its_gradient():

@@ -41,6 +41,34 @@ def test_joined_layers_compute_what_each_does(name, method):
     assert torch.equal(trained(name, method, join=True, again=True)[0], found)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without and with biases
+def test_layers_one_by_one_in_one_function(name, method):
+    """Outputs and gradients to the bit, but for dx, whose parts are summed in another order; a layer that nobody asks
+    for has none.
+    """
+    torch.manual_seed(0)
+    attention = (
+        fuse(adapted(quantize_(random_model(name).requires_grad_(False)), method)).train().model.layers[0].self_attn
+    )
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    x = torch.randn(2, 7, 64, requires_grad=True)
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    assert joinable(layers)
+    found, expected = attention.projected(x), [layer(x) for layer in layers]
+    node = found[0].grad_fn
+    while "_OneByOne" not in node.name():  # below a view, and a bias
+        node = node.next_functions[0][0]
+    assert all(map(torch.equal, found, expected))
+    dys = [torch.randn_like(y) for y in expected]
+    dx, *gradients = torch.autograd.grad(found, [x, *parameters], dys)
+    other, *others = torch.autograd.grad(expected, [x, *parameters], dys)
+    assert all(map(torch.equal, gradients, others)) and relative(dx, other) < 1e-6
+    of_k = torch.autograd.grad(attention.projected(x)[1], [x, *parameters], dys[1], allow_unused=True)
+    one = torch.autograd.grad(layers[1](x), [x, *parameters], dys[1], allow_unused=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(of_k, one, strict=True))
+
+
 def test_a_model_joins_two_times_a_layer():
     """q, k, v and gate, up; the others are products of their own."""
     *_, ran = trained("llama", "dora", join=True)

@@ -102,7 +102,7 @@ class AdapterKernels(Subject):
         floats = all(part is None or part.dtype == torch.float32 for part in (A, B, m, n))
         if not floats or dtype not in DTYPES or not A.numel() or not B.numel():
             return NotImplemented
-        rows, rank = B.shape
+        rows = B.shape[0]
         if m is not None and (n is None or not m.shape == n.shape == (rows,)):
             raise ValueError(f"m {tuple(m.shape)} and n {n if n is None else tuple(n.shape)} for {rows} rows")
         m, n = (None, None) if m is None or n is None else (m.contiguous(), n.contiguous())

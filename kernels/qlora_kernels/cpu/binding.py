@@ -122,7 +122,11 @@ class Subject:
         """As torch.empty, for results that come and go: a large one lies in memory that the library keeps for the next
         (csrc/allocator.cpp). Not where torch is to fill what it makes, as with deterministic algorithms.
         """
-        if math.prod(shape) * dtype.itemsize >= LARGE and len(shape) <= len(NO_SIZES) and not torch.are_deterministic_algorithms_enabled():
+        if (
+            math.prod(shape) * dtype.itemsize >= LARGE
+            and len(shape) <= len(NO_SIZES)
+            and not torch.are_deterministic_algorithms_enabled()
+        ):
             made = self.library.qlora_new_tensor(DTYPES[dtype], len(shape), *shape, *NO_SIZES[len(shape) :])
             if made is not None:
                 return from_dlpack(new_capsule(made, CAPSULE, None))

@@ -29,12 +29,13 @@ void qlora_row_norms_4bit(const Weight* weight, const float* A, float* tiles, co
   const Weight w = *weight;
   const int64_t rows = w.rows, columns = w.columns;
   const int64_t step = 128, strips = ceil_div(columns, step);
-  parallel(rank / 16 * strips, threads, [&](int64_t i) {
+  const int before = rank * columns <= kPiece ? 1 : threads;  // to wake another takes as long
+  parallel(rank / 16 * strips, before, [&](int64_t i) {
     const int64_t k = i / strips * 16;
     for (int64_t c = i % strips * step; c < minimum(columns, (i % strips + 1) * step); ++c)
       for (int64_t l = 0; l < 16; ++l) tiles[k * columns + 16 * c + l] = A[(k + l) * columns + c];
   });
-  parallel(ceil_div(rank, kGramRows), threads, [&](int64_t i) {
+  parallel(ceil_div(rank, kGramRows), before, [&](int64_t i) {
     kernels->gram(A, tiles, rank, columns, i * kGramRows, minimum(rank, (i + 1) * kGramRows), gram);
   });
   parallel(ceil_div(rows, kNormRows), threads, [&](int64_t i) {
