@@ -213,9 +213,9 @@ template <class T>
 __attribute__((noinline)) void multiply_strip(const T* x, int64_t inner, int64_t rows, const float* strip,
                                               float* sums) {
   alignas(64) float values[kTileRows][16];
-  F16 sum[kTileRows];
+  F16 sum[kTileRows][1];
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) sum[r] = F16::zero();
+  for (int r = 0; r < kTileRows; ++r) sum[r][0] = F16::zero();
   for (int64_t k = 0; k < inner; k += 16, strip += 256) {
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
@@ -224,18 +224,18 @@ __attribute__((noinline)) void multiply_strip(const T* x, int64_t inner, int64_t
       __builtin_prefetch(from + kTileRows * inner);
     }
 #if defined(__aarch64__)
-    add_product(values[0], 16, strip, 16, sum);
+    add_product(values[0], 16, strip, least(16, inner - k), sum);
 #else
     for (int i = 0; i < 16; ++i) {
       const F16 column = F16::load(strip + 16 * i);
       __builtin_prefetch(strip + 16 * i + 256);
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) sum[r] = madd(F16::broadcast(values[r][i]), column, sum[r]);
+      for (int r = 0; r < kTileRows; ++r) sum[r][0] = madd(F16::broadcast(values[r][i]), column, sum[r][0]);
     }
 #endif
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) sum[r].store(sums + 16 * r);
+  for (int r = 0; r < kTileRows; ++r) sum[r][0].store(sums + 16 * r);
 }
 
 template <class T>
