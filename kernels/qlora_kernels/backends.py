@@ -37,6 +37,7 @@ from qlora_kernels.weight import QuantizedWeight
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
+PLAIN = (Tensor, torch.nn.Parameter)
 _on_cpu: dict[str, Callable] = {}  # what torch's dispatcher calls on a CPU
 _on_cards: dict[str, Callable] = {}  # and on a card
 
@@ -293,12 +294,13 @@ if NATIVE is not None:
 def quickly(name: str, x: Tensor) -> Callable:
     """The operator `name` for tensors that lie where x does: the function that torch's dispatcher would call. To hand
     lists to and fro takes the dispatcher as long as a launch takes, and on a CPU all threads wait for it. Not where
-    torch looks on, as what compiles, traces, counts or profiles operators does. Only for what autograd need not see.
+    torch looks on, as what compiles, traces, counts or profiles operators does, nor for a tensor that is more than one,
+    such as torch's fake ones. Only for what autograd need not see.
     """
     operator: Callable = getattr(ops, name)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
         return operator
-    return (_on_cards if x.is_cuda else _on_cpu if x.is_cpu else {}).get(name, operator)
+    return (_on_cards if x.is_cuda else _on_cpu if x.is_cpu and type(x) in PLAIN else {}).get(name, operator)
 
 
 # ---------------------------------------------------------------- memory of results

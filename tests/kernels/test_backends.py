@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ISAS, NF4, quantized, routed, wait
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kernels import backends, ops
@@ -202,6 +203,7 @@ def test_operators_go_past_the_dispatcher():
     assert backends.quickly("swiglu", here) is not ops.swiglu
     assert torch.equal(backends.quickly("swiglu", here)(here, here), ops.swiglu(here, here))
     assert backends.quickly("swiglu", here.to("meta")) is ops.swiglu
+    assert backends.quickly("swiglu", FakeTensorMode().from_tensor(here)) is ops.swiglu
     with torch.profiler.profile():
         assert backends.quickly("swiglu", here) is ops.swiglu
     assert backends.quickly("swiglu", card) is not ops.swiglu
