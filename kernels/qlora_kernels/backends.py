@@ -38,8 +38,7 @@ BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKE
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_on_cpu: dict[str, Callable] = {}  # what torch's dispatcher calls on a CPU
-_on_cards: dict[str, Callable] = {}  # and on a card
+_direct: dict[str, dict[str, Callable]] = {"CPU": {}, "CUDA": {}}  # what torch's dispatcher calls there
 
 ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
 AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora selftest` found it wrong here
@@ -49,8 +48,13 @@ def use(name: str, device: str, function: Callable, backend: str) -> None:
     """Run `function`, of `backend`, for the operator on tensors of `device` (a dispatch key, such as "CPU")."""
     call = routed(name, function, backend)
     ops.LIBRARY.impl(name, call, device)
-    if device == "CPU":
-        _on_cpu[name] = call
+    use_directly(name, call, device)
+
+
+def use_directly(name: str, call: Callable, device: str) -> None:
+    """Let `quickly` call `call`, which is what torch's dispatcher calls for the operator on tensors of `device`."""
+    if device in _direct:
+        _direct[device][name] = call
 
 
 def routed(name: str, function: Callable, backend: str) -> Callable:
@@ -282,8 +286,7 @@ def _register() -> None:
         for device in ACCELERATORS:
             call = _late(name, _cuda if device == "CUDA" else lambda index: _other())
             ops.LIBRARY.impl(name, call, device)
-            if device == "CUDA":
-                _on_cards[name] = call
+            use_directly(name, call, device)
 
 
 _register()
@@ -300,7 +303,9 @@ def quickly(name: str, x: Tensor) -> Callable:
     operator: Callable = getattr(ops, name)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
         return operator
-    return (_on_cards if x.is_cuda else _on_cpu if x.is_cpu and type(x) in PLAIN else {}).get(name, operator)
+    if x.is_cuda:
+        return _direct["CUDA"].get(name, operator)
+    return _direct["CPU"].get(name, operator) if x.is_cpu and type(x) in PLAIN else operator
 
 
 # ---------------------------------------------------------------- memory of results
@@ -371,7 +376,7 @@ def has_fused_elementwise(device: torch.device) -> bool:
 
 def has_sum_and_norm(device: torch.device) -> bool:
     """Whether `add_rms_norm` and `rms_norm_backward_add` have kernels there; elsewhere torch adds."""
-    return NATIVE is not None and kind_of(device) == "cpu"
+    return NATIVE is not None and kind_of(device) == "cpu" and ("add_rms_norm", "native") not in AVOIDED
 
 
 def has_joined_products(device: torch.device) -> bool:

@@ -123,7 +123,7 @@ torch.cuda.get_device_capability = lambda index=None: asked.append(index) or (7,
 with FakeTensorMode():
     for index in (1, 0, 1):
         x = torch.empty(4, 64, device=torch.device("cuda", index))
-        backends._on_cards["swiglu"](x, x)
+        backends._direct["CUDA"]["swiglu"](x, x)
 print(asked)
 """
 
