@@ -37,7 +37,7 @@ from qlora_kernels.weight import QuantizedWeight
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
 ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch keys
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # what nothing stands behind, as behind a fake tensor
 _direct: dict[str, dict[str, Callable]] = {"CPU": {}, "CUDA": {}}  # what torch's dispatcher calls there
 
 ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
