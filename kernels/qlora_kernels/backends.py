@@ -46,13 +46,14 @@ AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora se
 
 def use(name: str, device: str, function: Callable, backend: str) -> None:
     """Run `function`, of `backend`, for the operator on tensors of `device` (a dispatch key, such as "CPU")."""
-    call = routed(name, function, backend)
-    ops.LIBRARY.impl(name, call, device)
-    use_directly(name, call, device)
+    install(name, device, routed(name, function, backend))
 
 
-def use_directly(name: str, call: Callable, device: str) -> None:
-    """Let `quickly` call `call`, which is what torch's dispatcher calls for the operator on tensors of `device`."""
+def install(name: str, device: str, call: Callable, library: torch.library.Library = ops.LIBRARY) -> None:
+    """Have torch's dispatcher, and `quickly`, run `call` for the operator on tensors of `device`; by another library
+    in place of what is installed.
+    """
+    library.impl(name, call, device, allow_override=library is not ops.LIBRARY)
     if device in _direct:
         _direct[device][name] = call
 
@@ -280,13 +281,11 @@ def _register() -> None:
         if NATIVE is not None and hasattr(NATIVE, name):
             use(name, "CPU", getattr(NATIVE, name), "native")
         elif _forced() == "bitsandbytes":
-            ops.LIBRARY.impl(name, _late(name, lambda index: _other()), "CPU")
+            install(name, "CPU", _late(name, lambda index: _other()))
         else:
             use(name, "CPU", getattr(reference, name), "reference")
         for device in ACCELERATORS:
-            call = _late(name, _cuda if device == "CUDA" else lambda index: _other())
-            ops.LIBRARY.impl(name, call, device)
-            use_directly(name, call, device)
+            install(name, device, _late(name, _cuda if device == "CUDA" else lambda index: _other()))
 
 
 _register()

@@ -180,8 +180,9 @@ class _OneByOne(torch.autograd.Function):
 
 
 def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequence[AdaptedLinear]]:
-    """Whether these, which get one input, can be one product now: in training, adapters of one kind on quantized
-    weights, nothing of which anybody hooks, drops out or writes into. `biased`: biases may be added to what they make.
+    """Whether these, which get one input, can be one product or Function now: in training, adapters of one kind on
+    quantized weights, nothing of which anybody hooks, drops out or writes into. `biased`: biases may be added to what
+    they make.
     """
     if not torch.is_grad_enabled():
         return False

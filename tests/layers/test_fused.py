@@ -97,13 +97,16 @@ def test_magnitude_gradients_of_a_gated_product(monkeypatch, change):
 
 @pytest.mark.parametrize("pair", ["lora", "dora", "lora and dora"])
 def test_gate_and_up_are_one_function_where_they_are_alike(monkeypatch, pair):
-    """To the bit what two layers and a product make, but for dx, whose two parts are summed in another place."""
+    """To the bit what two layers and a product make, but for dx, whose two parts are summed in another place, and
+    magnitudes, whose gradients are made beside the product's.
+    """
     model = fuse(adapted(random_model("llama"), "lora" if pair == "lora" else "dora").train())
     mlp = model.model.layers[0].mlp
     if pair == "lora and dora":
         mlp.gate_proj.magnitude = None
     x, dy = torch.randn(2, 7, 64, requires_grad=True), torch.randn(2, 7, 64)
-    parameters = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    named = {name: p for name, p in mlp.named_parameters() if p.requires_grad}
+    parameters, exact = [x, *named.values()], ["", "", *named]
     together, gated_layers = [], fused_layers.gated_layers
     monkeypatch.setattr(fused_layers, "gated_layers", lambda *given: together.append(1) or gated_layers(*given))
     found = [mlp(x), *torch.autograd.grad(mlp(x), parameters, dy)]
@@ -111,7 +114,9 @@ def test_gate_and_up_are_one_function_where_they_are_alike(monkeypatch, pair):
     monkeypatch.setattr(fused_layers, "_gateable", lambda layer: False)
     expected = [mlp(x), *torch.autograd.grad(mlp(x), parameters, dy)]
     assert torch.equal(found[0], expected[0])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+    for name, one, other in zip(exact, found, expected, strict=True):
+        assert relative(one, other) < 1e-5
+        assert torch.equal(one, other) or not name or "magnitude" in name, name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -162,7 +167,7 @@ def turned(rotate, q, k, cos, sin) -> list[torch.Tensor]:
     return [*results, *torch.autograd.grad(sum(x.square().sum() for x in results), (q, k))]
 
 
-def test_a_fused_attention_is_of_its_class_and_can_be_copied():
+def test_what_is_fused_is_of_its_class_and_can_be_copied():
     """In this model alone: the class of transformers stays as it was."""
     model = fuse(build("llama")).eval()
     layer, other = model.model.layers[0], build("llama").model.layers[0]
@@ -204,10 +209,13 @@ def test_a_layer_sums_and_normalizes_in_one_pass(change):
     y = run(layer)
     sums = sum(backends.routes(since=before).get("add_rms_norm", {}).values())
     assert sums == (change in ("nothing", "checkpointing")) and len(seen) == (change == "a hook")
-    parameters = [p for p in (x, norm.weight) if p.requires_grad]
-    found, expected = torch.autograd.grad(y, parameters, dy.to(y.dtype)), torch.autograd.grad(run(plain), x, dy)
-    torch.testing.assert_close(y.float(), run(plain), rtol=1e-5, atol=1e-5)
-    assert relative(found[0], expected[0]) < 1e-5 and len(found) == 1 + (change == "a norm that learns")
+    theirs, expected = plain.post_attention_layernorm.weight, run(plain)
+    theirs.requires_grad_(norm.weight.requires_grad)
+    found = torch.autograd.grad(y, [p for p in (x, norm.weight) if p.requires_grad], dy.to(y.dtype))
+    exact = torch.autograd.grad(run(plain), [p for p in (x, theirs) if p.requires_grad], dy)
+    torch.testing.assert_close(y.float(), expected, rtol=1e-5, atol=1e-5)
+    assert len(found) == 1 + (change == "a norm that learns")
+    assert all(relative(one, other) < 1e-5 for one, other in zip(found, exact, strict=True))
 
 
 def test_a_norm_that_learns_keeps_its_gradient():

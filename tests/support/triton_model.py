@@ -41,9 +41,7 @@ def check_model() -> None:
             function, backend = getattr(reference, name), "reference"
             if mine and name in kernels:
                 function, backend = kernels[name], "triton"
-            call = backends.routed(name, function, backend)
-            library.impl(name, call, "CPU", allow_override=True)
-            backends.use_directly(name, call, "CPU")
+            backends.install(name, "CPU", backends.routed(name, function, backend), library)
         backends.ROUTES.clear()
         ends.append(two_steps())
     assert not (missing := [name for name in NEEDED if not backends.ROUTES[name, "triton"]]), missing

@@ -140,9 +140,9 @@ inline Depth depth_of(int64_t inner, int64_t rank, int64_t i) {
 }
 
 int64_t room(int64_t inner, int64_t) {
-  const int64_t copies = kTileRows * kStride, panel = kStride * kWidth,
+  const int64_t copies = kTileRows * kStride, edges = 2 * kTileRows * kWidth, panel = kStride * kWidth,
                 strip = 16 * (inner + kTileRows);  // of a narrow factor, and its sums
-  return int64_t(sizeof(float)) * (copies + 2 * kTileRows * kWidth + most(most(panel, kPanelBytes / 4) + panel, strip));
+  return int64_t(sizeof(float)) * most(copies + edges + most(panel, kPanelBytes / 4) + panel, strip);
 }
 
 template <class T>
@@ -224,6 +224,7 @@ __attribute__((noinline)) void multiply_strip(const T* x, int64_t inner, int64_t
       __builtin_prefetch(from + kTileRows * inner);
     }
 #if defined(__aarch64__)
+    // 16 always; a compiler that knows it warns of the loop for what is left, which then never runs.
     add_product(values[0], 16, strip, least(16, inner - k), sum);
 #else
     for (int i = 0; i < 16; ++i) {
