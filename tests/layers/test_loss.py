@@ -234,8 +234,8 @@ def test_finding_the_layout_changes_nothing():
 
 def test_a_card_takes_more_labels_at_a_time():
     """So that it does not wait for the head; of a large vocabulary fewer, so that the logits stay 270 MB."""
-    assert [loss.chunk_size("cuda", n) for n in (32000, 128256, 262144, 1 << 21)] == [1024, 1024, 512, 256]
-    assert loss.chunk_size("cpu", 32000) == 256
+    assert [loss.chunk_size("cuda", n) for n in (32000, 128256, 262144, 1 << 21)] == [1024, 1024, 512, 288]
+    assert loss.chunk_size("cpu", 32000) == 288
     states = torch.empty(3000, 8, device="meta", requires_grad=True)
     head, labels = torch.empty(262144, 8, device="meta"), torch.zeros(3000, dtype=torch.long, device="meta")
     for kind, rows in (("cuda", 512), ("cpu", 256)):

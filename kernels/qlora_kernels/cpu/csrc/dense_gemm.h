@@ -22,7 +22,8 @@ namespace qlora {
 namespace {
 
 struct DenseFloat {
-  static constexpr int64_t kDepth = kDepthMost, kTile = kTileRows * kStride, kPanel = kWidth * kDepth;
+  // Nine panels, half the columns of a small model, go into the second cache beside sums and tile.
+  static constexpr int64_t kDepth = 640, kTile = kTileRows * kStride, kPanel = kWidth * kDepth;
 
   static void tile(const float* x, int64_t stride, int64_t rows, int64_t depth, float* out) {
     copy_rows(x, stride, rows, depth, out);
