@@ -108,23 +108,6 @@ class AdapterKernels(Subject):
         m, n = (None, None) if m is None or n is None else (m.contiguous(), n.contiguous())
         row_scale, m_clamped = (torch.empty(0 if m is None else rows, dtype=torch.float32) for _ in range(2))
         A, B = A.contiguous(), B.contiguous()
-        at = (None, None) if m is None else (row_scale.data_ptr(), m_clamped.data_ptr())
-        return *self._fold(A, B, m, n, scaling, dtype, *at), row_scale, m_clamped
-
-    def _fold(
-        self,
-        A: Tensor,
-        B: Tensor,
-        m: Tensor | None,
-        n: Tensor | None,
-        scaling: float,
-        dtype: torch.dtype,
-        row_scale_at: int | None,
-        m_clamped_at: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """A and s g B in `dtype`, of contiguous operands; g and the m that is safe to divide by go where they are to be
-        in memory, [rows] float32 each.
-        """
         A_cast, B_scaled = torch.empty(A.shape, dtype=dtype), torch.empty(B.shape, dtype=dtype)
         self.library.qlora_fold_factors(
             DTYPES[dtype],
@@ -137,11 +120,11 @@ class AdapterKernels(Subject):
             pointer(n),
             A_cast.data_ptr(),
             B_scaled.data_ptr(),
-            row_scale_at,
-            m_clamped_at,
+            None if m is None else row_scale.data_ptr(),
+            None if m is None else m_clamped.data_ptr(),
             torch.get_num_threads(),
         )
-        return A_cast, B_scaled
+        return A_cast, B_scaled, row_scale, m_clamped
 
     def _sums_on_the_unit(self, x: Tensor, narrow: Tensor) -> bool:
         """Whether skinny_gemm_amx.cpp has these sums: bf16, and not so many ranks that the products no longer wait for

@@ -56,9 +56,11 @@ class LayerKernels(AdapterKernels):
             INTEGER,
             POINTER,
             SIZE,
-            *[POINTER] * 3,
+            *[POINTER] * 4,
+            INTEGER,
             SIZE,
-            *[POINTER] * 3,
+            FLOAT,
+            *[POINTER] * 5,
             INTEGER,
         ],
         "qlora_layer_backward": [
@@ -309,7 +311,10 @@ class LayerKernels(AdapterKernels):
         begin = (as_argument(weight, layout), pointer(row_scale), *kind, x.data_ptr())
         work = self._vector_work(x, layout, 0).data_ptr()
         if transposed:
-            self.library.qlora_layer_forward(*begin, tokens, *[None] * 3, 0, work, None, y.data_ptr(), threads)
+            nothing = [None] * 3
+            self.library.qlora_layer_forward(
+                *begin, tokens, *[None] * 4, False, 0, 1.0, work, *nothing, y.data_ptr(), threads
+            )
         else:
             nothing = [None] * 5
             self.library.qlora_layer_backward(
@@ -331,26 +336,28 @@ class LayerKernels(AdapterKernels):
     ) -> tuple[Tensor, ...]:
         """`adapted_linear` of contiguous operands that fit."""
         tokens, (rank, rows) = x.shape[0], (A.shape[0], B.shape[0])
-        factors, gain = A.new_empty(0 if m is None else 3, rows), None
-        if m is not None:
-            factors[2] = self.row_norms_4bit(weight, layout, A, B, scaling) if n is None else n
-            gain, m, n = factors.data_ptr(), m.contiguous(), factors[2]
-        at = (None, None) if gain is None else (gain, gain + 4 * rows)
-        A_cast, B_scaled = self._fold(A, B, m, n, scaling, x.dtype, *at)
+        factors, m = A.new_empty(0 if m is None else 3, rows), None if m is None else m.contiguous()
+        if m is not None and n is not None:
+            factors[2] = n
+        A_cast, B_scaled = torch.empty_like(A, dtype=x.dtype), torch.empty_like(B, dtype=x.dtype)
         y, xA = self.empty(tokens, rows, dtype=x.dtype), A.new_empty(tokens, rank)
-        down, up = A_cast.float(), B_scaled.float()
         self.library.qlora_layer_forward(
             as_argument(weight, layout),
-            gain,
+            None if m is None else factors.data_ptr(),
             self._by_integers(x),
             x.dtype == torch.bfloat16,
             x.data_ptr(),
             tokens,
             x_adapter.data_ptr(),
-            down.data_ptr(),
-            up.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            pointer(m),
+            m is not None and n is None,
             rank,
+            scaling,
             self._vector_work(x, layout, rank).data_ptr(),
+            A_cast.data_ptr(),
+            B_scaled.data_ptr(),
             xA.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),

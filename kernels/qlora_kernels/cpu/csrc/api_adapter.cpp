@@ -30,11 +30,8 @@ void qlora_row_norms_4bit(const Weight* weight, const float* A, float* tiles, co
   const int64_t rows = w.rows, columns = w.columns;
   const int64_t step = 128, strips = ceil_div(columns, step);
   const int before = rank * columns <= kPiece ? 1 : threads;  // to wake another takes as long
-  parallel(rank / 16 * strips, before, [&](int64_t i) {
-    const int64_t k = i / strips * 16;
-    for (int64_t c = i % strips * step; c < minimum(columns, (i % strips + 1) * step); ++c)
-      for (int64_t l = 0; l < 16; ++l) tiles[k * columns + 16 * c + l] = A[(k + l) * columns + c];
-  });
+  parallel(strips, before,
+           [&](int64_t i) { tile_factor(A, rank, rank, columns, i * step, minimum(columns, (i + 1) * step), tiles); });
   parallel(ceil_div(rank, kGramRows), before, [&](int64_t i) {
     kernels->gram(A, tiles, rank, columns, i * kGramRows, minimum(rank, (i + 1) * kGramRows), gram);
   });

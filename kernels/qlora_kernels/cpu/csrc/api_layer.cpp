@@ -1,5 +1,7 @@
 // An adapted layer, forward and backward, on every instruction set that has a `Layer`.
 
+#include <string.h>
+
 #include "dispatch.h"
 #include "types.h"
 
@@ -32,6 +34,7 @@ struct Call {
 void no_strip(int64_t, int) {}
 
 int64_t in_eights(int64_t rank) { return ceil_div(rank, 8) * 8; }
+int64_t in_sixteens(int64_t rank) { return ceil_div(rank, 16) * 16; }
 
 int64_t own_bytes(const Layer& l, int64_t inner, int64_t rank) {
   const int64_t sums = int64_t(sizeof(float)) * (in_eights(rank) + 1) * kStripColumns;
@@ -44,13 +47,82 @@ Call call_of(int by_integers, int bf16, int64_t tokens, int64_t inner, int64_t r
   return {l, tokens, rank, threads, own, work.take<char>(threads * own)};
 }
 
-// u [tokens, rank] = x factor, and x in integers; either x may be null.
-void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor factor, float* u, Integers to) {
+// An adapter as it learns, and what its layer's product takes: down = A and up = s g B, g = m / n, rounded where values
+// are bf16. Where DoRA's n is not given, whoever multiplies with some rows of W makes it of them first: alone it would
+// be one more call for each layer, in which W is read and nothing multiplied.
+struct Adapter {
+  Weight weight;           // without g
+  const float *A, *B, *m;  // m null in LoRA
+  int64_t rank;
+  float scaling;
+  bool makes_n;
+  float *gain, *safe, *n;  // see `fold`
+  float *down, *up;
+  BF16* rounded;                 // up as it is kept, or null
+  float *tiles, *gram, *wide_B;  // what `norms` takes, of a rank in sixteens
+};
+
+// In `work`; down and up are kept in `down` and `up`, in bf16 or not, and g, the m that is safe to divide by, and n, in
+// `factors` [3, rows].
+Adapter adapter_of(const Weight& w, const float* A, const float* B, const float* m, int makes_n, int64_t rank,
+                   float scaling, int bf16, float* factors, void* down, void* up, Work& work) {
+  const int64_t ranks = in_sixteens(rank), count = rank * w.columns;
+  float *const wide_down = work.take<float>(count), *const wide_up = work.take<float>(w.rows * rank),
+               *const tiles = work.take<float>(ranks * w.columns), *const gram = work.take<float>(ranks * ranks),
+               *const wide_B = work.take<float>(w.rows * ranks);
+  return {w,
+          A,
+          B,
+          m,
+          rank,
+          scaling,
+          makes_n != 0,
+          factors,
+          factors + w.rows,
+          factors + 2 * w.rows,
+          bf16 ? wide_down : static_cast<float*>(down),
+          bf16 ? wide_up : static_cast<float*>(up),
+          bf16 ? static_cast<BF16*>(up) : nullptr,
+          tiles,
+          gram,
+          wide_B};
+}
+
+void prepare_norms(const Adapter& a) {
+  const int64_t ranks = in_sixteens(a.rank), columns = a.weight.columns;
+  tile_factor(a.A, a.rank, ranks, columns, 0, columns, a.tiles);
+  kernels->gram(a.A, a.tiles, ranks, columns, 0, a.rank, a.gram);
+  memset(a.gram + a.rank * ranks, 0, sizeof(float) * (ranks - a.rank) * ranks);
+}
+
+// n, g and up of rows first..last.
+void make_factors(const Adapter& a, int64_t first, int64_t last) {
+  const int64_t ranks = in_sixteens(a.rank), at = first * a.rank, end = last * a.rank;
+  for (int64_t j = first; a.makes_n && ranks > a.rank && j < last; ++j) {
+    memset(a.wide_B + j * ranks, 0, sizeof(float) * ranks);
+    memcpy(a.wide_B + j * ranks, a.B + j * a.rank, sizeof(float) * a.rank);
+  }
+  for (int64_t j = first; a.makes_n && j < last; j += kNormRows)
+    kernels->norms(a.weight, a.tiles, ranks > a.rank ? a.wide_B : a.B, a.gram, ranks, a.scaling, j,
+                   minimum(last, j + kNormRows), a.n);
+  for (int64_t j = first; a.m != nullptr && j < last; ++j) fold(a.m[j], a.n[j], a.safe[j], a.gain[j]);
+  const float* const gain = a.m == nullptr ? nullptr : a.gain + first;
+  if (a.rounded == nullptr)
+    return kernels->scaled(kFloat32, a.B + at, last - first, a.rank, a.scaling, gain, a.up + at);
+  kernels->scaled(kBFloat16, a.B + at, last - first, a.rank, a.scaling, gain, a.rounded + at);
+  for (int64_t i = at; i < end; ++i) a.up[i] = to_float(a.rounded[i]);
+}
+
+// u [tokens, rank] = x factor, and x in integers; either x may be null. Beside them first(), if there is `more`.
+template <class F>
+void prepare(const Call& c, Values narrow, Values x, int64_t inner, NarrowFactor factor, float* u, Integers to,
+             bool more, F first) {
   constexpr int64_t kPieces = 4;  // of each thread
   const int64_t blocks = ceil_div(c.tokens, c.kernel.tile), threads = threads_for(blocks, c.threads),
                 pieces = threads == 1 ? 1 : minimum(blocks, kPieces * threads);
-  parallel_threads(pieces, c.threads, [&](int64_t i, int thread) {
-    const int64_t token = blocks * i / pieces * c.kernel.tile,
+  parallel_threads(pieces + more, c.threads, [&](int64_t k, int thread) {
+    if (more && k == 0) return first();
+    const int64_t i = k - more, token = blocks * i / pieces * c.kernel.tile,
                   stop = minimum(c.tokens, blocks * (i + 1) / pieces * c.kernel.tile);
     if (narrow.at != nullptr) c.kernel.narrow(narrow, inner, factor, token, stop - token, c.room_of(thread), u);
     if (x.at != nullptr && c.kernel.integers != nullptr) c.kernel.integers(x, inner, token, stop - token, to);
@@ -77,14 +149,21 @@ Range dealt(int64_t all, int64_t threads, int64_t least, int64_t k) {
   }
 }
 
-// strip(i, thread) for `strips` strips, and a product, piece(token, tokens, panel, panels, thread), in pieces of panels
-// and, where there are few, of parts of the tokens.
-template <class G, class F>
-void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t least, int64_t strips, G strip, F piece) {
+// In how many parts the tokens of a product are cut: more than one where it has few panels.
+int64_t parts_of(const Layer& l, int64_t tokens, int64_t outer, int wanted) {
   constexpr int64_t kUnits = 8;  // of each thread
   const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
   const int threads = threads_for(panels * blocks, wanted);
-  const int64_t parts = threads == 1 ? 1 : minimum(blocks, ceil_div(kUnits * threads, panels)), all = parts * panels;
+  return threads == 1 ? 1 : minimum(blocks, ceil_div(kUnits * threads, panels));
+}
+
+// strip(i, thread) for `strips` strips, and a product, piece(token, tokens, panel, panels, thread), in pieces of panels
+// and of parts of the tokens.
+template <class G, class F>
+void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t least, int64_t strips, G strip, F piece) {
+  const int64_t panels = ceil_div(outer, l.width), blocks = ceil_div(tokens, l.tile);
+  const int threads = threads_for(panels * blocks, wanted);
+  const int64_t parts = parts_of(l, tokens, outer, wanted), all = parts * panels;
   int64_t pieces = 0;
   while (dealt(all, threads, least, pieces).start < all) ++pieces;
   parallel_threads(strips + pieces, threads, [&](int64_t i, int thread) {
@@ -99,13 +178,20 @@ void share(const Layer& l, int64_t tokens, int64_t outer, int wanted, int64_t le
   });
 }
 
-// The product, rounded where y is in bf16, and strips.
+// The product, rounded where y is in bf16, and strips. `adapter`: whose factors are yet to be made, or null.
 template <class G>
-void multiply(const Call& c, const LayerProduct& p, int64_t strips, G strip) {
+void multiply(const Call& c, const LayerProduct& p, const Adapter* adapter, int64_t strips, G strip) {
+  if (adapter != nullptr && parts_of(c.kernel, c.tokens, p.outer, c.threads) > 1) {  // of one panel several need them
+    parallel(ceil_div(p.outer, c.kernel.width), c.threads, [&](int64_t i) {
+      make_factors(*adapter, i * c.kernel.width, minimum(p.outer, (i + 1) * c.kernel.width));
+    });
+    adapter = nullptr;
+  }
   share(c.kernel, c.tokens, p.outer, c.threads, kLayerPanels, strips, strip,
         [&](int64_t token, int64_t tokens, int64_t panel, int64_t panels, int thread) {
-          c.kernel.wide(p, token, tokens, panel, panels, c.room_of(thread));
           const int64_t start = panel * c.kernel.width, stop = minimum(p.outer, (panel + panels) * c.kernel.width);
+          if (adapter != nullptr) make_factors(*adapter, start, stop);
+          c.kernel.wide(p, token, tokens, panel, panels, c.room_of(thread));
           for (int64_t t = token; p.y != nullptr && p.rounded != nullptr && t < token + tokens; ++t)
             for (int64_t k = start; k < stop; ++k) p.rounded[t * p.outer + k] = round_to<BF16>(p.y[t * p.outer + k]);
         });
@@ -163,23 +249,35 @@ int64_t qlora_layer_bytes(int by_integers, int bf16, int64_t tokens, int64_t row
   work.take<float>(tokens * rank);
   for (int pass = 0; pass < 2; ++pass) work.take<float>(tokens * ranks);
   if (bf16 && !c.kernel.rounds) work.take<float>(tokens * inner);
+  Weight w = {};
+  w.rows = rows, w.columns = columns;
+  adapter_of(w, nullptr, nullptr, nullptr, 0, rank, 1.0f, bf16, nullptr, nullptr, nullptr, work);
   return work.next - static_cast<char*>(nullptr);
 }
 
-// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u [tokens, rank] = x_narrow down^T, W' = diag(gain) W; down
-// [rank, columns], up [rows, rank]; rank 0: y = x W'^T. x, x_narrow and y are float32 or `bf16`, all else is float32.
-void qlora_layer_forward(const Weight* weight, const float* gain, int by_integers, int bf16, const void* x,
-                         int64_t tokens, const void* x_narrow, const float* down, const float* up, int64_t rank,
-                         char* memory, float* u, void* y, int threads) {
+// y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u [tokens, rank] = x_narrow down^T, down = A, up = diag(scaling
+// gain) B, W' = diag(gain) W; A [rank, columns], B [rows, rank]; with rank 0 y = x W'^T. `factors` [3, rows]: the gain
+// m / n and the m that is safe to divide by, made where there is an m, and n, given or `makes_n`; or without m a gain
+// or null. x, x_narrow, down, up and y are float32 or `bf16`, all else is float32.
+void qlora_layer_forward(const Weight* weight, float* factors, int by_integers, int bf16, const void* x, int64_t tokens,
+                         const void* x_narrow, const float* A, const float* B, const float* m, int makes_n,
+                         int64_t rank, float scaling, char* memory, void* down, void* up, float* u, void* y,
+                         int threads) {
   Weight w = *weight;
-  w.gain = gain;
   Work work{memory};
   const Call c = call_of(by_integers, bf16, tokens, maximum(w.rows, w.columns), rank, threads, work);
   const Integers integers = integers_of(c, w.columns, work);
   const Result out = result_of(c, y, bf16, w.rows, work);
   const Values input{x, bf16 != 0};
-  prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, {down, rank, true}, u, integers);
-  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, up, out.y, out.rounded, integers}, 0, no_strip);
+  const Adapter adapter = adapter_of(w, A, B, m, makes_n, rank, scaling, bf16, factors, down, up, work);
+  const int64_t count = rank * w.columns;
+  if (count > 0) kernels->scaled(bf16 ? kBFloat16 : kFloat32, A, 1, count, 1.0f, nullptr, down);
+  for (int64_t i = 0; bf16 && i < count; ++i) adapter.down[i] = to_float(static_cast<const BF16*>(down)[i]);
+  prepare(c, {rank > 0 ? x_narrow : nullptr, bf16 != 0}, input, w.columns, {adapter.down, rank, true}, u, integers,
+          rank > 0, [&] { makes_n ? prepare_norms(adapter) : make_factors(adapter, 0, w.rows); });
+  w.gain = factors;
+  multiply(c, {w, true, input, tokens, w.columns, w.rows, rank, u, adapter.up, out.y, out.rounded, integers},
+           makes_n ? &adapter : nullptr, 0, no_strip);
 }
 
 // Of that forward pass: v = dy up, dB = diag(scaling gain) dy^T u, given y dm = sum_t dy y / safe, dA = v^T x, and dx =
@@ -196,7 +294,7 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
   float* const v = work.take<float>(tokens * rank);
   const auto values = [&](const void* at) { return Values{at, bf16 != 0}; };
   prepare(c, values(rank > 0 ? dy : nullptr), values(dx != nullptr ? dy : nullptr), w.rows, {up, rank, false}, v,
-          integers);
+          integers, false, [] {});
   const LayerSums of_B = sums_of(c, values(dy), values(y), u, w.rows, work),
                   of_A = sums_of(c, values(x), values(nullptr), v, w.columns, work);
   const auto put_B = [&](int64_t row, int64_t rows, const float* sums, const float* dots) {
@@ -217,8 +315,8 @@ void qlora_layer_backward(const Weight* weight, const float* gain, int by_intege
   };
   if (dx == nullptr) return parallel_threads(strips, threads, sum);
   const Result out = result_of(c, dx, bf16, w.columns, work);
-  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers}, strips,
-           sum);
+  multiply(c, {w, false, values(dy), tokens, w.rows, w.columns, rank, v, down, out.y, out.rounded, integers}, nullptr,
+           strips, sum);
 }
 
 // Bytes of `work`, aligned to 64, for the product below.

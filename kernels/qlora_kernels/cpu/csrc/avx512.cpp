@@ -13,7 +13,7 @@
 namespace qlora {
 namespace {
 
-constexpr int kPanelRows = 12;
+constexpr int kPanelRows = 16;
 
 struct F16 {
   __m512 v;

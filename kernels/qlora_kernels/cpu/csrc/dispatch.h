@@ -60,7 +60,7 @@ constexpr int64_t kPastCaches = int64_t(80) << 20;
 // From so many bytes on its lines are fetched; fewer may lie in the second cache, where that costs a tenth.
 constexpr int64_t kFetch = int64_t(4) << 20;
 constexpr int64_t kDotRows = 128;      // rows of one partial sum
-constexpr int64_t kGramRows = 24;      // a multiple of every kPanelRows
+constexpr int64_t kGramRows = 48;      // a multiple of every kPanelRows
 constexpr int64_t kDotColumns = 4096;  // columns of one piece: their sums fill half of the first cache
 
 // `sums` sums over rows, [sums, columns]: piece(row, rows, column, columns, to) writes the first of its part to `to`.
@@ -84,6 +84,16 @@ void sum_rows(int64_t rows, int64_t columns, int64_t tile, int64_t sums, float* 
       out[c] = sum;
     }
   });
+}
+
+// Columns first..last of A [rank, columns] in the tiles that `norms` and `gram` take, [ranks / 16, columns, 16]; zeros
+// from `rank` on. A row of A after the other: rows a power of two apart would drive each other out of the cache.
+inline void tile_factor(const float* A, int64_t rank, int64_t ranks, int64_t columns, int64_t first, int64_t last,
+                        float* tiles) {
+  for (int64_t k = 0; k < ranks; ++k) {
+    float* const to = tiles + k / 16 * 16 * columns + k % 16;
+    for (int64_t c = first; c < last; ++c) to[16 * c] = k < rank ? A[k * columns + c] : 0.0f;
+  }
 }
 
 }  // namespace

@@ -197,8 +197,7 @@ void dots(Dtype dtype, const void* a, int64_t lda, const void* b, int64_t ldb, i
 // n_j = sqrt(||W_j||^2 + 2 s sum_k P_jk B_jk + s^2 sum_k (B gram)_jk B_jk) with P = W At and gram = A At; W is decoded
 // a panel of kPanelRows x kDepth at a time and lives in L1 only. The rank is a multiple of 16 (padded with zeros); A
 // comes as tiles [rank / 16, columns, 16], and kGroup tiles are multiplied per decoding of W. Where the three sums
-// cancel (below 1e-3 of
-// ||W_j||^2) they have lost their digits and the row is computed densely.
+// cancel (below 1e-3 of ||W_j||^2) they have lost their digits and the row is computed densely.
 constexpr int64_t kDepth = 256, kGroup = 4;
 
 inline void panel_product(const float* panel, int64_t depth, int64_t rows, const float* tile, float* product,
@@ -274,6 +273,8 @@ void norms(const Weight& w, const float* tiles, const float* B, const float* gra
         const int64_t rows = last - j0 < kPanelRows ? last - j0 : kPanelRows;
         for (int64_t m = 0; m < rows; ++m) {
           const int64_t at = (j0 + m) * w.columns + i0;
+          for (int64_t ahead = 0; ahead < kDepth; ahead += 128)  // the next panel's, which no prefetcher sees coming
+            __builtin_prefetch(w.packed + (at + kPanelRows * w.columns + ahead) / 2);
           decode_as(w, at, at + depth, panel + m * kDepth);
           if (k0 == 0) own[j0 + m - first] += squares(panel + m * kDepth, depth);
         }
