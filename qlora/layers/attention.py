@@ -34,6 +34,9 @@ NAME = "qlora"  # for `model.set_attn_implementation`
 NO_MASK = torch.empty(1, 1, 0, 0, dtype=torch.bool)
 
 
+_UNUSUAL = ("softcap", "position_bias", "s_aux")  # options of transformers' attention functions
+
+
 class Borders(TypedDict):
     """The keyword arguments of transformers' flash attention that say where packed examples begin and end."""
 
@@ -54,7 +57,7 @@ def borders(cu_seqlens: Tensor, device: torch.device) -> Borders:
     return Borders(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=there, max_length_q=longest, max_length_k=longest)
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
     """`ops.attention`; saves what it is given, its result, and one number a token and head."""
 
     @staticmethod
@@ -69,6 +72,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         gradients = backends.quickly("attention_backward", dout)
         return *gradients(dout, *ctx.saved_tensors, *ctx.rest), None, None
+
+
+def takes_whole(options: dict[str, Any], window: int | None) -> bool:
+    """Whether these options of `attend`, and this window, ask for nothing but causal attention within the borders."""
+    unusual = any(options.get(name) is not None for name in _UNUSUAL)
+    if unusual or options.get("cu_seq_lens_q") is None:
+        return False
+    return window is None or options["max_length_q"] <= window
 
 
 def attend(
@@ -92,7 +103,7 @@ def attend(
         if attention_mask is not None and attention_mask.numel() == 0:
             raise NotImplementedError("cu_seq_lens_q did not arrive")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    for name in ("softcap", "position_bias", "s_aux"):
+    for name in _UNUSUAL:
         if options.get(name) is not None:
             raise NotImplementedError(name)
     edges = cu_seqlens.tolist()
@@ -103,7 +114,7 @@ def attend(
     kernel = choose(need_of(query, value, window, longest, dropout), offer_of(query, key, value))
     if kernel == "native":
         tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return _Attention.apply(*tokens, edges, scale).unsqueeze(0), None
+        return Attention.apply(*tokens, edges, scale).unsqueeze(0), None
     if kernel == "varlen":
         borders_there = options["cu_seq_lens_k"]
         return by_varlen(query, key, value, borders_there, longest, window=window, scale=scale), None

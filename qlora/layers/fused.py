@@ -4,11 +4,12 @@ chains of elementwise operations.
     RMSNorm          y = weight * x / rms(x)             saves x and one number a row        (arXiv:1910.07467)
     GatedMLP         y = down(act(gate(x)) * up(x))      saves gate(x) and up(x), no product (arXiv:2002.05202)
     RotaryAttention  q, k turned by their positions      saves cos and sin                   (arXiv:2104.09864)
-    ResidualLayer    x + attention(norm(x)), likewise the MLP: a sum and its norm in one pass, on a CPU
+    ResidualLayer    x + attention(norm(x)), likewise the MLP: on a CPU a sum and its norm in one pass, and in
+                     training the whole layer in one Function (`decoder`)
 
 Where gate and up are adapted, one autograd Function owns both (`GatedLayers`): it sums the gradients of their
 magnitudes in the pass over gate and up that the gradient of the product makes anyway. Adapters of one input are one
-Function, and on a card one product (`joined`).
+Function, and on a card one product (`joined`). The Functions are in `functions`; here is when a module may call them.
 
 `fuse` replaces a module where the code of its forward is known (`transformers_code`), so what is replaced computes the
 same by construction and no list of architectures is kept. The alternative, `torch.compile` of these modules, is as fast
@@ -19,86 +20,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora.layers import joined, transformers_code
-from qlora.layers.adapters import (
-    AdaptedLinear,
-    Constants,
-    Recomputed,
-    as_matrix,
-    backward_product,
-    forward_product,
-    row_scale_and_m,
-)
+from qlora.layers.adapters import AdaptedLinear, Recomputed, as_matrix
+from qlora.layers.attention import NAME, takes_whole
+from qlora.layers.decoder import PROJECTIONS, DecoderLayer, LayerConstants, Norm
+from qlora.layers.functions import GATED_PRODUCTS, Gated, GatedLayers, Normalized, Rotation, Sum, SumAndNorm
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
-from qlora_kernels import backends, ops
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = backends.quickly("rms_norm", x)(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        return backends.quickly("rms_norm_backward", dy)(dy, *ctx.saved_tensors), None, None
-
-
-class _SumAndNorm(torch.autograd.Function):
-    """h = x + y, or x itself without y, and its RMSNorm, of one shape [..., n]. Saves h and one number a row; what the
-    gradient of h brings is added as that of the norm is made.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        h = x
-        if y is None:
-            normal, inverse = backends.quickly("rms_norm", x)(as_matrix(x), weight, eps)
-        else:
-            add_rms_norm = backends.quickly("add_rms_norm", x)
-            h, normal, inverse = add_rms_norm(as_matrix(x), as_matrix(y), weight, eps)
-            h = h.view(x.shape)
-        ctx.save_for_backward(h, weight, inverse)
-        ctx.adds = y is not None
-        ctx.set_materialize_grads(False)
-        return h, normal.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh: Tensor | None, dnormal: Tensor | None):
-        h, weight, inverse = ctx.saved_tensors
-        dx = dh
-        if dnormal is not None:
-            of_norm = (as_matrix(dnormal), as_matrix(h), weight, inverse)
-            if dh is None:
-                dx = backends.quickly("rms_norm_backward", h)(*of_norm).view(h.shape)
-            else:
-                dx = backends.quickly("rms_norm_backward_add", h)(*of_norm, as_matrix(dh)).view(h.shape)
-        return dx, dx if ctx.adds else None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """x + y, in memory for what comes and goes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, y, out=backends.empty(*x.shape, like=x))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        return dy, dy
+from qlora_kernels import backends
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +47,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.requires_grad:  # somebody unfroze it: torch's own, which knows its gradient
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+        return Normalized.apply(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
 def sum_and_norm(x: Tensor, y: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
@@ -120,92 +56,7 @@ def sum_and_norm(x: Tensor, y: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Te
     if not alike or norm.weight.requires_grad or norm._forward_hooks or norm._forward_pre_hooks:
         h = x if y is None else x + y
         return h, norm(h)
-    return _SumAndNorm.apply(x, y, norm.weight, norm.eps)
-
-
-@dataclass(frozen=True)
-class GatedProduct:
-    """The operators of act(gate) * up."""
-
-    value: Callable[[Tensor, Tensor], Tensor]
-    gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of dy, gate, up: those of gate and of up
-    gradients_and_dots: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # as `swiglu_backward_dots`
-
-
-def _geglu_backward_dots(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In passes of their own, which no kernel has joined."""
-    dgate, dup = ops.geglu_backward(dy, gate, up)
-    return dgate, dup, torch.stack((ops.columnwise_dot(dgate, gate), ops.columnwise_dot(dup, up)))
-
-
-def _quickly(name: str) -> Callable:
-    return lambda *tensors: backends.quickly(name, tensors[0])(*tensors)
-
-
-GATED_PRODUCTS = {  # by the name of the activation, see `transformers_code.activation_of`
-    "silu": GatedProduct(*map(_quickly, ("swiglu", "swiglu_backward", "swiglu_backward_dots"))),
-    "gelu_tanh": GatedProduct(_quickly("geglu"), _quickly("geglu_backward"), _geglu_backward_dots),
-}
-
-
-class _Gated(torch.autograd.Function):
-    """act(gate) * up."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return GATED_PRODUCTS[activation].value(gate, up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        return *GATED_PRODUCTS[ctx.activation].gradients(dy, *ctx.saved_tensors), None
-
-
-class GatedLayers(torch.autograd.Function):
-    """act(gate(x)) * up(x) of two adapted layers: h [tokens, n]; and gate(x) and up(x), without a gradient.
-
-    Of DoRA layers dm_j = sum_t dy_tj y_tj / m_j is summed as the gradients dy of gate and up are made, while both are
-    at hand; each layer by itself would save its y and read both again.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gate: Constants, up: Constants, activation: str, *tensors: Tensor):
-        """`tensors`: of gate, then of up, the adapter's input, A, B and m; both have an m, or neither."""
-        x_gate, x_up = tensors[0], tensors[4]
-        A_gate, B_gate, m_gate, A_up, B_up, m_up = *tensors[1:4], *tensors[5:8]
-        y_gate, saved_gate = forward_product(x, x_gate, A_gate, B_gate, m_gate, gate)
-        y_up, saved_up = forward_product(x, x_up, A_up, B_up, m_up, up)
-        ctx.constants, ctx.shared, ctx.activation = (gate, up), (x_gate is x, x_up is x), activation
-        ctx.save_for_backward(x_gate, x_up, y_gate, y_up, *saved_gate, *saved_up)
-        ctx.saved_by_gate, ctx.scaled = len(saved_gate), m_gate is not None
-        ctx.mark_non_differentiable(y_gate, y_up)
-        ctx.set_materialize_grads(False)
-        return GATED_PRODUCTS[activation].value(y_gate, y_up), y_gate, y_up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh: Tensor, _gate: None, _up: None):
-        x_gate, x_up, y_gate, y_up, *saved = ctx.saved_tensors
-        of_gate, of_up = saved[: ctx.saved_by_gate], saved[ctx.saved_by_gate :]
-        product = GATED_PRODUCTS[ctx.activation]
-        gradients = product.gradients_and_dots if ctx.scaled else product.gradients
-        dgate, dup, *dots = gradients(dh, y_gate, y_up)
-        need_x, _, _, _, *needs = ctx.needs_input_grad
-        (gate, up), (gate_shared, up_shared) = ctx.constants, ctx.shared
-        wanted: tuple[bool, ...] = (need_x, *needs[4:7], False)
-        dx_up, *up_gradients, _ = backward_product(dup, x_up, of_up, None, up, wanted, up_shared)
-        del dup
-        wanted = (need_x, *needs[:3], False)
-        dx, *gate_gradients, _ = backward_product(dgate, x_gate, of_gate, None, gate, wanted, gate_shared)
-        if dx is not None and dx_up is not None:
-            dx += dx_up
-        dm_gate = dm_up = None
-        if ctx.scaled:
-            m_gate, m_up = (cast(Tensor, row_scale_and_m(part)[1]) for part in (of_gate, of_up))
-            dm_gate, dm_up = dots[0][0] / m_gate, dots[0][1] / m_up
-        return dx, None, None, None, *gate_gradients, dm_gate, *up_gradients, dm_up
+    return SumAndNorm.apply(x, y, norm.weight, norm.eps)
 
 
 class GatedMLP(nn.Module):
@@ -230,7 +81,7 @@ class GatedMLP(nn.Module):
             hidden, *made_of = _in_eager(gated_layers)(x, gate, up, self.activation)
         else:
             made_of = [gate(x), up(x)]
-            hidden = _Gated.apply(*made_of, self.activation)
+            hidden = Gated.apply(*made_of, self.activation)
         down = self.down_proj
         if not (isinstance(down, AdaptedLinear) and torch.is_grad_enabled()) or down._forward_pre_hooks:
             del made_of  # else they are held until down has run
@@ -274,36 +125,6 @@ def _scaled(layer: AdaptedLinear) -> bool:
     return layer._parameters.get("magnitude") is not None
 
 
-class _Rotation(torch.autograd.Function):
-    """x cos + rotate_half(x) sin, rotate_half(a, b) = (-b, a), of q [b, heads, t, D] and k [b, groups, t, D]; the
-    gradient is turned back.
-
-    cos, sin [b or 1, t, D]. In memory the results are [b, t, heads, D], as attention reads them best.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor):
-        cos, sin = (x.reshape(-1, x.shape[-1]) for x in (cos, sin))
-        ctx.save_for_backward(cos, sin)
-        return _by_head(backends.quickly("rotate", q)(_by_token(q), _by_token(k), cos, sin), q.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dq: Tensor, dk: Tensor):
-        turn_back = backends.quickly("rotate_backward", dq)
-        turned = turn_back(_by_token(dq), _by_token(dk), *ctx.saved_tensors)
-        return *_by_head(turned, dq.shape[0]), None, None
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """[b, heads, t, D] -> [b t, heads, D]"""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _by_head(parts: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
-    return tuple(x.unflatten(0, (batch, -1)).transpose(1, 2) for x in parts)
-
-
 class RotaryAttention:
     """Mixed into an attention class of transformers (`_fused_class`): its forward, with the rotation in one kernel.
 
@@ -324,15 +145,34 @@ class RotaryAttention:
         q, k = self.rotated(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        if form.window == "config":
-            kwargs["sliding_window"] = getattr(self.config, "sliding_window", None)
-        elif form.window == "module":
-            kwargs["sliding_window"] = self.sliding_window
+        if form.window:
+            kwargs["sliding_window"] = self.window()
         eager = self.home().eager_attention_forward
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(attention_implementation(self), eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attention(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*shape[:-2], -1).contiguous()), weights
+
+    def is_of_borders(self: Any, x: Tensor, options: dict[str, Any]) -> bool:
+        """Whether with these options, for x [b, t, width], the attention comes down to the rotation and
+        `ops.attention` of packed examples.
+        """
+        positions = options["position_embeddings"]
+        if self.form.norms or positions is None or options["past_key_values"] is not None or x.dim() != 3:
+            return False
+        cos, _ = positions
+        rotates = cos.shape == (1, x.shape[1], self.head_dim) and cos.dtype == x.dtype
+        if not rotates or x.shape[0] != 1 or x.shape[2] < self.head_dim or (self.training and self.attention_dropout):
+            return False
+        if attention_implementation(self) != NAME or not takes_whole(options, self.window()):
+            return False
+        return backends.supports_attention(*[x[..., : self.head_dim]] * 3)
+
+    def window(self: Any) -> int | None:
+        """How many tokens a token sees; None: all before it."""
+        if self.form.window == "config":
+            return getattr(self.config, "sliding_window", None)
+        return self.sliding_window if self.form.window else None
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         layers = self.q_proj, self.k_proj, self.v_proj
@@ -343,7 +183,7 @@ class RotaryAttention:
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         whole = cos.dim() == 3 and cos.shape[1:] == q.shape[2:] and cos.shape[0] in (1, q.shape[0])
         if whole and q.dtype == k.dtype == cos.dtype:
-            return _Rotation.apply(q, k, cos, sin)
+            return Rotation.apply(q, k, cos, sin)
         return self.home().apply_rotary_pos_emb(q, k, cos, sin)  # a part of each head, mixed types: as before
 
     @classmethod
@@ -383,14 +223,66 @@ class ResidualLayer:
         norms = isinstance(before, RMSNorm) and isinstance(behind, RMSNorm)
         if not norms or not backends.has_sum_and_norm(x.device) or torch.compiler.is_compiling():
             return super().forward(x, **kwargs)  # type: ignore[misc]  # of the class that this is mixed into
+        projections = _projections(self)
+        if self.is_whole(x, projections, kwargs):
+            return self.as_a_whole(x, projections, kwargs)
         x, normal = sum_and_norm(x, None, before)
         attended, _ = self.self_attn(hidden_states=normal, **kwargs)
         x, normal = sum_and_norm(x, attended, behind)
         y = self.mlp(normal)
-        return _Sum.apply(x, y) if y.dtype == x.dtype and y.shape == x.shape else x + y
+        return Sum.apply(x, y) if y.dtype == x.dtype and y.shape == x.shape else x + y
+
+    def is_whole(self: Any, x: Tensor, projections: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether the layer is one `DecoderLayer` now: in training, with adapters on all projections, and nothing that
+        anybody hooks, drops out, or has given another form.
+        """
+        attention, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
+        if not (torch.is_grad_enabled() and isinstance(attention, RotaryAttention) and isinstance(mlp, GatedMLP)):
+            return False
+        if attention.join or mlp.join or not all(isinstance(one, AdaptedLinear) for one in projections):
+            return False
+        if not all(joined.is_plain(one, biased=False) for one in projections):
+            return False
+        gate, up = projections[4:6]
+        if _scaled(gate) != _scaled(up) or autocast(x) is not x:
+            return False
+        if any(norm.weight.requires_grad or norm.weight.dtype != x.dtype for norm in norms):
+            return False
+        if has_any_global_hook() or any(_is_hooked(module) for module in (attention, mlp, *norms, *projections)):
+            return False
+        return attention.is_of_borders(x, options)
+
+    def as_a_whole(self: Any, x: Tensor, projections: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+        """The same by `DecoderLayer`."""
+        attention, before, behind = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+        cos, sin = (part[0] for part in options["position_embeddings"])
+        layer = LayerConstants(
+            (Norm(before.weight, before.eps), Norm(behind.weight, behind.eps)),
+            tuple(one.constants(x) for one in projections),
+            attention.head_dim,
+            cos,
+            sin,
+            options["cu_seq_lens_q"].tolist(),
+            attention.scaling,
+            self.mlp.activation,
+        )
+        return DecoderLayer.apply(x, layer, *(tensor for one in projections for tensor in one.factors()))
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (ResidualLayer, type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])
+
+
+def _projections(layer: nn.Module) -> tuple[Any, ...]:
+    """Those of `decoder.PROJECTIONS`; past `Module.__getattr__`, since each layer is asked in each step."""
+    modules = layer._modules
+    parts = {**modules["self_attn"]._modules, **modules["mlp"]._modules}  # type: ignore[union-attr]  # both are there
+    return tuple(parts.get(name) for name in PROJECTIONS)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes through a module, or has put another forward on it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 Form = transformers_code.AttentionForm | None

@@ -136,7 +136,7 @@ class _SwiGLU(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, None, *gradients
 
 
-class _OneByOne(torch.autograd.Function):
+class OneByOne(torch.autograd.Function):
     """y [tokens, out] of each layer, of x [..., in]: what `adapters.AdaptedProduct` makes and saves, for all of them.
 
     `tensors`: A, B and m of the first, then of the next.
@@ -188,7 +188,7 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
         return False
     kind: Any = None
     for layer in layers:
-        if not isinstance(layer, AdaptedLinear) or not _plain(layer, biased):
+        if not isinstance(layer, AdaptedLinear) or not is_plain(layer, biased):
             return False
         A, m = layer._parameters["lora_A"], layer._parameters.get("magnitude")
         own = (layer.scaling, A.shape, m is None)  # type: ignore[union-attr]  # A is there
@@ -199,7 +199,8 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
     return True
 
 
-def _plain(layer: Any, biased: bool) -> bool:
+def is_plain(layer: Any, biased: bool) -> bool:
+    """Whether an adapted layer makes nothing but its product, and a bias if it may be `biased`, all of which learns."""
     base = layer._modules["base"]
     if type(base) is not NF4Linear or not layer.enabled or layer.copies_output:
         return False
@@ -251,7 +252,7 @@ def one_by_one(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]
     """What each layer makes of x [..., in]: [..., out]."""
     x = autocast(x)
     constants = [layer.constants(x) for layer in layers]
-    made = _OneByOne.apply(x, constants, *(tensor for layer in layers for tensor in layer.factors()))
+    made = OneByOne.apply(x, constants, *(tensor for layer in layers for tensor in layer.factors()))
     biases: Any = [layer._modules["base"].bias for layer in layers]  # type: ignore[union-attr]
     made = [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(made, biases, strict=True)]
     return tuple(made) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in made)

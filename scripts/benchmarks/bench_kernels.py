@@ -163,7 +163,8 @@ def step_cases(out: int, columns: int) -> list[Case]:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
     from qlora.layers.attention import attend, borders
-    from qlora.layers.fused import RMSNorm, _Gated, _Rotation
+    from qlora.layers.functions import Gated, Rotation
+    from qlora.layers.fused import RMSNorm
 
     norm = LlamaRMSNorm(out).bfloat16().requires_grad_(False)
     fused = RMSNorm(norm.weight, norm.variance_epsilon)
@@ -218,7 +219,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
         Case(
             f"SwiGLU, {TOKENS} tokens, both ways",
             16 * TOKENS * out,
-            both(lambda g, u: _Gated.apply(g, u, "silu"), gate, up),
+            both(lambda g, u: Gated.apply(g, u, "silu"), gate, up),
             both(lambda g, u: torch.nn.functional.silu(g) * u, gate, up),
         ),
         Case(
@@ -236,7 +237,7 @@ def step_cases(out: int, columns: int) -> list[Case]:
         Case(
             f"rotation, {TOKENS} tokens, {q.shape[1]} and {k.shape[1]} heads of 64, both ways",
             8 * (q.numel() + k.numel()),
-            rotation(_Rotation.apply),
+            rotation(Rotation.apply),
             rotation(apply_rotary_pos_emb),
         ),
         Case(

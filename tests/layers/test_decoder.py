@@ -1,0 +1,162 @@
+"""A decoder layer as one Function: what its modules make, to the bit, and keep; and where it is not one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from helpers import relative
+from tiny import CONFIGS, MORE, adapted, random_model
+from torch.utils.checkpoint import checkpoint
+
+from qlora.data.batch import Example, pack
+from qlora.layers import fused
+from qlora.layers.attention import borders
+from qlora.layers.decoder import DecoderLayer
+from qlora.layers.fused import ResidualLayer, fuse
+from qlora.layers.linear import quantize_
+from qlora.layers.loss import loss_sum
+from qlora_kernels import backends
+
+BATCH = pack([Example(tuple(range(3, 3 + n)), (False,) + (True,) * (n - 1)) for n in (9, 4)])
+native = pytest.mark.skipif(backends.NATIVE is None, reason="a CPU's kernels make the layer")
+
+
+def model_of(name: str = "llama", method: str = "dora", dtype: torch.dtype = torch.float32, **options):
+    """A quantized model in training, with adapters that have learned."""
+    base = quantize_(random_model(name).to(dtype).requires_grad_(False))
+    return fuse(adapted(base, method, **options)).train()
+
+
+def counted(monkeypatch) -> list[int]:
+    """Grows with every layer that is one Function."""
+    calls: list[int] = []
+    apply = DecoderLayer.apply
+    monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *given: calls.append(1) or apply(*given))
+    return calls
+
+
+def step(model, again: bool = False) -> tuple[list, int]:
+    """Loss and every gradient, and the bytes that the forward pass kept."""
+    model.zero_grad()
+    kept = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = checkpoint(loss_sum, model, BATCH, use_reentrant=False) if again else loss_sum(model, BATCH)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sum(kept.values())
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_the_modules_make(monkeypatch, name, method, dtype):
+    """Loss and every gradient to the bit, also where they are made again, and no more is kept."""
+    model, calls = model_of(name, method, dtype), counted(monkeypatch)
+    found, kept = step(model)
+    assert len(calls) == 2
+    assert all(map(torch.equal, step(model, again=True)[0], found)) and len(calls) == 6
+    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    expected, others = step(model)
+    assert len(calls) == 6 and len(found) == len(expected) and kept <= others
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other) and one.abs().max() > 0
+
+
+@native
+def test_gradient_of_what_comes_in(monkeypatch):
+    """Also where the layer below learns: dx of a layer by itself."""
+    model, calls = model_of(), counted(monkeypatch)
+    x, dy = torch.randn(1, 13, 64, requires_grad=True), torch.randn(1, 13, 64)
+    options = {
+        "position_embeddings": model.model.rotary_emb(x, BATCH.position_ids),
+        **borders(BATCH.cu_seqlens, x.device),
+    }
+    model.set_attn_implementation("qlora")
+    layer = model.model.layers[1]
+    y = layer(x, **options)
+    (found,) = torch.autograd.grad(y, x, dy)
+    assert len(calls) == 1
+    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    expected = layer(x, **options)
+    assert torch.equal(y, expected) and relative(found, torch.autograd.grad(expected, x, dy)[0]) == 0
+
+
+def hook(module) -> None:
+    module.register_forward_hook(lambda *given: None)
+
+
+CHANGES = {
+    "a hook on an attention": lambda layer: hook(layer.self_attn),
+    "a hook on a norm": lambda layer: hook(layer.post_attention_layernorm),
+    "a hook on a projection": lambda layer: hook(layer.mlp.down_proj),
+    "a hook on its gradient": lambda layer: layer.mlp.register_full_backward_hook(lambda *given: None),
+    "another forward": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
+    "a norm that learns": lambda layer: layer.input_layernorm.weight.requires_grad_(True),
+    "a frozen factor": lambda layer: layer.self_attn.o_proj.lora_A.requires_grad_(False),
+    "no magnitude of one": lambda layer: setattr(layer.mlp.gate_proj, "magnitude", None),
+    "an adapter switched off": lambda layer: setattr(layer.self_attn.q_proj, "enabled", False),
+    "dropout of a projection": lambda layer: setattr(layer.self_attn.v_proj, "dropout_p", 0.5),
+    "dropout of the attention": lambda layer: setattr(layer.self_attn, "attention_dropout", 0.5),
+    "a layer without an adapter": lambda layer: setattr(layer.mlp, "up_proj", layer.mlp.up_proj.base),
+}
+
+
+@native
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_with_something_else_is_its_modules(monkeypatch, change):
+    """That layer alone; where nothing is random, with the gradients of the modules."""
+    model, calls = model_of(), counted(monkeypatch)
+    CHANGES[change](model.model.layers[0])
+    found, _ = step(model)
+    assert len(calls) == 1
+    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    if "dropout" not in change:
+        for one, other in zip(found, step(model)[0], strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+@native
+def test_a_window_cuts_only_longer_examples(monkeypatch):
+    monkeypatch.setitem(
+        CONFIGS,
+        "windowed",
+        lambda: transformers.MistralConfig(**CONFIGS["mistral"]().to_diff_dict() | {"sliding_window": 9}),
+    )
+    model, calls = model_of("windowed"), counted(monkeypatch)
+    step(model)
+    assert len(calls) == 2
+    model.config.sliding_window = 8
+    step(model)
+    assert len(calls) == 2
+
+
+@native
+def test_hooks_on_all_modules_are_called(monkeypatch):
+    model, calls, seen = model_of(), counted(monkeypatch), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *given: seen.append(type(module)))
+    try:
+        step(model)
+    finally:
+        handle.remove()
+    assert not calls and fused.GatedMLP in seen
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "cohere"])  # biases; norms of heads; other norms
+def test_other_layers_are_their_modules(monkeypatch, name):
+    monkeypatch.setattr("tiny.CONFIGS", CONFIGS | MORE)
+    model, calls = model_of(name), counted(monkeypatch)
+    step(model)
+    assert not calls
+
+
+def test_nothing_to_learn_is_the_modules(monkeypatch):
+    model, calls = model_of(), counted(monkeypatch)
+    with torch.no_grad():
+        loss_sum(model, BATCH)
+    assert not calls
