@@ -85,7 +85,16 @@ FLOORS = (
     ),
     ("config.commands", "data.doctor", "layers.forward", "layers.linear", "models.source", "optim.pager"),
     ("config.data_command", "layers.adapters", "layers.targets", "models.limits", "models.packed", "optim.pages"),
-    ("generate", "layers.attach", "layers.forward_mode", "layers.joined", "models.quantize", "optim.moments"),
+    (
+        "generate",
+        "layers.attach",
+        "layers.forward_mode",
+        "layers.functions",
+        "layers.joined",
+        "models.quantize",
+        "optim.moments",
+    ),
+    ("layers.decoder",),
     (
         "export.peft",
         "layers.fused",
