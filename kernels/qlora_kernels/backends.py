@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from qlora_kernels import BackendError, avoided, ops, reference
 from qlora_kernels.cpu import native
 from qlora_kernels.cpu.binding import DTYPES
+from qlora_kernels.cpu.decoder import Call, Layer
 from qlora_kernels.weight import QuantizedWeight
 
 BACKENDS = ("native", "triton", "bitsandbytes", "reference")  # what QLORA_BACKEND may name
@@ -305,6 +306,36 @@ def quickly(name: str, x: Tensor) -> Callable:
     if x.is_cuda:
         return _direct["CUDA"].get(name, operator)
     return _direct["CPU"].get(name, operator) if x.is_cpu and type(x) in PLAIN else operator
+
+
+# ---------------------------------------------------------------- a decoder layer in one call
+
+
+def supports_decoder_layer(x: Tensor, layer: Layer) -> bool:
+    """Whether `decoder_layer` computes this layer of x [tokens, width]. Not where somebody looks at operators, see
+    `quickly`, nor where one of the library's is avoided.
+    """
+    if NATIVE is None or not x.is_cpu or type(x) not in PLAIN or any(backend == "native" for _, backend in AVOIDED):
+        return False
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
+        return False
+    return NATIVE.supports_decoder_layer(x, layer)
+
+
+def decoder_layer(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Call]:
+    """`DecoderKernels.decoder_layer`."""
+    assert NATIVE is not None
+    ROUTES["decoder_layer", "native"] += 1
+    return NATIVE.decoder_layer(x, layer)
+
+
+def decoder_layer_backward(
+    dy: Tensor, x: Tensor | None, kept: Tensor, factors: Tensor | None, call: Call
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`DecoderKernels.decoder_layer_backward`."""
+    assert NATIVE is not None
+    ROUTES["decoder_layer_backward", "native"] += 1
+    return NATIVE.decoder_layer_backward(dy, x, kept, factors, call)
 
 
 # ---------------------------------------------------------------- memory of results

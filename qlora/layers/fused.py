@@ -30,11 +30,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora.layers import joined, transformers_code
 from qlora.layers.adapters import AdaptedLinear, Recomputed, as_matrix
 from qlora.layers.attention import NAME, takes_whole
-from qlora.layers.decoder import PROJECTIONS, DecoderLayer, LayerConstants, Norm
+from qlora.layers.decoder import PROJECTIONS, as_projection, whole_layer
 from qlora.layers.functions import GATED_PRODUCTS, Gated, GatedLayers, Normalized, Rotation, Sum, SumAndNorm
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
 from qlora_kernels import backends
+from qlora_kernels.cpu.decoder import Layer
 
 
 class RMSNorm(nn.Module):
@@ -164,9 +165,7 @@ class RotaryAttention:
         rotates = cos.shape == (1, x.shape[1], self.head_dim) and cos.dtype == x.dtype
         if not rotates or x.shape[0] != 1 or x.shape[2] < self.head_dim or (self.training and self.attention_dropout):
             return False
-        if attention_implementation(self) != NAME or not takes_whole(options, self.window()):
-            return False
-        return backends.supports_attention(*[x[..., : self.head_dim]] * 3)
+        return attention_implementation(self) == NAME and takes_whole(options, self.window())
 
     def window(self: Any) -> int | None:
         """How many tokens a token sees; None: all before it."""
@@ -223,50 +222,43 @@ class ResidualLayer:
         norms = isinstance(before, RMSNorm) and isinstance(behind, RMSNorm)
         if not norms or not backends.has_sum_and_norm(x.device) or torch.compiler.is_compiling():
             return super().forward(x, **kwargs)  # type: ignore[misc]  # of the class that this is mixed into
-        projections = _projections(self)
-        if self.is_whole(x, projections, kwargs):
-            return self.as_a_whole(x, projections, kwargs)
+        layer = self.as_a_whole(x, kwargs)
+        if layer is not None:
+            return whole_layer(x, layer, _projections(self))
         x, normal = sum_and_norm(x, None, before)
         attended, _ = self.self_attn(hidden_states=normal, **kwargs)
         x, normal = sum_and_norm(x, attended, behind)
         y = self.mlp(normal)
         return Sum.apply(x, y) if y.dtype == x.dtype and y.shape == x.shape else x + y
 
-    def is_whole(self: Any, x: Tensor, projections: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether the layer is one `DecoderLayer` now: in training, with adapters on all projections, and nothing that
-        anybody hooks, drops out, or has given another form.
+    def as_a_whole(self: Any, x: Tensor, options: dict[str, Any]) -> Layer | None:
+        """The layer as one `DecoderLayer` computes it, or None: in training, with adapters on all projections, and
+        nothing that anybody hooks, drops out, or has given another form.
         """
-        attention, mlp, norms = self.self_attn, self.mlp, (self.input_layernorm, self.post_attention_layernorm)
+        attention, mlp, projections = self.self_attn, self.mlp, _projections(self)
+        before, behind = self.input_layernorm, self.post_attention_layernorm
         if not (torch.is_grad_enabled() and isinstance(attention, RotaryAttention) and isinstance(mlp, GatedMLP)):
-            return False
-        if attention.join or mlp.join or not all(isinstance(one, AdaptedLinear) for one in projections):
-            return False
-        if not all(joined.is_plain(one, biased=False) for one in projections):
-            return False
-        gate, up = projections[4:6]
-        if _scaled(gate) != _scaled(up) or autocast(x) is not x:
-            return False
-        if any(norm.weight.requires_grad or norm.weight.dtype != x.dtype for norm in norms):
-            return False
-        if has_any_global_hook() or any(_is_hooked(module) for module in (attention, mlp, *norms, *projections)):
-            return False
-        return attention.is_of_borders(x, options)
-
-    def as_a_whole(self: Any, x: Tensor, projections: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-        """The same by `DecoderLayer`."""
-        attention, before, behind = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+            return None
+        if mlp.activation != "silu" or attention.join or mlp.join:
+            return None
+        if not all(isinstance(one, AdaptedLinear) and joined.is_plain(one, biased=False) for one in projections):
+            return None
+        if before.weight.requires_grad or behind.weight.requires_grad or autocast(x) is not x:
+            return None
+        modules = (attention, mlp, before, behind, *projections)
+        if has_any_global_hook() or any(map(_is_hooked, modules)) or not attention.is_of_borders(x, options):
+            return None
         cos, sin = (part[0] for part in options["position_embeddings"])
-        layer = LayerConstants(
-            (Norm(before.weight, before.eps), Norm(behind.weight, behind.eps)),
-            tuple(one.constants(x) for one in projections),
+        layer = Layer(
+            ((before.weight, before.eps), (behind.weight, behind.eps)),
+            [as_projection(one) for one in projections],
             attention.head_dim,
             cos,
             sin,
             options["cu_seq_lens_q"].tolist(),
             attention.scaling,
-            self.mlp.activation,
         )
-        return DecoderLayer.apply(x, layer, *(tensor for one in projections for tensor in one.factors()))
+        return layer if backends.supports_decoder_layer(as_matrix(x), layer) else None
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (ResidualLayer, type(self).__mro__[2], self.form, super().__reduce_ex__(protocol)[2])

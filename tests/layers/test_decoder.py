@@ -32,7 +32,7 @@ def counted(monkeypatch) -> list[int]:
     """Grows with every layer that is one Function."""
     calls: list[int] = []
     apply = DecoderLayer.apply
-    monkeypatch.setattr(fused.DecoderLayer, "apply", lambda *given: calls.append(1) or apply(*given))
+    monkeypatch.setattr(DecoderLayer, "apply", lambda *given: calls.append(1) or apply(*given))
     return calls
 
 
@@ -51,17 +51,24 @@ def step(model, again: bool = False) -> tuple[list, int]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sum(kept.values())
 
 
+def windowed(monkeypatch, **options) -> None:
+    """Adds "windowed" to the tiny models: Mistral, whose heads share keys."""
+    given = CONFIGS["mistral"]().to_diff_dict() | {"intermediate_size": 192} | options
+    monkeypatch.setitem(CONFIGS, "windowed", lambda: transformers.MistralConfig(**given))
+
+
 @native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "windowed"])
 def test_what_the_modules_make(monkeypatch, name, method, dtype):
     """Loss and every gradient to the bit, also where they are made again, and no more is kept."""
+    windowed(monkeypatch)
     model, calls = model_of(name, method, dtype), counted(monkeypatch)
     found, kept = step(model)
     assert len(calls) == 2
     assert all(map(torch.equal, step(model, again=True)[0], found)) and len(calls) == 6
-    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    monkeypatch.setattr(ResidualLayer, "as_a_whole", lambda *given: None)
     expected, others = step(model)
     assert len(calls) == 6 and len(found) == len(expected) and kept <= others
     for one, other in zip(found, expected, strict=True):
@@ -82,7 +89,7 @@ def test_gradient_of_what_comes_in(monkeypatch):
     y = layer(x, **options)
     (found,) = torch.autograd.grad(y, x, dy)
     assert len(calls) == 1
-    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    monkeypatch.setattr(ResidualLayer, "as_a_whole", lambda *given: None)
     expected = layer(x, **options)
     assert torch.equal(y, expected) and relative(found, torch.autograd.grad(expected, x, dy)[0]) == 0
 
@@ -115,7 +122,7 @@ def test_a_layer_with_something_else_is_its_modules(monkeypatch, change):
     CHANGES[change](model.model.layers[0])
     found, _ = step(model)
     assert len(calls) == 1
-    monkeypatch.setattr(ResidualLayer, "is_whole", lambda *given: False)
+    monkeypatch.setattr(ResidualLayer, "as_a_whole", lambda *given: None)
     if "dropout" not in change:
         for one, other in zip(found, step(model)[0], strict=True):
             assert one is other is None or torch.equal(one, other)
@@ -123,11 +130,7 @@ def test_a_layer_with_something_else_is_its_modules(monkeypatch, change):
 
 @native
 def test_a_window_cuts_only_longer_examples(monkeypatch):
-    monkeypatch.setitem(
-        CONFIGS,
-        "windowed",
-        lambda: transformers.MistralConfig(**CONFIGS["mistral"]().to_diff_dict() | {"sliding_window": 9}),
-    )
+    windowed(monkeypatch, sliding_window=9)
     model, calls = model_of("windowed"), counted(monkeypatch)
     step(model)
     assert len(calls) == 2

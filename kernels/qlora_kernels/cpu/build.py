@@ -54,6 +54,7 @@ COMMON = (  # those that take long first, so that none is waited for at the end
     "dispatch.cpp",
     "allocator.cpp",
     "api_attention.cpp",
+    "api_decoder.cpp",
 )
 X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -65,6 +66,7 @@ ARM: dict[str, tuple[str, ...]] = {"neon.cpp": ("-march=armv8-a", "-fno-schedule
 OF_MACHINE = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 HEADERS = (
     "amx.h",
+    "api.h",
     "attention.h",
     "attention_float.h",
     "avx2.h",

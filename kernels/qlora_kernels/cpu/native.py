@@ -21,9 +21,8 @@ import torch
 
 from qlora_kernels import BackendError, reference
 from qlora_kernels.cpu import build
-from qlora_kernels.cpu.attention import AttentionKernels
 from qlora_kernels.cpu.binding import INTEGER, POINTER, SIZE
-from qlora_kernels.cpu.layer import LayerKernels
+from qlora_kernels.cpu.decoder import DecoderKernels
 from qlora_kernels.cpu.nf4 import NF4Kernels
 from qlora_kernels.cpu.optim import OptimizerKernels
 from qlora_kernels.cpu.step import StepKernels
@@ -54,7 +53,7 @@ def load() -> tuple[Native | None, str]:
     return native, native.describe()
 
 
-class Native(NF4Kernels, LayerKernels, StepKernels, AttentionKernels, OptimizerKernels):
+class Native(NF4Kernels, DecoderKernels, StepKernels, OptimizerKernels):
     """The operators of `ops`, same arguments and results, on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):

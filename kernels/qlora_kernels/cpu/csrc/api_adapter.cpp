@@ -1,5 +1,6 @@
 // An adapted layer: row norms, factors, its product and its gradients.
 
+#include "api.h"
 #include "dispatch.h"
 #include "nf4_gemm_amx.h"
 #include "skinny_gemm_amx.h"

@@ -5,6 +5,7 @@
 // dK and dV are added up afterwards, in the order in which one piece adds them: bits do not depend on the cut. The
 // alternative, always a piece for each head, packs the keys for each of them.
 
+#include "api.h"
 #include "dispatch.h"
 #include "types.h"
 

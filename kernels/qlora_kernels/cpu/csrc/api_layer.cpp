@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "api.h"
 #include "dispatch.h"
 #include "types.h"
 
@@ -10,17 +11,6 @@ using namespace qlora;
 namespace {
 
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// The memory that a call works in, handed out from the front in lines.
-struct Work {
-  char* next;
-  template <class T>
-  T* take(int64_t count) {
-    T* const taken = reinterpret_cast<T*>(next);
-    next += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
-    return taken;
-  }
-};
 
 struct Call {
   const Layer& kernel;
@@ -252,7 +242,7 @@ int64_t qlora_layer_bytes(int by_integers, int bf16, int64_t tokens, int64_t row
   Weight w = {};
   w.rows = rows, w.columns = columns;
   adapter_of(w, nullptr, nullptr, nullptr, 0, rank, 1.0f, bf16, nullptr, nullptr, nullptr, work);
-  return work.next - static_cast<char*>(nullptr);
+  return work.bytes();
 }
 
 // y [tokens, rows] = x [tokens, columns] W'^T + u up^T, u [tokens, rank] = x_narrow down^T, down = A, up = diag(scaling

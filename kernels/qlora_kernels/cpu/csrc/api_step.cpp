@@ -1,5 +1,6 @@
 // What lies between the products of a layer: loss, RMSNorm, gated products, rotation.
 
+#include "api.h"
 #include "dispatch.h"
 
 using namespace qlora;

@@ -50,6 +50,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Memory handed out from the front in lines.
+struct Work {
+  char* next;
+  template <class T>
+  T* take(int64_t count) {
+    T* const taken = reinterpret_cast<T*>(next);
+    next += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
+    return taken;
+  }
+  int64_t bytes() const { return next - static_cast<char*>(nullptr); }  // of what was begun at null
+};
+
 constexpr int64_t kPiece = 1 << 15;  // elements decoded or encoded in one go; a multiple of every block size
 
 // From so many bytes on a result is written past the caches: an ordinary store reads the line first, and too little of

@@ -385,6 +385,19 @@ void rotate(Dtype dtype, const void* x, const void* cos, const void* sin, int64_
   });
 }
 
+void add(Dtype dtype, const void* a, const void* b, int64_t n, void* sum) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    const T *const x = static_cast<const T*>(a), *const y = static_cast<const T*>(b);
+    T* const out = static_cast<T*>(sum);
+    each32(n, [&](int64_t i, auto left) {
+      prefetch(i, x, y);
+      const F32 one = load32(x + i, left), other = load32(y + i, left);
+      store32(out + i, F32{add(one.a, other.a), add(one.b, other.b)}, left);
+    });
+  });
+}
+
 // AdamW before and after the square root of v, which is torch's own: MKL's, which is not always the nearest float, and
 // another one elsewhere. A product and a sum are rounded together where torch's kernels for AVX2 and AVX-512 do so, in
 // their vectors and behind them.

@@ -107,6 +107,7 @@ struct AdamW {
   /* The heads of one token; factors in their dtype. */                                                                \
   X(void, rotate,                                                                                                      \
     (Dtype, const void* x, const void* cos, const void* sin, int64_t heads, int64_t D, bool back, void* y))            \
+  X(void, add, (Dtype, const void* a, const void* b, int64_t n, void* sum))                                            \
   X(void, scaled, (Dtype, const float* in, int64_t rows, int64_t columns, float factor, const float* gain, void* out)) \
   /* n elements of an optimizer's pieces. */                                                                           \
   X(void, adamw_moments, (const AdamW&, const float* g, float* m, float* v, int64_t n))                                \

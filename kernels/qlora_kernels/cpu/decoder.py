@@ -1,0 +1,244 @@
+"""A decoder layer of adapted projections on a CPU, in one call each way (csrc/api_decoder.cpp).
+
+    h = x + o(attention(turned q(n), turned k(n), v(n)))    n = norm(x)
+    y = h + down(silu(gate(n')) up(n'))                     n' = norm'(h)
+
+It is no operator of its own, but those of its parts in turn, as one call: of each the bits are the same. Values are in
+float32 or bf16; not where AMX multiplies bf16, whose layers have calls of another kind.
+
+What the backward pass needs lies in one piece of memory, and what passes in a second. The alternative, a tensor for
+each, is 40 objects of Python a layer and step, which the kernels meanwhile drive out of the caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.cpu.attention import AttentionKernels
+from qlora_kernels.cpu.binding import POINTER, SIZE, integers, pointer
+from qlora_kernels.cpu.layer import LayerKernels
+
+# `Decoder` of api_decoder.cpp: sizes and constants, where things lie, and seven projections.
+PACKED = struct.Struct("=" + "11q3d4q" + "7q" + 7 * "14qd4q")
+Q, K, V, O, GATE, UP, DOWN = range(7)
+
+
+@dataclass(slots=True)
+class Projection:
+    """An adapted layer without a bias, as it is now.
+
+    Attributes:
+        weight, layout: of `QuantizedWeight`, [out, in].
+        A, B, m: [rank, in], [out, rank], and [out] or None, in float32.
+        n: [out] where it is known; else it is made of A, B and the weight.
+    """
+
+    weight: list[Tensor]
+    layout: list[int]
+    A: Tensor
+    B: Tensor
+    m: Tensor | None
+    n: Tensor | None
+    scaling: float
+
+
+@dataclass(slots=True)
+class Layer:
+    """A decoder layer and its place in the batch.
+
+    Attributes:
+        norms: weight [width] and epsilon of the norm before the attention, and of that before the MLP.
+        projections: q, k, v, o, gate, up, down.
+        head: elements of a head.
+        cos, sin: [tokens, head].
+        cu_seqlens, scale: as of `ops.attention`.
+    """
+
+    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    projections: list[Projection]
+    head: int
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: list[int]
+    scale: float
+
+
+@dataclass(slots=True)
+class Call:
+    """What both passes of a layer tell the library, but for where things lie."""
+
+    layer: Layer
+    sizes: tuple[float, ...]
+    projections: list[tuple[float, ...]]
+    starts_and_lengths: tuple[ctypes.Array, ctypes.Array]  # `sizes` has their addresses
+    bytes: ctypes.Array  # of what is kept, of what passes forward and backward, and of work
+
+
+class DecoderKernels(LayerKernels, AttentionKernels):
+    SIGNATURES = {
+        "qlora_decoder_bytes": [ctypes.c_char_p, POINTER],
+        "qlora_decoder_forward": [ctypes.c_char_p],
+        "qlora_decoder_backward": [ctypes.c_char_p],
+    }
+
+    def supports_decoder_layer(self, x: Tensor, layer: Layer) -> bool:
+        """Whether the library computes `layer` of x [tokens, width] in one call."""
+        (tokens, width), parts = x.shape, layer.projections
+        queries, keys, inner = (parts[i].layout[0] for i in (Q, K, GATE))
+        shapes = [(queries, width), (keys, width), (keys, width), (width, queries), *[(inner, width)] * 2, (width, inner)]
+        constants = [layer.norms[0][0], layer.norms[1][0], layer.cos, layer.sin]
+        edges, heads = layer.cu_seqlens, (tokens, queries // layer.head, layer.head)
+        return (
+            x.dtype in (torch.float32, torch.bfloat16)
+            and not self._on_amx(x)
+            and tokens > 0
+            and x.is_contiguous()
+            and all(_is(part, x.dtype, (width,)) for part in constants[:2])
+            and all(_is(part, x.dtype, (tokens, layer.head)) for part in constants[2:])
+            and queries % layer.head == keys % layer.head == layer.head % 2 == 0 < keys
+            and queries % keys == 0
+            and edges[0] == 0
+            and edges[-1] == tokens
+            and all(start <= stop for start, stop in pairwise(edges))
+            and self._attends(x, heads)
+            and all(self._fits(x, part, shape) for part, shape in zip(parts, shapes, strict=True))
+            and len({part.m is None for part in parts[GATE:DOWN]}) == 1
+        )
+
+    def _attends(self, x: Tensor, heads: tuple[int, int, int]) -> bool:
+        q = x[:, : heads[2]].unsqueeze(1)
+        return self.supports_attention(q, q, q)
+
+    def _fits(self, x: Tensor, part: Projection, shape: tuple[int, int]) -> bool:
+        (rows, columns), rank = shape, part.A.shape[0]
+        return (
+            part.layout[0] == rows
+            and part.layout[1] == columns
+            and rank > 0
+            and _is(part.A, torch.float32, (rank, columns))
+            and _is(part.B, torch.float32, (rows, rank))
+            and (part.m is None or _is(part.m, torch.float32, (rows,)))
+            and (part.n is None or _is(part.n, torch.float32, (rows,)))
+            and self.supports_fused_gemm(x, part.weight, part.layout)
+        )
+
+    def decoder_layer(self, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Call]:
+        """y [tokens, width] of x; what the backward pass needs; and the factors of DoRA: g, the m that is safe to
+        divide by, and n of each projection that has an m, one after the other.
+        """
+        call = self._call(x, layer)
+        rows = sum(part.layout[0] for part in layer.projections if part.m is not None)
+        factors = torch.empty(3 * rows, dtype=torch.float32) if rows else None
+        for part, n in zip(layer.projections, norms_of(layer, factors), strict=True):
+            if n is not None and part.n is not None:
+                n.copy_(part.n)
+        kept = self.empty(call.bytes[0] // 4, dtype=torch.float32)
+        y, passing = self.empty_like(x), self.empty(call.bytes[1] // 4, dtype=torch.float32)
+        work = self.workspace(call.bytes[3])
+        memory = (x.data_ptr(), y.data_ptr(), 0, 0, kept.data_ptr(), passing.data_ptr(), work.data_ptr())
+        self.library.qlora_decoder_forward(_packed(call, memory, factors, [(0, 0, 0)] * 7))
+        return y, kept, factors, call
+
+    def decoder_layer_backward(
+        self, dy: Tensor, x: Tensor | None, kept: Tensor, factors: Tensor | None, call: Call
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dx [tokens, width], where the layer's x is given, and dA, dB and dm of each projection."""
+        gradients: list[Tensor | None] = []
+        for part in call.layer.projections:
+            dm = None if part.m is None else torch.empty_like(part.m)
+            gradients += [torch.empty_like(part.A), torch.empty_like(part.B), dm]
+        dx = None if x is None else self.empty_like(dy)
+        passing, work = self.empty(call.bytes[2] // 4, dtype=torch.float32), self.workspace(call.bytes[3])
+        at = [pointer(one) or 0 for one in gradients]
+        memory = (pointer(x) or 0, 0, dy.data_ptr(), pointer(dx) or 0, kept.data_ptr(), passing.data_ptr())
+        learned = [(at[i], at[i + 1], at[i + 2]) for i in range(0, len(at), 3)]
+        self.library.qlora_decoder_backward(_packed(call, (*memory, work.data_ptr()), factors, learned))
+        return dx, gradients
+
+    def _call(self, x: Tensor, layer: Layer) -> Call:
+        edges, parts = layer.cu_seqlens, layer.projections
+        lengths = [stop - start for start, stop in pairwise(edges)]
+        longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        examples = tuple(integers([of[i] for i in longest_first]) for of in (edges, lengths))
+        (norm, eps), (norm_behind, eps_behind) = layer.norms
+        sizes = (
+            x.dtype == torch.bfloat16,
+            self._by_integers(x),
+            self._is_widened(x),
+            torch.get_num_threads(),
+            x.shape[0],
+            parts[Q].layout[0] // layer.head,
+            parts[K].layout[0] // layer.head,
+            layer.head,
+            len(lengths),
+            *map(ctypes.addressof, examples),
+            layer.scale,
+            eps,
+            eps_behind,
+            norm.data_ptr(),
+            norm_behind.data_ptr(),
+            layer.cos.data_ptr(),
+            layer.sin.data_ptr(),
+        )
+        call = Call(layer, sizes, [_constants(part) for part in parts], examples, (SIZE * 4)())
+        self.library.qlora_decoder_bytes(_packed(call, (0,) * 7, None, [(0, 0, 0)] * 7), ctypes.addressof(call.bytes))
+        return call
+
+
+def norms_of(layer: Layer, factors: Tensor | None) -> list[Tensor | None]:
+    """n [out] of each projection that has an m, in `factors`."""
+    found: list[Tensor | None] = []
+    for part, at in zip(layer.projections, _starts(layer), strict=True):
+        rows = part.layout[0]
+        found.append(None if part.m is None or factors is None else factors[at + 2 * rows : at + 3 * rows])
+    return found
+
+
+def _starts(layer: Layer) -> list[int]:
+    """Where the factors of each projection begin."""
+    sizes = [0 if part.m is None else 3 * part.layout[0] for part in layer.projections]
+    return list(accumulate(sizes, initial=0))[:-1]
+
+
+def _is(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return x.dtype == dtype and x.shape == shape and x.is_contiguous()
+
+
+def _constants(part: Projection) -> tuple[float, ...]:
+    weight, (rows, columns, blocksize, nested_blocksize) = part.weight, part.layout
+    nested, offset = (weight[3].data_ptr(), weight[4].data_ptr()) if len(weight) == 5 else (0, 0)
+    return (
+        weight[0].data_ptr(),
+        weight[1].data_ptr(),
+        nested,
+        offset,
+        weight[2].data_ptr(),
+        rows,
+        columns,
+        blocksize.bit_length() - 1,
+        nested_blocksize.bit_length() - 1,
+        part.A.data_ptr(),
+        part.B.data_ptr(),
+        pointer(part.m) or 0,
+        part.m is not None and part.n is None,
+        part.A.shape[0],
+        part.scaling,
+    )
+
+
+def _packed(call: Call, memory: tuple[int, ...], factors: Tensor | None, learned: list[tuple[int, ...]]) -> bytes:
+    base = None if factors is None else factors.data_ptr()
+    fields: list[float] = [*call.sizes, *memory]
+    for part, start, own, gradients in zip(
+        call.layer.projections, _starts(call.layer), call.projections, learned, strict=True
+    ):
+        fields += own
+        fields.append(0 if base is None or part.m is None else base + 4 * start)
+        fields += gradients
+    return PACKED.pack(*fields)
