@@ -57,7 +57,7 @@ def borders(cu_seqlens: Tensor, device: torch.device) -> Borders:
     return Borders(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=there, max_length_q=longest, max_length_k=longest)
 
 
-class Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     """`ops.attention`; saves what it is given, its result, and one number a token and head."""
 
     @staticmethod
@@ -114,7 +114,7 @@ def attend(
     kernel = choose(need_of(query, value, window, longest, dropout), offer_of(query, key, value))
     if kernel == "native":
         tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return Attention.apply(*tokens, edges, scale).unsqueeze(0), None
+        return _Attention.apply(*tokens, edges, scale).unsqueeze(0), None
     if kernel == "varlen":
         borders_there = options["cu_seq_lens_k"]
         return by_varlen(query, key, value, borders_there, longest, window=window, scale=scale), None

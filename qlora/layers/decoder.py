@@ -1,4 +1,4 @@
-"""A decoder layer of adapted projections as one autograd Function and one call of the native library each way, on a CPU.
+"""A decoder layer of adapted projections as one autograd Function, on a CPU: one call of the native library each way.
 
     h = x + o(attention(rotate(q(n), k(n)), v(n)))    n = norm(x)
     y = h + down(silu(gate(n')) * up(n'))             n' = norm'(h)

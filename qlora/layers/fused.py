@@ -235,10 +235,11 @@ class ResidualLayer:
         """The layer as one `DecoderLayer` computes it, or None: in training, with adapters on all projections, and
         nothing that anybody hooks, drops out, or has given another form.
         """
+        known = isinstance(self.self_attn, RotaryAttention) and isinstance(self.mlp, GatedMLP)
+        if not known or not torch.is_grad_enabled():
+            return None
         attention, mlp, projections = self.self_attn, self.mlp, _projections(self)
         before, behind = self.input_layernorm, self.post_attention_layernorm
-        if not (torch.is_grad_enabled() and isinstance(attention, RotaryAttention) and isinstance(mlp, GatedMLP)):
-            return None
         if mlp.activation != "silu" or attention.join or mlp.join:
             return None
         if not all(isinstance(one, AdaptedLinear) and joined.is_plain(one, biased=False) for one in projections):

@@ -136,7 +136,7 @@ class _SwiGLU(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, None, *gradients
 
 
-class OneByOne(torch.autograd.Function):
+class _OneByOne(torch.autograd.Function):
     """y [tokens, out] of each layer, of x [..., in]: what `adapters.AdaptedProduct` makes and saves, for all of them.
 
     `tensors`: A, B and m of the first, then of the next.
@@ -252,7 +252,7 @@ def one_by_one(x: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]
     """What each layer makes of x [..., in]: [..., out]."""
     x = autocast(x)
     constants = [layer.constants(x) for layer in layers]
-    made = OneByOne.apply(x, constants, *(tensor for layer in layers for tensor in layer.factors()))
+    made = _OneByOne.apply(x, constants, *(tensor for layer in layers for tensor in layer.factors()))
     biases: Any = [layer._modules["base"].bias for layer in layers]  # type: ignore[union-attr]
     made = [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(made, biases, strict=True)]
     return tuple(made) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in made)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.cpu.attention import AttentionKernels
-from qlora_kernels.cpu.binding import POINTER, SIZE, integers, pointer
+from qlora_kernels.cpu.binding import POINTER, SIZE, integers
 from qlora_kernels.cpu.layer import LayerKernels
 
 # `Decoder` of api_decoder.cpp: sizes and constants, where things lie, and seven projections.
 PACKED = struct.Struct("=" + "11q3d4q" + "7q" + 7 * "14qd4q")
-Q, K, V, O, GATE, UP, DOWN = range(7)
+QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)  # projections, in their order
 
 
 @dataclass(slots=True)
@@ -70,14 +71,37 @@ class Layer:
 
 
 @dataclass(slots=True)
+class Places:
+    """Addresses of what a pass reads and writes; 0 where it has none."""
+
+    x: int = 0
+    y: int = 0
+    dy: int = 0
+    dx: int = 0
+    kept: int = 0
+    passing: int = 0
+    work: int = 0
+    factors: int = 0
+    gradients: Sequence[int] = (0,) * 21  # dA, dB and dm of each projection
+
+
+@dataclass(slots=True)
 class Call:
     """What both passes of a layer tell the library, but for where things lie."""
 
     layer: Layer
     sizes: tuple[float, ...]
     projections: list[tuple[float, ...]]
-    starts_and_lengths: tuple[ctypes.Array, ctypes.Array]  # `sizes` has their addresses
-    bytes: ctypes.Array  # of what is kept, of what passes forward and backward, and of work
+    examples: list[ctypes.Array]  # starts and lengths; `sizes` has their addresses
+    room: ctypes.Array  # bytes of what is kept, of what passes forward and backward, and of work
+
+    def packed(self, at: Places) -> bytes:
+        fields: list[float] = [*self.sizes, at.x, at.y, at.dy, at.dx, at.kept, at.passing, at.work]
+        parts = zip(self.layer.projections, self.projections, _starts(self.layer), strict=True)
+        for i, (part, constants, start) in enumerate(parts):
+            factors = 0 if part.m is None else at.factors + 4 * start
+            fields += (*constants, factors, *at.gradients[3 * i : 3 * i + 3])
+        return PACKED.pack(*fields)
 
 
 class DecoderKernels(LayerKernels, AttentionKernels):
@@ -90,8 +114,15 @@ class DecoderKernels(LayerKernels, AttentionKernels):
     def supports_decoder_layer(self, x: Tensor, layer: Layer) -> bool:
         """Whether the library computes `layer` of x [tokens, width] in one call."""
         (tokens, width), parts = x.shape, layer.projections
-        queries, keys, inner = (parts[i].layout[0] for i in (Q, K, GATE))
-        shapes = [(queries, width), (keys, width), (keys, width), (width, queries), *[(inner, width)] * 2, (width, inner)]
+        queries, keys, inner = (parts[i].layout[0] for i in (QUERY, KEY, GATE))
+        shapes = [
+            (queries, width),
+            (keys, width),
+            (keys, width),
+            (width, queries),
+            *[(inner, width)] * 2,
+            (width, inner),
+        ]
         constants = [layer.norms[0][0], layer.norms[1][0], layer.cos, layer.sin]
         edges, heads = layer.cu_seqlens, (tokens, queries // layer.head, layer.head)
         return (
@@ -138,11 +169,17 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         for part, n in zip(layer.projections, norms_of(layer, factors), strict=True):
             if n is not None and part.n is not None:
                 n.copy_(part.n)
-        kept = self.empty(call.bytes[0] // 4, dtype=torch.float32)
-        y, passing = self.empty_like(x), self.empty(call.bytes[1] // 4, dtype=torch.float32)
-        work = self.workspace(call.bytes[3])
-        memory = (x.data_ptr(), y.data_ptr(), 0, 0, kept.data_ptr(), passing.data_ptr(), work.data_ptr())
-        self.library.qlora_decoder_forward(_packed(call, memory, factors, [(0, 0, 0)] * 7))
+        kept, y = self._floats(call.room[0]), self.empty_like(x)
+        passing, work = self._floats(call.room[1]), self.workspace(call.room[3])
+        at = Places(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            kept=kept.data_ptr(),
+            passing=passing.data_ptr(),
+            work=work.data_ptr(),
+            factors=_address(factors),
+        )
+        self.library.qlora_decoder_forward(call.packed(at))
         return y, kept, factors, call
 
     def decoder_layer_backward(
@@ -154,18 +191,29 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             dm = None if part.m is None else torch.empty_like(part.m)
             gradients += [torch.empty_like(part.A), torch.empty_like(part.B), dm]
         dx = None if x is None else self.empty_like(dy)
-        passing, work = self.empty(call.bytes[2] // 4, dtype=torch.float32), self.workspace(call.bytes[3])
-        at = [pointer(one) or 0 for one in gradients]
-        memory = (pointer(x) or 0, 0, dy.data_ptr(), pointer(dx) or 0, kept.data_ptr(), passing.data_ptr())
-        learned = [(at[i], at[i + 1], at[i + 2]) for i in range(0, len(at), 3)]
-        self.library.qlora_decoder_backward(_packed(call, (*memory, work.data_ptr()), factors, learned))
+        passing, work = self._floats(call.room[2]), self.workspace(call.room[3])
+        at = Places(
+            x=_address(x),
+            dy=dy.data_ptr(),
+            dx=_address(dx),
+            kept=kept.data_ptr(),
+            passing=passing.data_ptr(),
+            work=work.data_ptr(),
+            factors=_address(factors),
+            gradients=[_address(one) for one in gradients],
+        )
+        self.library.qlora_decoder_backward(call.packed(at))
         return dx, gradients
+
+    def _floats(self, size: int) -> Tensor:
+        """So many bytes, which are a multiple of 64."""
+        return self.empty(size // 4, dtype=torch.float32)
 
     def _call(self, x: Tensor, layer: Layer) -> Call:
         edges, parts = layer.cu_seqlens, layer.projections
         lengths = [stop - start for start, stop in pairwise(edges)]
         longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        examples = tuple(integers([of[i] for i in longest_first]) for of in (edges, lengths))
+        examples = [integers([of[i] for i in longest_first]) for of in (edges, lengths)]
         (norm, eps), (norm_behind, eps_behind) = layer.norms
         sizes = (
             x.dtype == torch.bfloat16,
@@ -173,8 +221,8 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             self._is_widened(x),
             torch.get_num_threads(),
             x.shape[0],
-            parts[Q].layout[0] // layer.head,
-            parts[K].layout[0] // layer.head,
+            parts[QUERY].layout[0] // layer.head,
+            parts[KEY].layout[0] // layer.head,
             layer.head,
             len(lengths),
             *map(ctypes.addressof, examples),
@@ -187,7 +235,7 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             layer.sin.data_ptr(),
         )
         call = Call(layer, sizes, [_constants(part) for part in parts], examples, (SIZE * 4)())
-        self.library.qlora_decoder_bytes(_packed(call, (0,) * 7, None, [(0, 0, 0)] * 7), ctypes.addressof(call.bytes))
+        self.library.qlora_decoder_bytes(call.packed(Places()), ctypes.addressof(call.room))
         return call
 
 
@@ -204,6 +252,10 @@ def _starts(layer: Layer) -> list[int]:
     """Where the factors of each projection begin."""
     sizes = [0 if part.m is None else 3 * part.layout[0] for part in layer.projections]
     return list(accumulate(sizes, initial=0))[:-1]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _is(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -225,20 +277,8 @@ def _constants(part: Projection) -> tuple[float, ...]:
         nested_blocksize.bit_length() - 1,
         part.A.data_ptr(),
         part.B.data_ptr(),
-        pointer(part.m) or 0,
+        _address(part.m),
         part.m is not None and part.n is None,
         part.A.shape[0],
         part.scaling,
     )
-
-
-def _packed(call: Call, memory: tuple[int, ...], factors: Tensor | None, learned: list[tuple[int, ...]]) -> bytes:
-    base = None if factors is None else factors.data_ptr()
-    fields: list[float] = [*call.sizes, *memory]
-    for part, start, own, gradients in zip(
-        call.layer.projections, _starts(call.layer), call.projections, learned, strict=True
-    ):
-        fields += own
-        fields.append(0 if base is None or part.m is None else base + 4 * start)
-        fields += gradients
-    return PACKED.pack(*fields)

@@ -77,7 +77,15 @@ Kept kept_of(const Decoder& d, Work& room) {
 }
 
 Weight weight_of(const Projection& p) {
-  return {p.packed, p.absmax, p.nested, p.offset, p.levels, nullptr, p.rows, p.columns, int32_t(p.block_shift),
+  return {p.packed,
+          p.absmax,
+          p.nested,
+          p.offset,
+          p.levels,
+          nullptr,
+          p.rows,
+          p.columns,
+          int32_t(p.block_shift),
           int32_t(p.nested_shift)};
 }
 
@@ -301,7 +309,8 @@ void qlora_decoder_backward(const char* layer) {
     backward(d, part, kept, part == kK ? at.dk : dv, kept.n, kept.of[part].y, wanted ? at.a : nullptr, room);
     if (wanted) add(d, at.b, at.a, values, at.b);
   }
-  if (wanted) qlora_rms_norm_backward(dtype, at.b, d.x, d.norms[0], kept.inverse, d.tokens, width, at.dh, d.dx, threads);
+  if (wanted)
+    qlora_rms_norm_backward(dtype, at.b, d.x, d.norms[0], kept.inverse, d.tokens, width, at.dh, d.dx, threads);
 }
 
 }  // extern "C"
