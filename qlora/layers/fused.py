@@ -35,7 +35,7 @@ from qlora.layers.functions import GATED_PRODUCTS, Gated, GatedLayers, Normalize
 from qlora.layers.linear import autocast
 from qlora.models.transformers_seam import attention_implementation
 from qlora_kernels import backends
-from qlora_kernels.cpu.decoder import Layer
+from qlora_kernels.cpu.decoder import Layer, Norm
 
 
 class RMSNorm(nn.Module):
@@ -251,7 +251,7 @@ class ResidualLayer:
             return None
         cos, sin = (part[0] for part in options["position_embeddings"])
         layer = Layer(
-            ((before.weight, before.eps), (behind.weight, behind.eps)),
+            (Norm(before.weight, before.eps), Norm(behind.weight, behind.eps)),
             [as_projection(one) for one in projections],
             attention.head_dim,
             cos,

@@ -50,18 +50,26 @@ class Projection:
 
 
 @dataclass(slots=True)
+class Norm:
+    """A frozen RMSNorm: its weight [width] and epsilon."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(slots=True)
 class Layer:
     """A decoder layer and its place in the batch.
 
     Attributes:
-        norms: weight [width] and epsilon of the norm before the attention, and of that before the MLP.
+        norms: before the attention, and before the MLP.
         projections: q, k, v, o, gate, up, down.
         head: elements of a head.
         cos, sin: [tokens, head].
         cu_seqlens, scale: as of `ops.attention`.
     """
 
-    norms: tuple[tuple[Tensor, float], tuple[Tensor, float]]
+    norms: tuple[Norm, Norm]
     projections: list[Projection]
     head: int
     cos: Tensor
@@ -90,17 +98,20 @@ class Call:
     """What both passes of a layer tell the library, but for where things lie."""
 
     layer: Layer
-    sizes: tuple[float, ...]
-    projections: list[tuple[float, ...]]
+    sizes: tuple[int, ...]
     examples: list[ctypes.Array]  # starts and lengths; `sizes` has their addresses
     room: ctypes.Array  # bytes of what is kept, of what passes forward and backward, and of work
 
     def packed(self, at: Places) -> bytes:
-        fields: list[float] = [*self.sizes, at.x, at.y, at.dy, at.dx, at.kept, at.passing, at.work]
-        parts = zip(self.layer.projections, self.projections, _starts(self.layer), strict=True)
-        for i, (part, constants, start) in enumerate(parts):
+        """`Decoder` of api_decoder.cpp; what its addresses lead to must outlive the call."""
+        layer, norms = self.layer, self.layer.norms
+        constants = *(norm.weight for norm in norms), layer.cos, layer.sin
+        fields: list[float] = [*self.sizes, layer.scale, *(norm.eps for norm in norms)]
+        fields += [one.data_ptr() for one in constants]
+        fields += (at.x, at.y, at.dy, at.dx, at.kept, at.passing, at.work)
+        for i, (part, start) in enumerate(zip(layer.projections, _starts(layer), strict=True)):
             factors = 0 if part.m is None else at.factors + 4 * start
-            fields += (*constants, factors, *at.gradients[3 * i : 3 * i + 3])
+            fields += (*_constants(part), factors, *at.gradients[3 * i : 3 * i + 3])
         return PACKED.pack(*fields)
 
 
@@ -123,7 +134,7 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             *[(inner, width)] * 2,
             (width, inner),
         ]
-        constants = [layer.norms[0][0], layer.norms[1][0], layer.cos, layer.sin]
+        constants = [*(norm.weight for norm in layer.norms), layer.cos, layer.sin]
         edges, heads = layer.cu_seqlens, (tokens, queries // layer.head, layer.head)
         return (
             x.dtype in (torch.float32, torch.bfloat16)
@@ -214,7 +225,6 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         lengths = [stop - start for start, stop in pairwise(edges)]
         longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         examples = [integers([of[i] for i in longest_first]) for of in (edges, lengths)]
-        (norm, eps), (norm_behind, eps_behind) = layer.norms
         sizes = (
             x.dtype == torch.bfloat16,
             self._by_integers(x),
@@ -226,15 +236,8 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             layer.head,
             len(lengths),
             *map(ctypes.addressof, examples),
-            layer.scale,
-            eps,
-            eps_behind,
-            norm.data_ptr(),
-            norm_behind.data_ptr(),
-            layer.cos.data_ptr(),
-            layer.sin.data_ptr(),
         )
-        call = Call(layer, sizes, [_constants(part) for part in parts], examples, (SIZE * 4)())
+        call = Call(layer, sizes, examples, (SIZE * 4)())
         self.library.qlora_decoder_bytes(call.packed(Places()), ctypes.addressof(call.room))
         return call
 
