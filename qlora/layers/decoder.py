@@ -28,9 +28,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def as_projection(layer: AdaptedLinear) -> Projection:
     """An adapted layer as it is now, with n where that is known."""
-    weight, (A, B, m) = frozen_weight(layer.base), layer.factors()
+    base: Any = layer.base
+    weight, (A, B, m) = frozen_weight(base), layer.factors()
     n = None if m is None else layer.row_norms.get(layer.version())
-    return Projection(*weight.operands, A, B, m, n, layer.scaling)
+    return Projection(*weight.operands, A, B, m, n, base.bias, layer.scaling)
 
 
 def whole_layer(x: Tensor, layer: Layer, projections: Sequence[AdaptedLinear]) -> Tensor:

@@ -159,7 +159,7 @@ class RotaryAttention:
         `ops.attention` of packed examples.
         """
         positions = options["position_embeddings"]
-        if self.form.norms or positions is None or options["past_key_values"] is not None or x.dim() != 3:
+        if positions is None or options["past_key_values"] is not None or x.dim() != 3:
             return False
         cos, _ = positions
         rotates = cos.shape == (1, x.shape[1], self.head_dim) and cos.dtype == x.dtype
@@ -242,16 +242,20 @@ class ResidualLayer:
         before, behind = self.input_layernorm, self.post_attention_layernorm
         if mlp.activation != "silu" or attention.join or mlp.join:
             return None
-        if not all(isinstance(one, AdaptedLinear) and joined.is_plain(one, biased=False) for one in projections):
+        if not all(isinstance(one, AdaptedLinear) and joined.is_plain(one) for one in projections):
             return None
-        if before.weight.requires_grad or behind.weight.requires_grad or autocast(x) is not x:
+        of_heads = (attention.q_norm, attention.k_norm) if attention.form.norms else ()
+        norms = (before, behind, *of_heads)
+        if not all(isinstance(norm, RMSNorm) and not norm.weight.requires_grad for norm in norms):
             return None
-        modules = (attention, mlp, before, behind, *projections)
+        if autocast(x) is not x:
+            return None
+        modules = (attention, mlp, *norms, *projections)
         if has_any_global_hook() or any(map(_is_hooked, modules)) or not attention.is_of_borders(x, options):
             return None
         cos, sin = (part[0] for part in options["position_embeddings"])
         layer = Layer(
-            (Norm(before.weight, before.eps), Norm(behind.weight, behind.eps)),
+            (*(Norm(norm.weight, norm.eps) for norm in norms), *(() if of_heads else (None, None))),
             [as_projection(one) for one in projections],
             attention.head_dim,
             cos,

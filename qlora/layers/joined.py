@@ -199,7 +199,7 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
     return True
 
 
-def is_plain(layer: Any, biased: bool) -> bool:
+def is_plain(layer: Any, biased: bool = True) -> bool:
     """Whether an adapted layer makes nothing but its product, and a bias if it may be `biased`, all of which learns."""
     base = layer._modules["base"]
     if type(base) is not NF4Linear or not layer.enabled or layer.copies_output:

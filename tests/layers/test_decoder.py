@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from helpers import ISAS, relative
 from tiny import CONFIGS, MORE, adapted, random_model
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batch import Example, pack
@@ -21,6 +21,18 @@ from qlora_kernels import backends
 
 BATCH = pack([Example(tuple(range(3, 3 + n)), (False,) + (True,) * (n - 1)) for n in (9, 4)])
 native = pytest.mark.skipif(backends.NATIVE is None, reason="a CPU's kernels make the layer")
+
+
+def wide(name: str, **options):
+    """A tiny model of CONFIGS of which all weights are whole tiles."""
+    config = CONFIGS[name]()
+    return lambda: type(config)(**config.to_diff_dict() | {"intermediate_size": 192} | options)
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch):
+    for name in ("mistral", "qwen2", "qwen3"):  # keys that heads share; biases; norms of heads
+        monkeypatch.setitem(CONFIGS, name, wide(name))
 
 
 def model_of(name: str = "llama", method: str = "dora", dtype: torch.dtype = torch.float32, **options):
@@ -52,12 +64,6 @@ def step(model, again: bool = False) -> tuple[list, int]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sum(kept.values())
 
 
-def windowed(monkeypatch, **options) -> None:
-    """Adds "windowed" to the tiny models: Mistral, whose heads share keys."""
-    given = CONFIGS["mistral"]().to_diff_dict() | {"intermediate_size": 192} | options
-    monkeypatch.setitem(CONFIGS, "windowed", lambda: transformers.MistralConfig(**given))
-
-
 @pytest.fixture(params=["", *ISAS], ids=["best", *ISAS])
 def isa(request):
     """The library by the best that the processor has, and by each instruction set."""
@@ -86,10 +92,9 @@ def layers_in_one(dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("name", ["llama", "windowed"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_what_the_modules_make(monkeypatch, isa, precision, name, method, dtype):
     """Loss and every gradient to the bit, also where they are made again, and no more is kept."""
-    windowed(monkeypatch)
     model, calls = model_of(name, method, dtype, rank=5), counted(monkeypatch)
     found, kept = step(model)
     assert len(calls) == layers_in_one(dtype)
@@ -160,6 +165,7 @@ CHANGES = {
     "a hook on its gradient": lambda layer: layer.mlp.register_full_backward_hook(lambda *given: None),
     "another forward": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
     "a norm that learns": lambda layer: layer.input_layernorm.weight.requires_grad_(True),
+    "a bias elsewhere": lambda layer: setattr(layer.mlp.down_proj.base, "bias", nn.Parameter(torch.randn(64), False)),
     "a frozen factor": lambda layer: layer.self_attn.o_proj.lora_A.requires_grad_(False),
     "no magnitude of one": lambda layer: setattr(layer.mlp.gate_proj, "magnitude", None),
     "an adapter switched off": lambda layer: setattr(layer.self_attn.q_proj, "enabled", False),
@@ -185,8 +191,8 @@ def test_a_layer_with_something_else_is_its_modules(monkeypatch, change):
 
 @native
 def test_a_window_cuts_only_longer_examples(monkeypatch):
-    windowed(monkeypatch, sliding_window=9)
-    model, calls = model_of("windowed"), counted(monkeypatch)
+    monkeypatch.setitem(CONFIGS, "mistral", wide("mistral", sliding_window=9))
+    model, calls = model_of("mistral"), counted(monkeypatch)
     step(model)
     assert len(calls) == 2
     model.config.sliding_window = 8
@@ -205,7 +211,7 @@ def test_hooks_on_all_modules_are_called(monkeypatch):
     assert not calls and fused.GatedMLP in seen
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "cohere"])  # biases; norms of heads; other norms
+@pytest.mark.parametrize("name", ["gemma", "cohere", "gpt2"])
 def test_other_layers_are_their_modules(monkeypatch, name):
     monkeypatch.setattr("tiny.CONFIGS", CONFIGS | MORE)
     model, calls = model_of(name), counted(monkeypatch)

@@ -26,18 +26,19 @@ from qlora_kernels.cpu.binding import POINTER, SIZE, integers
 from qlora_kernels.cpu.layer import LayerKernels
 
 # `Decoder` of api_decoder.cpp: sizes and constants, where things lie, and seven projections.
-PACKED = struct.Struct("=" + "11q3d4q" + "7q" + 7 * "14qd4q")
+PACKED = struct.Struct("=" + "11q5d6q" + "7q" + 7 * "15qd4q")
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)  # projections, in their order
 
 
 @dataclass(slots=True)
 class Projection:
-    """An adapted layer without a bias, as it is now.
+    """An adapted layer as it is now.
 
     Attributes:
         weight, layout: of `QuantizedWeight`, [out, in].
         A, B, m: [rank, in], [out, rank], and [out] or None, in float32.
         n: [out] where it is known; else it is made of A, B and the weight.
+        bias: [out] or None; q, k and v may have one.
     """
 
     weight: list[Tensor]
@@ -46,6 +47,7 @@ class Projection:
     B: Tensor
     m: Tensor | None
     n: Tensor | None
+    bias: Tensor | None
     scaling: float
 
 
@@ -62,14 +64,14 @@ class Layer:
     """A decoder layer and its place in the batch.
 
     Attributes:
-        norms: before the attention, and before the MLP.
+        norms: before the attention, before the MLP, of the heads of q and of those of k; these may be None.
         projections: q, k, v, o, gate, up, down.
         head: elements of a head.
         cos, sin: [tokens, head].
         cu_seqlens, scale: as of `ops.attention`.
     """
 
-    norms: tuple[Norm, Norm]
+    norms: tuple[Norm, Norm, Norm | None, Norm | None]
     projections: list[Projection]
     head: int
     cos: Tensor
@@ -105,9 +107,9 @@ class Call:
     def packed(self, at: Places) -> bytes:
         """`Decoder` of api_decoder.cpp; what its addresses lead to must outlive the call."""
         layer, norms = self.layer, self.layer.norms
-        constants = *(norm.weight for norm in norms), layer.cos, layer.sin
-        fields: list[float] = [*self.sizes, layer.scale, *(norm.eps for norm in norms)]
-        fields += [one.data_ptr() for one in constants]
+        constants = *(None if norm is None else norm.weight for norm in norms), layer.cos, layer.sin
+        fields: list[float] = [*self.sizes, layer.scale, *(0.0 if norm is None else norm.eps for norm in norms)]
+        fields += [_address(one) for one in constants]
         fields += (at.x, at.y, at.dy, at.dx, at.kept, at.passing, at.work)
         for i, (part, start) in enumerate(zip(layer.projections, _starts(layer), strict=True)):
             factors = 0 if part.m is None else at.factors + 4 * start
@@ -134,15 +136,18 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             *[(inner, width)] * 2,
             (width, inner),
         ]
-        constants = [*(norm.weight for norm in layer.norms), layer.cos, layer.sin]
+        before, behind, *of_heads = layer.norms
+        normed = any(norm is not None for norm in of_heads)
         edges, heads = layer.cu_seqlens, (tokens, queries // layer.head, layer.head)
         return (
             x.dtype in (torch.float32, torch.bfloat16)
             and not self._on_amx(x)
             and tokens > 0
             and x.is_contiguous()
-            and all(_is(part, x.dtype, (width,)) for part in constants[:2])
-            and all(_is(part, x.dtype, (tokens, layer.head)) for part in constants[2:])
+            and all(_is(norm.weight, x.dtype, (width,)) for norm in (before, behind))
+            and all(norm is not None and _is(norm.weight, x.dtype, (layer.head,)) for norm in of_heads if normed)
+            and all(_is(part, x.dtype, (tokens, layer.head)) for part in (layer.cos, layer.sin))
+            and all(part.bias is None for part in (parts if normed else parts[OUTPUT:]))
             and queries % layer.head == keys % layer.head == layer.head % 2 == 0 < keys
             and queries % keys == 0
             and edges[0] == 0
@@ -167,6 +172,7 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             and _is(part.B, torch.float32, (rows, rank))
             and (part.m is None or _is(part.m, torch.float32, (rows,)))
             and (part.n is None or _is(part.n, torch.float32, (rows,)))
+            and (part.bias is None or _is(part.bias, x.dtype, (rows,)))
             and self.supports_fused_gemm(x, part.weight, part.layout)
         )
 
@@ -281,6 +287,7 @@ def _constants(part: Projection) -> tuple[float, ...]:
         part.A.data_ptr(),
         part.B.data_ptr(),
         _address(part.m),
+        _address(part.bias),
         part.m is not None and part.n is None,
         part.A.shape[0],
         part.scaling,

@@ -24,6 +24,7 @@ struct Projection {
   const float *nested, *offset, *levels;
   int64_t rows, columns, block_shift, nested_shift;
   const float *A, *B, *m;  // m null in LoRA
+  const void* bias;        // [rows] of q, k or v, or null
   int64_t makes_n, rank;
   double scaling;
   float* factors;  // [3, rows], or null without m; see qlora_layer_forward
@@ -34,8 +35,9 @@ struct Decoder {
   int64_t bf16, by_integers, widened;  // widened: bf16 goes through attention in float32
   int64_t threads, tokens, heads, groups, D, examples;
   const int64_t *starts, *lengths;  // of the examples, the longest first
-  double scale, eps[2];
-  const void *norms[2], *cos, *sin, *x;
+  double scale, eps[4];
+  const void* norms[4];  // of x, of h, and of the heads of q and of k or null
+  const void *cos, *sin, *x;
   void* y;
   const void* dy;
   void* dx;
@@ -54,6 +56,7 @@ struct Decoder {
 struct Kept {
   void *n, *q, *k, *v, *attended, *h, *n_behind;  // q and k turned
   float *inverse, *inverse_behind, *lse;
+  float* inverse_of_heads[2];
   struct {
     void *down, *up, *u, *y;  // y null where nobody needs it
   } of[kParts];
@@ -67,11 +70,13 @@ Kept kept_of(const Decoder& d, Work& room) {
   kept.lse = room.take<float>(d.tokens * d.heads);
   for (int i = 0; i < kParts; ++i) {
     const Projection& p = d.parts[i];
-    const bool needed = p.m != nullptr || i == kGate || i == kUp;
+    const bool normed = i < kV && d.norms[2 + i] != nullptr;
+    const bool needed = p.m != nullptr || i == kGate || i == kUp || normed;
+    if (normed) kept.inverse_of_heads[i] = room.take<float>(d.tokens * p.rows / d.D);
     kept.of[i] = {d.take(room, p.rank * p.columns), d.take(room, p.rows * p.rank), d.take(room, d.tokens * p.rank),
-                  i == kV  ? kept.v
-                  : needed ? d.take(room, d.tokens * p.rows)
-                           : nullptr};
+                  i == kV && (p.m == nullptr || p.bias == nullptr) ? kept.v
+                  : needed                                         ? d.take(room, d.tokens * p.rows)
+                                                                   : nullptr};
   }
   return kept;
 }
@@ -112,6 +117,16 @@ void add(const Decoder& d, const void* a, const void* b, int64_t n, void* sum) {
   });
 }
 
+// sum [tokens, columns] = x plus a row.
+void add_row(const Decoder& d, const void* x, const void* row, int64_t columns, void* sum) {
+  const int64_t width = columns * (d.bf16 ? 2 : 4), step = ceil_div(kPiece, columns);
+  parallel(ceil_div(d.tokens, step), int(d.threads), [&](int64_t i) {
+    for (int64_t t = i * step; t < minimum(d.tokens, (i + 1) * step); ++t)
+      kernels->add(Dtype(d.dtype()), static_cast<const char*>(x) + t * width, row, columns,
+                   static_cast<char*>(sum) + t * width);
+  });
+}
+
 // As `Kept` has it in float32: itself, or made in `room`.
 const float* wide(const Decoder& d, const void* values, int64_t n, Work& room) {
   if (!d.bf16) return static_cast<const float*>(values);
@@ -128,6 +143,21 @@ void forward(const Decoder& d, Part part, const Kept& kept, const void* x, void*
   qlora_layer_forward(&weight, p.factors, int(d.by_integers), int(d.bf16), x, d.tokens, x, p.A, p.B, p.m,
                       int(p.makes_n), p.rank, float(p.scaling), d.work, own.down, own.up, u, y, int(d.threads));
   if (d.bf16) round_to_bf16(d, u, d.tokens * p.rank, own.u);
+}
+
+// q or k as it is turned, of what its projection made: with a bias, and its heads normalized.
+const void* to_turn(const Decoder& d, Part part, const Kept& kept, void* made, Work& room) {
+  const Projection& p = d.parts[part];
+  if (p.bias != nullptr) {
+    void* const sum = kept.of[part].y == nullptr ? made : d.take(room, d.tokens * p.rows);
+    add_row(d, made, p.bias, p.rows, sum);
+    made = sum;
+  }
+  if (d.norms[2 + part] == nullptr) return made;
+  void* const normal = d.take(room, d.tokens * p.rows);
+  qlora_rms_norm(d.dtype(), made, nullptr, d.norms[2 + part], d.tokens * p.rows / d.D, d.D, float(d.eps[2 + part]),
+                 nullptr, normal, kept.inverse_of_heads[part], int(d.threads));
+  return normal;
 }
 
 // y: what the layer made, where dm is a sum over it; dx null: not wanted.
@@ -208,7 +238,9 @@ void qlora_decoder_bytes(const char* layer, int64_t* bytes) {
   const Decoder& d = *reinterpret_cast<const Decoder*>(layer);
   Work kept{nullptr}, narrow{nullptr}, wide{nullptr}, back{nullptr};
   kept_of(d, kept);
-  d.take(narrow, d.tokens * (d.heads + d.groups) * d.D);
+  for (const Part part : {kQ, kK})
+    for (const bool more : {true, d.parts[part].bias != nullptr, d.norms[2 + part] != nullptr})
+      if (more) d.take(narrow, d.tokens * d.parts[part].rows);
   d.take(wide, d.tokens * d.inner());
   d.take(wide, d.tokens * d.width());
   passing_of(d, back);
@@ -250,9 +282,12 @@ void qlora_decoder_forward(const char* layer) {
   void *const q = result(kQ, room), *const k = result(kK, room);
   forward(d, kQ, kept, kept.n, q, room);
   forward(d, kK, kept, kept.n, k, room);
-  forward(d, kV, kept, kept.n, kept.v, room);
-  qlora_rotate(dtype, 0, q, d.heads * d.D, d.heads, k, d.groups * d.D, d.groups, d.D, d.tokens, d.cos, d.sin, d.tokens,
-               kept.q, kept.k, threads);
+  forward(d, kV, kept, kept.n, kept.of[kV].y, room);
+  const Projection& of_v = d.parts[kV];
+  if (of_v.bias != nullptr) add_row(d, kept.of[kV].y, of_v.bias, of_v.rows, kept.v);
+  const void *const queries = to_turn(d, kQ, kept, q, room), *const keys = to_turn(d, kK, kept, k, room);
+  qlora_rotate(dtype, 0, queries, d.heads * d.D, d.heads, keys, d.groups * d.D, d.groups, d.D, d.tokens, d.cos, d.sin,
+               d.tokens, kept.q, kept.k, threads);
   room = Work{d.passing};
   void* const views[] = {kept.q, kept.k, kept.v, kept.attended};
   attend(d, kept, 0, views, room);
@@ -303,14 +338,22 @@ void qlora_decoder_backward(const char* layer) {
   attend(d, kept, 1, views, room);
   qlora_rotate(dtype, 1, at.b, d.heads * d.D, d.heads, at.c, d.groups * d.D, d.groups, d.D, d.tokens, d.cos, d.sin,
                d.tokens, at.a, at.dk, threads);
-  const bool wanted = d.dx != nullptr;
-  backward(d, kQ, kept, at.a, kept.n, kept.of[kQ].y, wanted ? at.b : nullptr, room);
-  for (const Part part : {kK, kV}) {
-    backward(d, part, kept, part == kK ? at.dk : dv, kept.n, kept.of[part].y, wanted ? at.a : nullptr, room);
-    if (wanted) add(d, at.b, at.a, values, at.b);
+  void *dq = at.a, *dk = at.dk, *sum = at.b;
+  if (d.norms[2] != nullptr) {
+    dq = at.b, dk = at.c, sum = at.a;
+    qlora_rms_norm_backward(dtype, at.a, kept.of[kQ].y, d.norms[2], kept.inverse_of_heads[kQ], d.tokens * d.heads, d.D,
+                            nullptr, dq, threads);
+    qlora_rms_norm_backward(dtype, at.dk, kept.of[kK].y, d.norms[3], kept.inverse_of_heads[kK], d.tokens * d.groups,
+                            d.D, nullptr, dk, threads);
   }
-  if (wanted)
-    qlora_rms_norm_backward(dtype, at.b, d.x, d.norms[0], kept.inverse, d.tokens, width, at.dh, d.dx, threads);
+  const bool wanted = d.dx != nullptr;
+  backward(d, kQ, kept, dq, kept.n, kept.of[kQ].y, wanted ? sum : nullptr, room);
+  void* const more = dq;
+  for (const Part part : {kK, kV}) {
+    backward(d, part, kept, part == kK ? dk : dv, kept.n, kept.of[part].y, wanted ? more : nullptr, room);
+    if (wanted) add(d, sum, more, values, sum);
+  }
+  if (wanted) qlora_rms_norm_backward(dtype, sum, d.x, d.norms[0], kept.inverse, d.tokens, width, at.dh, d.dx, threads);
 }
 
 }  // extern "C"
