@@ -471,6 +471,11 @@ def multiplies_layers_in_bf16() -> bool:
     return NATIVE is not None and NATIVE.layers_in_bf16
 
 
+def multiplies_layers_in_float32() -> bool:
+    """Whether layers in float32 are multiplied by kernels of our own."""
+    return NATIVE is not None and NATIVE.layers > 0
+
+
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` has a kernel for them on their device."""
     if ("attention", "native") in AVOIDED or ("attention_backward", "native") in AVOIDED:

@@ -44,8 +44,9 @@ from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 90_000_000
-# of these, what oneDNN compiles for layers in bf16, where none of them is left to it but the head
-LAYER_LIBRARIES = 25_000_000
+# of these, what oneDNN compiles for layers in bf16, and MKL holds for those in float32, where kernels of ours multiply
+# them
+LAYER_LIBRARIES = {"bf16": 25_000_000, "fp32": 12_000_000}
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000
 # CUDA, bytes: the workspaces of cuBLAS, 32 MiB for each of the two threads that multiply (less before Hopper)
@@ -103,8 +104,10 @@ class MetaRun:
         dtype = _planned_dtype(config.dtype, self.device)
         self.libraries = WORKSPACES
         if self.device == "cpu":
-            own = config.bits == 4 and dtype == "bf16" and backends.multiplies_layers_in_bf16()
-            self.libraries = LIBRARIES + SHAPES * varied_lengths - LAYER_LIBRARIES * own
+            ours = {"bf16": backends.multiplies_layers_in_bf16(), "fp32": backends.multiplies_layers_in_float32()}
+            self.libraries = LIBRARIES + SHAPES * varied_lengths
+            if config.bits == 4 and ours.get(dtype):
+                self.libraries -= LAYER_LIBRARIES[dtype]
         self.spec = ModelSpec(config.quantization(), config.adapter(), dtype, packing=config.packing)
         self.architecture = load_config(source)
         stated = getattr(self.architecture, "dtype", None)  # before transformers writes ours over it

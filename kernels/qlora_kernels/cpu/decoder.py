@@ -186,7 +186,8 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         for part, n in zip(layer.projections, norms_of(layer, factors), strict=True):
             if n is not None and part.n is not None:
                 n.copy_(part.n)
-        kept, y = self._floats(call.room[0]), self.empty_like(x)
+        y = self.empty_like(x)  # of all these it lives longest: first, it leaves no hole where the others were
+        kept = self._floats(call.room[0])
         passing, work = self._floats(call.room[1]), self.workspace(call.room[3])
         at = Places(
             x=x.data_ptr(),
