@@ -244,6 +244,9 @@ class ResidualLayer:
             return None
         if not all(isinstance(one, AdaptedLinear) and joined.is_plain(one) for one in projections):
             return None
+        biases = [one.base.bias for one in projections]
+        if any(bias is not None and bias.requires_grad for bias in biases):
+            return None
         of_heads = (attention.q_norm, attention.k_norm) if attention.form.norms else ()
         norms = (before, behind, *of_heads)
         if not all(isinstance(norm, RMSNorm) and not norm.weight.requires_grad for norm in norms):

@@ -190,6 +190,14 @@ def test_a_layer_with_something_else_is_its_modules(monkeypatch, change):
 
 
 @native
+def test_a_bias_that_learns_gets_its_gradient(monkeypatch):
+    model, calls = model_of("qwen2"), counted(monkeypatch)
+    bias = model.model.layers[1].self_attn.v_proj.base.bias.requires_grad_(True)
+    step(model)
+    assert len(calls) == 1 and bias.grad.abs().max() > 0
+
+
+@native
 def test_a_window_cuts_only_longer_examples(monkeypatch):
     monkeypatch.setitem(CONFIGS, "mistral", wide("mistral", sliding_window=9))
     model, calls = model_of("mistral"), counted(monkeypatch)
