@@ -41,7 +41,8 @@ ACCELERATORS = ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1")  # torch's dispatch 
 PLAIN = (Tensor, torch.nn.Parameter)  # what nothing stands behind, as behind a fake tensor
 _direct: dict[str, dict[str, Callable]] = {"CPU": {}, "CUDA": {}}  # what torch's dispatcher calls there
 
-ROUTES: Counter[tuple[str, str]] = Counter()  # (operator, backend) -> calls; a kernel's own parts are not counted
+# (operator, backend) -> calls; the parts of a kernel, or of a decoder layer in one call, are not counted.
+ROUTES: Counter[tuple[str, str]] = Counter()
 AVOIDED: dict[tuple[str, str], str] = {}  # (operator, backend) -> why `qlora selftest` found it wrong here
 
 
