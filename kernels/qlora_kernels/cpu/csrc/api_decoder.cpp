@@ -232,8 +232,8 @@ int64_t attention_bytes(const Decoder& d, int is_backward) {
 
 extern "C" {
 
-// Bytes of `kept`, of `passing` forward and backward, and of `work`; all aligned to 64. Of what the layer points to, only
-// the lengths are read.
+// Bytes of `kept`, of `passing` forward and backward, and of `work`; all aligned to 64. Of what the layer points to,
+// only the lengths are read.
 void qlora_decoder_bytes(const char* layer, int64_t* bytes) {
   const Decoder& d = *reinterpret_cast<const Decoder*>(layer);
   Work kept{nullptr}, narrow{nullptr}, wide{nullptr}, back{nullptr};
