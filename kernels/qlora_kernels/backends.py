@@ -295,14 +295,19 @@ if NATIVE is not None:
     recall("native")
 
 
+def _is_watched() -> bool:
+    """Whether torch looks at operators, as what compiles, traces, counts or profiles them does."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
+
+
 def quickly(name: str, x: Tensor) -> Callable:
     """The operator `name` for tensors that lie where x does: the function that torch's dispatcher would call. To hand
     lists to and fro takes the dispatcher as long as a launch takes, and on a CPU all threads wait for it. Not where
-    torch looks on, as what compiles, traces, counts or profiles operators does, nor for a tensor that is more than one,
-    such as torch's fake ones. Only for what autograd need not see.
+    torch looks on, nor for a tensor that is more than one, such as torch's fake ones. Only for what autograd need not
+    see.
     """
     operator: Callable = getattr(ops, name)
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
+    if _is_watched():
         return operator
     if x.is_cuda:
         return _direct["CUDA"].get(name, operator)
@@ -312,15 +317,18 @@ def quickly(name: str, x: Tensor) -> Callable:
 # ---------------------------------------------------------------- a decoder layer in one call
 
 
-def supports_decoder_layer(x: Tensor, layer: Layer) -> bool:
-    """Whether `decoder_layer` computes this layer of x [tokens, width]. Not where somebody looks at operators, see
-    `quickly`, nor where one of the library's is avoided.
+def has_decoder_layer(x: Tensor) -> bool:
+    """Whether `decoder_layer` computes any layer of x: asked before a layer is described, which takes longer. Not where
+    torch looks at operators, nor where one of the library's is avoided.
     """
     if NATIVE is None or not x.is_cpu or type(x) not in PLAIN or any(backend == "native" for _, backend in AVOIDED):
         return False
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
-        return False
-    return NATIVE.supports_decoder_layer(x, layer)
+    return not _is_watched() and NATIVE.has_decoder_layer(x)
+
+
+def supports_decoder_layer(x: Tensor, layer: Layer) -> bool:
+    """Whether `decoder_layer` computes this one of x [tokens, width], where there are any."""
+    return NATIVE is not None and NATIVE.supports_decoder_layer(x, layer)
 
 
 def decoder_layer(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Call]:

@@ -32,8 +32,6 @@ NAME = "qlora"  # for `model.set_attn_implementation`
 # it would build one from the positions, and would ask a GPU whether they restart. An architecture that loses the
 # borders on the way meets this mask in its attention, which fits no scores: an error, not a wrong number.
 NO_MASK = torch.empty(1, 1, 0, 0, dtype=torch.bool)
-
-
 _UNUSUAL = ("softcap", "position_bias", "s_aux")  # options of transformers' attention functions
 
 

@@ -236,7 +236,7 @@ class ResidualLayer:
         nothing that anybody hooks, drops out, or has given another form.
         """
         known = isinstance(self.self_attn, RotaryAttention) and isinstance(self.mlp, GatedMLP)
-        if not known or not torch.is_grad_enabled():
+        if not known or not torch.is_grad_enabled() or not backends.has_decoder_layer(x):
             return None
         attention, mlp, projections = self.self_attn, self.mlp, _projections(self)
         before, behind = self.input_layernorm, self.post_attention_layernorm

@@ -200,7 +200,7 @@ def joinable(layers: Sequence[nn.Module], biased: bool = True) -> TypeGuard[Sequ
 
 
 def is_plain(layer: Any, biased: bool = True) -> bool:
-    """Whether an adapted layer makes nothing but its product, and a bias if it may be `biased`, all of which learns."""
+    """Whether an adapted layer, whose factors all learn, makes nothing but its product, and a bias if `biased`."""
     base = layer._modules["base"]
     if type(base) is not NF4Linear or not layer.enabled or layer.copies_output:
         return False

@@ -44,8 +44,7 @@ from qlora_kernels import backends
 
 # CPU, bytes: oneDNN's compiled kernels, modules imported at first use, threads; measured (scripts/measure_plan.py)
 LIBRARIES = 90_000_000
-# of these, what oneDNN compiles for layers in bf16, and MKL holds for those in float32, where kernels of ours multiply
-# them
+# of these, what a run has not where kernels of ours multiply its layers: in bf16 oneDNN compiles none for them
 LAYER_LIBRARIES = {"bf16": 25_000_000, "fp32": 18_000_000}
 # and more kernels where each batch has another number of tokens (`models.device.bound_kernel_caches`)
 SHAPES = 20_000_000

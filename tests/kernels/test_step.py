@@ -11,6 +11,7 @@ import torch
 from helpers import DTYPES, ISAS, routed, same_bits, same_everywhere
 
 from qlora_kernels import reference
+from qlora_kernels.cpu.binding import DTYPES as CODES
 
 pytestmark = pytest.mark.usefixtures("poisoned", "threads")
 
@@ -55,6 +56,17 @@ def test_elementwise_kernels_equal_the_reference(isa, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_elementwise_kernels_give_the_same_bits_everywhere(kernels, dtype, shape, threads):
     same_everywhere(kernels, threads, lambda: step_results(kernels, dtype, shape))
+
+
+@pytest.mark.parametrize("shape", STEP_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_equal_the_reference(isa, dtype, shape):
+    """To torch's bits, also over one of the terms; a decoder layer in one call has no other test on some sets."""
+    a, b = (4 * torch.randn(2, *shape)).to(dtype)
+    expected = a + b
+    for to in (torch.empty_like(a), a):
+        isa.library.qlora_add(CODES[dtype], a.data_ptr(), b.data_ptr(), a.numel(), to.data_ptr(), 1)
+        assert same_bits(to, expected)
 
 
 def test_elementwise_operators_in_float64_go_to_the_reference(kernels):

@@ -20,7 +20,7 @@ from qlora.layers.loss import loss_sum
 from qlora_kernels import backends
 
 BATCH = pack([Example(tuple(range(3, 3 + n)), (False,) + (True,) * (n - 1)) for n in (9, 4)])
-native = pytest.mark.skipif(backends.NATIVE is None, reason="a CPU's kernels make the layer")
+native = pytest.mark.skipif(backends.NATIVE is None, reason="QLORA_BACKEND switches the native kernels off")
 
 
 def wide(name: str, **options):
@@ -68,7 +68,7 @@ def step(model, again: bool = False) -> tuple[list, int]:
 def isa(request):
     """The library by the best that the processor has, and by each instruction set."""
     if backends.NATIVE is None:
-        pytest.skip("a CPU's kernels make the layer")
+        pytest.skip("QLORA_BACKEND switches the native kernels off")
     backends.NATIVE.select(request.param)
     yield request.param
     backends.NATIVE.select()

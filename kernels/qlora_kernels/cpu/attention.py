@@ -4,6 +4,7 @@ multiplies it, in float32 with AVX2 and AVX-512. Without a unit for bf16 it is c
 
 from __future__ import annotations
 
+import ctypes
 from itertools import pairwise
 
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor
 from qlora_kernels.cpu.binding import FLOAT, INTEGER, POINTER, SIZE, Subject, integers
 
 WIDEST = 512  # elements of a head in float32: a row of them fits the rows that the kernels multiply
+
+
+def longest_first(cu_seqlens: list[int]) -> tuple[ctypes.Array, ctypes.Array]:
+    """Where the examples begin and how many tokens they have."""
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return integers([cu_seqlens[i] for i in order]), integers([lengths[i] for i in order])
 
 
 class AttentionKernels(Subject):
@@ -75,19 +83,18 @@ class AttentionKernels(Subject):
         backward, floats = len(views) > 4, views[0].dtype == torch.float32
         q, k, v = views[backward : backward + 3]
         (tokens, heads, D), groups = q.shape, k.shape[1]
-        lengths, threads = [stop - start for start, stop in pairwise(cu_seqlens)], torch.get_num_threads()
+        threads = torch.get_num_threads()
         if k.shape != v.shape or k.shape != (tokens, groups, D) or heads % groups:
             raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}")
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or min(lengths, default=0) < 0:
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or sorted(cu_seqlens) != list(cu_seqlens):
             raise ValueError(f"examples at {list(cu_seqlens)} of {tokens} tokens")
         if not tokens:
             return
         views = [x if x.stride(2) == 1 else x.contiguous() for x in views]  # kept here while the kernel reads them
         parts = [number for x in views for number in (x.data_ptr(), x.stride(0), x.stride(1))]
-        longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        starts, sizes = (integers([of[i] for i in longest_first]) for of in (cu_seqlens, lengths))
+        starts, lengths = longest_first(cu_seqlens)
         shape = (len(lengths), tokens, heads, groups, D)
-        work = self.workspace(self.library.qlora_attention_bytes(backward, floats, sizes, *shape, threads))
+        work = self.workspace(self.library.qlora_attention_bytes(backward, floats, lengths, *shape, threads))
         self.library.qlora_attention(
-            backward, floats, integers(parts), lse.data_ptr(), starts, sizes, *shape, scale, work.data_ptr(), threads
+            backward, floats, integers(parts), lse.data_ptr(), starts, lengths, *shape, scale, work.data_ptr(), threads
         )

@@ -90,22 +90,21 @@ def readable(weight: list[Tensor], layout: list[int], device: torch.device) -> b
     )
 
 
+def addresses(weight: list[Tensor]) -> tuple[int, int, int, int, int]:
+    """Of packed, absmax, nested, offset and levels; 0 where a weight has none."""
+    nested, offset = (weight[3].data_ptr(), weight[4].data_ptr()) if len(weight) == 5 else (0, 0)
+    return weight[0].data_ptr(), weight[1].data_ptr(), nested, offset, weight[2].data_ptr()
+
+
+def sizes(layout: list[int]) -> tuple[int, int, int, int]:
+    """Rows and columns, and the sizes of blocks as shifts."""
+    rows, columns, blocksize, nested_blocksize = layout
+    return rows, columns, blocksize.bit_length() - 1, nested_blocksize.bit_length() - 1
+
+
 def as_argument(weight: list[Tensor], layout: list[int], row_scale: Tensor | None = None) -> Weight:
     """A `readable` weight as the C functions take it; the tensors must outlive the call."""
-    rows, columns, blocksize, nested_blocksize = layout
-    nested, offset = (weight[3].data_ptr(), weight[4].data_ptr()) if len(weight) == 5 else (None, None)
-    return Weight(
-        weight[0].data_ptr(),
-        weight[1].data_ptr(),
-        nested,
-        offset,
-        weight[2].data_ptr(),
-        pointer(row_scale),
-        rows,
-        columns,
-        blocksize.bit_length() - 1,
-        nested_blocksize.bit_length() - 1,
-    )
+    return Weight(*addresses(weight), pointer(row_scale), *sizes(layout))
 
 
 class Subject:

@@ -21,8 +21,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from qlora_kernels.cpu.attention import AttentionKernels
-from qlora_kernels.cpu.binding import POINTER, SIZE, integers
+from qlora_kernels.cpu.attention import AttentionKernels, longest_first
+from qlora_kernels.cpu.binding import POINTER, SIZE, addresses, sizes
 from qlora_kernels.cpu.layer import LayerKernels
 
 # `Decoder` of api_decoder.cpp: sizes and constants, where things lie, and seven projections.
@@ -100,15 +100,15 @@ class Call:
     """What both passes of a layer tell the library, but for where things lie."""
 
     layer: Layer
-    sizes: tuple[int, ...]
-    examples: list[ctypes.Array]  # starts and lengths; `sizes` has their addresses
+    numbers: tuple[int, ...]
+    examples: tuple[ctypes.Array, ctypes.Array]  # starts and lengths; `numbers` has their addresses
     room: ctypes.Array  # bytes of what is kept, of what passes forward and backward, and of work
 
     def packed(self, at: Places) -> bytes:
         """`Decoder` of api_decoder.cpp; what its addresses lead to must outlive the call."""
         layer, norms = self.layer, self.layer.norms
         constants = *(None if norm is None else norm.weight for norm in norms), layer.cos, layer.sin
-        fields: list[float] = [*self.sizes, layer.scale, *(0.0 if norm is None else norm.eps for norm in norms)]
+        fields: list[float] = [*self.numbers, layer.scale, *(0.0 if norm is None else norm.eps for norm in norms)]
         fields += [_address(one) for one in constants]
         fields += (at.x, at.y, at.dy, at.dx, at.kept, at.passing, at.work)
         for i, (part, start) in enumerate(zip(layer.projections, _starts(layer), strict=True)):
@@ -123,6 +123,11 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         "qlora_decoder_forward": [ctypes.c_char_p],
         "qlora_decoder_backward": [ctypes.c_char_p],
     }
+
+    def has_decoder_layer(self, x: Tensor) -> bool:
+        """Whether any layer of x [..., width] is one call by this instruction set."""
+        by_us = self.layers > 0 and x.dtype in (torch.float32, torch.bfloat16) and not self._on_amx(x)
+        return by_us and (self.attends_in_float32 or (x.dtype == torch.bfloat16 and self.bf16_unit != ""))
 
     def supports_decoder_layer(self, x: Tensor, layer: Layer) -> bool:
         """Whether the library computes `layer` of x [tokens, width] in one call."""
@@ -140,8 +145,7 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         normed = any(norm is not None for norm in of_heads)
         edges, heads = layer.cu_seqlens, (tokens, queries // layer.head, layer.head)
         return (
-            x.dtype in (torch.float32, torch.bfloat16)
-            and not self._on_amx(x)
+            self.has_decoder_layer(x)
             and tokens > 0
             and x.is_contiguous()
             and all(_is(norm.weight, x.dtype, (width,)) for norm in (before, behind))
@@ -228,11 +232,8 @@ class DecoderKernels(LayerKernels, AttentionKernels):
         return self.empty(size // 4, dtype=torch.float32)
 
     def _call(self, x: Tensor, layer: Layer) -> Call:
-        edges, parts = layer.cu_seqlens, layer.projections
-        lengths = [stop - start for start, stop in pairwise(edges)]
-        longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        examples = [integers([of[i] for i in longest_first]) for of in (edges, lengths)]
-        sizes = (
+        parts, examples = layer.projections, longest_first(layer.cu_seqlens)
+        numbers = (
             x.dtype == torch.bfloat16,
             self._by_integers(x),
             self._is_widened(x),
@@ -241,10 +242,10 @@ class DecoderKernels(LayerKernels, AttentionKernels):
             parts[QUERY].layout[0] // layer.head,
             parts[KEY].layout[0] // layer.head,
             layer.head,
-            len(lengths),
+            len(examples[0]),
             *map(ctypes.addressof, examples),
         )
-        call = Call(layer, sizes, examples, (SIZE * 4)())
+        call = Call(layer, numbers, examples, (SIZE * 4)())
         self.library.qlora_decoder_bytes(call.packed(Places()), ctypes.addressof(call.room))
         return call
 
@@ -273,23 +274,6 @@ def _is(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 
 def _constants(part: Projection) -> tuple[float, ...]:
-    weight, (rows, columns, blocksize, nested_blocksize) = part.weight, part.layout
-    nested, offset = (weight[3].data_ptr(), weight[4].data_ptr()) if len(weight) == 5 else (0, 0)
-    return (
-        weight[0].data_ptr(),
-        weight[1].data_ptr(),
-        nested,
-        offset,
-        weight[2].data_ptr(),
-        rows,
-        columns,
-        blocksize.bit_length() - 1,
-        nested_blocksize.bit_length() - 1,
-        part.A.data_ptr(),
-        part.B.data_ptr(),
-        _address(part.m),
-        _address(part.bias),
-        part.m is not None and part.n is None,
-        part.A.shape[0],
-        part.scaling,
-    )
+    learned = part.A.data_ptr(), part.B.data_ptr(), _address(part.m), _address(part.bias)
+    makes_n, rank = part.m is not None and part.n is None, part.A.shape[0]
+    return *addresses(part.weight), *sizes(part.layout), *learned, makes_n, rank, part.scaling

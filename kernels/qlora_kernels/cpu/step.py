@@ -16,6 +16,7 @@ class StepKernels(Subject):
         "qlora_cross_entropy": [INTEGER, POINTER, POINTER, SIZE, SIZE, POINTER, INTEGER],
         "qlora_rms_norm": [INTEGER, *[POINTER] * 3, SIZE, SIZE, FLOAT, *[POINTER] * 3, INTEGER],
         "qlora_rms_norm_backward": [INTEGER, *[POINTER] * 4, SIZE, SIZE, POINTER, POINTER, INTEGER],
+        "qlora_add": [INTEGER, POINTER, POINTER, SIZE, POINTER, INTEGER],
         "qlora_swiglu": [INTEGER, POINTER, POINTER, SIZE, POINTER, INTEGER],
         "qlora_swiglu_backward": [INTEGER, *[POINTER] * 3, SIZE, POINTER, POINTER, INTEGER],
         "qlora_swiglu_backward_dots": [INTEGER, *[POINTER] * 3, SIZE, SIZE, *[POINTER] * 4, INTEGER],

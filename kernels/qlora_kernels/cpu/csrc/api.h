@@ -23,6 +23,7 @@ void qlora_rms_norm(int dtype, const void* x, const void* more, const void* weig
                     float eps, void* sums, void* y, float* inverse, int threads);
 void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const void* weight, const float* inverse,
                              int64_t rows, int64_t columns, const void* onto, void* dx, int threads);
+void qlora_add(int dtype, const void* a, const void* b, int64_t n, void* sum, int threads);
 void qlora_swiglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads);
 void qlora_swiglu_backward(int dtype, const void* dy, const void* gate, const void* up, int64_t n, void* dgate,
                            void* dup, int threads);

@@ -108,15 +108,6 @@ void round_to_bf16(const Decoder& d, const float* from, int64_t n, void* to) {
   });
 }
 
-void add(const Decoder& d, const void* a, const void* b, int64_t n, void* sum) {
-  const int64_t size = d.bf16 ? 2 : 4;
-  parallel(ceil_div(n, kPiece), int(d.threads), [&](int64_t i) {
-    const int64_t at = i * kPiece * size;
-    kernels->add(Dtype(d.dtype()), static_cast<const char*>(a) + at, static_cast<const char*>(b) + at,
-                 minimum(kPiece, n - i * kPiece), static_cast<char*>(sum) + at);
-  });
-}
-
 // sum [tokens, columns] = x plus a row.
 void add_row(const Decoder& d, const void* x, const void* row, int64_t columns, void* sum) {
   const int64_t width = columns * (d.bf16 ? 2 : 4), step = ceil_div(kPiece, columns);
@@ -301,7 +292,7 @@ void qlora_decoder_forward(const char* layer) {
   void *const hidden = d.take(room, hidden_size), *const made = result(kDown, room);
   qlora_swiglu(dtype, kept.of[kGate].y, kept.of[kUp].y, hidden_size, hidden, threads);
   forward(d, kDown, kept, hidden, made, room);
-  add(d, kept.h, made, values, d.y);
+  qlora_add(dtype, kept.h, made, values, d.y, threads);
 }
 
 // Of that forward pass: dx from dy unless null, and dA, dB and dm of each projection.
@@ -329,7 +320,7 @@ void qlora_decoder_backward(const char* layer) {
   }
   backward(d, kUp, kept, at.c, kept.n_behind, nullptr, at.b, room);
   backward(d, kGate, kept, at.a, kept.n_behind, nullptr, at.c, room);
-  add(d, at.c, at.b, values, at.c);
+  qlora_add(dtype, at.c, at.b, values, at.c, threads);
   qlora_rms_norm_backward(dtype, at.c, kept.h, d.norms[1], kept.inverse_behind, d.tokens, width, d.dy, at.dh, threads);
 
   backward(d, kO, kept, at.dh, kept.attended, kept.of[kO].y, at.a, room);
@@ -351,7 +342,7 @@ void qlora_decoder_backward(const char* layer) {
   void* const more = dq;
   for (const Part part : {kK, kV}) {
     backward(d, part, kept, part == kK ? dk : dv, kept.n, kept.of[part].y, wanted ? more : nullptr, room);
-    if (wanted) add(d, sum, more, values, sum);
+    if (wanted) qlora_add(dtype, sum, more, values, sum, threads);
   }
   if (wanted) qlora_rms_norm_backward(dtype, sum, d.x, d.norms[0], kept.inverse, d.tokens, width, at.dh, d.dx, threads);
 }

@@ -14,6 +14,7 @@ void in_pieces(int dtype, int64_t n, int threads, F run) {
   parallel(ceil_div(n, kPiece), threads, [&](int64_t i) { run(i * kPiece * width, minimum(kPiece, n - i * kPiece)); });
 }
 
+// Of two tensors a third.
 void gated(decltype(Kernels::swiglu) kernel, int dtype, const void* gate, const void* up, int64_t n, void* y,
            int threads) {
   in_pieces(dtype, n, threads, [&](int64_t at, int64_t size) {
@@ -69,6 +70,11 @@ void qlora_rms_norm_backward(int dtype, const void* dy, const void* x, const voi
                                  onto == nullptr ? nullptr : static_cast<const char*>(onto) + row * width,
                                  static_cast<char*>(dx) + row * width);
   });
+}
+
+// sum may be a or b.
+void qlora_add(int dtype, const void* a, const void* b, int64_t n, void* sum, int threads) {
+  gated(kernels->add, dtype, a, b, n, sum, threads);
 }
 
 void qlora_swiglu(int dtype, const void* gate, const void* up, int64_t n, void* y, int threads) {
